@@ -1,0 +1,1 @@
+"""The arithmetic that projections share: counter-based random bits, keyed permutations, Hadamard transforms."""

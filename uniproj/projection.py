@@ -1,0 +1,234 @@
+"""`Projection`: the map theta_D = P theta_d + c, with its autograd."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor, nn
+
+from uniproj.budget import Budget
+from uniproj.errors import ProjectionError
+from uniproj.kernels.random import uniform
+from uniproj.layout import LoRALayout
+
+Entries = tuple[Tensor, Tensor, Tensor]
+_CHECKSUM_ROWS = 1024
+_CHECKSUM_GRID = 2.0**-16
+
+
+class _LinearMap(torch.autograd.Function):
+    """x -> P x or x -> P^T x. Each is the derivative of the other, so gradients exist to any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(P: Projection, x: Tensor, transposed: bool) -> Tensor:
+        return P.rmatvec(x) if transposed else P.matvec(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Projection, Tensor, bool], output: Tensor) -> None:
+        ctx.P, _, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        return None, _LinearMap.apply(ctx.P, grad, not ctx.transposed), None
+
+
+class Projection(nn.Module, ABC):
+    r"""theta_D = P theta_d + c for a fixed layout of theta_D (Uni-LoRA, arXiv 2506.00799, section 3).
+
+    A new linear method writes `__init__`, `_matvec`, `_rmatvec` and either `to_dense` or `entries`, these
+    last two from the definition of P and not from `_matvec`. Shapes inside these methods: theta_d (n, d) and
+    theta_D (n, D), float32 or float64. P's own numbers are buffers that `.to(dtype)` moves and never rounds;
+    half-precision inputs are computed in float32. A learned method holds Parameters, sets `learned = True`,
+    and writes `_matvec` in differentiable torch code.
+
+    Class attributes: `version` grows when the same arguments give another P; `claims` holds for every
+    layout, d and seed and `claims_if` names those that hold under a condition (an instance that meets it adds
+    them to `self.claims`); `variants` are the hyperparameters the tests try.
+
+    Raises ProjectionError for d outside [1, D] and for inputs of a wrong shape or an integer dtype.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    claims: frozenset[str] = frozenset({"linear"})
+    claims_if: ClassVar[Mapping[str, str]] = {}
+    formula: ClassVar[str] = ""
+    d_formula: ClassVar[str] = "d (free)"
+    source: ClassVar[str] = ""
+    free_d: ClassVar[bool] = True
+    learned: bool = False
+    sparse: bool = False
+    needs_modules: ClassVar[bool] = False
+    needs_base_weights: ClassVar[bool] = False
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    init_bound: float = 0.02
+
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Projection:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_arguments", (args, kwargs))
+        return self
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
+        super().__init__()
+        if not 1 <= d <= layout.D:
+            raise ProjectionError(
+                f"{self.name}: d must lie in [1, D] = [1, {layout.D}], got {d}. "
+                "Lower d, raise r or adapt more modules: a column beyond D would be empty."
+            )
+        if self.needs_modules and layout.is_flat:
+            raise ProjectionError(f"{self.name}: this method needs module structure. Pass layout= instead of D=.")
+        self.layout, self.d, self.seed = layout, d, seed
+
+    # ---- what a method writes ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        """(n, d) -> (n, D): P theta_d, without c."""
+
+    @abstractmethod
+    def _rmatvec(self, theta_D: Tensor) -> Tensor:
+        """(n, D) -> (n, d): P^T theta_D."""
+
+    def entries(self) -> Entries:
+        """(rows, columns, values) of every stored entry of a sparse P: int64, int64, float64."""
+        raise ProjectionError(f"{self.name}: P has no sparse form. Use to_dense() or to_scipy().")
+
+    @property
+    def offset(self) -> Tensor | None:
+        """c, shape (D,), or None where c = 0."""
+        return None
+
+    def init_theta(self, seed: int = 0) -> Tensor:
+        """(d,) float32 starting point, U(-0.02, 0.02) unless the method's source says otherwise.
+
+        theta_d = 0 is never returned where c = 0: it is a saddle that no first-order optimiser leaves.
+        """
+        return (self.init_bound * uniform(seed, "theta_d", self.d)).float()
+
+    @classmethod
+    def min_d(cls, layout: LoRALayout) -> int:
+        """Smallest d this method accepts on a layout."""
+        return 1
+
+    @classmethod
+    def for_budget(cls, shapes: Mapping[str, tuple[int, int]], budget: int, r: int) -> Budget:
+        """The rank, d and hyperparameters whose count of trained numbers is nearest to `budget`.
+
+        shapes: (out_features, in_features) of every adapted module. Methods with a free d meet it exactly.
+        """
+        return Budget(r=r, d=budget, trained=budget)
+
+    # ---- what every method gets --------------------------------------------------------------------
+
+    @property
+    def D(self) -> int:
+        return self.layout.D
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.D, self.d
+
+    @property
+    def trained(self) -> int:
+        """Count of trained numbers: d and P's own Parameters."""
+        return self.d + sum(p.numel() for p in self.parameters())
+
+    def matvec(self, theta_d: Tensor) -> Tensor:
+        """P theta_d without c: (..., d) -> (..., D), outside autograd for linear methods."""
+        return self._batched(self._matvec, theta_d, self.d, "theta_d", "d")
+
+    def rmatvec(self, theta_D: Tensor) -> Tensor:
+        """P^T theta_D: (..., D) -> (..., d), outside autograd for linear methods."""
+        return self._batched(self._rmatvec, theta_D, self.D, "theta_D", "D")
+
+    def forward(self, theta_d: Tensor) -> Tensor:
+        """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype; differentiable to any order."""
+        theta_D = self.matvec(theta_d) if self.learned else _LinearMap.apply(self, theta_d, False)
+        c = self.offset
+        return theta_D if c is None else theta_D + c.to(theta_D.dtype)
+
+    def adjoint(self, theta_D: Tensor) -> Tensor:
+        """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
+        return self.rmatvec(theta_D) if self.learned else _LinearMap.apply(self, theta_D, True)
+
+    def _batched(self, apply: Callable[[Tensor], Tensor], x: Tensor, n: int, what: str, size: str) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != n:
+            raise ProjectionError(
+                f"{self.name}: {what} must have shape (..., {size}) = (..., {n}), got {tuple(x.shape)}. "
+                f"P has shape (D, d) = {self.shape}; theta_d goes in forward, theta_D in adjoint."
+            )
+        if not x.is_floating_point():
+            raise ProjectionError(f"{self.name}: {what} must be a float tensor, got {x.dtype}. Convert it first.")
+        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = apply(x.to(compute).reshape(-1, n))
+        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+    def to_dense(self) -> Tensor:
+        """P itself, (D, d) float64, on P's device."""
+        rows, columns, values = self.entries()
+        P = torch.zeros(self.shape, dtype=torch.float64, device=values.device)
+        return P.index_put_((rows, columns), values.detach(), accumulate=True)
+
+    def to_sparse(self) -> Tensor:
+        """P as a torch CSR tensor, (D, d) float64. Raises ProjectionError where P is dense."""
+        rows, columns, values = self.entries()
+        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values.detach(), self.shape).to_sparse_csr()
+
+    def to_scipy(self) -> LinearOperator:
+        """P as a SciPy LinearOperator in float64, for svds, lsmr, onenormest and the like."""
+
+        def apply(raw: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+            @torch.no_grad()
+            def on_columns(x: np.ndarray) -> np.ndarray:
+                columns = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64).reshape(x.shape[0], -1))
+                y = raw(columns.T).T.cpu().numpy()
+                return y.reshape(-1, *x.shape[1:])
+
+            return on_columns
+
+        forward, adjoint = apply(self.matvec), apply(self.rmatvec)
+        return LinearOperator(self.shape, forward, adjoint, forward, np.float64, adjoint)  # type: ignore[call-arg]
+
+    def rebuild(self, **changes: Any) -> Projection:
+        """A fresh projection from the same arguments, some of them changed (`seed=1`)."""
+        args, kwargs = self._arguments
+        bound = inspect.signature(type(self)).bind(*args, **kwargs)
+        return type(self)(**{**bound.arguments, **changes})
+
+    def checksum(self) -> str:
+        """SHA-256 of (name, version, shape) and of theta_D at a fixed theta_d, on at most 1024 rows.
+
+        Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device.
+        """
+        with torch.no_grad():
+            probe = uniform(0, "checksum", self.d).to(next(self.buffers(), torch.empty(0)).device)
+            theta_D = self(probe).cpu()
+        rows = torch.linspace(0, self.D - 1, min(self.D, _CHECKSUM_ROWS)).long()
+        grid = torch.round(theta_D[rows] / _CHECKSUM_GRID).long()
+        head = f"{self.name}/{self.version}/{self.shape}/".encode()
+        return hashlib.sha256(head + grid.numpy().astype("<i8").tobytes()).hexdigest()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
+        """Move P without rounding it: floating buffers keep their dtype under `.to(bfloat16)` or `.half()`."""
+        dtypes = {name: b.dtype for name, b in self.named_buffers(recurse=False)}
+        exact = {name: b for name, b in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, dtype in dtypes.items():
+            moved = getattr(self, name)
+            if moved.dtype != dtype:
+                setattr(self, name, exact[name].to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, D={self.D}, d={self.d}, seed={self.seed}"

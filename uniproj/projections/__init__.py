@@ -1,0 +1,1 @@
+"""One file per family of methods; the registry imports every file of this folder."""

@@ -1,0 +1,89 @@
+"""Sparse coordinates of LoRA space, alone and beside Uni-LoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uniproj.algebra import Compose, ConcatColumns, Select
+from uniproj.errors import ProjectionError
+from uniproj.kernels.permutation import permute
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.projections.lora import lora_init
+from uniproj.projections.unilora import UniLoRA
+from uniproj.registry import register
+
+
+def random_rows(D: int, k: int, seed: int) -> Tensor:
+    """k distinct rows of D, uniform, sorted."""
+    return permute(torch.arange(k), D, seed, "sparse", torch.zeros(1, dtype=torch.long)).sort().values
+
+
+@register("sparse")
+class SparseCoordinates(Select):
+    r"""d random entries of LoRA's factors are trained; all others stay at LoRA's starting point.
+
+    Maths:  theta_D = E_S theta_d + c, c = (B = 0, A ~ U(+-1/sqrt(in))); starts at theta_d = 0.
+    Source: SHiRA's random masks (Bhardwaj et al. 2024, arXiv 2406.13175) moved into LoRA space.
+    """
+
+    formula = "theta_D = E_S theta_d + c"
+    source = "arXiv 2406.13175 (selection)"
+    claims = frozenset({"affine", "orthogonal", "isometric", "uniform", "local"})
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
+        if not 1 <= d <= layout.D:
+            raise ProjectionError(f"{self.name}: d must lie in [1, D] = [1, {layout.D}], got {d}. Lower d or raise r.")
+        super().__init__(layout, random_rows(layout.D, d, seed))
+        self.seed = seed
+        self.register_buffer("c", lora_init(layout, seed), persistent=False)
+        self.c: Tensor
+
+    @property
+    def offset(self) -> Tensor:
+        return self.c
+
+    def init_theta(self, seed: int = 0) -> Tensor:
+        return torch.zeros(self.d)
+
+
+@register("unilora_sparse")
+class UniLoRAPlusSparse(ConcatColumns):
+    r"""[P_iso | E_S]: Uni-LoRA, and k entries with a number of their own; k = max(1, d // (ratio + 1)).
+
+    `exclusive=False`: P_iso covers all rows; eigenvalues of P^T P are 1 +- sqrt(m_j / n_j), with m_j of
+    column j's n_j rows in S. `exclusive=True`: P_iso covers the rows outside S only, and P^T P = I.
+    Starts at theta_1 ~ U(+-0.02), theta_2 = 0.
+    """
+
+    formula = "theta_D = P_iso theta_1 + E_S theta_2"
+    d_formula = "d (free) = d_1 + k"
+    source = "arXiv 2506.00799 and arXiv 2406.13175, combined"
+    claims = frozenset({"linear"})
+    claims_if = {"isometric": "exclusive=True", "orthogonal": "exclusive=True"}
+    variants = ({}, {"exclusive": True})
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, ratio: int = 12, exclusive: bool = False):
+        k = max(1, d // (ratio + 1))
+        if not 2 <= d <= layout.D:
+            raise ProjectionError(f"{self.name}: d must lie in [2, D] = [2, {layout.D}], got {d}.")
+        S = random_rows(layout.D, k, seed)
+        if exclusive:
+            rest = torch.ones(layout.D, dtype=torch.bool).index_fill(0, S, False).nonzero().flatten()
+            iso: Projection = Compose(Select(layout, rest), UniLoRA(LoRALayout.flat(len(rest)), d - k, seed))
+        else:
+            iso = UniLoRA(layout, d - k, seed)
+        super().__init__([iso, Select(layout, S)])
+        self.seed, self.k = seed, k
+        if exclusive:
+            self.claims = self.claims | {"isometric", "orthogonal"}
+
+    @classmethod
+    def min_d(cls, layout: LoRALayout) -> int:
+        return 2
+
+    def init_theta(self, seed: int = 0) -> Tensor:
+        theta_d = super().init_theta(seed)
+        theta_d[self.d - self.k :] = 0.0
+        return theta_d

@@ -1,0 +1,189 @@
+"""Uni-LoRA: a uniform random partition of theta_D, and the ablations of its paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uniproj.errors import ProjectionError
+from uniproj.kernels.random import bits
+from uniproj.layout import LoRALayout
+from uniproj.projections.partition import Partition, balanced_index
+from uniproj.registry import register
+
+
+@register("unilora")
+class UniLoRA(Partition):
+    r"""Every entry of theta_D copies one of d shared numbers, scaled to unit columns.
+
+    Maths:  theta_D[i] = theta_d[index[i]] / sqrt(n_index[i]); P^T P = I_d.
+    Index:  assignment="balanced": keyed permutations, n_j in {floor(D/d), ceil(D/d)};
+            "iid": index[i] uniform on [0, d) as in the paper's text (columns may stay empty: an error);
+            "peft": the indices of PEFT's UNILORA for proj_seed = seed, with its modules in `module_order`
+            (its order of registration), A before B.
+    Start:  theta_d ~ U(-0.02, 0.02).
+    Source: Li et al. 2025, Uni-LoRA, arXiv 2506.00799, section 3.
+    """
+
+    formula = "theta_D[i] = theta_d[index[i]] / sqrt(n)"
+    source = "arXiv 2506.00799"
+    claims = frozenset({"linear", "orthogonal", "isometric", "global_sharing"})
+    claims_if = {"uniform": "assignment is 'balanced' or 'peft'"}
+    variants = ({}, {"assignment": "iid"}, {"assignment": "peft"})
+
+    def __init__(
+        self,
+        layout: LoRALayout,
+        d: int,
+        seed: int = 0,
+        assignment: str = "balanced",
+        module_order: Sequence[str] | None = None,
+    ):
+        if not 1 <= d <= layout.D:
+            raise ProjectionError(f"{self.name}: d must lie in [1, D] = [1, {layout.D}], got {d}. Lower d or raise r.")
+        if assignment == "balanced":
+            index = balanced_index(layout.D, d, seed, "unilora")
+        elif assignment == "iid":
+            index = bits(seed, "unilora.iid", layout.D) * d >> 32
+        elif assignment == "peft":
+            index = _peft_index(layout, d, seed, module_order)
+        else:
+            raise ProjectionError(f"{self.name}: assignment must be 'balanced', 'iid' or 'peft', got {assignment!r}.")
+        super().__init__(layout, d, seed, index)
+        if assignment != "iid":
+            self.claims = self.claims | {"uniform"}
+
+
+def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[str] | None) -> Tensor:
+    """PEFT's balanced shuffle (peft.tuners.unilora.model.generate_index), moved into the order of the layout."""
+    rng = np.random.default_rng(seed)
+    dealt = np.repeat(np.arange(d), layout.D // d)
+    if remaining := layout.D % d:
+        dealt = np.concatenate([dealt, rng.choice(d, size=remaining, replace=False)])
+    rng.shuffle(dealt)
+    shuffled = torch.from_numpy(dealt)
+    order = list(layout.modules if module_order is None else module_order)
+    if sorted(order) != sorted(layout.modules):
+        raise ProjectionError(f"unilora: module_order must list every module once: {list(layout.modules)}.")
+    blocks = sorted(layout.blocks, key=lambda b: (order.index(b.module), b.factor))
+    index, taken = torch.empty(layout.D, dtype=torch.long), 0
+    for block in blocks:
+        index[block.rows] = shuffled[taken : taken + block.numel]
+        taken += block.numel
+    return index
+
+
+@register("unilora_unnormalised")
+class UnnormalisedUniLoRA(Partition):
+    r"""Uni-LoRA without column normalisation: theta_D[i] = theta_d[index[i]], P^T P = diag(n_j).
+
+    With balanced counts it is Uni-LoRA at sqrt(n) times the initial bound and learning rate, not another
+    geometry. Source: ablation of arXiv 2506.00799.
+    """
+
+    formula = "theta_D[i] = theta_d[index[i]]"
+    source = "arXiv 2506.00799, ablation"
+    claims = frozenset({"linear", "orthogonal", "uniform", "global_sharing"})
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
+        super().__init__(layout, d, seed, balanced_index(layout.D, max(d, 1), seed, "unilora"), normalise=False)
+
+
+@register("unilora_local")
+class LocalUniLoRA(Partition):
+    r"""One partition per layer ("local" ablation): P = diag(P_1, .., P_L), still exactly isometric.
+
+    d is shared out in proportion to each layer's rows (largest remainders, at least one each). A layer is
+    the part of a module's name up to its last number (`per="layer"`), or the module itself (`per="module"`).
+    Source: ablation of arXiv 2506.00799; which of the two the paper means is not stated in our sources.
+    """
+
+    formula = "theta_D = diag(P_1 .. P_L) theta_d, P_l a partition of layer l"
+    source = "arXiv 2506.00799, ablation"
+    claims = frozenset({"linear", "orthogonal", "isometric"})
+    claims_if = {"local": "per='module'"}
+    variants = ({}, {"per": "module"})
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, per: str = "layer"):
+        if per not in ("layer", "module"):
+            raise ProjectionError(f"{self.name}: per must be 'layer' or 'module', got {per!r}.")
+        groups = _groups(layout, per)
+        if not len(groups) <= d <= layout.D:
+            raise ProjectionError(
+                f"{self.name}: d must lie in [{len(groups)}, {layout.D}], one number per {per} at least, got {d}."
+            )
+        index, first = torch.empty(layout.D, dtype=torch.long), 0
+        shares = _shares(d, [len(rows) for rows in groups.values()])
+        for number, (rows, share) in enumerate(zip(groups.values(), shares, strict=True)):
+            index[rows] = first + balanced_index(len(rows), share, seed, f"unilora.local.{number}")
+            first += share
+        super().__init__(layout, d, seed, index)
+        if per == "module":
+            self.claims = self.claims | {"local"}
+
+    @classmethod
+    def min_d(cls, layout: LoRALayout) -> int:
+        return len(layout.modules)
+
+
+def _groups(layout: LoRALayout, per: str) -> dict[str, Tensor]:
+    """Rows of theta_D by layer or by module, in the order of the layout."""
+    members: dict[str, list[str]] = {}
+    for module in layout.modules:
+        layer = re.match(r".*\d+(?=\.|$)", module) if per == "layer" else None
+        members.setdefault(layer.group() if layer else module, []).append(module)
+    return {key: layout.rows(modules) for key, modules in members.items()}
+
+
+def _shares(d: int, sizes: Sequence[int]) -> list[int]:
+    """d split in proportion to the sizes: at least 1 and at most the size each, by largest remainders."""
+    D = sum(sizes)
+    shares = [max(1, d * size // D) for size in sizes]
+    while sum(shares) != d:
+        step = 1 if sum(shares) < d else -1
+        movable = [i for i, n in enumerate(shares) if 1 <= n + step <= sizes[i]]
+        best = max(movable, key=lambda i: (step * (d * sizes[i] / D - shares[i]), -i))
+        shares[best] += step
+    return shares
+
+
+@register("unilora_nonuniform")
+class NonUniformUniLoRA(Partition):
+    r"""Separate, unequal subspaces for B and A ("non-uniform" ablation), still exactly isometric.
+
+    Rows of B share columns [0, d_B), rows of A the rest, d_B = round(share_B d); with D_A close to D_B and
+    share_B = 1/3 a column of B serves twice the rows of one of A.
+    Source: ablation of arXiv 2506.00799; the paper's exact split is not stated in our sources.
+    """
+
+    formula = "theta_D = (P_B theta_1, P_A theta_2), partitions of unequal density"
+    d_formula = "d (free), d_B = share_B d"
+    source = "arXiv 2506.00799, ablation"
+    claims = frozenset({"linear", "orthogonal", "isometric", "separates_factors"})
+    needs_modules = True
+    variants = ({}, {"share_B": 0.5})
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, share_B: float = 1 / 3):
+        if not 0 < share_B < 1:
+            raise ProjectionError(f"{self.name}: share_B must lie in (0, 1), got {share_B}.")
+        is_B = torch.cat([torch.full((b.numel,), b.factor == "B") for b in layout.blocks])
+        D_B = int(is_B.sum())
+        D_A = layout.D - D_B
+        if not 2 <= d <= layout.D or D_B == 0:
+            raise ProjectionError(
+                f"{self.name}: d must lie in [2, {layout.D}] on a layout with modules, got {d}. "
+                "Pass layout= with modules and at least one number for each factor."
+            )
+        d_B = min(max(round(share_B * d), 1, d - D_A), d - 1, D_B)
+        index = torch.empty(layout.D, dtype=torch.long)
+        index[is_B] = balanced_index(D_B, d_B, seed, "unilora.B")
+        index[~is_B] = d_B + balanced_index(D_A, d - d_B, seed, "unilora.A")
+        super().__init__(layout, d, seed, index)
+
+    @classmethod
+    def min_d(cls, layout: LoRALayout) -> int:
+        return 2

@@ -1,0 +1,130 @@
+"""VB-LoRA: sub-vectors of the factors are top-k mixtures of a bank of vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from uniproj.budget import Budget
+from uniproj.errors import ProjectionError
+from uniproj.kernels.random import normal
+from uniproj.layout import LoRALayout
+from uniproj.projection import Entries, Projection
+from uniproj.registry import register
+
+
+@register("vblora")
+class VBLoRA(Projection):
+    r"""theta_d is a bank of h vectors of length b; every length-b piece of a factor mixes k of them.
+
+    Maths:  piece s = sum over the k largest logits of softmax(logits[s, top k]) bank[top k]; pieces run along the rows
+            of A and down the columns of B. P(logits) = (W kron I_b) up to the order of rows, W row-sparse:
+            a *learned* projection, linear in the bank for fixed logits.
+    Shapes: theta_d (h b,); logits (D / b, h), row s in the order (B: out/b, r; A: r, in/b) of the layout.
+    Start:  bank U(+-0.02), logits N(0, init_logits_std^2).
+    Raises: ProjectionError unless b divides every in and out and 1 <= topk <= h.
+    Source: Li et al. 2024, VB-LoRA, arXiv 2405.15179, section 3; PEFT's VBLORA.
+    """
+
+    formula = "theta_D = (W(logits) kron I_b) theta_d, W top-k softmax"
+    d_formula = "h b, and D h / b logits"
+    source = "arXiv 2405.15179"
+    claims = frozenset({"linear", "global_sharing"})
+    free_d = False
+    learned = True
+    sparse = True
+    needs_modules = True
+    variants = ({}, {"topk": 1}, {"num_vectors": 3, "vector_length": 1, "topk": 3})
+
+    def __init__(
+        self,
+        layout: LoRALayout,
+        seed: int = 0,
+        num_vectors: int | None = None,
+        vector_length: int | None = None,
+        topk: int = 2,
+        init_logits_std: float = 0.1,
+    ):
+        sizes = [size for out, in_ in layout.shapes().values() for size in (out, in_)]
+        b = vector_length or _largest_divisor(math.gcd(*sizes), 256)
+        if any(size % b for size in sizes):
+            raise ProjectionError(
+                f"{self.name}: vector_length must divide every in and out, got {b} for sizes {sorted(set(sizes))}. "
+                f"Their greatest common divisor is {math.gcd(*sizes)}."
+            )
+        h = num_vectors or min(256, max(topk, layout.D // (4 * b)))
+        if not 1 <= topk <= h:
+            raise ProjectionError(f"{self.name}: topk must lie in [1, num_vectors] = [1, {h}], got {topk}.")
+        super().__init__(layout, h * b, seed)
+        self.h, self.b, self.topk = h, b, topk
+        pieces = layout.D // b
+        start = init_logits_std * normal(seed, "vblora.logits", pieces * h)
+        self.logits = nn.Parameter(start.view(pieces, h))
+
+    @classmethod
+    def for_budget(cls, shapes: Mapping[str, tuple[int, int]], budget: int, r: int) -> Budget:
+        D = LoRALayout.from_shapes(shapes, r).D
+        common = math.gcd(*[size for shape in shapes.values() for size in shape])
+        found = []
+        for b in (b for b in range(1, common + 1) if common % b == 0):
+            h = max(2, round(budget / (b + D // b)))
+            extra = {"num_vectors": h, "vector_length": b}
+            if h * b <= D:
+                found.append(Budget(r, h * b + h * (D // b), None, extra))
+        # among choices within half a per cent of the best, the larger bank: fewer than ~8 vectors cannot mix
+        best = min(abs(f.error(budget)) for f in found)
+        near = [f for f in found if abs(f.error(budget)) <= best + 0.005]
+        return max(near, key=lambda f: f.hyperparameters["num_vectors"])
+
+    def mixture(self) -> tuple[Tensor, Tensor]:
+        """Top-k weights and bank indices of every piece, each (D / b, topk)."""
+        top = self.logits.topk(self.topk, dim=-1)
+        return top.values.softmax(-1), top.indices
+
+    def _assemble(self, pieces: Tensor) -> Tensor:
+        """(n, D / b, b) pieces -> (n, D) rows of theta_D."""
+        blocks = self.layout.blocks
+        parts = pieces.split([block.numel // self.b for block in blocks], dim=1)
+        return torch.cat([self._turn(p, *blk.shape, blk.factor) for p, blk in zip(parts, blocks, strict=True)], dim=1)
+
+    def _turn(self, piece: Tensor, rows: int, columns: int, factor: str) -> Tensor:
+        if factor == "A":
+            return piece.flatten(1)
+        return piece.view(len(piece), rows // self.b, columns, self.b).transpose(2, 3).flatten(1)
+
+    def _disassemble(self, theta_D: Tensor) -> Tensor:
+        """(n, D) -> (n, D / b, b), the inverse of `_assemble`."""
+        pieces = []
+        for x, block in zip(self.layout.split(theta_D), self.layout.blocks, strict=True):
+            if block.factor == "B":
+                x = x.unflatten(1, (-1, self.b)).transpose(2, 3)
+            pieces.append(x.reshape(len(x), -1, self.b))
+        return torch.cat(pieces, dim=1)
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        weights, index = self.mixture()
+        bank = theta_d.view(-1, self.h, self.b)
+        chosen = bank[:, index.flatten()].unflatten(1, index.shape)
+        return self._assemble((chosen * weights.to(theta_d.dtype).unsqueeze(-1)).sum(2))
+
+    def _rmatvec(self, theta_D: Tensor) -> Tensor:
+        weights, index = self.mixture()
+        pieces = self._disassemble(theta_D).unsqueeze(2) * weights.to(theta_D.dtype).unsqueeze(-1)
+        bank = theta_D.new_zeros(len(theta_D), self.h, self.b)
+        return bank.index_add(1, index.flatten(), pieces.flatten(1, 2)).flatten(1)
+
+    def entries(self) -> Entries:
+        weights, index = self.mixture()
+        device = weights.device
+        place = self._assemble(torch.arange(self.D, device=device).view(1, -1, self.b))[0]
+        piece, within = place // self.b, place % self.b
+        rows = torch.arange(self.D, device=device).repeat_interleave(self.topk)
+        columns = (index[piece] * self.b + within.unsqueeze(1)).flatten()
+        return rows, columns, weights[piece].double().flatten()
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max(b for b in range(1, min(n, limit) + 1) if n % b == 0)

@@ -1,0 +1,94 @@
+"""Names of projections: every class in `uniproj/projections/` and every `uniproj.projections` entry point."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+from uniproj.errors import ProjectionError
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+
+ENTRY_POINTS = "uniproj.projections"
+_classes: dict[str, type[Projection]] = {}
+P = TypeVar("P", bound=type[Projection])
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator that gives a Projection its name.
+
+    Raises ProjectionError if the name belongs to another class.
+    """
+
+    def decorate(cls: P) -> P:
+        known = _classes.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ProjectionError(
+                f"register: the name {name!r} is taken by {known.__module__}.{known.__qualname__}. Choose another."
+            )
+        cls.name = name
+        _classes[name] = cls
+        return cls
+
+    return decorate
+
+
+@cache
+def _load() -> None:
+    import uniproj.projections as folder
+
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        register(entry.name)(entry.load())
+
+
+def names() -> list[str]:
+    """Every known name, sorted."""
+    _load()
+    return sorted(_classes)
+
+
+def get(name: str) -> type[Projection]:
+    """The class of a name. Raises ProjectionError with the nearest known names for an unknown one."""
+    _load()
+    if name not in _classes:
+        near = difflib.get_close_matches(name, _classes, n=3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ProjectionError(f"unknown projection {name!r}. {hint}Known: {', '.join(names())}.")
+    return _classes[name]
+
+
+def build(
+    name: str,
+    D: int | None = None,
+    d: int | None = None,
+    *,
+    layout: LoRALayout | None = None,
+    seed: int = 0,
+    **hyperparameters: Any,
+) -> Projection:
+    """The projection of this name, on `layout` or on D coordinates without module structure.
+
+    d is needed where the method leaves it free and refused where it contradicts the one that the layout
+    and the hyperparameters decide. Unknown hyperparameters are errors (ProjectionError).
+    """
+    cls = get(name)
+    if (D is None) == (layout is None):
+        raise ProjectionError(f"{name}: pass either D= or layout=, got D={D} and layout={layout}.")
+    layout = layout if layout is not None else LoRALayout.flat(D)  # type: ignore[arg-type]
+    accepted = [p for p in inspect.signature(cls).parameters if p not in ("layout", "d", "seed")]
+    if unknown := sorted(set(hyperparameters) - set(accepted)):
+        raise ProjectionError(f"{name}: unknown hyperparameters {unknown}; this method knows {accepted or 'none'}.")
+    if cls.free_d and d is None:
+        raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
+    projection = cls(layout, **({"d": d} if cls.free_d else {}), seed=seed, **hyperparameters)  # type: ignore[arg-type]
+    if d is not None and projection.d != d:
+        raise ProjectionError(f"{name}: d = {cls.d_formula} = {projection.d} on this layout, got d={d}. Leave d out.")
+    return projection
