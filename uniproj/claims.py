@@ -1,0 +1,161 @@
+"""What a projection claims, and the function that decides each claim from the matrix.
+
+Notation: P is (D, d); n_j counts the non-zeros of column j, mu_j the modules it touches; G = P^T P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from uniproj.kernels.random import uniform
+from uniproj.projection import Projection
+
+TOLERANCE = 1e-10
+_SEEDS = 32
+_SIGMAS = 6.0
+_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One claim decided: the figure that was measured, what it is, and whether the claim holds."""
+
+    holds: bool
+    value: float
+    what: str
+
+
+def _at_most(value: Tensor | float, limit: float, what: str) -> Measurement:
+    return Measurement(bool(value <= limit), float(value), what)
+
+
+def _gram(P: Projection) -> Tensor:
+    M = P.to_dense().detach()
+    return M.T @ M
+
+
+def linear(P: Projection) -> Measurement:
+    """P(2 x - 3 y) = 2 P(x) - 3 P(y), and P(0) = 0."""
+    return _additive(P, torch.zeros(P.D, dtype=torch.float64))
+
+
+def affine(P: Projection) -> Measurement:
+    """P(x) - c is linear, and c is not 0."""
+    c = P.offset
+    if c is None or not c.any():
+        return Measurement(False, 0.0, "norm of c")
+    return _additive(P, c.double())
+
+
+@torch.no_grad()
+def _additive(P: Projection, c: Tensor) -> Measurement:
+    x, y = uniform(1, "claims", P.d).to(c.device), uniform(2, "claims", P.d).to(c.device)
+    gap = (P(2 * x - 3 * y) - c) - 2 * (P(x) - c) + 3 * (P(y) - c)
+    size = (P(x) - c).norm() + (P(y) - c).norm() + c.norm()
+    return _at_most(gap.norm() / size.clamp_min(1e-300), TOLERANCE, "relative deviation from linearity")
+
+
+def isometric(P: Projection) -> Measurement:
+    """P^T P = I_d."""
+    G = _gram(P)
+    return _at_most((G - torch.eye(P.d).to(G)).abs().max(), TOLERANCE, "max|P^T P - I|")
+
+
+def orthogonal(P: Projection) -> Measurement:
+    """P^T P is diagonal: the columns are orthogonal, of any length."""
+    G = _gram(P)
+    off = (G - torch.diag(G.diagonal())).abs().max()
+    return _at_most(off / G.diagonal().max().clamp_min(1e-300), TOLERANCE, "max off-diagonal / max diagonal")
+
+
+def isometric_in_expectation(P: Projection) -> Measurement:
+    """E P^T P = I: mean diagonal and mean off-diagonal over 32 seeds lie within 6 standard errors of 1 and 0."""
+    diagonals, others = [], []
+    for seed in range(_SEEDS):
+        G = _gram(P.rebuild(seed=seed))
+        diagonals.append(G.diagonal().mean())
+        others.append((G.sum() - G.trace()) / max(1, P.d * (P.d - 1)))
+    deviations = []
+    for samples, expected in ((torch.stack(diagonals), 1.0), (torch.stack(others), 0.0)):
+        error = samples.std() / _SEEDS**0.5 + TOLERANCE
+        deviations.append((samples.mean() - expected).abs() / error)
+    return _at_most(torch.stack(deviations).max(), _SIGMAS, "standard errors between the mean of P^T P and I")
+
+
+def _counts(P: Projection) -> Tensor:
+    return (P.to_dense().detach() != 0).sum(0)
+
+
+def uniform_load(P: Projection) -> Measurement:
+    """Every column serves the same number of rows: max n_j - min n_j <= 1."""
+    n = _counts(P)
+    return _at_most(n.max() - n.min(), 1, "max n_j - min n_j")
+
+
+def _modules_touched(P: Projection) -> Tensor:
+    """(d,) int64: mu_j."""
+    hits = (P.to_dense().detach() != 0).cpu()
+    touched = torch.zeros(len(P.layout.modules), P.d).index_add_(0, P.layout.module_index(), hits.float())
+    return (touched > 0).sum(0)
+
+
+def local(P: Projection) -> Measurement:
+    """Every column touches at most one module."""
+    return _at_most(_modules_touched(P).max(), 1, "max mu_j")
+
+
+def global_sharing(P: Projection) -> Measurement:
+    """Columns reach at least half of the modules that n_j rows drawn without regard to modules would reach.
+
+    E mu_j = sum over modules of 1 - (1 - D_m / D)^n_j (METHODS of Uni-LoRA: E[mu_j] for the random partition).
+    """
+    sizes = torch.bincount(P.layout.module_index()).double()
+    n = _counts(P).cpu().double()
+    expected = (1.0 - (1.0 - sizes / P.D).unsqueeze(1) ** n).sum(0)
+    ratio = _modules_touched(P).double().mean() / expected.mean().clamp_min(1e-300)
+    return Measurement(bool(ratio >= 0.5), float(ratio), "mean mu_j / expected mu_j of a random assignment")
+
+
+def separates_factors(P: Projection) -> Measurement:
+    """No column touches both an A and a B."""
+    hits = (P.to_dense().detach() != 0).cpu()
+    in_B = torch.cat([torch.full((b.numel,), b.factor == "B") for b in P.layout.blocks])
+    mixed = (hits[in_B].any(0) & hits[~in_B].any(0)).double().mean()
+    return _at_most(mixed, 0.0, "share of columns in both A and B")
+
+
+CHECKS: dict[str, Callable[[Projection], Measurement]] = {
+    "linear": linear,
+    "affine": affine,
+    "isometric": isometric,
+    "orthogonal": orthogonal,
+    "isometric_in_expectation": isometric_in_expectation,
+    "uniform": uniform_load,
+    "local": local,
+    "global_sharing": global_sharing,
+    "separates_factors": separates_factors,
+}
+
+
+@torch.no_grad()
+def isometry_error(P: Projection) -> float:
+    """max|P^T P - I| in float64 at any size: from the sparse form, else `_COLUMNS` columns of P at a time."""
+    if P.sparse:
+        M = P.to_sparse()
+        csr = scipy.sparse.csr_array(
+            (M.values().cpu().numpy(), M.col_indices().cpu().numpy(), M.crow_indices().cpu().numpy()), shape=P.shape
+        )
+        return float(abs(csr.T @ csr - scipy.sparse.eye_array(P.d)).max())
+    worst = 0.0
+    device = next(P.buffers()).device
+    for first in range(0, P.d, _COLUMNS):
+        columns = torch.arange(first, min(first + _COLUMNS, P.d), device=device)
+        E = torch.zeros(len(columns), P.d, dtype=torch.float64, device=device)
+        E[torch.arange(len(columns)), columns] = 1.0
+        worst = max(worst, float((P.rmatvec(P.matvec(E)) - E).abs().max()))
+    return worst

@@ -1,0 +1,253 @@
+"""`check_projection`: the battery that every projection passes, ours and third parties'.
+
+Each check is independent and named; the matrix it compares with is `to_dense()`, which a projection writes from
+its definition. Inner products are compared relative to norms, never to themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uniproj.claims import CHECKS
+from uniproj.kernels.random import normal
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.registry import build, get
+
+_EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+_GRADCHECK_ENTRIES = 4096
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the battery: its name, the measured figure, the limit it had to keep."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+    note: str = ""
+
+
+class BatteryFailure(AssertionError):
+    """At least one check of the battery failed; `checks` holds all of them."""
+
+    def __init__(self, P: Projection, checks: list[Check]):
+        self.checks = checks
+        lines = [f"{c.name}: {c.value:.3g} (limit {c.limit:.3g}) {c.note}" for c in checks if not c.passed]
+        super().__init__(f"{P.name} {P.shape} seed={P.seed} fails {len(lines)} checks\n  " + "\n  ".join(lines))
+
+
+def check_projection(P: Projection, *, only: Iterable[str] | None = None) -> list[Check]:
+    """Run the battery on P and return every measured figure.
+
+    only: names of the checks to run, all by default (`BATTERY`). Raises BatteryFailure if one fails.
+    """
+    checks = [check for name in (only or BATTERY) for check in BATTERY[name](P)]
+    if not all(check.passed for check in checks):
+        raise BatteryFailure(P, checks)
+    return checks
+
+
+def sample(name: str, layout: LoRALayout, d: int | None = None, seed: int = 0, **hyperparameters: Any) -> Projection:
+    """A projection of this name on any layout: base weights are drawn, a free d is raised to its minimum."""
+    cls = get(name)
+    if cls.needs_base_weights:
+        shapes = layout.shapes().items()
+        W = {m: normal(seed, "base", o * i, part=k).double().view(o, i) for k, (m, (o, i)) in enumerate(shapes)}
+        hyperparameters = {"base_weights": W, **hyperparameters}
+    if cls.free_d:
+        d = max(cls.min_d(layout), d or max(1, layout.D // 8))
+    return build(name, layout=layout, d=d if cls.free_d else None, seed=seed, **hyperparameters)
+
+
+def _at_most(name: str, value: Tensor | float, limit: float, note: str = "") -> Check:
+    return Check(name, float(value), limit, bool(value <= limit), note)
+
+
+def _vector(P: Projection, n: int, stream: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    return normal(P.seed + 1, stream, n).to(_device(P), dtype)
+
+
+def _device(P: Projection) -> torch.device:
+    return next((t.device for t in [*P.buffers(), *P.parameters()]), torch.device("cpu"))
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """max|a - b| relative to the largest entry of b."""
+    return (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-300)
+
+
+@torch.no_grad()
+def adjoint_dot_test(P: Projection) -> list[Check]:
+    """<P x, y> = <x, P^T y>, relative to ||P x|| ||y||."""
+    x, y = _vector(P, P.d, "x"), _vector(P, P.D, "y")
+    Px = P.matvec(x)
+    return [_at_most("adjoint_dot_test", (Px @ y - x @ P.rmatvec(y)).abs() / (Px.norm() * y.norm()), 1e-12)]
+
+
+@torch.no_grad()
+def dense_equals_matrix_free(P: Projection) -> list[Check]:
+    """Columns of P by matvec, rows by rmatvec, and the CSR form, all against the written matrix."""
+    M = P.to_dense()
+    forward = P.matvec(torch.eye(P.d).to(M)).T
+    adjoint = P.rmatvec(torch.eye(P.D).to(M))
+    checks = [
+        _at_most("dense_equals_matvec", _gap(forward, M), 1e-12),
+        _at_most("dense_equals_rmatvec", _gap(adjoint, M), 1e-12),
+    ]
+    if P.sparse:
+        checks.append(_at_most("dense_equals_sparse", _gap(P.to_sparse().to_dense(), M), 0.0))
+    return checks
+
+
+@torch.no_grad()
+def scipy_operator(P: Projection) -> list[Check]:
+    """The SciPy LinearOperator gives P X and P^T Y for blocks of columns."""
+    M, A = P.to_dense().cpu().numpy(), P.to_scipy()
+    X, Y = (_vector(P, 2 * n, "scipy").view(n, 2).cpu().numpy() for n in (P.d, P.D))
+    gap = max(abs(A @ X - M @ X).max() / abs(M @ X).max(), abs(A.T @ Y - M.T @ Y).max() / abs(M.T @ Y).max())
+    return [_at_most("scipy_operator", gap, 1e-12)]
+
+
+def autograd_equals_adjoint(P: Projection) -> list[Check]:
+    """The gradient of <P x, y> is P^T y, and that of <x, P^T y> is P x, both against the written matrix."""
+    M = P.to_dense().detach()
+    x, y = _vector(P, P.d, "x").requires_grad_(), _vector(P, P.D, "y").requires_grad_()
+    back = torch.autograd.grad(P(x) @ y.detach(), x)[0]
+    forth = torch.autograd.grad(P.adjoint(y) @ x.detach(), y)[0]
+    return [
+        _at_most("autograd_equals_adjoint", _gap(back, M.T @ y.detach()), 1e-12),
+        _at_most("autograd_of_adjoint", _gap(forth, M @ x.detach()), 1e-12),
+    ]
+
+
+def gradcheck(P: Projection) -> list[Check]:
+    """torch.autograd.gradcheck in theta_d (and P's Parameters), gradgradcheck for linear P. Small P only."""
+    if P.D * P.d > _GRADCHECK_ENTRIES:
+        return []
+    x = _vector(P, P.d, "x").requires_grad_()
+    ok = torch.autograd.gradcheck(P, x, raise_exception=False)
+    checks = [_at_most("gradcheck", float(not ok), 0.0)]
+    if not P.learned:
+        # the square makes the second derivative P^T P instead of 0
+        ok = torch.autograd.gradgradcheck(lambda t: P(t).square(), x, raise_exception=False)
+        checks.append(_at_most("gradgradcheck", float(not ok), 0.0))
+    return checks
+
+
+def claims(P: Projection) -> list[Check]:
+    """Every claim of P, decided from its matrix."""
+    return [
+        Check(f"claim:{name}", m.value, float("nan"), m.holds, m.what)
+        for name in sorted(P.claims)
+        for m in [CHECKS[name](P)]
+    ]
+
+
+@torch.no_grad()
+def determinism(P: Projection) -> list[Check]:
+    """The same arguments give the same bits, another seed another P, and the global generator stays untouched."""
+    before = torch.get_rng_state()
+    again = P.rebuild()
+    M = P.to_dense()
+    checks = [
+        _at_most("rebuild_is_bit_equal", float(not torch.equal(again.to_dense().to(M.device), M)), 0.0),
+        _at_most("global_generator_untouched", float(not torch.equal(before, torch.get_rng_state())), 0.0),
+        _at_most("checksum_is_stable", float(again.checksum() != P.rebuild().checksum()), 0.0),
+    ]
+    theta, other = P.init_theta(0), P.init_theta(0)
+    checks.append(_at_most("start_is_bit_equal", float(not torch.equal(theta, other)), 0.0))
+    return checks
+
+
+@torch.no_grad()
+def batches(P: Projection) -> list[Check]:
+    """Leading batch dimensions and non-contiguous input give the vectors one by one."""
+    x = _vector(P, 6 * P.d, "batch").view(3, 2, P.d).transpose(0, 1)
+    one_by_one = torch.stack([torch.stack([P(v) for v in row]) for row in x])
+    y = _vector(P, 2 * P.D, "batch").view(P.D, 2).T
+    return [
+        _at_most("batched_forward", _gap(P(x), one_by_one), 1e-12),
+        _at_most("batched_adjoint", _gap(P.adjoint(y), torch.stack([P.adjoint(v) for v in y])), 1e-12),
+    ]
+
+
+@torch.no_grad()
+def dtypes(P: Projection) -> list[Check]:
+    """Output in the input's dtype, close to float64; casting the module moves P and never rounds it."""
+    x, y = _vector(P, P.d, "x"), _vector(P, P.D, "y")
+    checks = []
+    for dtype, eps in _EPS.items():
+        out, back = P(x.to(dtype)), P.adjoint(y.to(dtype))
+        if out.dtype != dtype or back.dtype != dtype:
+            checks.append(Check(f"dtype:{dtype}", 1.0, 0.0, False, f"got {out.dtype}, {back.dtype}"))
+            continue
+        reference, reference_back = P(x.to(dtype).double()), P.adjoint(y.to(dtype).double())
+        gap = max(_gap(out, reference), _gap(back, reference_back))
+        checks.append(_at_most(f"dtype:{dtype}", gap, eps * max(1.0, P.D**0.5 / 16)))
+    M = P.to_dense()
+    rounded = any(b.is_floating_point() for b in P.rebuild().to(torch.bfloat16).buffers() if b.dtype == torch.bfloat16)
+    moved = P.rebuild().to(torch.bfloat16)
+    same = P.learned or torch.equal(moved.to_dense().to(M.device), P.rebuild().to_dense().to(M.device))
+    checks.append(_at_most("cast_never_rounds_P", float(rounded or not same), 0.0))
+    return checks
+
+
+@torch.no_grad()
+def state_dict_round_trip(P: Projection) -> list[Check]:
+    """A rebuilt P that loads P's state dict is P; the state of a fixed P is empty, as its seed says all."""
+    other = P.rebuild()
+    state = P.state_dict()
+    other.load_state_dict(state)
+    M = P.to_dense()
+    return [
+        _at_most("state_dict_round_trip", float(not torch.equal(other.to_dense().to(M.device), M)), 0.0),
+        _at_most("state_holds_only_parameters", float(set(state) != {n for n, _ in P.named_parameters()}), 0.0),
+    ]
+
+
+@torch.no_grad()
+def saddle(P: Projection) -> list[Check]:
+    """A linear method does not start at theta_d = 0, where the gradient of B A vanishes."""
+    dead = P.offset is None and not P.init_theta(0).any()
+    return [_at_most("start_is_not_the_saddle", float(dead), 0.0)]
+
+
+def compiles(P: Projection) -> list[Check]:
+    """`forward` traces into one graph: torch.compile(fullgraph=True), values and gradients unchanged."""
+    torch._dynamo.reset()
+    compiled = torch.compile(P, backend="eager", fullgraph=True)
+    x, y = _vector(P, P.d, "x").requires_grad_(), _vector(P, P.D, "y")
+    try:
+        out = compiled(x)
+        gap = max(_gap(out.detach(), P(x).detach()), _gap(torch.autograd.grad(out @ y, x)[0], P.adjoint(y)))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return [Check("compiles", 1.0, 0.0, False, str(error).splitlines()[0])]
+    finally:
+        torch._dynamo.reset()
+    return [_at_most("compiles", gap, 1e-12)]
+
+
+BATTERY: dict[str, Callable[[Projection], list[Check]]] = {
+    check.__name__: check
+    for check in (
+        adjoint_dot_test,
+        dense_equals_matrix_free,
+        scipy_operator,
+        autograd_equals_adjoint,
+        gradcheck,
+        claims,
+        determinism,
+        batches,
+        dtypes,
+        state_dict_round_trip,
+        saddle,
+        compiles,
+    )
+}

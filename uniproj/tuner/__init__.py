@@ -1,0 +1,16 @@
+"""The PEFT method `UNIPROJ`: any projection trains any model that PEFT's LoRA can adapt.
+
+Importing this package enters the method into PEFT's own dictionaries, so `get_peft_model`,
+`PeftModel.from_pretrained` and the Transformers `Trainer` know it.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
+from uniproj.tuner.model import UniProjModel
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UniProjConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UniProjModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "uniproj_"
+
+__all__ = ["UniProjConfig", "UniProjModel"]

@@ -1,0 +1,83 @@
+"""`UniProjConfig`: PEFT's LoraConfig plus the choice of P."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+
+from uniproj.errors import AdapterError
+from uniproj.registry import get
+
+PEFT_TYPE = "UNIPROJ"
+
+# Settings of LoraConfig that give theta_D another meaning than "the A and B of linear layers".
+_REFUSED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+@dataclass
+class UniProjConfig(LoraConfig):
+    """Adapter configuration: every field of `LoraConfig` that shapes plain LoRA, and
+
+    projection: name of P (`uniproj.names()`); d: length of theta_d where the method leaves it free;
+    projection_seed: seed of P; init_seed: seed of theta_d's start; projection_kwargs: hyperparameters of P.
+    `lora_alpha` is `r` unless given, so the scale alpha / r is 1. `layout_fingerprint` and
+    `projection_checksum` are read from a saved adapter and checked on loading; leave them out.
+
+    Raises ProjectionError for an unknown projection and AdapterError for a LoRA variant that does not apply.
+    """
+
+    lora_alpha: int | None = None  # type: ignore[assignment]
+    projection: str = field(default="unilora", metadata={"help": "Name of the projection P."})
+    d: int | None = field(default=None, metadata={"help": "Length of theta_d."})
+    projection_seed: int = field(default=0, metadata={"help": "Seed of P."})
+    init_seed: int = field(default=0, metadata={"help": "Seed of the start of theta_d."})
+    projection_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Hyperparameters of P."})
+    layout_fingerprint: str | None = field(default=None, metadata={"help": "Set on saving, checked on loading."})
+    projection_checksum: str | None = field(default=None, metadata={"help": "Set on saving, checked on loading."})
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        get(self.projection)
+        defaults = {f.name: f.default for f in dataclasses.fields(LoraConfig)}
+        changed = [name for name in _REFUSED if getattr(self, name, None) not in (None, {}, defaults.get(name))]
+        if self.init_lora_weights is not True:
+            changed.append("init_lora_weights")
+        if changed:
+            raise AdapterError(
+                f"UniProjConfig: {', '.join(changed)} changes what A and B are, which P already decides. "
+                "Leave it at its default, or use PEFT's LoraConfig."
+            )
+        try:
+            json.dumps(self.projection_kwargs)
+        except TypeError as error:
+            raise AdapterError(f"UniProjConfig: projection_kwargs must be JSON, {error}.") from None
+        self._attached: dict[str, str] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with fingerprint and checksum of the P that this configuration built last."""
+        return {**super().to_dict(), **self._attached}

@@ -1,0 +1,98 @@
+"""theta_D inside a model: projected once, read by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniproj.projection import Projection
+
+
+class FactorSource:
+    """The factors of one adapter: views of one theta_D, shared by all layers.
+
+    Training: `refresh` once per model forward gives one graph edge to theta_d for the whole model. Without
+    gradients theta_D is kept until a trained number changes, so generation projects once.
+    """
+
+    def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str):
+        # looked up by name on each use: loading with assign=True replaces the Parameter object
+        self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
+        self._views: Sequence[Tensor] = ()
+        self._versions: tuple[tuple[int, int], ...] = ()
+        self._snapshot: list[Tensor] = []
+
+    @property
+    def projection(self) -> Projection:
+        return self._projections[self._name]  # type: ignore[return-value]
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self._theta_ds[self._name], *self.projection.parameters()]
+
+    def refresh(self) -> None:
+        """Bring theta_D up to date: always when a gradient is wanted, else only if a trained number changed."""
+        if self._wants_grad() or not self._views or self._changed() or self._views[0].requires_grad:
+            self._project()
+
+    def view(self, slot: int) -> Tensor:
+        """The factor of block number `slot`. Projects first if no forward of the model has done so."""
+        if not torch.compiler.is_compiling() and self._versions != self._current_versions():
+            self._project()
+        return self._views[slot]
+
+    def install(self, theta_D: Tensor) -> None:
+        """Use this theta_D until the next refresh."""
+        self._views = self.projection.layout.split(theta_D)
+        self._versions = self._current_versions()
+        self._snapshot = []
+
+    def _wants_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.trained())
+
+    def _changed(self) -> bool:
+        # by value: an edit through `.data` leaves the version counter as it was
+        now = self.trained()
+        return len(now) != len(self._snapshot) or not all(map(torch.equal, now, self._snapshot))
+
+    def _current_versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((id(p), p._version) for p in self.trained())
+
+    def _project(self) -> None:
+        theta_d = self._theta_ds[self._name]
+        if self._wants_grad():
+            self._views, self._snapshot = self.projection.layout.split(self.projection(theta_d)), []
+        else:
+            # normal tensors even under inference_mode, so that a later training step may use them
+            with torch.inference_mode(False), torch.no_grad():
+                self._views = self.projection.layout.split(self.projection(theta_d))
+                if not torch.compiler.is_compiling():
+                    self._snapshot = [p.detach().clone() for p in self.trained()]
+        if not torch.compiler.is_compiling():
+            self._versions = self._current_versions()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": (), "_versions": (), "_snapshot": []}
+
+
+class Factor(nn.Module):
+    """Stands in for the `nn.Linear` of PEFT's `lora_A` / `lora_B`; its weight is a view of theta_D."""
+
+    bias = None
+
+    def __init__(self, source: FactorSource, slot: int):
+        super().__init__()
+        self._source, self._slot = source, slot
+        self.out_features, self.in_features = source.projection.layout.blocks[slot].shape
+
+    @property
+    def weight(self) -> Tensor:
+        return self._source.view(self._slot)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.device))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, view of theta_D"

@@ -1,0 +1,64 @@
+"""Does it move? A change of theta_d must change the output of every kind of layer, and receive a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from uniproj.errors import AdapterError
+from uniproj.kernels.random import uniform
+from uniproj.tuner.factors import FactorSource
+
+
+def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: FactorSource) -> None:
+    """Probe one layer of each (class, dtype of the base weight) with one random row.
+
+    Raises AdapterError for a layer whose output ignores theta_d, as happens where a quantised layer swallows
+    the adapter. Layers on the meta device or with a merged adapter are not probed.
+    """
+    kinds = {(type(layer.get_base_layer()), _weight(layer).dtype): name for name, layer in reversed(layers.items())}
+    projection = source.projection
+    try:
+        for name in kinds.values():
+            layer = layers[name]
+            if _weight(layer).device.type == "meta" or layer.merged:
+                continue
+            theta_d = uniform(0, "probe", projection.d).float().to(_weight(layer).device)
+            with torch.no_grad():
+                theta_d = theta_d / projection.matvec(theta_d).square().mean().sqrt()
+            theta_d.requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                source.install(projection(theta_d))
+                change = _adapter_output(layer, adapter_name)
+                gradient = torch.autograd.grad(change.float().square().sum(), theta_d, allow_unused=True)[0]
+            if not change.any() or gradient is None or not gradient.any():
+                raise AdapterError(
+                    f"{name}: theta_d must move the output of {type(layer.get_base_layer()).__name__} layers "
+                    f"(weight {_weight(layer).dtype}), but output or gradient stayed 0. "
+                    "Leave such layers out of target_modules, or load the base model unquantised."
+                )
+    finally:
+        source._views, source._versions = (), ()
+
+
+def _weight(layer: LoraLayer) -> Tensor:
+    base = layer.get_base_layer()
+    return base.weight if hasattr(base, "weight") else next(base.parameters())
+
+
+def _adapter_output(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """layer(x) - base_layer(x) for one random row x, with only this adapter active and without dropout."""
+    base, weight = layer.get_base_layer(), _weight(layer)
+    dtype = weight.dtype if weight.dtype.is_floating_point else getattr(base, "compute_dtype", None) or torch.float32
+    x = uniform(0, "probe.x", layer.in_features).to(weight.device, dtype).unsqueeze(0)
+    state = layer._active_adapter, layer._disable_adapters, layer.training
+    try:
+        layer._active_adapter, layer._disable_adapters = [adapter_name], False
+        layer.eval()
+        return layer(x) - base(x)
+    finally:
+        layer._active_adapter, layer._disable_adapters = state[:2]
+        layer.train(state[2])

@@ -1,0 +1,242 @@
+"""`UniProjModel`: PEFT's LoraModel whose A and B come from one vector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from uniproj.errors import AdapterError
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.registry import build, get
+from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.factors import Factor, FactorSource
+from uniproj.tuner.liveness import check_alive
+
+
+class _BaseWeights(Mapping[str, Tensor]):
+    """W (out, in) of every adapted module, dequantised one at a time."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer]):
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers[name]
+        W = dequantize_module_weight(layer.get_base_layer()).detach()
+        return W.T if layer.fan_in_fan_out else W
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+class UniProjModel(LoraModel):
+    """Injection, merging and quantised layers are PEFT's; what is trained is `uniproj_theta_d[adapter]`.
+
+    After injection the `weight` of every `lora_A` and `lora_B` is a view of theta_D = P theta_d + c, which a
+    forward pre-hook on the base model projects once per forward. `projections[adapter]` is P.
+    """
+
+    uses_shared_state = True
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
+        first = not hasattr(self, "projections")
+        if first:
+            self.uniproj_theta_d = nn.ParameterDict()
+            self.projections = nn.ModuleDict()
+            self._sources: dict[str, FactorSource] = {}
+            self._trainable: set[str] = set()
+            self._adapters_enabled = True
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._attach(adapter_name)
+        except Exception:
+            if first:
+                super()._unload_and_optionally_merge(merge=False)
+            elif adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+        if first:
+            self._hook = model.register_forward_pre_hook(self._project_active)
+
+    def _attach(self, adapter_name: str) -> None:
+        config: UniProjConfig = self.peft_config[adapter_name]
+        layers = self._layers(adapter_name)
+        projection = self._build(config, layers)
+        _check_saved(config, projection)
+        device = next(iter(layers.values()))._get_base_layer_device_and_dtype(
+            next(iter(layers.values())).get_base_layer()
+        )[0]
+        device = None if device is None or device.type == "meta" else device
+        self.projections[adapter_name] = projection.to(device)
+        self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
+        source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
+        for slot, block in enumerate(projection.layout.blocks):
+            factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
+            factors[adapter_name] = Factor(source, slot)
+        if adapter_name in self.active_adapters and not config.inference_mode:
+            self._trainable.add(adapter_name)
+        self._sync_requires_grad()
+        check_alive(layers, adapter_name, source)
+
+    def _layers(self, adapter_name: str) -> dict[str, LoraLayer]:
+        found = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
+        layers = {}
+        for name, layer in found.items():
+            if adapter_name in layer.r:
+                if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+                    raise AdapterError(
+                        f"{name}: uniproj adapts linear layers, got {type(layer.get_base_layer()).__name__}. "
+                        "Leave it out of target_modules, or train it whole with modules_to_save."
+                    )
+                layers[name] = layer
+        return layers
+
+    def _build(self, config: UniProjConfig, layers: dict[str, LoraLayer]) -> Projection:
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        ranks = {name: layer.lora_A[self._name_of(config)].out_features for name, layer in layers.items()}
+        options = dict(config.projection_kwargs)
+        if get(config.projection).needs_base_weights:
+            options["base_weights"] = _BaseWeights(layers)
+        layout = LoRALayout.from_shapes(shapes, ranks)
+        return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
+
+    def _name_of(self, config: UniProjConfig) -> str:
+        return next(name for name, other in self.peft_config.items() if other is config)
+
+    # ---- forward ----------------------------------------------------------------------------------
+
+    def _project_active(self, model: nn.Module, args: Any) -> None:
+        if self._adapters_enabled:
+            for name in self.active_adapters:
+                self._sources[name].refresh()
+
+    # ---- which numbers are trained ----------------------------------------------------------------
+
+    def _sync_requires_grad(self) -> None:
+        for name, source in self._sources.items():
+            for parameter in source.trained():
+                parameter.requires_grad_(self._adapters_enabled and name in self._trainable)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters and train them, unless `inference_mode`."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._trainable = set() if inference_mode else set(names)
+        self._sync_requires_grad()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze these adapters."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._trainable = self._trainable | names if requires_grad else self._trainable - names
+        self._sync_requires_grad()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._adapters_enabled = enabled
+        self._sync_requires_grad()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with its theta_d and its P."""
+        super().delete_adapter(adapter_name)
+        self._sources.pop(adapter_name, None)
+        for holder in (self.uniproj_theta_d, self.projections):
+            if adapter_name in holder:
+                del holder[adapter_name]
+        self._trainable.discard(adapter_name)
+
+    # ---- merging ----------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for source in self._sources.values():
+            source.refresh()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._hook.remove()
+        return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: B A is bilinear in theta_d, so no vector stands for a weighted sum of updates."""
+        raise AdapterError(
+            "add_weighted_adapter: the sum of two updates B A is not the update of any theta_d (B A is bilinear). "
+            "Activate several adapters with set_adapter([...]), or merge them one after the other."
+        )
+
+    # ---- saving and loading -----------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: UniProjConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> dict[str, Tensor]:
+        own = re.compile(rf"(.*\.)?(uniproj_theta_d\.{adapter_name}$|projections\.{adapter_name}\.)")
+        wanted = {k: v for k, v in state_dict.items() if own.match(k)}
+        return {**wanted, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(uniproj_theta_d|projections)\.{adapter_name}(?=\.|$)", r"\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        mapped = {
+            re.sub(r"(uniproj_theta_d$|projections(?=\.))", rf"\1.{adapter_name}", key): value
+            for key, value in state_dict.items()
+        }
+        _check_tensors(model.base_model, adapter_name, mapped)
+        return mapped
+
+
+def _check_saved(config: UniProjConfig, projection: Projection) -> None:
+    """Refuse a saved adapter on another architecture or another P; note what this P is for the next save."""
+    now = {"layout_fingerprint": projection.layout.fingerprint, "projection_checksum": projection.checksum()}
+    for key, value in now.items():
+        saved = getattr(config, key)
+        if saved is not None and saved != value:
+            what = "modules, shapes or ranks" if key == "layout_fingerprint" else "P (method version or base weights)"
+            raise AdapterError(
+                f"{config.projection}: the adapter was trained with other {what}: its {key} is {saved[:12]}.., this "
+                f"model's is {value[:12]}... Load it on the base model (and dtype) it was trained on."
+            )
+    config._attached = now
+
+
+def _check_tensors(tuner: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a theta_d or a learned Parameter that is missing, misshapen, not finite, or a zero saddle."""
+    projection: Projection = tuner.projections[adapter_name]  # type: ignore[index, assignment, union-attr]
+    wanted = {f"projections.{adapter_name}.{n}": p.shape for n, p in projection.named_parameters()}
+    wanted[f"uniproj_theta_d.{adapter_name}"] = torch.Size([projection.d])
+    for key, shape in wanted.items():
+        found = next((v for k, v in tensors.items() if k.endswith(key)), None)
+        if found is None or found.shape != shape:
+            got = "none" if found is None else str(tuple(found.shape))
+            raise AdapterError(
+                f"{key}: the file must hold a tensor of shape {tuple(shape)}, got {got}. "
+                f"It is not an adapter of projection {projection.name!r} with d={projection.d}, or it is truncated."
+            )
+        if not torch.isfinite(found).all():
+            raise AdapterError(f"{key}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
+        if key.startswith("uniproj_theta_d") and projection.offset is None and not found.any():
+            raise AdapterError(
+                f"{key}: theta_d = 0 is a saddle (A = B = 0, gradient 0) that training never leaves. "
+                "Use an adapter that was trained, or a new one."
+            )
