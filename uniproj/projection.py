@@ -54,7 +54,7 @@ class Projection(nn.Module, ABC):
     layout, d and seed and `claims_if` names those that hold under a condition (an instance that meets it adds
     them to `self.claims`); `variants` are the hyperparameters the tests try.
 
-    Raises ProjectionError for d outside [1, D] and for inputs of a wrong shape or an integer dtype.
+    Raises ProjectionError for d outside [min_d, D] and for inputs of a wrong shape or an integer dtype.
     """
 
     name: ClassVar[str]
@@ -81,14 +81,19 @@ class Projection(nn.Module, ABC):
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__()
-        if not 1 <= d <= layout.D:
-            raise ProjectionError(
-                f"{self.name}: d must lie in [1, D] = [1, {layout.D}], got {d}. "
-                "Lower d, raise r or adapt more modules: a column beyond D would be empty."
-            )
+        self.check_d(layout, d)
         if self.needs_modules and layout.is_flat:
             raise ProjectionError(f"{self.name}: this method needs module structure. Pass layout= instead of D=.")
         self.layout, self.d, self.seed = layout, d, seed
+
+    @classmethod
+    def check_d(cls, layout: LoRALayout, d: int) -> None:
+        """Raises ProjectionError unless min_d <= d <= D."""
+        if not cls.min_d(layout) <= d <= layout.D:
+            raise ProjectionError(
+                f"{cls.name}: d must lie in [{cls.min_d(layout)}, D] = [{cls.min_d(layout)}, {layout.D}], got {d}. "
+                "Lower d, raise r or adapt more modules: a column beyond D would be empty."
+            )
 
     # ---- what a method writes ----------------------------------------------------------------------
 
@@ -183,7 +188,9 @@ class Projection(nn.Module, ABC):
     def to_sparse(self) -> Tensor:
         """P as a torch CSR tensor, (D, d) float64. Raises ProjectionError where P is dense."""
         rows, columns, values = self.entries()
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values.detach(), self.shape).to_sparse_csr()
+        place = torch.stack([rows, columns])
+        P = torch.sparse_coo_tensor(place, values.detach(), self.shape, check_invariants=False)
+        return P.to_sparse_csr()
 
     def to_scipy(self) -> LinearOperator:
         """P as a SciPy LinearOperator in float64, for svds, lsmr, onenormest and the like."""

@@ -48,10 +48,17 @@ def check_projection(P: Projection, *, only: Iterable[str] | None = None) -> lis
 
     only: names of the checks to run, all by default (`BATTERY`). Raises BatteryFailure if one fails.
     """
-    checks = [check for name in (only or BATTERY) for check in BATTERY[name](P)]
+    checks = [check for name in (only or BATTERY) for check in _run(name, P)]
     if not all(check.passed for check in checks):
         raise BatteryFailure(P, checks)
     return checks
+
+
+def _run(name: str, P: Projection) -> list[Check]:
+    try:
+        return BATTERY[name](P)
+    except Exception as error:  # a projection that raises fails this check; the others still report
+        return [Check(name, float("inf"), 0.0, False, f"raised {type(error).__name__}: {error}")]
 
 
 def sample(name: str, layout: LoRALayout, d: int | None = None, seed: int = 0, **hyperparameters: Any) -> Projection:
@@ -128,11 +135,17 @@ def autograd_equals_adjoint(P: Projection) -> list[Check]:
 
 
 def gradcheck(P: Projection) -> list[Check]:
-    """torch.autograd.gradcheck in theta_d (and P's Parameters), gradgradcheck for linear P. Small P only."""
+    """torch.autograd.gradcheck in theta_d and P's Parameters, gradgradcheck for linear P. Small P only."""
     if P.D * P.d > _GRADCHECK_ENTRIES:
         return []
     x = _vector(P, P.d, "x").requires_grad_()
-    ok = torch.autograd.gradcheck(P, x, raise_exception=False)
+    names = [name for name, _ in P.named_parameters()]
+    learned = [p.detach().double().requires_grad_() for p in P.parameters()]
+
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(P, dict(zip(names, parameters, strict=True)), (x,))
+
+    ok = torch.autograd.gradcheck(forward, (x, *learned), raise_exception=False)
     checks = [_at_most("gradcheck", float(not ok), 0.0)]
     if not P.learned:
         # the square makes the second derivative P^T P instead of 0
@@ -152,17 +165,21 @@ def claims(P: Projection) -> list[Check]:
 
 @torch.no_grad()
 def determinism(P: Projection) -> list[Check]:
-    """The same arguments give the same bits, another seed another P, and the global generator stays untouched."""
+    """The same arguments give the same bits, on every device at hand, and the global generator stays untouched."""
     before = torch.get_rng_state()
     again = P.rebuild()
-    M = P.to_dense()
+    untouched = torch.equal(before, torch.get_rng_state())
+    M = P.to_dense().cpu()
     checks = [
-        _at_most("rebuild_is_bit_equal", float(not torch.equal(again.to_dense().to(M.device), M)), 0.0),
-        _at_most("global_generator_untouched", float(not torch.equal(before, torch.get_rng_state())), 0.0),
+        _at_most("rebuild_is_bit_equal", float(not torch.equal(again.to_dense(), M)), 0.0),
+        _at_most("global_generator_untouched", float(not untouched), 0.0),
         _at_most("checksum_is_stable", float(again.checksum() != P.rebuild().checksum()), 0.0),
+        _at_most("start_is_bit_equal", float(not torch.equal(P.init_theta(0), P.init_theta(0))), 0.0),
     ]
-    theta, other = P.init_theta(0), P.init_theta(0)
-    checks.append(_at_most("start_is_bit_equal", float(not torch.equal(theta, other)), 0.0))
+    if torch.cuda.is_available():
+        moved = P.rebuild().to("cuda")
+        checks.append(_at_most("cuda_holds_the_same_P", float(not torch.equal(moved.to_dense().cpu(), M)), 0.0))
+        checks.append(_at_most("cuda_same_checksum", float(moved.checksum() != again.checksum()), 0.0))
     return checks
 
 
@@ -192,10 +209,11 @@ def dtypes(P: Projection) -> list[Check]:
         gap = max(_gap(out, reference), _gap(back, reference_back))
         checks.append(_at_most(f"dtype:{dtype}", gap, eps * max(1.0, P.D**0.5 / 16)))
     M = P.to_dense()
-    rounded = any(b.is_floating_point() for b in P.rebuild().to(torch.bfloat16).buffers() if b.dtype == torch.bfloat16)
-    moved = P.rebuild().to(torch.bfloat16)
-    same = P.learned or torch.equal(moved.to_dense().to(M.device), P.rebuild().to_dense().to(M.device))
-    checks.append(_at_most("cast_never_rounds_P", float(rounded or not same), 0.0))
+    cast = P.rebuild().to(torch.bfloat16)
+    # learned numbers are trained in the dtype they are cast to; P's fixed numbers keep theirs
+    rounded = any(b.dtype == torch.bfloat16 for b in cast.buffers())
+    exact = not rounded and (P.learned or torch.equal(cast.to_dense().to(M.device), M))
+    checks.append(_at_most("cast_never_rounds_P", float(not exact), 0.0))
     return checks
 
 

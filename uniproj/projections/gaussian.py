@@ -117,8 +117,6 @@ class NOLA(Projection):
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         blocks = len(layout.blocks)
         super().__init__(layout, d, seed)
-        if d < blocks:
-            raise ProjectionError(f"{self.name}: d must be at least one per factor = {blocks}, got {d}. Raise d.")
         self.k = [d // blocks + (i < d % blocks) for i in range(blocks)]
         self.register_buffer("c", lora_init(layout, seed), persistent=False)
         for i in range(blocks):

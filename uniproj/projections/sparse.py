@@ -33,8 +33,7 @@ class SparseCoordinates(Select):
     claims = frozenset({"affine", "orthogonal", "isometric", "uniform", "local"})
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
-        if not 1 <= d <= layout.D:
-            raise ProjectionError(f"{self.name}: d must lie in [1, D] = [1, {layout.D}], got {d}. Lower d or raise r.")
+        self.check_d(layout, d)
         super().__init__(layout, random_rows(layout.D, d, seed))
         self.seed = seed
         self.register_buffer("c", lora_init(layout, seed), persistent=False)
@@ -65,9 +64,10 @@ class UniLoRAPlusSparse(ConcatColumns):
     variants = ({}, {"exclusive": True})
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0, ratio: int = 12, exclusive: bool = False):
+        self.check_d(layout, d)
+        if ratio < 1:
+            raise ProjectionError(f"{self.name}: ratio = d_1 / k must be at least 1, got {ratio}.")
         k = max(1, d // (ratio + 1))
-        if not 2 <= d <= layout.D:
-            raise ProjectionError(f"{self.name}: d must lie in [2, D] = [2, {layout.D}], got {d}.")
         S = random_rows(layout.D, k, seed)
         if exclusive:
             rest = torch.ones(layout.D, dtype=torch.bool).index_fill(0, S, False).nonzero().flatten()

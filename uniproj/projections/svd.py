@@ -142,7 +142,7 @@ class LoRAXS(SingularFactors):
         return torch.cat([g.flatten(1) for g in grads], dim=1)
 
     def _R_matrix(self) -> Tensor:
-        return torch.eye(self.d, dtype=torch.float64, device=self.B_0.device)  # type: ignore[union-attr]
+        return torch.eye(self.d, dtype=torch.float64, device=self._frozen("B", torch.float64)[0].device)
 
     def init_theta(self, seed: int = 0) -> Tensor:
         return 1e-5 * normal(seed, "theta_d", self.d)

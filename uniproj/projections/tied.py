@@ -68,10 +68,10 @@ class SharedFactors(Projection):
         super().__init__(layout, B.numbers + A.numbers, seed)
         self.sides = (B, A)
         self.trained_letters = "".join(sorted(letters))
+        self.learned = any(side.matrix and side.scaler for side in self.sides)
         for side, letter, matrix in zip(self.sides, "vu", self._draw(), strict=True):
             scalers = torch.full((sum(side.scaler_sizes),), self._scaler_init(letter), dtype=torch.float64)
             if side.matrix and side.scaler:
-                self.learned = True
                 setattr(self, letter, nn.Parameter(scalers.float()))
             else:
                 self.register_buffer(letter, scalers, persistent=False)
@@ -171,8 +171,9 @@ class SharedFactors(Projection):
     def offset(self) -> Tensor | None:
         if all(side.numbers for side in self.sides):
             return None
-        empty = self.B.new_zeros(1, 0)  # type: ignore[operator]
-        zeros = [[self.B.new_zeros(1, *b.shape) for b in side.blocks] for side in self.sides]  # type: ignore[operator]
+        like = self._matrices(self.sides[0])
+        empty = like.new_zeros(1, 0)
+        zeros = [[like.new_zeros(1, *b.shape) for b in side.blocks] for side in self.sides]
         fixed = [z if s.numbers else self._factors(s, empty) for s, z in zip(self.sides, zeros, strict=True)]
         return self._interleave(*fixed).squeeze(0)
 
@@ -198,7 +199,7 @@ class SharedFactors(Projection):
                 columns.append((seen + i).flatten())
                 values.append(matrices[g][0, : b.shape[0], : b.shape[1]].flatten())
             seen += b.shape[0]
-        device = self.B.device  # type: ignore[union-attr]
+        device = self._matrices(side).device
         return torch.cat(rows).to(device), torch.cat(columns).to(device), torch.cat(values).to(device)
 
 
@@ -249,6 +250,7 @@ class TiedLoRA(SharedFactors):
     formula = "B = diag(v) B_shared, A = diag(u) A_shared"
     d_formula = "[B] r out + [A] r in per group, [v] sum(out), [u] M r"
     source = "arXiv 2311.09578"
+    learned = True
     claims = frozenset({"orthogonal"})
     claims_if = {"linear": "B or v, and A or u, trained", "affine": "one of the factors wholly frozen"}
     variants = (

@@ -43,8 +43,7 @@ class UniLoRA(Partition):
         assignment: str = "balanced",
         module_order: Sequence[str] | None = None,
     ):
-        if not 1 <= d <= layout.D:
-            raise ProjectionError(f"{self.name}: d must lie in [1, D] = [1, {layout.D}], got {d}. Lower d or raise r.")
+        self.check_d(layout, d)
         if assignment == "balanced":
             index = balanced_index(layout.D, d, seed, "unilora")
         elif assignment == "iid":
@@ -77,22 +76,6 @@ def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[st
     return index
 
 
-@register("unilora_unnormalised")
-class UnnormalisedUniLoRA(Partition):
-    r"""Uni-LoRA without column normalisation: theta_D[i] = theta_d[index[i]], P^T P = diag(n_j).
-
-    With balanced counts it is Uni-LoRA at sqrt(n) times the initial bound and learning rate, not another
-    geometry. Source: ablation of arXiv 2506.00799.
-    """
-
-    formula = "theta_D[i] = theta_d[index[i]]"
-    source = "arXiv 2506.00799, ablation"
-    claims = frozenset({"linear", "orthogonal", "uniform", "global_sharing"})
-
-    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
-        super().__init__(layout, d, seed, balanced_index(layout.D, max(d, 1), seed, "unilora"), normalise=False)
-
-
 @register("unilora_local")
 class LocalUniLoRA(Partition):
     r"""One partition per layer ("local" ablation): P = diag(P_1, .., P_L), still exactly isometric.
@@ -111,11 +94,8 @@ class LocalUniLoRA(Partition):
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0, per: str = "layer"):
         if per not in ("layer", "module"):
             raise ProjectionError(f"{self.name}: per must be 'layer' or 'module', got {per!r}.")
+        self.check_d(layout, d)
         groups = _groups(layout, per)
-        if not len(groups) <= d <= layout.D:
-            raise ProjectionError(
-                f"{self.name}: d must lie in [{len(groups)}, {layout.D}], one number per {per} at least, got {d}."
-            )
         index, first = torch.empty(layout.D, dtype=torch.long), 0
         shares = _shares(d, [len(rows) for rows in groups.values()])
         for number, (rows, share) in enumerate(zip(groups.values(), shares, strict=True)):
@@ -170,14 +150,11 @@ class NonUniformUniLoRA(Partition):
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0, share_B: float = 1 / 3):
         if not 0 < share_B < 1:
             raise ProjectionError(f"{self.name}: share_B must lie in (0, 1), got {share_B}.")
+        self.check_d(layout, d)
+        layout.pairs()
         is_B = torch.cat([torch.full((b.numel,), b.factor == "B") for b in layout.blocks])
         D_B = int(is_B.sum())
         D_A = layout.D - D_B
-        if not 2 <= d <= layout.D or D_B == 0:
-            raise ProjectionError(
-                f"{self.name}: d must lie in [2, {layout.D}] on a layout with modules, got {d}. "
-                "Pass layout= with modules and at least one number for each factor."
-            )
         d_B = min(max(round(share_B * d), 1, d - D_A), d - 1, D_B)
         index = torch.empty(layout.D, dtype=torch.long)
         index[is_B] = balanced_index(D_B, d_B, seed, "unilora.B")

@@ -19,7 +19,7 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: Fact
     Raises AdapterError for a layer whose output ignores theta_d, as happens where a quantised layer swallows
     the adapter. Layers on the meta device or with a merged adapter are not probed.
     """
-    kinds = {(type(layer.get_base_layer()), _weight(layer).dtype): name for name, layer in reversed(layers.items())}
+    kinds = {(type(layer.get_base_layer()), _weight(layer).dtype): name for name, layer in layers.items()}
     projection = source.projection
     try:
         for name in kinds.values():

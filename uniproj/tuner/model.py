@@ -202,7 +202,7 @@ class UniProjModel(LoraModel):
             re.sub(r"(uniproj_theta_d$|projections(?=\.))", rf"\1.{adapter_name}", key): value
             for key, value in state_dict.items()
         }
-        _check_tensors(model.base_model, adapter_name, mapped)
+        _check_tensors(model.base_model, adapter_name, mapped)  # type: ignore[arg-type]
         return mapped
 
 

@@ -1,0 +1,96 @@
+"""`python -m uniproj list` and `python -m uniproj check NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from uniproj.errors import ProjectionError
+from uniproj.layout import LoRALayout
+from uniproj.registry import get, names
+from uniproj.testing import BatteryFailure, Check, check_projection, sample
+
+_LAYOUT = LoRALayout.from_shapes({f"layer.{i}.{m}": (24, 16) for i in range(3) for m in ("query", "value")}, r=2)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `list` says of a projection: formula, d, kind, claims and source."""
+    cls = get(name)
+    return {
+        "name": name,
+        "theta_D": cls.formula,
+        "d": cls.d_formula,
+        "learned": cls.learned,
+        "needs": [
+            n for n, wanted in (("modules", cls.needs_modules), ("base weights", cls.needs_base_weights)) if wanted
+        ],
+        "claims": sorted(cls.claims),
+        "claims_if": dict(cls.claims_if),
+        "source": cls.source,
+    }
+
+
+def _list(as_json: bool) -> int:
+    rows = [describe(name) for name in names()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        conditional = [f"{claim} if {when}" for claim, when in row["claims_if"].items()]
+        kind = "learned P" if row["learned"] else "fixed P"
+        print(f"{row['name']}  ({kind}; {row['source']})")
+        print(f"    theta_D  {row['theta_D']}")
+        print(f"    d        {row['d']}")
+        print(f"    claims   {', '.join([*row['claims'], *conditional])}")
+    return 0
+
+
+def _check(name: str, seed: int, as_json: bool) -> int:
+    """Run the battery on every variant of a projection. Exit status 1 if a check fails."""
+    report: list[dict[str, Any]] = []
+    for variant in get(name).variants:
+        P = sample(name, _LAYOUT, d=48, seed=seed, **variant)
+        try:
+            checks = check_projection(P)
+        except BatteryFailure as failure:
+            checks = failure.checks
+        report.append({"variant": dict(variant), "D": P.D, "d": P.d, "checks": [vars(c) for c in checks]})
+        if not as_json:
+            _print(P.name, variant, P.shape, checks)
+    failed = sum(not c["passed"] for entry in report for c in entry["checks"])
+    if as_json:
+        # JSON has no NaN: a claim that is decided by its own rule has no limit
+        rows = json.loads(json.dumps(report), parse_constant=lambda _: None)
+        print(json.dumps({"name": name, "seed": seed, "failed": failed, "variants": rows}, indent=2))
+    return int(failed > 0)
+
+
+def _print(name: str, variant: Any, shape: tuple[int, int], checks: list[Check]) -> None:
+    print(f"{name} {dict(variant) or ''} (D, d) = {shape}")
+    for c in checks:
+        limit = "" if c.limit != c.limit else f"limit {c.limit:.1e}"
+        print(f"  {'ok  ' if c.passed else 'FAIL'} {c.name:32s} {c.value:<12.3e} {limit:16s} {c.note}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m uniproj", description="Projections of LoRA's parameters.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="every projection: formula, d, claims, source")
+    checking = commands.add_parser("check", help="run the battery on one projection and print what it measured")
+    checking.add_argument("name")
+    checking.add_argument("--seed", type=int, default=0)
+    for command in (listing, checking):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    try:
+        return _list(args.json) if args.command == "list" else _check(args.name, args.seed, args.json)
+    except ProjectionError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
