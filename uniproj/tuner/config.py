@@ -76,7 +76,7 @@ class UniProjConfig(LoraConfig):
             json.dumps(self.projection_kwargs)
         except TypeError as error:
             raise AdapterError(f"UniProjConfig: projection_kwargs must be JSON, {error}.") from None
-        self._attached: dict[str, str] = {}
+        self._attached: dict[str, str | None] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with fingerprint and checksum of the P that this configuration built last."""

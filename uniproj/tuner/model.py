@@ -72,12 +72,11 @@ class UniProjModel(LoraModel):
         config: UniProjConfig = self.peft_config[adapter_name]
         layers = self._layers(adapter_name)
         projection = self._build(config, layers)
+        device = _device(next(iter(layers.values())))
+        # low_cpu_mem_usage: new Parameters are on the meta device until the file is loaded into them
+        projection._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         _check_saved(config, projection)
-        device = next(iter(layers.values()))._get_base_layer_device_and_dtype(
-            next(iter(layers.values())).get_base_layer()
-        )[0]
-        device = None if device is None or device.type == "meta" else device
-        self.projections[adapter_name] = projection.to(device)
+        self.projections[adapter_name] = projection
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
         source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
         for slot, block in enumerate(projection.layout.blocks):
@@ -86,7 +85,8 @@ class UniProjModel(LoraModel):
         if adapter_name in self.active_adapters and not config.inference_mode:
             self._trainable.add(adapter_name)
         self._sync_requires_grad()
-        check_alive(layers, adapter_name, source)
+        if not _on_meta(projection):
+            check_alive(layers, adapter_name, source)
 
     def _layers(self, adapter_name: str) -> dict[str, LoraLayer]:
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
@@ -208,7 +208,9 @@ class UniProjModel(LoraModel):
 
 def _check_saved(config: UniProjConfig, projection: Projection) -> None:
     """Refuse a saved adapter on another architecture or another P; note what this P is for the next save."""
-    now = {"layout_fingerprint": projection.layout.fingerprint, "projection_checksum": projection.checksum()}
+    now = {"layout_fingerprint": projection.layout.fingerprint}
+    if not _on_meta(projection):
+        now["projection_checksum"] = projection.checksum()
     for key, value in now.items():
         saved = getattr(config, key)
         if saved is not None and saved != value:
@@ -217,7 +219,17 @@ def _check_saved(config: UniProjConfig, projection: Projection) -> None:
                 f"{config.projection}: the adapter was trained with other {what}: its {key} is {saved[:12]}.., this "
                 f"model's is {value[:12]}... Load it on the base model (and dtype) it was trained on."
             )
-    config._attached = now
+    config._attached = {"projection_checksum": config.projection_checksum, **now}
+
+
+def _device(layer: LoraLayer) -> torch.device:
+    """Where theta_d and P live: with the first adapted layer, or on the CPU for a model on the meta device."""
+    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    return torch.device("cpu") if device is None or device.type == "meta" else device
+
+
+def _on_meta(projection: Projection) -> bool:
+    return any(p.is_meta for p in projection.parameters())
 
 
 def _check_tensors(tuner: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
