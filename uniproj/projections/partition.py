@@ -12,12 +12,12 @@ from uniproj.projection import Entries, Projection
 
 
 def balanced_index(D: int, d: int, seed: int, stream: str) -> Tensor:
-    """(D,) int64: row k d + j belongs to column pi_k(j), pi_k a keyed permutation of the d columns.
+    """(D,) int64: row i belongs to column pi(i) mod d, pi a keyed permutation of the D rows.
 
-    Every column gets floor(D / d) or ceil(D / d) rows.
+    A uniform balanced shuffle: every column gets floor(D / d) or ceil(D / d) rows, anywhere in the model; the
+    rows of column j are pi^-1(j), pi^-1(j + d), ..
     """
-    row = torch.arange(D)
-    return permute(row % d, d, seed, stream, row // d)
+    return permute(torch.arange(D), D, seed, stream, torch.zeros(1, dtype=torch.long)) % d
 
 
 class Partition(Projection):

@@ -21,7 +21,7 @@ class UniLoRA(Partition):
     r"""Every entry of theta_D copies one of d shared numbers, scaled to unit columns.
 
     Maths:  theta_D[i] = theta_d[index[i]] / sqrt(n_index[i]); P^T P = I_d.
-    Index:  assignment="balanced": keyed permutations, n_j in {floor(D/d), ceil(D/d)};
+    Index:  assignment="balanced": a keyed permutation mod d, n_j in {floor(D/d), ceil(D/d)};
             "iid": index[i] uniform on [0, d) as in the paper's text (columns may stay empty: an error);
             "peft": the indices of PEFT's UNILORA for proj_seed = seed, with its modules in `module_order`
             (its order of registration), A before B.

@@ -1,0 +1,74 @@
+"""The house rules, read from the syntax trees: imports point one way, files stay short, every projection registers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from uniproj import names
+from uniproj.projections import __path__ as projections_path
+from uniproj.registry import get
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "uniproj").rglob("*.py")) + sorted((ROOT / "experiments").rglob("*.py"))
+
+# what a part of the library may import of the library; the tuner and the command line may import everything
+ALLOWED = {
+    "errors": set(),
+    "layout": {"errors"},
+    "kernels": {"kernels"},
+    "budget": set(),
+    "projection": {"budget", "errors", "kernels", "layout"},
+    "registry": {"errors", "layout", "projection", "projections"},
+    "claims": {"kernels", "projection"},
+    "algebra": {"errors", "layout", "projection"},
+    "projections": {"algebra", "budget", "errors", "kernels", "layout", "projection", "projections", "registry"},
+    "testing": {"claims", "kernels", "layout", "projection", "registry"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {m for m in modules if m}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    own = {m for m in _imports(path) if m.split(".")[0] in ("uniproj", "experiments")}
+    if parts[0] == "uniproj":
+        assert not any(m.startswith("experiments") for m in own)
+        if parts[1] in ALLOWED:
+            used = {m.split(".")[1] for m in own if "." in m}
+            assert used <= ALLOWED[parts[1]], f"{parts[1]} may not import {used - ALLOWED[parts[1]]}"
+
+
+@pytest.mark.parametrize("path", SOURCES + sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_every_file_of_projections_registers_or_is_a_base() -> None:
+    homes = {get(name).__module__ for name in names()}
+    files = {f"uniproj.projections.{p.stem}" for p in Path(projections_path[0]).glob("*.py") if p.stem != "__init__"}
+    bases = {"uniproj.projections.partition"}
+    assert files - homes == bases
+
+
+def test_the_shortest_projection_has_at_most_40_lines() -> None:
+    files = {Path(importlib.import_module(get(name).__module__).__file__ or "") for name in names()}
+    assert min(len(f.read_text().splitlines()) for f in files) <= 40
+
+
+def test_the_library_draws_nothing_from_a_global_generator() -> None:
+    banned = ("manual_seed", "torch.rand", "np.random.seed", "random.seed", "hash(", "pickle")
+    for path in sorted((ROOT / "uniproj").rglob("*.py")):
+        text = path.read_text()
+        assert not any(word in text for word in banned if not (word == "hash(" and "__hash__" in text)), path

@@ -1,0 +1,79 @@
+"""The layout of theta_D: order, views, fingerprint."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.spaces import layouts
+from uniproj import LoRALayout, ProjectionError
+
+SHAPES = {"h.10.q": (3, 2), "h.2.v": (4, 5), "h.2.q": (1, 6)}
+
+
+def test_order_is_natural_in_the_names_and_B_before_A() -> None:
+    layout = LoRALayout.from_shapes(SHAPES, 2)
+    assert layout.modules == ("h.2.q", "h.2.v", "h.10.q")
+    assert [(b.factor, b.shape, b.offset) for b in layout.blocks[:3]] == [
+        ("B", (1, 2), 0), ("A", (2, 6), 2), ("B", (4, 2), 14),
+    ]  # fmt: skip
+    assert layout.D == 2 * (1 + 6 + 4 + 5 + 3 + 2)
+    assert layout == LoRALayout.from_shapes(dict(reversed(SHAPES.items())), 2)
+
+
+def test_fingerprint_is_the_documented_hash() -> None:
+    import hashlib
+
+    text = '[["a","B",3,1],["a","A",1,2]]'
+    assert LoRALayout.from_shapes({"a": (3, 2)}, 1).fingerprint == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("change", [{"h.2.q": (1, 7)}, {"h.3.q": (1, 6)}])
+def test_fingerprint_sees_shapes_and_names(change) -> None:
+    assert LoRALayout.from_shapes({**SHAPES, **change}, 2).fingerprint != LoRALayout.from_shapes(SHAPES, 2).fingerprint
+
+
+@given(layout=layouts(), batch=st.integers(0, 2))
+def test_flatten_inverts_split(layout: LoRALayout, batch: int) -> None:
+    theta_D = torch.arange(float((batch + 1) * layout.D)).view(batch + 1, layout.D).squeeze(0)
+    parts = layout.split(theta_D)
+    factors = {(b.module, b.factor): part for b, part in zip(layout.blocks, parts, strict=True)}
+    assert torch.equal(layout.flatten(factors), theta_D)
+    assert all(tuple(p.shape[-2:]) == b.shape for p, b in zip(parts, layout.blocks, strict=True))
+
+
+@given(layout=layouts())
+def test_rows_and_restriction_agree(layout: LoRALayout) -> None:
+    some = layout.modules[::2]
+    rows = layout.rows(some)
+    assert len(rows) == layout.restrict(some).D
+    owners = layout.module_index()[rows]
+    assert {layout.modules[i] for i in owners.tolist()} == set(some)
+
+
+def test_split_is_one_autograd_node() -> None:
+    layout = LoRALayout.from_shapes(SHAPES, 2)
+    theta_D = torch.randn(layout.D, requires_grad=True)
+    nodes = {part.grad_fn.next_functions[0][0] for part in layout.split(theta_D)}
+    assert len(nodes) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRALayout([]), "at least one block"),
+        (lambda: LoRALayout.flat(0), "D must be at least 1"),
+        (lambda: LoRALayout.from_shapes({"a": (0, 2)}, 1), "a must have sizes and rank of at least 1"),
+        (lambda: LoRALayout.flat(3).pairs(), "flat layout has no modules"),
+        (lambda: LoRALayout.from_shapes(SHAPES, 1).rows(["x"]), "unknown modules"),
+        (
+            lambda: LoRALayout.from_shapes({"a": (1, 2)}, 1).flatten(
+                {("a", "B"): torch.zeros(2, 1), ("a", "A"): torch.zeros(1, 2)}
+            ),
+            r"a.B must have shape \(1, 1\), got \(2, 1\)",
+        ),
+    ],
+)
+def test_errors(make, message: str) -> None:
+    with pytest.raises(ProjectionError, match=message):
+        make()

@@ -1,0 +1,173 @@
+"""Names, entry points, budgets, errors, the command line."""
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+
+import uniproj
+from uniproj import LoRALayout, Projection, ProjectionError, build, get, names, register, registry
+from uniproj.__main__ import main
+from uniproj.algebra import BlockDiagonal, Compose, ConcatColumns, Select
+from uniproj.budget import TOLERANCE
+from uniproj.projections.partition import Partition
+
+LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in "qv"}, r=2)
+METHODS = {
+    "lora", "gaussian", "gaussian_orthonormal", "nola", "vera", "tied_lora", "vblora", "lora_xs", "fastfood",
+    "fastfood_sign", "unilora", "unilora_local", "unilora_nonuniform", "unilora_unnormalised", "sparse", "tinylora",
+    "unilora_sparse",
+}  # fmt: skip
+
+
+class Third(Partition):
+    """Somebody else's projection."""
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
+        super().__init__(layout, d, seed, torch.arange(layout.D) % d)
+
+
+def test_all_methods_are_registered() -> None:
+    assert set(names()) >= METHODS
+
+
+def test_entry_points_bring_third_parties_in(monkeypatch) -> None:
+    entry = importlib.metadata.EntryPoint("third", f"{__name__}:Third", registry.ENTRY_POINTS)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    registry._load.cache_clear()
+    try:
+        assert "third" in names()
+        assert build("third", D=10, d=3).name == "third"
+    finally:
+        registry._load.cache_clear()
+
+
+def test_a_taken_name_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    with pytest.raises(ProjectionError, match="'unilora' is taken by"):
+        register("unilora")(Third)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in METHODS if get(n).free_d and not get(n).needs_modules))
+def test_flat_layouts(name: str) -> None:
+    P = build(name, 40, 8, seed=1)
+    assert P.shape == (40, 8) and P(torch.ones(8)).shape == (40,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build("uniloar", 10, 2), r"unknown projection 'uniloar'. Did you mean 'unilora'.*Known: fastfood"),
+        (lambda: build("unilora"), "either D= or layout="),
+        (lambda: build("unilora", 10, 2, layout=LAYOUT), "either D= or layout="),
+        (lambda: build("unilora", 10), "d is free"),
+        (lambda: build("unilora", 10, 11), r"d must lie in \[1, D\] = \[1, 10\], got 11"),
+        (lambda: build("unilora", 10, 0), r"got 0"),
+        (lambda: build("unilora", 10, 2, topk=3), r"unknown hyperparameters \['topk'\]; this method knows \['assign"),
+        (lambda: build("unilora", 10, 2, assignment="x"), "assignment must be"),
+        (lambda: build("unilora", 10, 9, assignment="iid"), "every column needs a row"),
+        (lambda: build("unilora", 10, 2, assignment="peft", module_order=["x"]), "module_order must list every module"),
+        (lambda: build("vera", 10), "needs module structure|flat layout has no modules"),
+        (lambda: build("vera", layout=LAYOUT, d=3), r"d = sum\(out \+ r\) = 40 on this layout, got d=3"),
+        (lambda: build("lora_xs", layout=LAYOUT, base_weights={}), "h.0.q needs a base weight of shape"),
+        (lambda: build("lora_xs", layout=LAYOUT, base_weights={}, side="C"), "side must be"),
+        (lambda: build("tinylora", layout=LAYOUT, base_weights={}, u=0), "u >= 1"),
+        (lambda: build("vblora", layout=LAYOUT, vector_length=3), "vector_length must divide every in and out"),
+        (lambda: build("vblora", layout=LAYOUT, num_vectors=2, topk=3), "topk must lie in"),
+        (lambda: build("tied_lora", layout=LAYOUT, trained="xy"), "non-empty subset of 'uvAB'"),
+        (lambda: build("tied_lora", layout=LAYOUT, group="x"), "group must be"),
+        (
+            lambda: build("vera", layout=LoRALayout.from_shapes({"a": (2, 2), "b": (2, 2)}, {"a": 1, "b": 2})),
+            "one rank",
+        ),
+        (lambda: build("unilora_local", layout=LAYOUT, d=3), r"d must lie in \[4, D\]"),
+        (lambda: build("unilora_local", layout=LAYOUT, d=9, per="x"), "per must be"),
+        (lambda: build("unilora_nonuniform", layout=LAYOUT, d=9, share_B=2), "share_B must lie"),
+        (lambda: build("unilora_sparse", 30, 9, ratio=0), "ratio"),
+        (lambda: Compose(build("unilora", 10, 4), build("unilora", 5, 2)), "outer.d must equal inner.D, got 4 and 5"),
+        (lambda: ConcatColumns([build("unilora", 10, 4), build("unilora", 5, 2)]), "must share D"),
+        (lambda: BlockDiagonal([build("unilora", 10, 4)], LAYOUT), "10 rows together, the layout has 96"),
+        (lambda: Select(LoRALayout.flat(4), torch.tensor([1, 1])), "rows must be distinct"),
+    ],
+)
+def test_errors_say_what_to_do(make, message: str) -> None:
+    with pytest.raises(ProjectionError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda P: P(torch.ones(9)), r"theta_d must have shape \(\.\.\., d\) = \(\.\.\., 4\), got \(9,\)"),
+        (lambda P: P(torch.tensor(1.0)), r"got \(\)"),
+        (lambda P: P.adjoint(torch.ones(4)), r"theta_D must have shape"),
+        (lambda P: P(torch.ones(4, dtype=torch.int64)), "float tensor, got torch.int64"),
+        (lambda P: build("gaussian", 10, 4).to_sparse(), "no sparse form"),
+    ],
+)
+def test_bad_input_is_refused(use, message: str) -> None:
+    with pytest.raises(ProjectionError, match=message):
+        use(build("unilora", 10, 4))
+
+
+def test_a_dense_matrix_too_large_to_hold_is_refused_or_regenerated(monkeypatch) -> None:
+    whole = build("gaussian", 50, 7, seed=2)
+    monkeypatch.setattr("uniproj.projections.gaussian.RESIDENT", 100)
+    monkeypatch.setattr("uniproj.projections.gaussian.TILE", 30)
+    tiled = build("gaussian", 50, 7, seed=2)
+    x, y = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
+    assert tiled.P is None
+    torch.testing.assert_close(tiled(x), whole(x), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(tiled.adjoint(y), whole.adjoint(y), rtol=1e-13, atol=1e-13)
+    assert torch.equal(tiled.to_dense(), whole.to_dense())
+    with pytest.raises(ProjectionError, match="must be held whole"):
+        build("gaussian_orthonormal", 50, 7)
+
+
+MINILM = {f"encoder.layer.{i}.attention.self.{m}": (384, 384) for i in range(6) for m in ("query", "value")}
+
+
+@pytest.mark.parametrize("name", names())
+def test_budget_counts_what_is_built(name: str) -> None:
+    """for_budget's count equals the trained numbers of the projection it describes."""
+    cls = get(name)
+    plan = cls.for_budget(MINILM, 4740, 4)
+    layout = LoRALayout.from_shapes(MINILM, plan.r)
+    extra = dict(plan.hyperparameters)
+    if cls.needs_base_weights:
+        extra["base_weights"] = {m: torch.zeros(shape) + torch.eye(384) for m, shape in MINILM.items()}
+    if name in ("gaussian", "gaussian_orthonormal", "nola"):  # a gigabyte to build; d is free and met exactly
+        assert plan.trained == plan.d == 4740
+        return
+    P: Projection = build(name, layout=layout, d=plan.d, **extra)
+    assert P.trained == plan.trained
+    if name != "lora":  # its smallest rank has 9,216 numbers
+        assert abs(plan.error(4740)) <= TOLERANCE
+
+
+def test_list_and_check_on_the_command_line(capsys) -> None:
+    assert main(["list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() >= METHODS and rows["unilora"]["source"] == "arXiv 2506.00799"
+    assert all(row["theta_D"] and row["d"] and row["claims"] and row["source"] for row in rows.values())
+    assert main(["list"]) == 0
+    assert "isometric if n' divides D" in capsys.readouterr().out
+    assert main(["check", "unilora", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["failed"] == 0 and len(report["variants"]) == 3
+    assert main(["check", "vera"]) == 0
+    assert "ok   claim:orthogonal" in capsys.readouterr().out
+    assert main(["check", "nothing"]) == 2
+    assert "Known:" in capsys.readouterr().err
+
+
+def test_check_reports_a_failure(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(get("unilora"), "init_bound", 0.0)
+    assert main(["check", "unilora"]) == 1
+    assert "FAIL start_is_not_the_saddle" in capsys.readouterr().out
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert uniproj.__version__ == importlib.metadata.version("uniproj")

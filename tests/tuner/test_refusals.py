@@ -1,0 +1,106 @@
+"""A damaged, foreign or dead adapter is refused before anything is installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.tuner.models import base_model, config
+from uniproj import AdapterError
+
+THETA = "base_model.uniproj_theta_d"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(tensors), folder / "adapter_model.safetensors")
+
+
+def _reconfigure(folder: Path, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {THETA: t[THETA][:-1].clone()}, r"shape \(60,\), got \(59,\)"),
+        (lambda t: {THETA: t[THETA] * float("nan")}, "must be finite"),
+        (lambda t: {THETA: t[THETA] * 0}, "saddle"),
+        (lambda t: {"something.else": t[THETA]}, "got none"),
+    ],
+    ids=["truncated vector", "nan", "zero", "foreign keys"],
+)
+def test_bad_tensors(saved: Path, change, message: str) -> None:
+    _rewrite(saved, change)
+    with pytest.raises(AdapterError, match=message):
+        PeftModel.from_pretrained(base_model("llama"), saved)
+
+
+def test_a_truncated_file_is_not_loaded(saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(Exception, match=r"(?i)incomplete|invalid|metadata"):
+        PeftModel.from_pretrained(base_model("llama"), saved)
+
+
+def test_another_architecture(saved: Path) -> None:
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    )
+    with pytest.raises(AdapterError, match="trained with other modules, shapes or ranks"):
+        PeftModel.from_pretrained(other, saved)
+
+
+def test_another_seed_of_P(saved: Path) -> None:
+    _reconfigure(saved, projection_seed=1)
+    with pytest.raises(AdapterError, match="projection_checksum"):
+        PeftModel.from_pretrained(base_model("llama"), saved)
+
+
+def test_other_base_weights_under_singular_factors(tmp_path: Path) -> None:
+    get_peft_model(base_model("llama"), config("llama", "lora_xs", None)).save_pretrained(tmp_path)
+    other = base_model("llama")
+    other.model.layers[0].self_attn.q_proj.weight.data *= 1.5
+    with pytest.raises(AdapterError, match="base weights"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_configuration_may_be_used_for_several_models() -> None:
+    shared = config("llama")
+    get_peft_model(base_model("llama"), shared)
+    shared.target_modules = {"q_proj"}
+    get_peft_model(base_model("llama"), shared)
+
+
+def test_an_adapter_of_another_method(tmp_path: Path, saved: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base_model("llama"), lora).save_pretrained(tmp_path / "lora")
+    (saved / "adapter_model.safetensors").write_bytes((tmp_path / "lora" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match="not an adapter of projection 'unilora'"):
+        PeftModel.from_pretrained(base_model("llama"), saved)
+
+
+def test_a_dead_adapter_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(LoraLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x))
+    with pytest.raises(AdapterError, match="theta_d must move the output of Linear layers"):
+        get_peft_model(base_model("llama"), config("llama"))
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    source = model.base_model._sources["default"]
+    assert len(source._views) == 0
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model.base_model.uniproj_theta_d["default"], source.projection.init_theta(0))
