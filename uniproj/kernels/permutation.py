@@ -9,6 +9,7 @@ MurmurHash3 and key_t is word t of the stream (seed, name, part) of `random.py`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from uniproj.kernels.random import bits
@@ -43,8 +44,11 @@ def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor) -> Tensor:
     high_bits = width // 2
     low_bits = width - high_bits
     table = bits(seed, stream, _ROUNDS * (int(part.max()) + 1), device=x.device).view(-1, _ROUNDS)
-    keys = [table[:, t][part] for t in range(_ROUNDS)]
-    y = _feistel(x, keys, low_bits, high_bits)
-    while (outside := y >= n).any():
-        y = y.where(~outside, _feistel(y, keys, low_bits, high_bits))
-    return y
+    x, part = torch.broadcast_tensors(x, part)
+    y = _feistel(x, [table[:, t][part] for t in range(_ROUNDS)], low_bits, high_bits).flatten()
+    walking = (y >= n).nonzero().flatten()
+    while len(walking):
+        keys = [table[:, t][part.flatten()[walking]] for t in range(_ROUNDS)]
+        y[walking] = _feistel(y[walking], keys, low_bits, high_bits)
+        walking = walking[y[walking] >= n]
+    return y.view(x.shape)

@@ -33,8 +33,9 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: Fact
             with torch.inference_mode(False), torch.enable_grad():
                 source.install(projection(theta_d))
                 change = _adapter_output(layer, adapter_name)
-                gradient = torch.autograd.grad(change.float().square().sum(), theta_d, allow_unused=True)[0]
-            if not change.any() or gradient is None or not gradient.any():
+                alive = change.requires_grad and bool(change.any())
+                alive = alive and bool(torch.autograd.grad(change.float().square().sum(), theta_d)[0].any())
+            if not alive:
                 raise AdapterError(
                     f"{name}: theta_d must move the output of {type(layer.get_base_layer()).__name__} layers "
                     f"(weight {_weight(layer).dtype}), but output or gradient stayed 0. "
