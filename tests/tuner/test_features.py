@@ -39,6 +39,9 @@ def test_checkpointing_a_learned_projection() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for name, gradient in _gradients(model).items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(AdapterError, match="needs the non-reentrant kind"):
+        model(**batch("llama"))
 
 
 def test_bfloat16_autocast_trains_in_float32() -> None:

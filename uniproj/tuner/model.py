@@ -118,6 +118,8 @@ class UniProjModel(LoraModel):
     def _project_active(self, model: nn.Module, args: Any) -> None:
         if self._adapters_enabled:
             for name in self.active_adapters:
+                if self._sources[name].projection.learned and torch.is_grad_enabled():
+                    _refuse_reentrant(model)
                 self._sources[name].refresh()
 
     # ---- which numbers are trained ----------------------------------------------------------------
@@ -220,6 +222,19 @@ def _check_saved(config: UniProjConfig, projection: Projection) -> None:
                 f"model's is {value[:12]}... Load it on the base model (and dtype) it was trained on."
             )
     config._attached = {"projection_checksum": config.projection_checksum, **now}
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    """Reentrant checkpointing walks back through theta_D once per segment, which a learned P's graph cannot bear."""
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
+            "use_reentrant"
+        ):
+            raise AdapterError(
+                "gradient checkpointing: a learned projection (VB-LoRA, Tied-LoRA) needs the non-reentrant kind, got "
+                'use_reentrant=True. Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
 
 
 def _device(layer: LoraLayer) -> torch.device:
