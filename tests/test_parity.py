@@ -84,7 +84,7 @@ def test_way_back(kind: str, seed: int, dtype: torch.dtype) -> None:
     P, theta_d = from_peft(model, dtype=dtype)
     theta_d += torch.randn_like(theta_d)
     for p in P.parameters():
-        p += torch.randn_like(p)
+        p.add_(torch.randn_like(p))
     to_peft(P, theta_d, model)
     for name, ours in deltas(P.layout, P(theta_d), model).items():
         assert error(peft_delta(layers(model)[name]), ours) <= TOLERANCE[dtype]
@@ -94,7 +94,10 @@ def test_way_back(kind: str, seed: int, dtype: torch.dtype) -> None:
 @each_kind
 @torch.no_grad()
 def test_frozen_tensors_move_to_a_model_with_other_ones(kind: str) -> None:
-    saved = {"UNILORA": {"save_indices": True, "proj_seed": 9}, "VERA": {"projection_prng_key": 9}}
+    saved: dict[str, dict[str, Any]] = {
+        "UNILORA": {"save_indices": True, "proj_seed": 9},
+        "VERA": {"projection_prng_key": 9},
+    }
     P, theta_d = from_peft(wrap(kind, 0)[1])
     other = wrap(kind, 5, **saved.get(kind, {}))[1]
     to_peft(P, theta_d, other)

@@ -152,10 +152,10 @@ class BlockDiagonal(_Composite):
 
     @property
     def offset(self) -> Tensor | None:
-        offsets = [p.offset for p in self._children()]
-        if all(c is None for c in offsets):
+        offsets = [(p, p.offset) for p in self._children()]
+        if all(c is None for _, c in offsets):
             return None
-        return torch.cat([torch.zeros(p.D) if c is None else c for p, c in zip(self._children(), offsets, strict=True)])
+        return torch.cat([torch.zeros(p.D, device=p.device) if c is None else c for p, c in offsets])
 
     def init_theta(self, seed: int = 0) -> Tensor:
         return torch.cat([p.init_theta(seed) for p in self._children()])

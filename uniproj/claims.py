@@ -41,7 +41,7 @@ def _gram(P: Projection) -> Tensor:
 
 def linear(P: Projection) -> Measurement:
     """P(2 x - 3 y) = 2 P(x) - 3 P(y), and P(0) = 0."""
-    return _additive(P, torch.zeros(P.D, dtype=torch.float64))
+    return _additive(P, torch.zeros(P.D, dtype=torch.float64, device=P.device))
 
 
 def affine(P: Projection) -> Measurement:
@@ -54,7 +54,7 @@ def affine(P: Projection) -> Measurement:
 
 @torch.no_grad()
 def _additive(P: Projection, c: Tensor) -> Measurement:
-    x, y = uniform(1, "claims", P.d).to(c.device), uniform(2, "claims", P.d).to(c.device)
+    x, y = uniform(1, "claims", P.d).to(P.device), uniform(2, "claims", P.d).to(P.device)
     gap = (P(2 * x - 3 * y) - c) - 2 * (P(x) - c) + 3 * (P(y) - c)
     size = (P(x) - c).norm() + (P(y) - c).norm() + c.norm()
     return _at_most(gap.norm() / size.clamp_min(1e-300), TOLERANCE, "relative deviation from linearity")
@@ -152,10 +152,9 @@ def isometry_error(P: Projection) -> float:
         )
         return float(abs(csr.T @ csr - scipy.sparse.eye_array(P.d)).max())
     worst = 0.0
-    device = next(P.buffers()).device
     for first in range(0, P.d, _COLUMNS):
-        columns = torch.arange(first, min(first + _COLUMNS, P.d), device=device)
-        E = torch.zeros(len(columns), P.d, dtype=torch.float64, device=device)
+        columns = torch.arange(first, min(first + _COLUMNS, P.d), device=P.device)
+        E = torch.zeros(len(columns), P.d, dtype=torch.float64, device=P.device)
         E[torch.arange(len(columns)), columns] = 1.0
         worst = max(worst, float((P.rmatvec(P.matvec(E)) - E).abs().max()))
     return worst

@@ -145,6 +145,11 @@ class Projection(nn.Module, ABC):
         return self.D, self.d
 
     @property
+    def device(self) -> torch.device:
+        """Where P's numbers are; the CPU for a P without any."""
+        return next((t.device for t in [*self.buffers(), *self.parameters()]), torch.device("cpu"))
+
+    @property
     def trained(self) -> int:
         """Count of trained numbers: d and P's own Parameters."""
         return self.d + sum(p.numel() for p in self.parameters())
@@ -199,7 +204,7 @@ class Projection(nn.Module, ABC):
             @torch.no_grad()
             def on_columns(x: np.ndarray) -> np.ndarray:
                 columns = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64).reshape(x.shape[0], -1))
-                y = raw(columns.T).T.cpu().numpy()
+                y = raw(columns.T.to(self.device)).T.cpu().numpy()
                 return y.reshape(-1, *x.shape[1:])
 
             return on_columns
@@ -219,8 +224,7 @@ class Projection(nn.Module, ABC):
         Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device.
         """
         with torch.no_grad():
-            probe = uniform(0, "checksum", self.d).to(next(self.buffers(), torch.empty(0)).device)
-            theta_D = self(probe).cpu()
+            theta_D = self(uniform(0, "checksum", self.d).to(self.device)).cpu()
         rows = torch.linspace(0, self.D - 1, min(self.D, _CHECKSUM_ROWS)).long()
         grid = torch.round(theta_D[rows] / _CHECKSUM_GRID).long()
         head = f"{self.name}/{self.version}/{self.shape}/".encode()

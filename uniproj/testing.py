@@ -78,11 +78,7 @@ def _at_most(name: str, value: Tensor | float, limit: float, note: str = "") -> 
 
 
 def _vector(P: Projection, n: int, stream: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    return normal(P.seed + 1, stream, n).to(_device(P), dtype)
-
-
-def _device(P: Projection) -> torch.device:
-    return next((t.device for t in [*P.buffers(), *P.parameters()]), torch.device("cpu"))
+    return normal(P.seed + 1, stream, n).to(P.device, dtype)
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:

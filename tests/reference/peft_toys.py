@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from uniproj import LoRALayout
 
 TARGETS = ["up", "down", "mix", "pair.0", "pair.1"]
-CONFIGS = {
+CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "LORA": (LoraConfig, {"r": 4, "lora_alpha": 6, "rank_pattern": {"mix": 3}, "alpha_pattern": {"up": 20}}),
     "UNILORA": (UniLoraConfig, {"r": 4, "theta_d_length": 50}),
     "VERA": (VeraConfig, {"r": 4}),
@@ -92,8 +92,8 @@ def run_base(base: Toy, delta: dict[str, Tensor], x: Tensor) -> Tensor:
     """The base model with W + delta W in place of W."""
     weights = {}
     for name, change in delta.items():
-        module = base.get_submodule(name)
-        weights[f"{name}.weight"] = module.weight + (change.T if isinstance(module, Conv1D) else change)
+        transposed = isinstance(base.get_submodule(name), Conv1D)
+        weights[f"{name}.weight"] = base.get_parameter(f"{name}.weight") + (change.T if transposed else change)
     return functional_call(base, weights, (x,))
 
 

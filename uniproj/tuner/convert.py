@@ -212,7 +212,6 @@ def _build_unilora(adapter: _Adapter) -> UniLoRA:
             f"from_peft: {module} must scale coordinate {int(index[row])} as every other row does, by "
             f"{scale[index[row]]:.6g}, got {scales[row]:.6g}. Its scales belong to other indices: regenerate both."
         )
-    P.index.copy_(index)
     P.scale.copy_(scale)
     # PEFT keeps scales in the base weight's dtype, so its columns are unit vectors only to that precision
     if (torch.bincount(index, minlength=P.d) * scale**2 - 1.0).abs().max() > _EXACT:
