@@ -22,8 +22,6 @@ class _Side:
     """One factor (B with v, or A with u) of every module: what is trained of it and where it sits in theta_d."""
 
     def __init__(self, layout: LoRALayout, factor: str, groups: list[int], matrix: bool, scaler: bool, start: int):
-        self.axis = 0 if factor == "B" else 1  # the axis along which modules of unequal size are sliced
-        self.scaled_axis = 0  # v scales rows of B, u scales rows of A
         self.blocks = [b for b in layout.blocks if b.factor == factor]
         self.groups, self.matrix, self.scaler = groups, matrix, scaler
         self.sizes = {g: self._largest(g) for g in dict.fromkeys(groups)}

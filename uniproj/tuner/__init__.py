@@ -7,10 +7,11 @@ Importing this package enters the method into PEFT's own dictionaries, so `get_p
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
+from uniproj.tuner.convert import from_peft, to_peft
 from uniproj.tuner.model import UniProjModel
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UniProjConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UniProjModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "uniproj_"
 
-__all__ = ["UniProjConfig", "UniProjModel"]
+__all__ = ["UniProjConfig", "UniProjModel", "from_peft", "to_peft"]

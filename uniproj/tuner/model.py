@@ -20,7 +20,7 @@ from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
 
 
-class _BaseWeights(Mapping[str, Tensor]):
+class BaseWeights(Mapping[str, Tensor]):
     """W (out, in) of every adapted module, dequantised one at a time."""
 
     def __init__(self, layers: Mapping[str, LoraLayer]):
@@ -106,7 +106,7 @@ class UniProjModel(LoraModel):
         ranks = {name: layer.lora_A[self._name_of(config)].out_features for name, layer in layers.items()}
         options = dict(config.projection_kwargs)
         if get(config.projection).needs_base_weights:
-            options["base_weights"] = _BaseWeights(layers)
+            options["base_weights"] = BaseWeights(layers)
         layout = LoRALayout.from_shapes(shapes, ranks)
         return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
 
