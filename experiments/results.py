@@ -1,0 +1,143 @@
+"""Runs on disk: one folder per configuration, and the one reader of them.
+
+config.json decides the numbers, metrics.jsonl grows while the run trains, result.json is written last and
+atomically: its presence means done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.errors import ExperimentError
+
+CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+RUNS = Path("runs")
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """12 hex digits of the SHA-256 of a configuration; the order of its keys does not matter."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def slug(name: str) -> str:
+    """A name as a part of a path: `glue/rte` is `glue-rte`, a folder is its last part."""
+    last = Path(name).name if Path(name).exists() else name
+    return re.sub(r"[^\w.]+", "-", last).strip("-")
+
+
+def run_folder(runs: Path, config: Mapping[str, Any]) -> Path:
+    """runs/<task>/<projection>-<hash of the configuration>."""
+    return runs / slug(config["task"]) / f"{config['projection']}-{digest(config)}"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, no permission) into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ExperimentError(
+            f"results: {path} must be writable, got {error.strerror or error}. Nothing saved before is lost: "
+            "free some space or pass another --runs folder, then run the same command again."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON. Raises ExperimentError for NaN or infinity."""
+    try:
+        write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    except ValueError as error:
+        if isinstance(error, ExperimentError):
+            raise
+        raise ExperimentError(f"results: {path} must hold finite numbers, got NaN or infinity. Lower --lr.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ExperimentError for a missing, truncated or foreign file."""
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ExperimentError(f"results: {path} must be readable, got {error.strerror}. Check the path.") from error
+    except ValueError as error:
+        raise ExperimentError(
+            f"results: {path} must be whole JSON, got {error}. Move the file away and run the same command again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ExperimentError(f"results: {path} must hold one object, got a {type(value).__name__}. Move it away.")
+    return value
+
+
+def prepare(runs: Path, config: Mapping[str, Any]) -> Path:
+    """The folder of a run, with its config.json. Raises ExperimentError if another configuration lies there."""
+    folder = run_folder(runs, config)
+    if (folder / CONFIG).exists():
+        if digest(read_json(folder / CONFIG)) != digest(config):
+            raise ExperimentError(
+                f"results: {folder / CONFIG} must hold the configuration its folder is named after, got another. "
+                "It was edited: move the folder away and run the same command again."
+            )
+    else:
+        write_json(folder / CONFIG, config)
+    return folder
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run has finished. Raises ExperimentError if its result is damaged."""
+    return (folder / RESULT).exists() and bool(read_json(folder / RESULT))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The logged lines so far; a last line cut off by an interruption is left out."""
+    path = folder / METRICS
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """Every finished run below a folder, one row each: configuration and result side by side, and `folder`.
+
+    Raises ExperimentError for a missing folder or a damaged result.json.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ExperimentError(f"results: {folder} must be a folder, got none. Run `make compare` first.")
+    return load_runs(path.parent for path in sorted(folder.rglob(RESULT)))
+
+
+def load_runs(folders: Iterable[Path]) -> pd.DataFrame:
+    """The rows of these finished runs, as in `load`."""
+    return pd.DataFrame([_row(folder) for folder in folders])
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    result = read_json(folder / RESULT)
+    if missing := {"config", "score", "did_not_train"} - set(result):
+        raise ExperimentError(
+            f"results: {folder / RESULT} must hold {sorted(missing)}, got keys {sorted(result)}. Move the folder away."
+        )
+    return {**result.pop("config"), **result, "folder": str(folder)}

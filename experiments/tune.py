@@ -1,0 +1,96 @@
+"""Learning rates from the validation split: `python -m experiments.tune` writes rates.yaml and the record of it.
+
+Rates are tried at 1 and 3 times powers of ten. A projection whose best rate lies at the edge of what was tried
+gets one more rate beyond it, until the best lies inside. The test split is never read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from experiments import rates
+from experiments.config import COMPARED, default_budget, make
+from experiments.errors import ExperimentError
+from experiments.provenance import versions
+from experiments.results import RUNS, load_runs, prepare, write_json
+from experiments.workers import train_all
+
+# lr = _rate(k): ..., -6: 1e-3, -5: 3e-3, -4: 1e-2, -3: 3e-2, ...
+GRID = (-6, -5, -4, -3)
+LOWEST, HIGHEST = -10, 2
+RECORD = Path(__file__).with_name("tuning")
+Trial = dict[str, Any]
+
+
+def _rate(k: int) -> float:
+    return float(f"{3 if k % 2 else 1}e{k // 2}")
+
+
+def tune(
+    task: str, model: str, projections: Sequence[str], budget: int, seed: int, device: str, runs: Path
+) -> list[Trial]:
+    """Every trial: its configuration, validation score, losses and whether it trained.
+
+    Raises ExperimentError if a trial fails or a projection trained at no rate.
+    """
+    tried = {projection: list(GRID) for projection in projections}
+    while True:
+        folders = [
+            prepare(runs, make(task, model, p, budget, seed, _rate(k), "validation", device).to_json())
+            for p in projections
+            for k in tried[p]
+        ]
+        if failures := train_all(folders, device):
+            folder, reason = next(iter(failures.items()))
+            raise ExperimentError(f"tune: every trial must finish, got a failure in {folder}: {reason}")
+        trials = load_runs(folders).drop(columns=["folder", "provenance"]).to_dict("records")
+        best = rates.best(trials)
+        if stuck := set(projections) - set(best):
+            raise ExperimentError(f"tune: {', '.join(sorted(stuck))} must train at some rate, got none. See {runs}.")
+        grown = [_extend(tried[p], best[p]) for p in projections]
+        if not any(grown):
+            return trials
+
+
+def _extend(tried: list[int], best: float) -> bool:
+    """Add the rate beyond the edge on which the best lies; False if it lies inside or at a limit."""
+    edge = {_rate(min(tried)): min(tried) - 1, _rate(max(tried)): max(tried) + 1}.get(best)
+    if edge is None or not LOWEST <= edge <= HIGHEST:
+        return False
+    tried.append(edge)
+    return True
+
+
+def record(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What a reader needs to repeat the tuning: the common settings once, then each trial's own."""
+    shared = {key: value for key, value in trials[0].items() if all(t.get(key) == value for t in trials)}
+    return {
+        "rule": "highest validation score per projection; ties to the lower rate; the test split was not read",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "common": shared,
+        "best": rates.best(trials),
+        "trials": [{key: value for key, value in trial.items() if key not in shared} for trial in trials],
+    }
+
+
+def describe(best: Mapping[str, float]) -> str:
+    """One line per projection."""
+    return "\n".join(f"  {projection:22s} {lr:g}" for projection, lr in best.items())
+
+
+def main() -> int:
+    """Tune the default comparison and replace the committed table and its record."""
+    trials = tune("vader", "minilm", COMPARED, default_budget("minilm"), 0, "cpu", RUNS)
+    write_json(RECORD / "minilm-vader.json", record(trials))
+    rates.save(rates.best(trials))
+    print(describe(rates.best(trials)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

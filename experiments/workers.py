@@ -1,0 +1,117 @@
+"""Many runs in few processes: one thread each, one progress display, a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from experiments.results import is_done, metrics
+
+ROOT = Path(__file__).parent.parent
+LOG = "train.log"
+# A run on the CPU takes one core and about 1 GB; more than four at once fill small machines.
+MOST_PROCESSES = 4
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 60.0
+
+
+def processes(device: str) -> int:
+    """How many runs train at once: one per core on the CPU, one on an accelerator."""
+    return min(MOST_PROCESSES, os.cpu_count() or 1) if device == "cpu" else 1
+
+
+def train_all(folders: Sequence[Path], device: str) -> dict[Path, str]:
+    """Train every run that is not done; returns the reason of each failure.
+
+    KeyboardInterrupt passes through after every child has written its checkpoint and ended.
+    """
+    failures: dict[Path, str] = {}
+    waiting = [folder for folder in folders if not is_done(folder)]
+    with tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="runs", unit="run") as bar, _Pool() as pool:
+        slots = list(range(1, 1 + processes(device)))
+        while waiting or pool.children:
+            while waiting and slots:
+                pool.start(waiting.pop(0), slots.pop(0))
+            time.sleep(POLL_SECONDS)
+            for child in pool.finished():
+                slots.append(child.slot)
+                bar.update()
+                if child.process.returncode:
+                    failures[child.folder] = child.last_words()
+    return failures
+
+
+class _Child:
+    """One running process and its progress bar."""
+
+    def __init__(self, folder: Path, slot: int):
+        self.folder, self.slot = folder, slot
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        with (folder / LOG).open("a") as log:
+            # a session of its own: Ctrl-C reaches the parent only, which tells the children once
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.train", str(folder)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False)
+
+    def show(self) -> None:
+        lines = metrics(self.folder)
+        if lines:
+            step, total = lines[-1]["step"], lines[-1]["of"]
+            self.bar.total, self.bar.n = total, step
+            self.bar.set_description(f"  {self.folder.name}: {'scoring' if step == total else 'training'}")
+
+    def last_words(self) -> str:
+        lines = (self.folder / LOG).read_text().strip().splitlines()
+        return lines[-1] if lines else f"ended with status {self.process.returncode} without a word"
+
+
+class _Pool:
+    """The running children. Leaving the context stops those that still run."""
+
+    def __init__(self) -> None:
+        self.children: list[_Child] = []
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def start(self, folder: Path, slot: int) -> None:
+        self.children.append(_Child(folder, slot))
+
+    def finished(self) -> list[_Child]:
+        done = [child for child in self.children if child.process.poll() is not None]
+        for child in self.children:
+            child.show()
+        for child in done:
+            child.bar.close()
+            self.children.remove(child)
+        return done
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for child in self.children:
+            child.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for child in self.children:
+            child.bar.close()
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
