@@ -8,7 +8,7 @@ compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
 
 test: .venv
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(or $(ARGS),--cov)
 
 lint: .venv
 	$(PY) -m ruff check .

@@ -131,10 +131,11 @@ def load(folder: str | Path) -> pd.DataFrame:
 
 def load_runs(folders: Iterable[Path]) -> pd.DataFrame:
     """The rows of these finished runs, as in `load`."""
-    return pd.DataFrame([_row(folder) for folder in folders])
+    return pd.DataFrame([row(folder) for folder in folders])
 
 
-def _row(folder: Path) -> dict[str, Any]:
+def row(folder: Path) -> dict[str, Any]:
+    """One finished run: configuration and result side by side, and `folder`; absent numbers are None."""
     result = read_json(folder / RESULT)
     if missing := {"config", "score", "did_not_train"} - set(result):
         raise ExperimentError(

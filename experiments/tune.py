@@ -16,7 +16,7 @@ from experiments import rates
 from experiments.config import COMPARED, default_budget, make
 from experiments.errors import ExperimentError
 from experiments.provenance import versions
-from experiments.results import RUNS, load_runs, prepare, write_json
+from experiments.results import RUNS, prepare, row, write_json
 from experiments.workers import train_all
 
 # lr = _rate(k): ..., -6: 1e-3, -5: 3e-3, -4: 1e-2, -3: 3e-2, ...
@@ -47,7 +47,7 @@ def tune(
         if failures := train_all(folders, device):
             folder, reason = next(iter(failures.items()))
             raise ExperimentError(f"tune: every trial must finish, got a failure in {folder}: {reason}")
-        trials = load_runs(folders).drop(columns=["folder", "provenance"]).to_dict("records")
+        trials = [{k: v for k, v in row(f).items() if k not in ("folder", "provenance")} for f in folders]
         best = rates.best(trials)
         if stuck := set(projections) - set(best):
             raise ExperimentError(f"tune: {', '.join(sorted(stuck))} must train at some rate, got none. See {runs}.")

@@ -1,0 +1,41 @@
+"""A tiny BERT with a real tokenizer, and a few rows of the real packaged data, as a user would have them in folders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from experiments import tasks
+from experiments.config import RunConfig, make
+from experiments.models import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    tokenizer = load_tokenizer("minilm")
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)  # fmt: skip  # noqa: E501
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("reviews")
+    rows = tasks.get("vader")
+    for split, count in (("train", 96), ("validation", 32), ("test", 48)):
+        rows.split(split).head(count).to_json(folder / f"{split}.jsonl", orient="records", lines=True)
+    return str(folder)
+
+
+@pytest.fixture
+def config(model: str, task: str) -> RunConfig:
+    return make(task, model, "unilora", 200, 0, 0.05, "test", "cpu")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"

@@ -1,0 +1,90 @@
+"""Tasks: the packaged data as published, local folders in three formats, and what is refused."""
+
+import pandas as pd
+import pytest
+
+from experiments import tasks
+from experiments.config import default_budget, make
+from experiments.errors import ExperimentError
+from experiments.models import adapted_shapes, load_tokenizer, source
+from uniproj import ProjectionError
+
+
+def test_the_packaged_reviews_have_the_published_counts() -> None:
+    parts = {split: tasks.get("vader").split(split) for split in tasks.SPLITS}
+    assert {split: len(rows) for split, rows in parts.items()} == {"train": 8000, "validation": 1000, "test": 1566}
+    everything = pd.concat(parts.values())
+    assert everything["text"].is_unique and set(everything["label"]) == {0, 1}
+    assert 0.49 < parts["test"]["label"].mean() < 0.51
+    assert parts["test"].equals(tasks.get("vader").split("test"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "tsv", "parquet"])
+def test_a_folder_of_files(tmp_path, suffix: str) -> None:
+    rows = pd.DataFrame({"premise": ["a b", "c"], "hypothesis": ["d", "e"], "label": [0, 1]})
+    for split in tasks.SPLITS:
+        path = tmp_path / f"{split}.{suffix}"
+        if suffix == "jsonl":
+            rows.to_json(path, orient="records", lines=True)
+        elif suffix == "tsv":
+            rows.to_csv(path, sep="\t", index=False)
+        else:
+            rows.to_parquet(path)
+    task = tasks.get(str(tmp_path))
+    assert task.metric == "accuracy" and task.split("test").equals(rows)
+    assert tasks.text_columns(rows, "x") == ("premise", "hypothesis")
+
+
+def test_float_labels_are_a_regression(tmp_path) -> None:
+    rows = pd.DataFrame({"text": ["a", "b", "c"], "label": [0.5, -1.0, 2.0]})
+    for split in tasks.SPLITS:
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    task = tasks.get(str(tmp_path))
+    assert task.metric == "Pearson" and task.score([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"words": ["a"], "label": [1]}, "columns must hold one of"),
+        ({"text": ["a"], "target": [1]}, "a column 'label' must exist"),
+        ({"text": ["a", None], "label": [0, 1]}, "every row must have text and label"),
+        ({"text": ["a"], "label": [-1]}, "count from 0, got -1"),
+        ({"text": ["a"], "label": ["good"]}, "labels must be integers"),
+        ({"text": ["a", "b"], "label": [0.5, float("nan")]}, "missing values"),
+    ],
+)
+def test_unusable_rows_are_refused(tmp_path, rows, message: str) -> None:
+    for split in tasks.SPLITS:
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(ExperimentError, match=message):
+        tasks.get(str(tmp_path)).split("train")
+
+
+def test_unknown_names_list_the_known_ones(tmp_path, model) -> None:
+    with pytest.raises(ExperimentError, match=r"unknown task 'glue/colo'. Known: vader, glue/cola, glue/sst2"):
+        tasks.get("glue/colo")
+    with pytest.raises(ExperimentError, match="must hold train as one of"):
+        tasks.get(str(tmp_path)).split("validation") if any(tmp_path.iterdir()) else tasks._file(tmp_path, "train")
+    with pytest.raises(ExperimentError, match=r"must be one of minilm, smollm2, a local folder"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ExperimentError, match="must be a GGUF file"):
+        source(str(tmp_path / "no.gguf"))
+    with pytest.raises(ProjectionError, match="Known: fastfood"):
+        make("vader", model, "nothing", 100, 0, 0.1, "test", "cpu")
+
+
+def test_a_broken_file_is_named(tmp_path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n{"text": ')
+    with pytest.raises(ExperimentError, match=r"train.jsonl must be valid jsonl"):
+        tasks._file(tmp_path, "train")
+
+
+def test_every_compared_method_meets_the_default_budget() -> None:
+    from experiments.config import COMPARED, REFERENCE
+
+    budget = default_budget("minilm")
+    assert budget == 4740 and len(adapted_shapes("minilm")) == 12
+    for name in COMPARED:
+        plan = make("vader", "minilm", name, budget, 0, 0.1, "test", "cpu")
+        assert (plan.budget is None) == (name == REFERENCE)

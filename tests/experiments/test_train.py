@@ -1,0 +1,135 @@
+"""One run and the whole command: results, interruption and resumption, skipping, and no look at the test split."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments import compare, tasks, train
+from experiments.callbacks import StopOnSignal
+from experiments.config import RunConfig
+from experiments.results import RESULT, load, metrics, prepare, read_json
+
+
+def _theta(folder: Path) -> torch.Tensor:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")["base_model.uniproj_theta_d"]
+
+
+def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig) -> None:
+    folder = prepare(runs, config.to_json())
+    assert train.main([str(folder)]) == 0
+    result = read_json(folder / RESULT)
+    assert result["config"] == json.loads(json.dumps(config.to_json()))
+    assert result["rows"] == 48 and 0 <= result["score"] <= 1 and result["trained"] == 200
+    assert result["isometry_error"] < 1e-12 and result["budget_error"] == 0.0
+    assert result["adapter_bytes"] <= 4 * 200 + 4096 and result["head"] == 2 * 32 + 2
+    assert result["step_ratio_low"] <= result["step_ratio"] <= result["step_ratio_high"]
+    assert {"python", "torch", "peft"} <= result["provenance"]["versions"].keys()
+    assert [line["step"] for line in metrics(folder)] and not list(folder.glob("checkpoint-*"))
+    row = load(runs).iloc[0]
+    assert row["projection"] == "unilora" and row["trained"] == 200 and row["folder"] == str(folder)
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(runs: Path, config: RunConfig, monkeypatch) -> None:
+    whole = prepare(runs / "whole", config.to_json())
+    assert train.main([str(whole)]) == 0
+    folder = prepare(runs / "cut", config.to_json())
+    plain = StopOnSignal.on_step_end
+
+    def ctrl_c(self, args, state, control, **kwargs):
+        self.requested = state.global_step == 5
+        return plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", ctrl_c)
+    assert train.main([str(folder)]) == train.INTERRUPTED
+    assert not (folder / RESULT).exists() and (folder / "checkpoint-5").is_dir()
+    monkeypatch.setattr(StopOnSignal, "on_step_end", plain)
+    assert train.main([str(folder)]) == 0
+    assert torch.equal(_theta(folder), _theta(whole))
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((4, '{"global_step": 4}'), (8, '{"glob')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert train.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_rate_of_zero_is_marked_as_not_trained(runs: Path, config: RunConfig) -> None:
+    folder = prepare(runs, replace(config, lr=0.0, head_lr=0.0, score_on="validation").to_json())
+    assert train.main([str(folder)]) == 0
+    assert read_json(folder / RESULT)["did_not_train"] == "theta_d did not change"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change", "reason"),
+    [
+        (0.7, 0.5, 0.1, None),
+        (0.7, 0.5, 0.0, "theta_d did not change"),
+        (0.7, 0.699, 0.1, "the loss went from 0.700 to 0.699"),
+        (0.7, float("nan"), 0.1, "the loss went from 0.700 to nan"),
+    ],
+)
+def test_did_not_train(before: float, after: float, change: float, reason: str | None) -> None:
+    assert train.did_not_train(before, after, change) == reason
+
+
+def test_tuning_never_reads_the_test_split(runs: Path, config: RunConfig, monkeypatch) -> None:
+    read = tasks.Task.split
+
+    def guarded(self, name: str) -> pd.DataFrame:
+        assert name != "test", "the test split was read"
+        return read(self, name)
+
+    monkeypatch.setattr(tasks.Task, "split", guarded)
+    folder = prepare(runs, replace(config, score_on="validation").to_json())
+    assert train.main([str(folder)]) == 0
+    result = read_json(folder / RESULT)
+    assert result["rows"] == 32 and result["score"] == result["validation"]
+    with pytest.raises(AssertionError, match="the test split was read"):
+        train.main([str(prepare(runs, config.to_json()))])
+
+
+def test_the_command_compares_skips_and_draws(runs: Path, model: str, task: str, capsys) -> None:
+    command = ["--model", model, "--task", task, "--projections", "lora", "unilora", "--budget", "200"]
+    command += ["--lr", "0.02", "--runs", str(runs)]
+    assert compare.main(command) == 0
+    out = capsys.readouterr().out
+    (folder,) = runs.rglob("comparison-*")
+    assert f"Table and picture: {folder}" in out and "unilora" in out and "majority class" in out
+    table = pd.read_csv(folder / "table.csv")
+    wanted = {"score", "trained", "budget_error", "isometry_error", "step_ratio", "adapter_bytes"}
+    assert set(table["projection"]) == {"lora", "unilora"} and wanted <= set(table.columns)
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
+    stamps = {path: path.stat().st_mtime_ns for path in runs.rglob(RESULT)}
+    assert compare.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob(RESULT)} == stamps and len(stamps) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--projections", "uni"], "unknown projection 'uni'"),
+        (["--task", "glue/x"], "unknown task 'glue/x'. Known: vader"),
+        (["--lr", "fast"], "--lr must be table, auto or a number"),
+        (["--budget", "0"], "--budget must be at least 1"),
+        (["--model", "no/such-model"], "must be one of minilm, smollm2"),
+    ],
+)
+def test_a_bad_name_ends_the_command_before_anything_is_trained(runs: Path, extra, message: str, capsys) -> None:
+    assert compare.main([*extra, "--runs", str(runs)]) == 2
+    assert message in capsys.readouterr().err and not runs.exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_language_model_trains_as_a_classifier(runs: Path, task: str) -> None:
+    from experiments.config import make
+
+    config = replace(make(task, "smollm2", "unilora", 5000, 0, 0.01, "validation", "cpu"), train_size=16, epochs=1)
+    folder = prepare(runs, config.to_json())
+    assert train.main([str(folder)]) == 0
+    assert read_json(folder / RESULT)["trained"] == 5000
