@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.spaces import layouts
-from uniproj import LoRALayout, ProjectionError
+from uniproj import Block, LoRALayout, ProjectionError
 
 SHAPES = {"h.10.q": (3, 2), "h.2.v": (4, 5), "h.2.q": (1, 6)}
 
@@ -63,6 +63,7 @@ def test_split_is_one_autograd_node() -> None:
     [
         (lambda: LoRALayout([]), "at least one block"),
         (lambda: LoRALayout.flat(0), "D must be at least 1"),
+        (lambda: LoRALayout([Block("a", "B", (2, 1), 0), Block("a", "A", (1, 2), 1)]), "without gap or overlap"),
         (lambda: LoRALayout.from_shapes({"a": (0, 2)}, 1), "a must have sizes and rank of at least 1"),
         (lambda: LoRALayout.flat(3).pairs(), "flat layout has no modules"),
         (lambda: LoRALayout.from_shapes(SHAPES, 1).rows(["x"]), "unknown modules"),

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,9 @@ def test_flat_layouts(name: str) -> None:
         (lambda: build("unilora", 10), "d is free"),
         (lambda: build("unilora", 10, 11), r"d must lie in \[1, D\] = \[1, 10\], got 11"),
         (lambda: build("unilora", 10, 0), r"got 0"),
+        (lambda: build("unilora", 10, 2.0), "d must be an integer, got 2.0"),
+        (lambda: build("unilora", 10, 2, seed=-1), r"seed must lie in \[0, 2\^64\), got -1"),
+        (lambda: build("vera", layout=LAYOUT, d_initial=0.0), "d_initial must not be 0"),
         (lambda: build("unilora", 10, 2, topk=3), r"unknown hyperparameters \['topk'\]; this method knows \['assign"),
         (lambda: build("unilora", 10, 2, assignment="x"), "assignment must be"),
         (lambda: build("unilora", 10, 9, assignment="iid"), "every column needs a row"),
@@ -104,12 +108,19 @@ def test_errors_say_what_to_do(make, message: str) -> None:
         (lambda P: P(torch.tensor(1.0)), r"got \(\)"),
         (lambda P: P.adjoint(torch.ones(4)), r"theta_D must have shape"),
         (lambda P: P(torch.ones(4, dtype=torch.int64)), "float tensor, got torch.int64"),
+        (lambda P: P(np.ones(4)), "float tensor, got ndarray"),
         (lambda P: build("gaussian", 10, 4).to_sparse(), "no sparse form"),
     ],
 )
 def test_bad_input_is_refused(use, message: str) -> None:
     with pytest.raises(ProjectionError, match=message):
         use(build("unilora", 10, 4))
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    P = build("fastfood", np.int64(10), np.int32(3), seed=np.int32(5))
+    assert torch.equal(P.to_dense(), build("fastfood", 10, 3, seed=5).to_dense())
+    assert LoRALayout.from_shapes({"a": (np.int64(3), 2)}, np.int64(1)) == LoRALayout.from_shapes({"a": (3, 2)}, 1)
 
 
 def test_a_dense_matrix_too_large_to_hold_is_refused_or_regenerated(monkeypatch) -> None:

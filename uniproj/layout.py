@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class LoRALayout:
         if not self.blocks:
             raise ProjectionError("LoRALayout: a layout needs at least one block, got none. Check target_modules.")
         self.D = sum(block.numel for block in self.blocks)
+        ends = [0, *(block.rows.stop for block in self.blocks)]
+        if any(block.offset != end for block, end in zip(self.blocks, ends, strict=False)):
+            raise ProjectionError("LoRALayout: blocks must follow one another without gap or overlap. Use from_shapes.")
         self._index = {(block.module, block.factor): block for block in self.blocks}
 
     @classmethod
@@ -66,8 +70,8 @@ class LoRALayout:
         blocks: list[Block] = []
         offset = 0
         for name in sorted(shapes, key=_natural):
-            out_features, in_features = shapes[name]
-            rank = r if isinstance(r, int) else r[name]
+            out_features, in_features = map(operator.index, shapes[name])
+            rank = operator.index(r[name] if isinstance(r, Mapping) else r)
             if min(out_features, in_features, rank) < 1:
                 raise ProjectionError(
                     f"LoRALayout: {name} must have sizes and rank of at least 1, "

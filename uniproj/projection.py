@@ -156,11 +156,11 @@ class Projection(nn.Module, ABC):
 
     def matvec(self, theta_d: Tensor) -> Tensor:
         """P theta_d without c: (..., d) -> (..., D), outside autograd for linear methods."""
-        return self._batched(self._matvec, theta_d, self.d, "theta_d", "d")
+        return self._batched(self._matvec, theta_d, "theta_d", "d", self.d, self.D)
 
     def rmatvec(self, theta_D: Tensor) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d), outside autograd for linear methods."""
-        return self._batched(self._rmatvec, theta_D, self.D, "theta_D", "D")
+        return self._batched(self._rmatvec, theta_D, "theta_D", "D", self.D, self.d)
 
     def forward(self, theta_d: Tensor) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype; differentiable to any order."""
@@ -172,17 +172,22 @@ class Projection(nn.Module, ABC):
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
         return self.rmatvec(theta_D) if self.learned else _LinearMap.apply(self, theta_D, True)
 
-    def _batched(self, apply: Callable[[Tensor], Tensor], x: Tensor, n: int, what: str, size: str) -> Tensor:
+    def _batched(self, apply: Callable[[Tensor], Tensor], x: Tensor, what: str, size: str, n: int, m: int) -> Tensor:
+        """Check x (..., n), apply the raw map to (batch, n) in float32 or float64, give (..., m) in x's dtype."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ProjectionError(f"{self.name}: {what} must be a float tensor, got {got}. Convert it first.")
         if x.ndim == 0 or x.shape[-1] != n:
             raise ProjectionError(
                 f"{self.name}: {what} must have shape (..., {size}) = (..., {n}), got {tuple(x.shape)}. "
                 f"P has shape (D, d) = {self.shape}; theta_d goes in forward, theta_D in adjoint."
             )
-        if not x.is_floating_point():
-            raise ProjectionError(f"{self.name}: {what} must be a float tensor, got {x.dtype}. Convert it first.")
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = apply(x.to(compute).reshape(-1, n))
-        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        if x.numel() == 0:
+            return x.new_zeros(*x.shape[:-1], m)
+        with torch.autocast(x.device.type, enabled=False):
+            y = apply(x.to(compute).reshape(-1, n))
+        return y.to(x.dtype).reshape(*x.shape[:-1], m)
 
     def to_dense(self) -> Tensor:
         """P itself, (D, d) float64, on P's device."""

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import operator
 import pkgutil
 from collections.abc import Callable
 from functools import cache
@@ -65,6 +66,14 @@ def get(name: str) -> type[Projection]:
     return _classes[name]
 
 
+def _integer(name: str, what: str, value: Any) -> Any:
+    """An int from anything that is one (NumPy's too), None as it is."""
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError:
+        raise ProjectionError(f"{name}: {what} must be an integer, got {value!r}.") from None
+
+
 def build(
     name: str,
     D: int | None = None,
@@ -82,7 +91,10 @@ def build(
     cls = get(name)
     if (D is None) == (layout is None):
         raise ProjectionError(f"{name}: pass either D= or layout=, got D={D} and layout={layout}.")
-    layout = layout if layout is not None else LoRALayout.flat(D)  # type: ignore[arg-type]
+    D, d, seed = _integer(name, "D", D), _integer(name, "d", d), _integer(name, "seed", seed)
+    if not 0 <= seed < 2**64:
+        raise ProjectionError(f"{name}: seed must lie in [0, 2^64), got {seed}.")
+    layout = layout if layout is not None else LoRALayout.flat(D)
     accepted = [p for p in inspect.signature(cls).parameters if p not in ("layout", "d", "seed")]
     if unknown := sorted(set(hyperparameters) - set(accepted)):
         raise ProjectionError(f"{name}: unknown hyperparameters {unknown}; this method knows {accepted or 'none'}.")

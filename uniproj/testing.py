@@ -181,13 +181,14 @@ def determinism(P: Projection) -> list[Check]:
 
 @torch.no_grad()
 def batches(P: Projection) -> list[Check]:
-    """Leading batch dimensions and non-contiguous input give the vectors one by one."""
+    """Leading batch dimensions, also empty ones, and non-contiguous input give the vectors one by one."""
     x = _vector(P, 6 * P.d, "batch").view(3, 2, P.d).transpose(0, 1)
     one_by_one = torch.stack([torch.stack([P(v) for v in row]) for row in x])
     y = _vector(P, 2 * P.D, "batch").view(P.D, 2).T
     return [
         _at_most("batched_forward", _gap(P(x), one_by_one), 1e-12),
         _at_most("batched_adjoint", _gap(P.adjoint(y), torch.stack([P.adjoint(v) for v in y])), 1e-12),
+        _at_most("empty_batch", float(P(x[:0]).shape != (0, 3, P.D) or P.adjoint(y[:0]).shape != (0, P.d)), 0.0),
     ]
 
 
@@ -204,6 +205,10 @@ def dtypes(P: Projection) -> list[Check]:
         reference, reference_back = P(x.to(dtype).double()), P.adjoint(y.to(dtype).double())
         gap = max(_gap(out, reference), _gap(back, reference_back))
         checks.append(_at_most(f"dtype:{dtype}", gap, eps * max(1.0, P.D**0.5 / 16)))
+    single = x.float()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        inside = P(single)
+    checks.append(_at_most("autocast_leaves_P_alone", _gap(inside, P(single)), 0.0))
     M = P.to_dense()
     cast = P.rebuild().to(torch.bfloat16)
     # learned numbers are trained in the dtype they are cast to; P's fixed numbers keep theirs

@@ -57,6 +57,16 @@ def test_bfloat16_autocast_trains_in_float32() -> None:
     assert torch.cosine_similarity(theta_d.grad, gradient, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("projection", ["fastfood", "lora_xs"])
+def test_theta_D_is_not_rounded_under_autocast(projection: str) -> None:
+    model = get_peft_model(base_model("llama"), config("llama", projection, 60 if projection == "fastfood" else None))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch("llama"))
+    exact = model.base_model.projections["default"](model.base_model.uniproj_theta_d["default"])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    assert torch.equal(layer.lora_B["default"].weight, model.base_model.projections["default"].layout.split(exact)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_keeps_an_exact_P(dtype: torch.dtype) -> None:
     model = get_peft_model(base_model("llama").to(dtype), config("llama"))

@@ -86,6 +86,23 @@ def test_low_cpu_mem_usage_loads_the_same_adapter(tmp_path) -> None:
     assert torch.equal(again(**batch("llama")).logits, model(**batch("llama")).logits)
 
 
+@pytest.mark.parametrize("name", ["a+b", "a(1", "x[0]", "back\\slash", "g<0>"])
+def test_adapter_names_may_hold_any_character_peft_allows(name: str, tmp_path) -> None:
+    model = get_peft_model(base_model("llama"), config("llama"), adapter_name=name)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model("llama"), tmp_path / name, adapter_name=name)
+    assert torch.equal(again(**batch("llama")).logits, model(**batch("llama")).logits)
+
+
+def test_a_part_of_the_model_called_alone_trains() -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    with torch.no_grad():
+        model(**batch("llama"))
+    hidden = model.base_model.model.model(batch("llama")["input_ids"]).last_hidden_state
+    hidden.square().sum().backward()
+    assert model.base_model.uniproj_theta_d["default"].grad.any()
+
+
 def test_merge_sees_an_edit_through_data() -> None:
     model = get_peft_model(base_model("llama"), config("llama")).eval()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tuner.models import base_model, config
+from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
 
 THETA = "base_model.uniproj_theta_d"
@@ -46,6 +46,24 @@ def test_bad_tensors(saved: Path, change, message: str) -> None:
     _rewrite(saved, change)
     with pytest.raises(AdapterError, match=message):
         PeftModel.from_pretrained(base_model("llama"), saved)
+
+
+def test_a_refused_file_leaves_the_model_as_it_was(saved: Path) -> None:
+    _rewrite(saved, lambda t: {THETA: t[THETA] * float("nan")})
+    base = base_model("llama")
+    before = {name: p.requires_grad for name, p in base.named_parameters()}
+    with pytest.raises(AdapterError, match="finite"):
+        PeftModel.from_pretrained(base, saved)
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == before
+    model = get_peft_model(base, config("llama"))
+    logits = model(**batch("llama")).logits
+    with pytest.raises(AdapterError, match="finite"):
+        model.load_adapter(saved, "second")
+    with pytest.raises(AdapterError, match="finite"):
+        model.load_adapter(saved, "default")  # as Trainer does on resuming: the trained adapter stays
+    assert list(model.peft_config) == list(model.base_model.projections) == ["default"]
+    assert torch.equal(model(**batch("llama")).logits, logits)
+    assert model.get_nb_trainable_parameters()[0] == 60
 
 
 def test_a_truncated_file_is_not_loaded(saved: Path) -> None:

@@ -217,6 +217,8 @@ class VeRA(SharedFactors):
     claims = frozenset({"linear", "orthogonal", "local"})
 
     def __init__(self, layout: LoRALayout, seed: int = 0, d_initial: float = 0.1):
+        if d_initial == 0.0:
+            raise ProjectionError(f"{self.name}: d_initial must not be 0: with lambda_b = 0 too no gradient is left.")
         self.d_initial = d_initial  # read by the draw inside super().__init__
         super().__init__(layout, seed, "uv", [0] * len(layout.modules))
 

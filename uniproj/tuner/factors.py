@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,10 @@ class FactorSource:
 
     def view(self, slot: int) -> Tensor:
         """The factor of block number `slot`. Projects first if no forward of the model has done so."""
-        if not torch.compiler.is_compiling() and self._versions != self._current_versions():
-            self._project()
+        if not torch.compiler.is_compiling():
+            without_graph = self._wants_grad() and bool(self._views) and not self._views[0].requires_grad
+            if without_graph or self._versions != self._current_versions():
+                self._project()
         return self._views[slot]
 
     def install(self, theta_D: Tensor) -> None:
@@ -90,6 +92,13 @@ class Factor(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self._source.view(self._slot)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The numbers this weight is made of, so that PEFT trains and freezes them as it does a LoRA weight.
+
+        They are registered with the tuner, once, and not here.
+        """
+        return iter(self._source.trained())
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.device))

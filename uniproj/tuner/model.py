@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,30 +49,31 @@ class UniProjModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
-        first = not hasattr(self, "projections")
-        if first:
+        if not hasattr(self, "projections"):
             self.uniproj_theta_d = nn.ParameterDict()
             self.projections = nn.ModuleDict()
             self._sources: dict[str, FactorSource] = {}
-            self._trainable: set[str] = set()
+            self._being_loaded: set[str] = set()
             self._adapters_enabled = True
+            self._before_first = [(p, p.requires_grad) for p in model.parameters()]
+            self._hook = model.register_forward_pre_hook(self._project_active)
+        theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._attach(adapter_name)
         except Exception:
-            if first:
-                super()._unload_and_optionally_merge(merge=False)
-            elif adapter_name in self.peft_config:
-                self.delete_adapter(adapter_name)
+            self._take_back(adapter_name)
             raise
-        if first:
-            self._hook = model.register_forward_pre_hook(self._project_active)
+        finally:
+            _set_requires_grad(theirs)
 
     def _attach(self, adapter_name: str) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
         layers = self._layers(adapter_name)
-        projection = self._build(config, layers)
-        device = _device(next(iter(layers.values())))
+        first = next(iter(layers.values()))
+        is_trained = first.lora_A[adapter_name].weight.requires_grad
+        projection = self._build(config, adapter_name, layers)
+        device = _device(first)
         # low_cpu_mem_usage: new Parameters are on the meta device until the file is loaded into them
         projection._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         _check_saved(config, projection)
@@ -82,11 +83,19 @@ class UniProjModel(LoraModel):
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
-        if adapter_name in self.active_adapters and not config.inference_mode:
-            self._trainable.add(adapter_name)
-        self._sync_requires_grad()
+        _set_requires_grad([(p, is_trained) for p in source.trained()])
+        if config.layout_fingerprint is not None:
+            self._being_loaded.add(adapter_name)
         if not _on_meta(projection):
             check_alive(layers, adapter_name, source)
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Undo an injection that failed: the model is as it was before."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            self._unload_and_optionally_merge(merge=False)
+            _set_requires_grad(self._before_first)
 
     def _layers(self, adapter_name: str) -> dict[str, LoraLayer]:
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
@@ -101,17 +110,14 @@ class UniProjModel(LoraModel):
                 layers[name] = layer
         return layers
 
-    def _build(self, config: UniProjConfig, layers: dict[str, LoraLayer]) -> Projection:
+    def _build(self, config: UniProjConfig, adapter_name: str, layers: dict[str, LoraLayer]) -> Projection:
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        ranks = {name: layer.lora_A[self._name_of(config)].out_features for name, layer in layers.items()}
+        ranks = {name: layer.lora_A[adapter_name].out_features for name, layer in layers.items()}
         options = dict(config.projection_kwargs)
         if get(config.projection).needs_base_weights:
             options["base_weights"] = BaseWeights(layers)
         layout = LoRALayout.from_shapes(shapes, ranks)
         return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
-
-    def _name_of(self, config: UniProjConfig) -> str:
-        return next(name for name, other in self.peft_config.items() if other is config)
 
     # ---- forward ----------------------------------------------------------------------------------
 
@@ -122,31 +128,9 @@ class UniProjModel(LoraModel):
                     _refuse_reentrant(model)
                 self._sources[name].refresh()
 
-    # ---- which numbers are trained ----------------------------------------------------------------
-
-    def _sync_requires_grad(self) -> None:
-        for name, source in self._sources.items():
-            for parameter in source.trained():
-                parameter.requires_grad_(self._adapters_enabled and name in self._trainable)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate these adapters and train them, unless `inference_mode`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self._trainable = set() if inference_mode else set(names)
-        self._sync_requires_grad()
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze these adapters."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        self._trainable = self._trainable | names if requires_grad else self._trainable - names
-        self._sync_requires_grad()
-
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         self._adapters_enabled = enabled
-        self._sync_requires_grad()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with its theta_d and its P."""
@@ -155,7 +139,6 @@ class UniProjModel(LoraModel):
         for holder in (self.uniproj_theta_d, self.projections):
             if adapter_name in holder:
                 del holder[adapter_name]
-        self._trainable.discard(adapter_name)
 
     # ---- merging ----------------------------------------------------------------------------------
 
@@ -188,23 +171,31 @@ class UniProjModel(LoraModel):
         *_: Any,
         **__: Any,
     ) -> dict[str, Tensor]:
-        own = re.compile(rf"(.*\.)?(uniproj_theta_d\.{adapter_name}$|projections\.{adapter_name}\.)")
+        name = re.escape(adapter_name)
+        own = re.compile(rf"(.*\.)?(uniproj_theta_d\.{name}$|projections\.{name}\.)")
         wanted = {k: v for k, v in state_dict.items() if own.match(k)}
         return {**wanted, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"(uniproj_theta_d|projections)\.{adapter_name}(?=\.|$)", r"\1", key)
+        return re.sub(rf"(uniproj_theta_d|projections)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         mapped = {
-            re.sub(r"(uniproj_theta_d$|projections(?=\.))", rf"\1.{adapter_name}", key): value
+            re.sub(r"uniproj_theta_d$|projections(?=\.)", lambda own: f"{own.group()}.{adapter_name}", key): value
             for key, value in state_dict.items()
         }
-        _check_tensors(model.base_model, adapter_name, mapped)  # type: ignore[arg-type]
+        tuner: UniProjModel = model.base_model  # type: ignore[assignment]
+        try:
+            _check_tensors(tuner, adapter_name, mapped)
+        except AdapterError:
+            if adapter_name in tuner._being_loaded:  # attached for this file only; an older adapter stays
+                tuner._take_back(adapter_name)
+            raise
+        tuner._being_loaded.discard(adapter_name)
         return mapped
 
 
@@ -222,6 +213,11 @@ def _check_saved(config: UniProjConfig, projection: Projection) -> None:
                 f"model's is {value[:12]}... Load it on the base model (and dtype) it was trained on."
             )
     config._attached = {"projection_checksum": config.projection_checksum, **now}
+
+
+def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in wanted:
+        parameter.requires_grad_(requires_grad)
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
@@ -247,9 +243,9 @@ def _on_meta(projection: Projection) -> bool:
     return any(p.is_meta for p in projection.parameters())
 
 
-def _check_tensors(tuner: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a theta_d or a learned Parameter that is missing, misshapen, not finite, or a zero saddle."""
-    projection: Projection = tuner.projections[adapter_name]  # type: ignore[index, assignment, union-attr]
+    projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
     wanted = {f"projections.{adapter_name}.{n}": p.shape for n, p in projection.named_parameters()}
     wanted[f"uniproj_theta_d.{adapter_name}"] = torch.Size([projection.d])
     for key, shape in wanted.items():
