@@ -13,7 +13,7 @@ from uniproj.errors import ProjectionError
 from uniproj.kernels.random import normal
 from uniproj.kernels.svd import truncated_svd
 from uniproj.layout import LoRALayout
-from uniproj.projection import Projection
+from uniproj.projection import Entries, Projection
 from uniproj.registry import register
 
 
@@ -120,6 +120,7 @@ class LoRAXS(SingularFactors):
     claims = frozenset({"affine", "local"})
     claims_if = {"isometric": "side='B'", "orthogonal": "side='B'"}
     variants = ({}, {"side": "A"})
+    sparse = True
     power = (0.0, 1.0)
 
     def __init__(self, layout: LoRALayout, base_weights: Mapping[str, Tensor], seed: int = 0, side: str = "B"):
@@ -140,6 +141,19 @@ class LoRAXS(SingularFactors):
 
     def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
         return torch.cat([g.flatten(1) for g in grads], dim=1)
+
+    def entries(self) -> Entries:
+        """Row (i, k) of vec(B R) meets R_jk with B_ij; row (k, i) of vec(R A) meets R_kj with A_ji."""
+        rows, columns, values, start = [], [], [], 0
+        for F, r, (b, a) in zip(self._frozen(self.side, torch.float64), self.ranks, self.layout.pairs(), strict=True):
+            long = F if self.side == "B" else F.T
+            i, j, k = torch.meshgrid(*(torch.arange(n, device=F.device) for n in (len(long), r, r)), indexing="ij")
+            rows.append(b.offset + i * r + k if self.side == "B" else a.offset + k * len(long) + i)
+            columns.append(start + (j * r + k if self.side == "B" else k * r + j))
+            values.append(long.unsqueeze(2).expand(-1, -1, r))
+            start += r * r
+        flat = [torch.cat([part.flatten() for part in parts]) for parts in (rows, columns, values)]
+        return flat[0], flat[1], flat[2]
 
     def _R_matrix(self) -> Tensor:
         return torch.eye(self.d, dtype=torch.float64, device=self._frozen("B", torch.float64)[0].device)
