@@ -120,4 +120,7 @@ def load_classifier(name: str, num_labels: int, pad_token_id: int | None, seed: 
     torch.manual_seed(seed)
     model = _read(AutoModelForSequenceClassification, name, num_labels=num_labels, dtype=torch.float32)
     model.config.pad_token_id = pad_token_id
+    if "gguf_file" in source(name)[1]:
+        # GGUF weights arrive as float32, but the model stays marked as quantised, which Trainer refuses
+        model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.results import disk_errors, write_text
+from experiments.results import disk_errors, write_json, write_text
 from uniproj.budget import TOLERANCE
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
@@ -146,10 +146,11 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
 
 
 def write(folder: Path, runs: pd.DataFrame, budget: int) -> None:
-    """Print the table; save it as table.txt, table.csv and table.png in `folder`, and print the folder's name."""
+    """Print the table and the name of `folder`, where it is saved as text, CSV and PNG beside provenance.json."""
     table = summarise(runs)
     text = as_text(table, runs, budget)
     write_text(folder / "table.txt", text)
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")
+    write_json(folder / "provenance.json", runs.iloc[0]["provenance"])
     print(f"\n{text}\nTable and picture: {folder}")

@@ -41,7 +41,7 @@ from uniproj.tuner import UniProjConfig
 INTERRUPTED = 130
 HEAD = "modules_to_save"
 # A dense P costs 2 D d^2 flop to check; beyond this many entries the error is left out.
-CHECKED_ENTRIES = 2**30
+CHECKED_ENTRIES = 2**28
 PROBE_ROWS = 128
 # Fraction of the initial loss that a run must gain on rows it was trained on.
 LEAST_GAIN = 0.01

@@ -126,6 +126,15 @@ class Gaussian1OverD(Gaussian):
         return super()._rows(first, last) * (self.D / self.d) ** 0.5
 
 
+class UnevenGaussian(Gaussian):
+    """Column variances 0.25 and 1.75 in turn: their mean is right."""
+
+    name, caught_by = "uneven_gaussian", {"claim:isometric_in_expectation"}
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        return super()._rows(first, last) * (0.25 + 1.5 * (torch.arange(self.d) % 2)).sqrt()
+
+
 class TransposedBlock(LoRAXS):
     """R and R^T confused: right only for symmetric R."""
 
@@ -202,6 +211,7 @@ MUTANTS: list[type[Projection]] = [
     RoundedByCast,
     GlobalGenerator,
     Gaussian1OverD,
+    UnevenGaussian,
     TransposedBlock,
     StartsAtTheSaddle,
     NotLinear,

@@ -45,6 +45,59 @@ def test_entry_points_bring_third_parties_in(monkeypatch) -> None:
         registry._load.cache_clear()
 
 
+def test_a_broken_package_does_not_take_the_registry_down(monkeypatch) -> None:
+    entry = importlib.metadata.EntryPoint("broken", "no_such_module:P", registry.ENTRY_POINTS)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    registry._load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="'broken' of no_such_module:P cannot be loaded"):
+            assert "unilora" in names()
+    finally:
+        registry._load.cache_clear()
+
+
+def test_global_defaults_of_torch_do_not_reach_P() -> None:
+    expected = {name: build(name, 2000, 8) for name in ("unilora", "fastfood", "sparse", "gaussian")}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = {name: build(name, 2000, 8) for name in expected}
+        sums = {name: P.checksum() for name, P in found.items()}
+        starts = {P.init_theta().dtype for P in found.values()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert sums == {name: P.checksum() for name, P in expected.items()} and starts == {torch.float32}
+
+
+def test_sparse_coordinates_always_hold_a_row_of_B() -> None:
+    layout = LoRALayout.from_shapes({"a": (2, 50)}, 1)
+    for seed in range(40):
+        P = build("sparse", layout=layout, d=1, seed=seed)
+        assert int(P.rows[0]) < 2
+
+
+def test_layers_are_told_apart_by_whole_numbers() -> None:
+    shapes = {f"layers.{i}.{m}": (4, 4) for i in range(2) for m in ("q_proj", "fc1", "fc2")}
+    P = build("unilora_local", layout=LoRALayout.from_shapes(shapes, 2), d=12)
+    columns = {m: set(P.index[P.layout.rows([m])].tolist()) for m in P.layout.modules}
+    assert columns["layers.0.fc1"] & columns["layers.0.q_proj"]
+    assert not columns["layers.0.fc1"] & columns["layers.1.fc1"]
+
+
+def test_forward_mode_and_hessian() -> None:
+    P = build("unilora", 30, 5)
+    x = torch.randn(5, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.jacfwd(P)(x), P.to_dense())
+    hessian = torch.func.hessian(lambda t: P(t).square().sum())(x)
+    torch.testing.assert_close(hessian, 2 * torch.eye(5, dtype=torch.float64))
+
+
+def test_a_composite_is_rebuilt_with_parts_of_its_own() -> None:
+    learned = build("vblora", layout=LAYOUT, num_vectors=9, vector_length=1)
+    composite = Compose(learned, build("unilora", 9, 4))
+    assert not {id(p) for p in composite.rebuild().parameters()} & {id(p) for p in composite.parameters()}
+
+
 def test_a_taken_name_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     with pytest.raises(ProjectionError, match="'unilora' is taken by"):

@@ -38,7 +38,20 @@ class _LinearMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        return None, _LinearMap.apply(ctx.P, grad, not ctx.transposed), None
+        return None, _apply_map(ctx.P, grad, not ctx.transposed), None
+
+
+class _ForwardModeMap(_LinearMap):
+    """The same with forward-mode derivatives (jvp, jacfwd, hessian), which torch.compile cannot trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:  # type: ignore[override]
+        return _apply_map(ctx.P, tangent, ctx.transposed)
+
+
+def _apply_map(P: Projection, x: Tensor, transposed: bool) -> Tensor:
+    way = _LinearMap if torch.compiler.is_compiling() else _ForwardModeMap
+    return way.apply(P, x, transposed)
 
 
 class Projection(nn.Module, ABC):
@@ -89,10 +102,12 @@ class Projection(nn.Module, ABC):
     @classmethod
     def check_d(cls, layout: LoRALayout, d: int) -> None:
         """Raises ProjectionError unless min_d <= d <= D."""
-        if not cls.min_d(layout) <= d <= layout.D:
+        least = cls.min_d(layout)
+        if not least <= d <= layout.D:
+            change = "Lower d" if cls.free_d else f"Change what decides d = {cls.d_formula}"
             raise ProjectionError(
-                f"{cls.name}: d must lie in [{cls.min_d(layout)}, D] = [{cls.min_d(layout)}, {layout.D}], got {d}. "
-                "Lower d, raise r or adapt more modules: a column beyond D would be empty."
+                f"{cls.name}: d must lie in [{least}, D] = [{least}, {layout.D}], got {d}. "
+                f"{change}, raise r or adapt more modules: beyond D a column would be empty."
             )
 
     # ---- what a method writes ----------------------------------------------------------------------
@@ -132,7 +147,9 @@ class Projection(nn.Module, ABC):
 
         shapes: (out_features, in_features) of every adapted module. Methods with a free d meet it exactly.
         """
-        return Budget(r=r, d=budget, trained=budget)
+        layout = LoRALayout.from_shapes(shapes, r)
+        d = min(max(budget, cls.min_d(layout)), layout.D)
+        return Budget(r=r, d=d, trained=d)
 
     # ---- what every method gets --------------------------------------------------------------------
 
@@ -164,13 +181,13 @@ class Projection(nn.Module, ABC):
 
     def forward(self, theta_d: Tensor) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype; differentiable to any order."""
-        theta_D = self.matvec(theta_d) if self.learned else _LinearMap.apply(self, theta_d, False)
+        theta_D = self.matvec(theta_d) if self.learned else _apply_map(self, theta_d, False)
         c = self.offset
         return theta_D if c is None else theta_D + c.to(theta_D.dtype)
 
     def adjoint(self, theta_D: Tensor) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
-        return self.rmatvec(theta_D) if self.learned else _LinearMap.apply(self, theta_D, True)
+        return self.rmatvec(theta_D) if self.learned else _apply_map(self, theta_D, True)
 
     def _batched(self, apply: Callable[[Tensor], Tensor], x: Tensor, what: str, size: str, n: int, m: int) -> Tensor:
         """Check x (..., n), apply the raw map to (batch, n) in float32 or float64, give (..., m) in x's dtype."""
@@ -221,7 +238,8 @@ class Projection(nn.Module, ABC):
         """A fresh projection from the same arguments, some of them changed (`seed=1`)."""
         args, kwargs = self._arguments
         bound = inspect.signature(type(self)).bind(*args, **kwargs)
-        return type(self)(**{**bound.arguments, **changes})
+        fresh = {name: _rebuilt(value) for name, value in bound.arguments.items()}
+        return type(self)(**{**fresh, **changes})
 
     def checksum(self) -> str:
         """SHA-256 of (name, version, shape) and of theta_D at a fixed theta_d, on at most 1024 rows.
@@ -230,7 +248,8 @@ class Projection(nn.Module, ABC):
         """
         with torch.no_grad():
             theta_D = self(uniform(0, "checksum", self.d).to(self.device)).cpu()
-        rows = torch.linspace(0, self.D - 1, min(self.D, _CHECKSUM_ROWS)).long()
+        count = min(self.D, _CHECKSUM_ROWS)
+        rows = torch.arange(count) * (self.D - 1) // max(count - 1, 1)
         grid = torch.round(theta_D[rows] / _CHECKSUM_GRID).long()
         head = f"{self.name}/{self.version}/{self.shape}/".encode()
         return hashlib.sha256(head + grid.numpy().astype("<i8").tobytes()).hexdigest()
@@ -248,3 +267,10 @@ class Projection(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.name}, D={self.D}, d={self.d}, seed={self.seed}"
+
+
+def _rebuilt(value: Any) -> Any:
+    """Fresh projections in place of those among the arguments of a composite."""
+    if isinstance(value, Projection):
+        return value.rebuild()
+    return [_rebuilt(item) for item in value] if isinstance(value, (list, tuple)) else value

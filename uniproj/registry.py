@@ -8,9 +8,12 @@ import importlib.metadata
 import inspect
 import operator
 import pkgutil
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
+
+import torch
 
 from uniproj.errors import ProjectionError
 from uniproj.layout import LoRALayout
@@ -47,7 +50,10 @@ def _load() -> None:
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        register(entry.name)(entry.load())
+        try:
+            register(entry.name)(entry.load())
+        except Exception as error:  # somebody else's package must not take ours down
+            warnings.warn(f"projection {entry.name!r} of {entry.value} cannot be loaded: {error!r}", stacklevel=2)
 
 
 def names() -> list[str]:
@@ -100,7 +106,9 @@ def build(
         raise ProjectionError(f"{name}: unknown hyperparameters {unknown}; this method knows {accepted or 'none'}.")
     if cls.free_d and d is None:
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
-    projection = cls(layout, **({"d": d} if cls.free_d else {}), seed=seed, **hyperparameters)  # type: ignore[arg-type]
+    size = {"d": d} if cls.free_d else {}
+    with torch.device("cpu"):  # P is drawn there whatever the default device
+        projection = cls(layout, **size, seed=seed, **hyperparameters)  # type: ignore[arg-type]
     if d is not None and projection.d != d:
         raise ProjectionError(f"{name}: d = {cls.d_formula} = {projection.d} on this layout, got d={d}. Leave d out.")
     return projection

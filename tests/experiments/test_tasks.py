@@ -88,3 +88,21 @@ def test_every_compared_method_meets_the_default_budget() -> None:
     for name in COMPARED:
         plan = make("vader", "minilm", name, budget, 0, 0.1, "test", "cpu")
         assert (plan.budget is None) == (name == REFERENCE)
+
+
+def test_glue_scores_on_the_published_validation_split_and_holds_out_part_of_train(monkeypatch) -> None:
+    import datasets
+
+    published = {"train": list(range(50)), "validation": [100, 101]}
+
+    def load(path: str, subset: str, split: str) -> datasets.Dataset:
+        assert (path, subset) == ("nyu-mll/glue", "rte")
+        rows = published[split]
+        return datasets.Dataset.from_dict(
+            {"sentence1": [str(i) for i in rows], "sentence2": ["x"] * len(rows), "label": [i % 2 for i in rows]}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    parts = {split: set(tasks.get("glue/rte").split(split)["sentence1"]) for split in tasks.SPLITS}
+    assert parts["test"] == {"100", "101"} and len(parts["validation"]) == 5 and len(parts["train"]) == 45
+    assert not parts["train"] & parts["validation"]

@@ -112,8 +112,41 @@ def test_an_adapter_of_another_method(tmp_path: Path, saved: Path) -> None:
 
 def test_a_dead_adapter_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(LoraLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x))
-    with pytest.raises(AdapterError, match="theta_d must move the output of Linear layers"):
+    with pytest.raises(AdapterError, match="its A and B must move the output of Linear layers"):
         get_peft_model(base_model("llama"), config("llama"))
+
+
+def test_a_base_that_holds_an_adapter_is_refused_and_left_alone() -> None:
+    base = base_model("llama")
+    model = get_peft_model(base, config("llama"))
+    logits = model(**batch("llama")).logits
+    with pytest.raises(AdapterError, match="must hold no adapter yet"):
+        get_peft_model(base, config("llama", target_modules=["q_proj"]))
+    assert torch.equal(model(**batch("llama")).logits, logits) and logits.requires_grad
+
+
+def test_a_reserved_hyperparameter_is_named() -> None:
+    with pytest.raises(AdapterError, match=r"got \['seed'\]. Use the fields d, projection_seed"):
+        config("llama", projection_kwargs={"seed": 3})
+
+
+def test_mixed_models_are_refused_by_peft() -> None:
+    with pytest.raises(ValueError, match="UNIPROJ.*is not compatible with the"):
+        get_peft_model(base_model("llama"), config("llama"), mixed=True)
+
+
+def test_few_sparse_coordinates_attach() -> None:
+    for seed in range(4):
+        get_peft_model(base_model("llama"), config("llama", "sparse", 2, projection_seed=seed))
+
+
+def test_a_cast_after_a_forward_is_seen() -> None:
+    model = get_peft_model(base_model("llama"), config("llama")).eval()
+    with torch.no_grad():
+        model(**batch("llama"))
+        model.double()
+        assert model(**batch("llama")).logits.dtype == torch.float64
+    assert model.base_model._sources["default"].view(0).dtype == torch.float64
 
 
 def test_the_probe_leaves_no_trace() -> None:

@@ -30,6 +30,9 @@ def hadamard(x: Tensor) -> Tensor:
     while done < log2_n:
         step = min(_RADIX, log2_n - done)
         H = hadamard_matrix(step, x.dtype, x.device)
-        y = (H @ y.reshape(*x.shape[:-1], -1, 1 << step, 1 << done)).reshape(x.shape)
+        if done == 0:  # the lowest bits lie side by side: one large product (H is symmetric) in place of many
+            y = (y.reshape(-1, 1 << step) @ H).reshape(x.shape)
+        else:
+            y = (H @ y.reshape(-1, 1 << step, 1 << done)).reshape(x.shape)
         done += step
     return y

@@ -16,6 +16,7 @@ from uniproj.kernels.random import bits
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 8
+_CHUNK = 2**16  # points mapped at once: the integers of eight rounds stay in the cache
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -45,10 +46,15 @@ def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor) -> Tensor:
     low_bits = width - high_bits
     table = bits(seed, stream, _ROUNDS * (int(part.max()) + 1), device=x.device).view(-1, _ROUNDS)
     x, part = torch.broadcast_tensors(x, part)
-    y = _feistel(x, [table[:, t][part] for t in range(_ROUNDS)], low_bits, high_bits).flatten()
+    chunks = zip(x.flatten().split(_CHUNK), part.flatten().split(_CHUNK), strict=True)
+    return torch.cat([_walk(*chunk, n, table, low_bits, high_bits) for chunk in chunks]).view(x.shape)
+
+
+def _walk(x: Tensor, part: Tensor, n: int, table: Tensor, low_bits: int, high_bits: int) -> Tensor:
+    y = _feistel(x, [table[:, t][part] for t in range(_ROUNDS)], low_bits, high_bits)
     walking = (y >= n).nonzero().flatten()
     while len(walking):
-        keys = [table[:, t][part.flatten()[walking]] for t in range(_ROUNDS)]
+        keys = [table[:, t][part[walking]] for t in range(_ROUNDS)]
         y[walking] = _feistel(y[walking], keys, low_bits, high_bits)
         walking = walking[y[walking] >= n]
-    return y.view(x.shape)
+    return y

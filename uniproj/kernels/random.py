@@ -23,6 +23,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_CHUNK = 2**18  # normal numbers drawn at once: the integers behind a number take many times its four bytes
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -68,6 +69,9 @@ def normal(seed: int, stream: str, count: int, *, part: int = 0, start: int = 0)
 
     The rounding absorbs the last-bit differences of log and cos between libraries.
     """
+    if count > _CHUNK:
+        pieces = range(0, count, _CHUNK)
+        return torch.cat([normal(seed, stream, min(_CHUNK, count - k), part=part, start=start + k) for k in pieces])
     words = bits(seed, stream, 2 * count, part=part, start=2 * start).double().view(-1, 2)
     radius = torch.sqrt(-2.0 * torch.log((words[:, 0] + 0.5) * 2.0**-32))
     return (radius * torch.cos((2.0 * math.pi * 2.0**-32) * words[:, 1])).float()

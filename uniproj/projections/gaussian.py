@@ -147,7 +147,7 @@ class NOLA(Projection):
         return self.c
 
     def init_theta(self, seed: int = 0) -> Tensor:
-        return torch.zeros(self.d)
+        return torch.zeros(self.d, dtype=torch.float32)
 
     def to_dense(self) -> Tensor:
         return torch.block_diag(*[self._draw(i).double() for i in range(len(self.k))]).to(self.c.device)

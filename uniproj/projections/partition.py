@@ -10,8 +10,6 @@ from uniproj.kernels.permutation import permute
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 
-_CHUNK = 2**16  # rows dealt out at once: the integers of eight rounds stay in the cache
-
 
 def balanced_index(D: int, d: int, seed: int, stream: str) -> Tensor:
     """(D,) int64: row i belongs to column pi(i) mod d, pi a keyed permutation of the D rows.
@@ -19,9 +17,7 @@ def balanced_index(D: int, d: int, seed: int, stream: str) -> Tensor:
     A uniform balanced shuffle: every column gets floor(D / d) or ceil(D / d) rows, anywhere in the model; the
     rows of column j are pi^-1(j), pi^-1(j + d), ..
     """
-    part = torch.zeros(1, dtype=torch.long)
-    rows = torch.arange(D).split(_CHUNK)
-    return torch.cat([permute(chunk, D, seed, stream, part) % d for chunk in rows])
+    return permute(torch.arange(D), D, seed, stream, torch.zeros(1, dtype=torch.long)) % d
 
 
 class Partition(Projection):

@@ -8,6 +8,7 @@ from torch import Tensor
 from uniproj.algebra import Compose, ConcatColumns, Select
 from uniproj.errors import ProjectionError
 from uniproj.kernels.permutation import permute
+from uniproj.kernels.random import bits
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.projections.lora import lora_init
@@ -20,9 +21,20 @@ def random_rows(D: int, k: int, seed: int) -> Tensor:
     return permute(torch.arange(k), D, seed, "sparse", torch.zeros(1, dtype=torch.long)).sort().values
 
 
+def _with_a_row_of_B(layout: LoRALayout, rows: Tensor, seed: int) -> Tensor:
+    """The rows, one of them exchanged if all lie in A: with B = 0 throughout A has no gradient, for ever."""
+    rows_of_B = torch.cat([torch.arange(b.rows.start, b.rows.stop) for b in layout.blocks if b.factor == "B"] or [rows])
+    if torch.isin(rows, rows_of_B).any():
+        return rows
+    rows[0] = rows_of_B[int(bits(seed, "sparse.B", 1)) % len(rows_of_B)]
+    return rows.sort().values
+
+
 @register("sparse")
 class SparseCoordinates(Select):
     r"""d random entries of LoRA's factors are trained; all others stay at LoRA's starting point.
+
+    At least one of them lies in a B, else no gradient would ever arise.
 
     Maths:  theta_D = E_S theta_d + c, c = (B = 0, A ~ U(+-1/sqrt(in))); starts at theta_d = 0.
     Source: SHiRA's random masks (Bhardwaj et al. 2024, arXiv 2406.13175) moved into LoRA space.
@@ -34,7 +46,7 @@ class SparseCoordinates(Select):
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         self.check_d(layout, d)
-        super().__init__(layout, random_rows(layout.D, d, seed))
+        super().__init__(layout, _with_a_row_of_B(layout, random_rows(layout.D, d, seed), seed))
         self.seed = seed
         self.register_buffer("c", lora_init(layout, seed), persistent=False)
         self.c: Tensor
@@ -44,7 +56,7 @@ class SparseCoordinates(Select):
         return self.c
 
     def init_theta(self, seed: int = 0) -> Tensor:
-        return torch.zeros(self.d)
+        return torch.zeros(self.d, dtype=torch.float32)
 
 
 @register("unilora_sparse")

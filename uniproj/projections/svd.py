@@ -227,4 +227,4 @@ class TinyLoRA(SingularFactors):
         return torch.cat(stacked)
 
     def init_theta(self, seed: int = 0) -> Tensor:
-        return torch.zeros(self.d)
+        return torch.zeros(self.d, dtype=torch.float32)

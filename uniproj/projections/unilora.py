@@ -114,7 +114,7 @@ def _groups(layout: LoRALayout, per: str) -> dict[str, Tensor]:
     """Rows of theta_D by layer or by module, in the order of the layout."""
     members: dict[str, list[str]] = {}
     for module in layout.modules:
-        layer = re.match(r".*\d+(?=\.|$)", module) if per == "layer" else None
+        layer = re.match(r"(?:.*\.)?\d+(?=\.|$)", module) if per == "layer" else None
         members.setdefault(layer.group() if layer else module, []).append(module)
     return {key: layout.rows(modules) for key, modules in members.items()}
 

@@ -74,6 +74,8 @@ class VBLoRA(Projection):
             extra = {"num_vectors": h, "vector_length": b}
             if h * b <= D:
                 found.append(Budget(r, h * b + h * (D // b), None, extra))
+        if not found:
+            raise ProjectionError(f"{cls.name}: no bank fits these modules at r={r}, D={D}. Raise r.")
         # among choices within half a per cent of the best, the larger bank: fewer than ~8 vectors cannot mix
         best = min(abs(f.error(budget)) for f in found)
         near = [f for f in found if abs(f.error(budget)) <= best + 0.005]

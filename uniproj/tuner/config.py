@@ -12,7 +12,16 @@ from peft import LoraConfig
 from uniproj.errors import AdapterError
 from uniproj.registry import get
 
-PEFT_TYPE = "UNIPROJ"
+
+class _PeftType(str):
+    """A name that PEFT can treat as one of its own enumeration's members."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _PeftType("UNIPROJ")
 
 # Settings of LoraConfig that give theta_D another meaning than "the A and B of linear layers".
 _REFUSED = (
@@ -42,8 +51,8 @@ class UniProjConfig(LoraConfig):
 
     projection: name of P (`uniproj.names()`); d: length of theta_d where the method leaves it free;
     projection_seed: seed of P; init_seed: seed of theta_d's start; projection_kwargs: hyperparameters of P.
-    `lora_alpha` is `r` unless given, so the scale alpha / r is 1. `layout_fingerprint` and
-    `projection_checksum` are read from a saved adapter and checked on loading; leave them out.
+    `lora_alpha` is `r` unless given, so the scale alpha / r is 1 (where no rank_pattern changes r).
+    `layout_fingerprint` and `projection_checksum` are read from a saved adapter and checked on loading; leave them out.
 
     Raises ProjectionError for an unknown projection and AdapterError for a LoRA variant that does not apply.
     """
@@ -71,6 +80,11 @@ class UniProjConfig(LoraConfig):
             raise AdapterError(
                 f"UniProjConfig: {', '.join(changed)} changes what A and B are, which P already decides. "
                 "Leave it at its default, or use PEFT's LoraConfig."
+            )
+        if reserved := sorted({"d", "layout", "seed", "base_weights"} & set(self.projection_kwargs)):
+            raise AdapterError(
+                f"UniProjConfig: projection_kwargs holds hyperparameters of P, got {reserved}. "
+                "Use the fields d, projection_seed and target_modules."
             )
         try:
             json.dumps(self.projection_kwargs)

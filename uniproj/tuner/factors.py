@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -56,8 +57,11 @@ class FactorSource:
 
     def _changed(self) -> bool:
         # by value: an edit through `.data` leaves the version counter as it was
-        now = self.trained()
-        return len(now) != len(self._snapshot) or not all(map(torch.equal, now, self._snapshot))
+        pairs = list(zip_longest(self.trained(), self._snapshot))
+        return not all(
+            old is not None and old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
+            for new, old in pairs
+        )
 
     def _current_versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(p), p._version) for p in self.trained())

@@ -1,4 +1,4 @@
-"""Does it move? A change of theta_d must change the output of every kind of layer, and receive a gradient."""
+"""Does it move? A change of theta_D must change the output of every kind of layer, and receive a gradient."""
 
 from __future__ import annotations
 
@@ -16,28 +16,25 @@ from uniproj.tuner.factors import FactorSource
 def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: FactorSource) -> None:
     """Probe one layer of each (class, dtype of the base weight) with one random row.
 
-    Raises AdapterError for a layer whose output ignores theta_d, as happens where a quantised layer swallows
+    Raises AdapterError for a layer whose output ignores its factors, as happens where a quantised layer swallows
     the adapter. Layers on the meta device or with a merged adapter are not probed.
     """
     kinds = {(type(layer.get_base_layer()), _weight(layer).dtype): name for name, layer in layers.items()}
-    projection = source.projection
+    theta_D = uniform(0, "probe", source.projection.D).float()
     try:
         for name in kinds.values():
             layer = layers[name]
             if _weight(layer).device.type == "meta" or layer.merged:
                 continue
-            theta_d = uniform(0, "probe", projection.d).float().to(_weight(layer).device)
-            with torch.no_grad():
-                theta_d = theta_d / projection.matvec(theta_d).square().mean().sqrt()
-            theta_d.requires_grad_()
+            probe = theta_D.to(_weight(layer).device).requires_grad_()
             with torch.inference_mode(False), torch.enable_grad():
-                source.install(projection(theta_d))
+                source.install(probe)
                 change = _adapter_output(layer, adapter_name)
                 alive = change.requires_grad and bool(change.any())
-                alive = alive and bool(torch.autograd.grad(change.float().square().sum(), theta_d)[0].any())
+                alive = alive and bool(torch.autograd.grad(change.float().square().sum(), probe)[0].any())
             if not alive:
                 raise AdapterError(
-                    f"{name}: theta_d must move the output of {type(layer.get_base_layer()).__name__} layers "
+                    f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
                     f"(weight {_weight(layer).dtype}), but output or gradient stayed 0. "
                     "Leave such layers out of target_modules, or load the base model unquantised."
                 )

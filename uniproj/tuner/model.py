@@ -50,6 +50,11 @@ class UniProjModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
         if not hasattr(self, "projections"):
+            if any(isinstance(module, LoraLayer) for module in model.modules()):
+                raise AdapterError(
+                    "get_peft_model: the base model must hold no adapter yet, got one with LoRA layers. "
+                    "Add to the existing PeftModel with add_adapter, or call its unload() first."
+                )
             self.uniproj_theta_d = nn.ParameterDict()
             self.projections = nn.ModuleDict()
             self._sources: dict[str, FactorSource] = {}
@@ -86,6 +91,8 @@ class UniProjModel(LoraModel):
         _set_requires_grad([(p, is_trained) for p in source.trained()])
         if config.layout_fingerprint is not None:
             self._being_loaded.add(adapter_name)
+        else:
+            self._before_first = []
         if not _on_meta(projection):
             check_alive(layers, adapter_name, source)
 
@@ -121,7 +128,13 @@ class UniProjModel(LoraModel):
 
     # ---- forward ----------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """What is attached is in use: nothing will be taken back any more."""
+        self._being_loaded, self._before_first = set(), []
+
     def _project_active(self, model: nn.Module, args: Any) -> None:
+        if self._being_loaded:
+            self._settle()
         if self._adapters_enabled:
             for name in self.active_adapters:
                 if self._sources[name].projection.learned and torch.is_grad_enabled():
@@ -195,7 +208,7 @@ class UniProjModel(LoraModel):
             if adapter_name in tuner._being_loaded:  # attached for this file only; an older adapter stays
                 tuner._take_back(adapter_name)
             raise
-        tuner._being_loaded.discard(adapter_name)
+        tuner._settle()
         return mapped
 
 
