@@ -131,7 +131,7 @@ def test_a_reserved_hyperparameter_is_named() -> None:
 
 
 def test_mixed_models_are_refused_by_peft() -> None:
-    with pytest.raises(ValueError, match="UNIPROJ.*is not compatible with the"):
+    with pytest.raises(ValueError, match=r"UNIPROJ.*is not compatible with the"):
         get_peft_model(base_model("llama"), config("llama"), mixed=True)
 
 
