@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -63,8 +64,9 @@ class _Composite(Projection):
         rows, columns = P.indices()
         return rows, columns, P.values()
 
+    @abstractmethod
     def _combine(self, matrices: list[Tensor]) -> Tensor:
-        raise NotImplementedError
+        """The written matrix from the parts' written matrices, all dense or all sparse."""
 
 
 class Compose(_Composite):

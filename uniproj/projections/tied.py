@@ -5,6 +5,7 @@ B^l = diag(v^l) B_g[:out], A^l = diag(u^l) A_g[:, :in]; module l belongs to grou
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -84,9 +85,9 @@ class SharedFactors(Projection):
     def _scaler_init(self, letter: str) -> float:
         return 1.0
 
+    @abstractmethod
     def _bounds(self, width: int) -> float:
         """Bound of the uniform draw of A for in = width."""
-        raise NotImplementedError
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Flat shared matrices (B, A) of all groups, float64: kaiming uniform."""
