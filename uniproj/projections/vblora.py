@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from uniproj.budget import Budget
+from uniproj.budget import TOLERANCE, Budget
 from uniproj.errors import ProjectionError
 from uniproj.kernels.random import normal
 from uniproj.layout import LoRALayout
@@ -76,10 +76,12 @@ class VBLoRA(Projection):
                 found.append(Budget(r, h * b + h * (D // b), None, extra))
         if not found:
             raise ProjectionError(f"{cls.name}: no bank fits these modules at r={r}, D={D}. Raise r.")
-        # among choices within half a per cent of the best, the larger bank: fewer than ~8 vectors cannot mix
-        best = min(abs(f.error(budget)) for f in found)
-        near = [f for f in found if abs(f.error(budget)) <= best + 0.005]
-        return max(near, key=lambda f: f.hyperparameters["num_vectors"])
+        # Within the tolerance the largest bank, as few vectors cannot mix; then the most logits, which
+        # outnumber the bank's entries in the published sizes too.
+        near = [f for f in found if abs(f.error(budget)) <= TOLERANCE]
+        if near:
+            return max(near, key=lambda f: (f.hyperparameters["num_vectors"], -f.hyperparameters["vector_length"]))
+        return min(found, key=lambda f: abs(f.error(budget)))
 
     def mixture(self) -> tuple[Tensor, Tensor]:
         """Top-k weights and bank indices of every piece, each (D / b, topk)."""
