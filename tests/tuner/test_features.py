@@ -259,9 +259,11 @@ def test_unknown_projection_names_the_known_ones() -> None:
 def test_a_refused_adapter_leaves_the_model_as_it_was(change, error, message) -> None:
     model = base_model("llama")
     names, before = [n for n, _ in model.named_modules()], model(**batch("llama")).logits
+    trained = [p.requires_grad for p in model.parameters()]
     with pytest.raises(error, match=message):
         get_peft_model(model, config("llama", **change))
     assert [n for n, _ in model.named_modules()] == names
+    assert [p.requires_grad for p in model.parameters()] == trained
     assert torch.equal(model(**batch("llama")).logits, before)
 
 

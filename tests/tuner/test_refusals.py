@@ -112,8 +112,10 @@ def test_an_adapter_of_another_method(tmp_path: Path, saved: Path) -> None:
 
 def test_a_dead_adapter_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(LoraLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x))
+    base = base_model("llama")
     with pytest.raises(AdapterError, match="its A and B must move the output of Linear layers"):
-        get_peft_model(base_model("llama"), config("llama"))
+        get_peft_model(base, config("llama"))
+    assert all(p.requires_grad for p in base.parameters())
 
 
 def test_a_base_that_holds_an_adapter_is_refused_and_left_alone() -> None:

@@ -89,12 +89,12 @@ class UniProjModel(LoraModel):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
         _set_requires_grad([(p, is_trained) for p in source.trained()])
+        if not _on_meta(projection):
+            check_alive(layers, adapter_name, source)
         if config.layout_fingerprint is not None:
             self._being_loaded.add(adapter_name)
         else:
             self._before_first = []
-        if not _on_meta(projection):
-            check_alive(layers, adapter_name, source)
 
     def _take_back(self, adapter_name: str) -> None:
         """Undo an injection that failed: the model is as it was before."""
