@@ -256,13 +256,12 @@ class Projection(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
         """Move P without rounding it: floating buffers keep their dtype under `.to(bfloat16)` or `.half()`."""
-        dtypes = {name: b.dtype for name, b in self.named_buffers(recurse=False)}
-        exact = {name: b for name, b in self.named_buffers(recurse=False)}
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, dtype in dtypes.items():
+        for name, buffer in exact.items():
             moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, exact[name].to(moved.device))
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     def extra_repr(self) -> str:

@@ -19,6 +19,9 @@ from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
 
+# anchored: a module of the base model may be called projections too
+_OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
+
 
 class BaseWeights(Mapping[str, Tensor]):
     """W (out, in) of every adapted module, dequantised one at a time."""
@@ -185,21 +188,20 @@ class UniProjModel(LoraModel):
         **__: Any,
     ) -> dict[str, Tensor]:
         name = re.escape(adapter_name)
-        own = re.compile(rf"(.*\.)?(uniproj_theta_d\.{name}$|projections\.{name}\.)")
+        own = re.compile(rf"base_model\.(uniproj_theta_d\.{name}$|projections\.{name}\.)")
         wanted = {k: v for k, v in state_dict.items() if own.match(k)}
         return {**wanted, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"(uniproj_theta_d|projections)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+        return re.sub(rf"^(base_model\.(?:uniproj_theta_d|projections))\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         mapped = {
-            re.sub(r"uniproj_theta_d$|projections(?=\.)", lambda own: f"{own.group()}.{adapter_name}", key): value
-            for key, value in state_dict.items()
+            _OWN_KEY.sub(lambda own: f"{own.group()}.{adapter_name}", key): value for key, value in state_dict.items()
         }
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
         try:
