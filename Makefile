@@ -9,6 +9,7 @@ compare: .venv
 
 test: .venv
 	$(PY) -m pytest $(or $(ARGS),--cov)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels)
 
 lint: .venv
 	$(PY) -m ruff check .

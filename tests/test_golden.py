@@ -14,7 +14,7 @@ LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (24, 16) for i in (2, 10) for m i
 
 def checksums() -> dict[str, str]:
     large = sample("unilora", LoRALayout.flat(393_216), 23_040)  # more rows than the checksum reads
-    return {"unilora v1 at D = 393216": large.checksum()} | {
+    return {"unilora v2 at D = 393216": large.checksum()} | {
         f"{name} v{get(name).version} {dict(variant)} seed {seed}": sample(name, LAYOUT, 40, seed, **variant).checksum()
         for name in names()
         for variant in get(name).variants

@@ -156,7 +156,7 @@ def test_unilora_columns_are_unit_vectors_to_pefts_precision() -> None:
     P, _ = from_peft(wrap("UNILORA")[1])
     gap = CHECKS["isometric"](P).value
     assert P.claims == {"linear", "orthogonal", "uniform", "global_sharing"} and 1e-10 < gap < 1e-6
-    assert torch.equal(P.rebuild().get_buffer("index"), P.get_buffer("index"))
+    assert torch.equal(P.rebuild().index, P.index)
 
 
 @pytest.mark.parametrize(("r", "d", "proj_seed"), [(4, 50, 42), (1, 256, 0), (3, 7, 123), (2, 512, 2**31)])
@@ -165,7 +165,7 @@ def test_unilora_indices_are_pefts(r: int, d: int, proj_seed: int) -> None:
     found = layers(model)
     layout = LoRALayout.from_shapes({n: (m.out_features, m.in_features) for n, m in found.items()}, r)
     P = build("unilora", d=d, layout=layout, seed=proj_seed, assignment="peft", module_order=list(found))
-    for block, index in zip(layout.blocks, layout.split(P.get_buffer("index")), strict=True):
+    for block, index in zip(layout.blocks, layout.split(P.index), strict=True):
         theirs = getattr(found[block.module], f"unilora_indices_{block.factor}")["default"]
         assert torch.equal(index.long(), theirs)
 

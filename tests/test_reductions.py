@@ -174,7 +174,7 @@ def test_unnormalised_unilora_is_pefts_with_unit_scales(seed: int) -> None:
         layer.unilora_scales_A["default"].fill_(1.0)
         layer.unilora_scales_B["default"].fill_(1.0)
     P, theta_d = from_peft(model)
-    rows = P.get_buffer("index").long()
+    rows = P.index.long()
     assert torch.equal(P(theta_d), theta_d[rows])
     for name, ours in deltas(P.layout, theta_d[rows], model).items():
         assert error(ours, peft_delta(layers(model)[name])) < 1e-12

@@ -29,29 +29,30 @@ class _LinearMap(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(P: Projection, x: Tensor, transposed: bool) -> Tensor:
-        return P.rmatvec(x) if transposed else P.matvec(x)
+    def forward(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+        return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Projection, Tensor, bool], output: Tensor) -> None:
-        ctx.P, _, ctx.transposed = inputs
+    def setup_context(ctx: Any, inputs: tuple[Projection, Tensor, bool, torch.dtype], output: Tensor) -> None:
+        ctx.P, x, ctx.transposed, ctx.dtype_out = inputs
+        ctx.dtype_in = x.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        return None, _apply_map(ctx.P, grad, not ctx.transposed), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+        return None, _apply_map(ctx.P, grad, not ctx.transposed, ctx.dtype_in), None, None
 
 
 class _ForwardModeMap(_LinearMap):
     """The same with forward-mode derivatives (jvp, jacfwd, hessian), which torch.compile cannot trace."""
 
     @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:  # type: ignore[override]
-        return _apply_map(ctx.P, tangent, ctx.transposed)
+    def jvp(ctx: Any, _: None, tangent: Tensor, *__: None) -> Tensor:  # type: ignore[override]
+        return _apply_map(ctx.P, tangent, ctx.transposed, ctx.dtype_out)
 
 
-def _apply_map(P: Projection, x: Tensor, transposed: bool) -> Tensor:
+def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
     way = _LinearMap if torch.compiler.is_compiling() else _ForwardModeMap
-    return way.apply(P, x, transposed)
+    return way.apply(P, x, transposed, dtype or x.dtype)
 
 
 class Projection(nn.Module, ABC):
@@ -60,8 +61,9 @@ class Projection(nn.Module, ABC):
     A new linear method writes `__init__`, `_matvec`, `_rmatvec` and either `to_dense` or `entries`, these
     last two from the definition of P and not from `_matvec`. Shapes inside these methods: theta_d (n, d) and
     theta_D (n, D), float32 or float64. P's own numbers are buffers that `.to(dtype)` moves and never rounds;
-    half-precision inputs are computed in float32. A learned method holds Parameters, sets `learned = True`,
-    and writes `_matvec` in differentiable torch code.
+    half-precision inputs are computed in float32. A kernel that reads and writes any dtype itself gives `_matvec` and
+    `_rmatvec` a second argument `dtype`, that of the result, and casts nothing. A learned method holds
+    Parameters, sets `learned = True`, and writes `_matvec` in differentiable torch code.
 
     Class attributes: `version` grows when the same arguments give another P; `claims` holds for every
     layout, d and seed and `claims_if` names those that hold under a condition (an instance that meets it adds
@@ -86,6 +88,12 @@ class Projection(nn.Module, ABC):
     init_bound: float = 0.02
 
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    _takes_dtype: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # both or neither: a subclass that overrides one of a pair falls back to casts
+        cls._takes_dtype = all("dtype" in inspect.signature(f).parameters for f in (cls._matvec, cls._rmatvec))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Projection:
         self = super().__new__(cls)
@@ -171,26 +179,31 @@ class Projection(nn.Module, ABC):
         """Count of trained numbers: d and P's own Parameters."""
         return self.d + sum(p.numel() for p in self.parameters())
 
-    def matvec(self, theta_d: Tensor) -> Tensor:
+    def matvec(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P theta_d without c: (..., d) -> (..., D), outside autograd for linear methods."""
-        return self._batched(self._matvec, theta_d, "theta_d", "d", self.d, self.D)
+        self._check(theta_d, "theta_d", "d", self.d)
+        return self._batched(self._matvec, theta_d, self.D, dtype or theta_d.dtype)
 
-    def rmatvec(self, theta_D: Tensor) -> Tensor:
+    def rmatvec(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d), outside autograd for linear methods."""
-        return self._batched(self._rmatvec, theta_D, "theta_D", "D", self.D, self.d)
+        self._check(theta_D, "theta_D", "D", self.D)
+        return self._batched(self._rmatvec, theta_D, self.d, dtype or theta_D.dtype)
 
-    def forward(self, theta_d: Tensor) -> Tensor:
-        """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype; differentiable to any order."""
-        theta_D = self.matvec(theta_d) if self.learned else _apply_map(self, theta_d, False)
+    def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
+        theta_D = self.matvec(theta_d, dtype) if self.learned else _apply_map(self, theta_d, False, dtype)
         c = self.offset
         return theta_D if c is None else theta_D + c.to(theta_D.dtype)
 
-    def adjoint(self, theta_D: Tensor) -> Tensor:
+    def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
-        return self.rmatvec(theta_D) if self.learned else _apply_map(self, theta_D, True)
+        return self.rmatvec(theta_D, dtype) if self.learned else _apply_map(self, theta_D, True, dtype)
 
-    def _batched(self, apply: Callable[[Tensor], Tensor], x: Tensor, what: str, size: str, n: int, m: int) -> Tensor:
-        """Check x (..., n), apply the raw map to (batch, n) in float32 or float64, give (..., m) in x's dtype."""
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        """(P theta_d + c)[rows]: theta_d (d,), rows (m,) int64. Methods that can compute only these override it."""
+        return self(theta_d)[rows.to(theta_d.device)]
+
+    def _check(self, x: Tensor, what: str, size: str, n: int) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ProjectionError(f"{self.name}: {what} must be a float tensor, got {got}. Convert it first.")
@@ -199,12 +212,18 @@ class Projection(nn.Module, ABC):
                 f"{self.name}: {what} must have shape (..., {size}) = (..., {n}), got {tuple(x.shape)}. "
                 f"P has shape (D, d) = {self.shape}; theta_d goes in forward, theta_D in adjoint."
             )
-        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def _batched(self, raw: Callable[..., Tensor], x: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+        """(..., n) -> (..., m) in `dtype` by the raw map (batch, n) -> (batch, m), in float32 or float64."""
         if x.numel() == 0:
-            return x.new_zeros(*x.shape[:-1], m)
+            return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
+        rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            y = apply(x.to(compute).reshape(-1, n))
-        return y.to(x.dtype).reshape(*x.shape[:-1], m)
+            if self._takes_dtype:
+                y = raw(rows, dtype)
+            else:
+                y = raw(rows.to(torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32))
+        return y.to(dtype).reshape(*x.shape[:-1], m)
 
     def to_dense(self) -> Tensor:
         """P itself, (D, d) float64, on P's device."""
@@ -246,11 +265,11 @@ class Projection(nn.Module, ABC):
 
         Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device.
         """
-        with torch.no_grad():
-            theta_D = self(uniform(0, "checksum", self.d).to(self.device)).cpu()
         count = min(self.D, _CHECKSUM_ROWS)
         rows = torch.arange(count) * (self.D - 1) // max(count - 1, 1)
-        grid = torch.round(theta_D[rows] / _CHECKSUM_GRID).long()
+        with torch.no_grad():
+            values = self.at_rows(uniform(0, "checksum", self.d).to(self.device), rows).cpu()
+        grid = torch.round(values / _CHECKSUM_GRID).long()
         head = f"{self.name}/{self.version}/{self.shape}/".encode()
         return hashlib.sha256(head + grid.numpy().astype("<i8").tobytes()).hexdigest()
 

@@ -1,60 +1,81 @@
-"""Keyed bijections of {0, .., n - 1}, evaluated at any point without a table.
+"""Keyed bijections of {0, .., n - 1}, evaluated at any point, from O(sqrt n) random numbers.
 
-Specification, version 1. A Feistel network on b = bit_length(n - 1) bits, split into a high half of b // 2
-and a low half of the rest, eight rounds alternating which half is changed; values that fall outside
-[0, n) are walked along their cycle until they return (Black and Rogaway 2002, "Ciphers with arbitrary
-finite domains"). Round t adds (xor) the low bits of mix(other half + key_t), where mix is the 32-bit finaliser of
-MurmurHash3 and key_t is word t of the stream (seed, name, part) of `random.py`.
+Specification, version 2. With a = ceil(sqrt n) and b = ceil(n / a), x = L b + R is a point of the a x b grid. Six
+rounds of a Feistel network with additions: round t = 0, 2, 4 sets R <- (R + F_t[L]) mod b, round t = 1, 3, 5 sets
+L <- (L + F_t[R]) mod a (Luby and Rackoff 1988; Black and Rogaway 2002, "Ciphers with arbitrary finite domains", the
+generalised Feistel construction). A point outside [0, n), one in sqrt n or fewer, walks on along its cycle.
+
+F_t[v] = floor(size w / 2^32), size b or a, with w the word (6 part + t) a + v of the stream (seed, name) of
+`random.py`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from uniproj.kernels.random import bits
+from uniproj.kernels.threads import cut, in_parallel
 
-_MASK = 0xFFFFFFFF
-_ROUNDS = 8
-_CHUNK = 2**16  # points mapped at once: the integers of eight rounds stay in the cache
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK
-    return x ^ (x >> 16)
+ROUNDS = 6
+MOST = 2**31 - 2**17  # points: the numbers of the grid must fit into int32
+_CHUNK = 2**15  # points mapped at once: the integers of all rounds stay in the cache
 
 
-def _feistel(x: Tensor, keys: list[Tensor], low_bits: int, high_bits: int) -> Tensor:
-    low, high = x & ((1 << low_bits) - 1), x >> low_bits
-    for t, key in enumerate(keys):
-        if t % 2 == 0:
-            high = high ^ (_mix((low + key) & _MASK) & ((1 << high_bits) - 1))
-        else:
-            low = low ^ (_mix((high + key) & _MASK) & ((1 << low_bits) - 1))
-    return (high << low_bits) | low
+def grid(n: int) -> tuple[int, int]:
+    """(a, b) with a b >= n > a b - a."""
+    a = math.isqrt(max(n - 1, 0)) + 1
+    return a, -(-n // a)
 
 
-def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor) -> Tensor:
+def round_tables(n: int, seed: int, stream: str, parts: int = 1) -> Tensor:
+    """F of `parts` bijections of [0, n): (parts * ROUNDS * a,) int32. Raises ValueError for n beyond `MOST`."""
+    if not 0 < n <= MOST:
+        raise ValueError(f"permutation: n must lie in [1, {MOST}], got {n}. Split the rows into groups.")
+    a, b = grid(n)
+    words = bits(seed, stream, parts * ROUNDS * a).view(parts, ROUNDS, a)
+    sizes = torch.tensor([b, a] * (ROUNDS // 2)).view(1, ROUNDS, 1)
+    return (words * sizes >> 32).int().flatten()
+
+
+def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor | None = None) -> Tensor:
     """pi(x) for the bijection pi of [0, n) keyed by (seed, stream, part).
 
-    x: int64 with values in [0, n); part: int64 that broadcasts against x, one bijection for each value.
+    x: integers in [0, n); part: int64 that broadcasts against x, one bijection for each value (0 if None).
     Returns int64 of the broadcast shape.
     """
-    width = max((n - 1).bit_length(), 1)
-    high_bits = width // 2
-    low_bits = width - high_bits
-    table = bits(seed, stream, _ROUNDS * (int(part.max()) + 1), device=x.device).view(-1, _ROUNDS)
-    x, part = torch.broadcast_tensors(x, part)
-    chunks = zip(x.flatten().split(_CHUNK), part.flatten().split(_CHUNK), strict=True)
-    return torch.cat([_walk(*chunk, n, table, low_bits, high_bits) for chunk in chunks]).view(x.shape)
+    a, _ = grid(n)
+    part = torch.zeros(1, dtype=torch.long) if part is None else part
+    tables = round_tables(n, seed, stream, int(part.max()) + 1)
+    x, first = torch.broadcast_tensors(x, part * (ROUNDS * a))
+    flat, starts, images = x.flatten(), first.flatten(), torch.empty(x.numel(), dtype=torch.long)
+
+    def piece(where: slice) -> None:
+        images[where] = evaluate(flat[where].int(), n, tables, starts[where])
+
+    in_parallel(piece, cut(len(flat), _CHUNK))
+    return images.view(x.shape)
 
 
-def _walk(x: Tensor, part: Tensor, n: int, table: Tensor, low_bits: int, high_bits: int) -> Tensor:
-    y = _feistel(x, [table[:, t][part] for t in range(_ROUNDS)], low_bits, high_bits)
+def evaluate(x: Tensor, n: int, tables: Tensor, first: Tensor | int = 0) -> Tensor:
+    """pi(x), a fresh int32 tensor, for x (m,) int32. `first`: where in `tables` those of a point begin."""
+    y = _rounds(x, n, tables, first)
     walking = (y >= n).nonzero().flatten()
     while len(walking):
-        keys = [table[:, t][part[walking]] for t in range(_ROUNDS)]
-        y[walking] = _feistel(y[walking], keys, low_bits, high_bits)
+        start = first if isinstance(first, int) else first[walking]
+        y[walking] = _rounds(y[walking], n, tables, start)
         walking = walking[y[walking] >= n]
     return y
+
+
+def _rounds(x: Tensor, n: int, tables: Tensor, first: Tensor | int) -> Tensor:
+    a, b = grid(n)
+    L = torch.div(x, b, rounding_mode="floor")
+    R = x - L * b
+    for t in range(ROUNDS):
+        key, moved, size = (L, R, b) if t % 2 == 0 else (R, L, a)
+        moved += tables.index_select(0, key + (first + t * a))
+        moved -= (moved >= size) * size
+    return L * b + R

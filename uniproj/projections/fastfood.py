@@ -27,6 +27,7 @@ class Fastfood(Projection):
 
     formula = "theta_D = [H G_b Pi_b H B_b]_b theta_d / sqrt(n' D)"
     source = "ICML 2013 (Le et al.); arXiv 2506.00799"
+    version = 2
     claims = frozenset({"linear", "isometric_in_expectation", "global_sharing"})
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):

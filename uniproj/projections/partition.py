@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from uniproj.errors import ProjectionError
-from uniproj.kernels.permutation import permute
+from uniproj.kernels.deal import Deal, Group
+from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.partition import accumulation_dtype, deal_out, gather_in, sum_by_column, take
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 
-
-def balanced_index(D: int, d: int, seed: int, stream: str) -> Tensor:
-    """(D,) int64: row i belongs to column pi(i) mod d, pi a keyed permutation of the D rows.
-
-    A uniform balanced shuffle: every column gets floor(D / d) or ceil(D / d) rows, anywhere in the model; the
-    rows of column j are pi^-1(j), pi^-1(j + d), ..
-    """
-    return permute(torch.arange(D), D, seed, stream, torch.zeros(1, dtype=torch.long)) % d
+_DEAL = ("by_row", "by_position", "groups", "tables")
 
 
 class Partition(Projection):
@@ -25,35 +22,83 @@ class Partition(Projection):
 
     One non-zero per row makes the columns orthogonal; dividing each by its norm makes P^T P = I_d exactly
     (whatever the index). With `normalise=False` the non-zeros are 1 and P^T P = diag(n_j).
-    The scale is applied to the d numbers, before the gather; state is 4 D + 8 d bytes.
+    `dealt`: the groups of rows that a keyed permutation deals out, or any index (D,). The scale is applied to the d
+    numbers. State: 8 d bytes and O(sqrt D); an index of 4 D bytes on the CPU only, where it is built at the first
+    use; Triton computes it in the kernel. A given index is stored, 4 D bytes.
 
     Raises ProjectionError if a column is empty.
     """
 
     sparse = True
 
-    def __init__(self, layout: LoRALayout, d: int, seed: int, index: Tensor, normalise: bool = True):
+    def __init__(self, layout: LoRALayout, d: int, seed: int, dealt: Tensor | Sequence[Group], normalise: bool = True):
         super().__init__(layout, d, seed)
-        counts = torch.bincount(index, minlength=d)
+        self.deal: Deal | None
+        if isinstance(dealt, Tensor):
+            self.deal, counts = None, torch.bincount(dealt, minlength=d)
+        else:
+            self.deal = Deal.of(dealt, seed)
+            counts = self.deal.counts()
         if empty := int((counts == 0).sum()):
             raise ProjectionError(
                 f"{self.name}: every column needs a row, {empty} of {d} are empty at D = {layout.D}. "
                 "Lower d or use a balanced assignment."
             )
         scale = counts.double().rsqrt() if normalise else torch.ones(d, dtype=torch.float64)
-        self.register_buffer("index", index.int(), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        self.index: Tensor
+        self.register_buffer("_index", dealt.int() if isinstance(dealt, Tensor) else None, persistent=False)
+        for name in _DEAL if self.deal is not None else ():
+            self.register_buffer(f"_{name}", getattr(self.deal, name), persistent=False)
         self.scale: Tensor
+        self._index: Tensor | None
 
-    def _matvec(self, theta_d: Tensor) -> Tensor:
-        return (theta_d * self.scale.to(theta_d.dtype)).index_select(1, self.index)
+    @property
+    def index(self) -> Tensor:
+        """(D,) int32: the column of every row; built at the first use and kept."""
+        return self._built_index()
 
-    def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        # one row of the batch at a time: index_add along a trailing axis is fifty times slower on the CPU
-        sums = [theta_D.new_zeros(self.d).index_add(0, self.index, row) for row in theta_D]
-        return torch.stack(sums) * self.scale.to(theta_D.dtype)
+    @index.setter
+    def index(self, index: Tensor) -> None:
+        self.deal, self._index = None, index.int()
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _built_index(self) -> Tensor:
+        if self._index is None:
+            assert self.deal is not None
+            self._index = self.deal.index().to(self.device)
+        return self._index
+
+    def _deal_tensors(self) -> list[Tensor]:
+        return [getattr(self, f"_{name}") for name in _DEAL]
+
+    def _matvec(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or theta_d.dtype
+        compute = accumulation_dtype(theta_d.dtype, dtype)
+        scaled = theta_d.to(compute) * self.scale.to(compute)
+        if self.deal is not None and uses_triton(scaled.device):
+            return deal_out(scaled, *self._deal_tensors(), [self.D, self.d], dtype)
+        return take(scaled, self.index, self.d, dtype)
+
+    def _rmatvec(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or theta_D.dtype
+        compute = accumulation_dtype(theta_D.dtype, dtype)
+        if self.deal is not None and uses_triton(theta_D.device):
+            sums = gather_in(theta_D, *self._deal_tensors(), [self.D, self.d], compute)
+        else:
+            sums = sum_by_column(theta_D, self.index, self.d, compute)
+        return (sums * self.scale.to(compute)).to(dtype)
+
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        """(P theta_d)[rows] from the columns of these rows alone."""
+        columns = self.index[rows] if self.deal is None else self.deal.columns(rows).to(theta_d.device)
+        return theta_d[columns] * self.scale[columns].to(theta_d.dtype)
 
     def entries(self) -> Entries:
         columns = self.index.long()
         return torch.arange(self.D, device=columns.device), columns, self.scale[columns]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Partition:
+        super()._apply(fn, recurse)
+        if self.deal is not None and uses_triton(self.device):
+            self._index = None
+        return self

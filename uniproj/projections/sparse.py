@@ -18,7 +18,7 @@ from uniproj.registry import register
 
 def random_rows(D: int, k: int, seed: int) -> Tensor:
     """k distinct rows of D, uniform, sorted."""
-    return permute(torch.arange(k), D, seed, "sparse", torch.zeros(1, dtype=torch.long)).sort().values
+    return permute(torch.arange(k), D, seed, "sparse").sort().values
 
 
 def _with_a_row_of_B(layout: LoRALayout, rows: Tensor, seed: int) -> Tensor:
@@ -42,6 +42,7 @@ class SparseCoordinates(Select):
 
     formula = "theta_D = E_S theta_d + c"
     source = "arXiv 2406.13175 (selection)"
+    version = 2
     claims = frozenset({"affine", "orthogonal", "isometric", "uniform", "local"})
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
@@ -71,6 +72,7 @@ class UniLoRAPlusSparse(ConcatColumns):
     formula = "theta_D = P_iso theta_1 + E_S theta_2"
     d_formula = "d (free) = d_1 + k"
     source = "arXiv 2506.00799 and arXiv 2406.13175, combined"
+    version = 2
     claims = frozenset({"linear"})
     claims_if = {"isometric": "exclusive=True", "orthogonal": "exclusive=True"}
     variants = ({}, {"exclusive": True})

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from uniproj.errors import ProjectionError
+from uniproj.kernels.deal import Group
 from uniproj.kernels.random import bits
 from uniproj.layout import LoRALayout
-from uniproj.projections.partition import Partition, balanced_index
+from uniproj.projections.partition import Partition
 from uniproj.registry import register
 
 
@@ -31,6 +32,7 @@ class UniLoRA(Partition):
 
     formula = "theta_D[i] = theta_d[index[i]] / sqrt(n)"
     source = "arXiv 2506.00799"
+    version = 2
     claims = frozenset({"linear", "orthogonal", "isometric", "global_sharing"})
     claims_if = {"uniform": "assignment is 'balanced' or 'peft'"}
     variants = ({}, {"assignment": "iid"}, {"assignment": "peft"})
@@ -45,14 +47,14 @@ class UniLoRA(Partition):
     ):
         self.check_d(layout, d)
         if assignment == "balanced":
-            index = balanced_index(layout.D, d, seed, "unilora")
+            dealt: Tensor | list[Group] = [Group([slice(0, layout.D)], d, "unilora")]
         elif assignment == "iid":
-            index = bits(seed, "unilora.iid", layout.D) * d >> 32
+            dealt = bits(seed, "unilora.iid", layout.D) * d >> 32
         elif assignment == "peft":
-            index = _peft_index(layout, d, seed, module_order)
+            dealt = _peft_index(layout, d, seed, module_order)
         else:
             raise ProjectionError(f"{self.name}: assignment must be 'balanced', 'iid' or 'peft', got {assignment!r}.")
-        super().__init__(layout, d, seed, index)
+        super().__init__(layout, d, seed, dealt)
         if assignment != "iid":
             self.claims = self.claims | {"uniform"}
 
@@ -87,6 +89,7 @@ class LocalUniLoRA(Partition):
 
     formula = "theta_D = diag(P_1 .. P_L) theta_d, P_l a partition of layer l"
     source = "arXiv 2506.00799, ablation"
+    version = 2
     claims = frozenset({"linear", "orthogonal", "isometric"})
     claims_if = {"local": "per='module'"}
     variants = ({}, {"per": "module"})
@@ -96,12 +99,9 @@ class LocalUniLoRA(Partition):
             raise ProjectionError(f"{self.name}: per must be 'layer' or 'module', got {per!r}.")
         self.check_d(layout, d)
         groups = _groups(layout, per)
-        index, first = torch.empty(layout.D, dtype=torch.long), 0
-        shares = _shares(d, [len(rows) for rows in groups.values()])
-        for number, (rows, share) in enumerate(zip(groups.values(), shares, strict=True)):
-            index[rows] = first + balanced_index(len(rows), share, seed, f"unilora.local.{number}")
-            first += share
-        super().__init__(layout, d, seed, index)
+        shares = _shares(d, [sum(piece.stop - piece.start for piece in rows) for rows in groups])
+        dealt = [Group(rows, d, f"unilora.local.{k}") for k, (rows, d) in enumerate(zip(groups, shares, strict=True))]
+        super().__init__(layout, d, seed, dealt)
         if per == "module":
             self.claims = self.claims | {"local"}
 
@@ -110,13 +110,13 @@ class LocalUniLoRA(Partition):
         return len(layout.modules)
 
 
-def _groups(layout: LoRALayout, per: str) -> dict[str, Tensor]:
+def _groups(layout: LoRALayout, per: str) -> list[list[slice]]:
     """Rows of theta_D by layer or by module, in the order of the layout."""
-    members: dict[str, list[str]] = {}
-    for module in layout.modules:
-        layer = re.match(r"(?:.*\.)?\d+(?=\.|$)", module) if per == "layer" else None
-        members.setdefault(layer.group() if layer else module, []).append(module)
-    return {key: layout.rows(modules) for key, modules in members.items()}
+    members: dict[str, list[slice]] = {}
+    for block in layout.blocks:
+        layer = re.match(r"(?:.*\.)?\d+(?=\.|$)", block.module) if per == "layer" else None
+        members.setdefault(layer.group() if layer else block.module, []).append(block.rows)
+    return list(members.values())
 
 
 def _shares(d: int, sizes: Sequence[int]) -> list[int]:
@@ -143,6 +143,7 @@ class NonUniformUniLoRA(Partition):
     formula = "theta_D = (P_B theta_1, P_A theta_2), partitions of unequal density"
     d_formula = "d (free), d_B = share_B d"
     source = "arXiv 2506.00799, ablation"
+    version = 2
     claims = frozenset({"linear", "orthogonal", "isometric", "separates_factors"})
     needs_modules = True
     variants = ({}, {"share_B": 0.5})
@@ -152,14 +153,12 @@ class NonUniformUniLoRA(Partition):
             raise ProjectionError(f"{self.name}: share_B must lie in (0, 1), got {share_B}.")
         self.check_d(layout, d)
         layout.pairs()
-        is_B = torch.cat([torch.full((b.numel,), b.factor == "B") for b in layout.blocks])
-        D_B = int(is_B.sum())
+        rows_B, rows_A = ([b.rows for b in layout.blocks if b.factor == factor] for factor in "BA")
+        D_B = sum(b.numel for b in layout.blocks if b.factor == "B")
         D_A = layout.D - D_B
         d_B = min(max(round(share_B * d), 1, d - D_A), d - 1, D_B)
-        index = torch.empty(layout.D, dtype=torch.long)
-        index[is_B] = balanced_index(D_B, d_B, seed, "unilora.B")
-        index[~is_B] = d_B + balanced_index(D_A, d - d_B, seed, "unilora.A")
-        super().__init__(layout, d, seed, index)
+        dealt = [Group(rows_B, d_B, "unilora.B"), Group(rows_A, d - d_B, "unilora.A")]
+        super().__init__(layout, d, seed, dealt)
 
     @classmethod
     def min_d(cls, layout: LoRALayout) -> int:

@@ -1,7 +1,8 @@
 """Uni-LoRA without column normalisation."""
 
+from uniproj.kernels.deal import Group
 from uniproj.layout import LoRALayout
-from uniproj.projections.partition import Partition, balanced_index
+from uniproj.projections.partition import Partition
 from uniproj.registry import register
 
 
@@ -15,8 +16,9 @@ class UnnormalisedUniLoRA(Partition):
 
     formula = "theta_D[i] = theta_d[index[i]]"
     source = "arXiv 2506.00799, ablation"
+    version = 2
     claims = frozenset({"linear", "orthogonal", "uniform", "global_sharing"})
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         self.check_d(layout, d)
-        super().__init__(layout, d, seed, balanced_index(layout.D, d, seed, "unilora"), normalise=False)
+        super().__init__(layout, d, seed, [Group([slice(0, layout.D)], d, "unilora")], normalise=False)

@@ -1,0 +1,156 @@
+"""The gather, its adjoint and the deal of rows to columns, against one-hot matrices."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from uniproj.kernels import backend
+from uniproj.kernels.deal import Deal, Group
+from uniproj.kernels.partition import deal_out, gather_in, sum_by_column, take
+from uniproj.kernels.permutation import permute
+
+needs_triton = pytest.mark.skipif(
+    backend() == "torch" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+GROUPS = {
+    "one": [Group([slice(0, 1100)], 37, "a")],
+    "several": [
+        Group([slice(0, 10), slice(500, 1001)], 7, "b"),
+        Group([slice(10, 500)], 60, "c"),
+        Group([slice(1001, 1002)], 1, "d"),
+    ],
+}
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, dtype=dtype, generator=generator).to(DEVICE)
+
+
+def dealt(kind: str) -> tuple[Tensor, list, int, int]:
+    deal = Deal.of(GROUPS[kind], 2**40 + 1)
+    index = deal.index()
+    D, d = len(index), sum(g.columns for g in GROUPS[kind])
+    tensors = [t.to(DEVICE) for t in (deal.by_row, deal.by_position, deal.groups, deal.tables)]
+    return index.to(DEVICE), [*tensors, [D, d]], D, d
+
+
+def matrix(index: Tensor, d: int) -> Tensor:
+    return torch.nn.functional.one_hot(index.long(), d).double()
+
+
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=5), seed=st.integers(0, 2**64 - 1), data=st.data())
+def test_a_deal_is_the_permutation_of_each_group(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    groups, first = [], 0
+    for k, size in enumerate(sizes):
+        columns = data.draw(st.integers(1, size))
+        groups.append(Group([slice(first, first + size)], columns, f"g{k}"))
+        first += size
+    deal = Deal.of(groups, seed)
+    expected, column = [], 0
+    for k, group in enumerate(groups):
+        expected.append(column + permute(torch.arange(group.size), group.size, seed, f"g{k}") % group.columns)
+        column += group.columns
+    index = deal.index()
+    assert torch.equal(index.long(), torch.cat(expected))
+    assert torch.equal(deal.counts(), torch.bincount(index, minlength=column))
+    rows = torch.randperm(first)[:50]
+    assert torch.equal(deal.columns(rows), index[rows])
+
+
+@given(D=st.integers(1, 4000), d=st.integers(1, 4000), seed=st.integers(0, 2**40))
+def test_the_partition_is_balanced(D: int, d: int, seed: int) -> None:
+    d = min(d, D)
+    counts = torch.bincount(Deal.of([Group([slice(0, D)], d, "s")], seed).index(), minlength=d)
+    assert counts.min() == D // d and counts.max() == -(-D // d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_take_and_its_adjoint_are_the_matrix(dtype: torch.dtype) -> None:
+    index, _, D, d = dealt("several")
+    x, y = drawn(2, d), drawn(2, D)
+    assert torch.equal(take(x, index, d, dtype), (x @ matrix(index, d).T).to(dtype))
+    sums = sum_by_column(y.to(dtype), index, d, torch.float64)
+    torch.testing.assert_close(sums, y.to(dtype).double() @ matrix(index, d))
+
+
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
+    D, d, threads = 3_000_000, 1000, torch.get_num_threads()
+    index, y = torch.randint(0, d, (D,), dtype=torch.int32), torch.randn(1, D)
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(sum_by_column(y, index, d, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    reference = torch.zeros(d, dtype=torch.float64).index_add(0, index, y[0].double())
+    torch.testing.assert_close(found[0][0].double(), reference, rtol=0, atol=2e-3)
+
+
+def operators(kind: str) -> list[tuple]:
+    """(forward, adjoint, its constants) of every pair of operators that runs here."""
+    index, deal, _, d = dealt(kind)
+    pairs = [(take, sum_by_column, [index, d])]
+    return pairs if backend(DEVICE) == "torch" else [*pairs, (deal_out, gather_in, deal)]
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_operators_keep_the_rules_of_torch_library(kind: str) -> None:
+    _, _, D, d = dealt(kind)
+    for forward, adjoint, constants in operators(kind):
+        x, y = drawn(2, d).requires_grad_(), drawn(2, D).requires_grad_()
+        torch.library.opcheck(forward, (x, *constants, torch.float64))
+        torch.library.opcheck(adjoint, (y, *constants, torch.float32))
+
+
+def test_gradients_of_both_orders() -> None:
+    groups = [Group([slice(0, 30)], 4, "a")]
+    deal = Deal.of(groups, 3)
+    index = deal.index().to(DEVICE)
+    x = drawn(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: take(t, index, 4, torch.float64), x)
+    assert torch.autograd.gradgradcheck(lambda t: take(t, index, 4, torch.float64).square(), x)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_vmap_compile_and_strided_input(kind: str) -> None:
+    index, _, D, d = dealt(kind)
+    for forward, adjoint, constants in operators(kind):
+        x, y = drawn(3, 2, d), drawn(D, 2).T
+        one_by_one = torch.stack([forward(v, *constants, torch.float64) for v in x])
+        assert torch.equal(torch.vmap(lambda v: forward(v, *constants, torch.float64))(x), one_by_one)  # noqa: B023
+        sums = adjoint(y, *constants, torch.float64)
+        torch.testing.assert_close(sums, y.contiguous() @ matrix(index, d))
+        torch._dynamo.reset()
+        compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x[0], *constants, torch.bfloat16), forward(x[0], *constants, torch.bfloat16))
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", GROUPS)
+def test_triton_deals_as_the_index_does(kind: str) -> None:
+    index, deal, D, d = dealt(kind)
+    x, y = drawn(2, d, dtype=torch.float32), drawn(2, D, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(deal_out(x, *deal, dtype), take(x, index, d, dtype))
+    torch.testing.assert_close(gather_in(y, *deal, torch.float32), (y.double() @ matrix(index, d)).float())
+
+
+@needs_triton
+def test_triton_sums_in_the_documented_order() -> None:
+    """Column j adds rows pi^-1(j), pi^-1(j + d), ..: the same float32 additions in a loop give the same bits."""
+    D, d = 1100, 37
+    deal = dealt("one")[1]
+    image = permute(torch.arange(D), D, 2**40 + 1, "a")
+    inverse, y = image.argsort(), drawn(1, D, dtype=torch.float32)
+    expected = torch.zeros(d, dtype=torch.float32)
+    for k in range(0, D, d):
+        rows = inverse[k : k + d]
+        expected[: len(rows)] += y.cpu()[0, rows]
+    assert torch.equal(gather_in(y, *deal, torch.float32)[0].cpu(), expected)

@@ -1,0 +1,102 @@
+"""How the rows of theta_D are dealt out to columns, without a table of D entries.
+
+The rows fall into groups (one for Uni-LoRA, one per layer or per factor for its ablations). Position q of a row is its
+place when the groups stand one after the other; within a group of n rows and d_g columns the row at place x
+belongs to column first_column + (pi(x) mod d_g), pi a keyed permutation of [0, n). So each column has floor(n / d_g) or
+ceil(n / d_g) rows, and the rows of column j are pi^-1(j), pi^-1(j + d_g), ..
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from uniproj.kernels.permutation import ROUNDS, evaluate, grid, round_tables
+from uniproj.kernels.threads import cut, in_parallel
+
+_CHUNK = 2**15
+FIELDS = 7  # of a group: first position, rows, columns, first column, b and start of its tables, a
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows (slices of theta_D, in order) that share `columns` columns, dealt by the stream of that name."""
+
+    rows: Sequence[slice]
+    columns: int
+    stream: str
+
+    @property
+    def size(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.rows)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The groups as small tensors that a kernel reads.
+
+    by_row (s, 2): first row and first position of each contiguous piece, sorted by row; by_position the same,
+    sorted by position; groups (g, FIELDS), all int64; tables (t,) int32, F of every group's permutation.
+    """
+
+    by_row: Tensor
+    by_position: Tensor
+    groups: Tensor
+    tables: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], seed: int) -> Deal:
+        """Deal the rows of `groups` out, the k-th group to the next groups[k].columns columns."""
+        pieces = [piece for group in groups for piece in group.rows]
+        sizes = [piece.stop - piece.start for piece in pieces]
+        starts = list(accumulate(sizes, initial=0))[:-1]
+        by_position = torch.tensor([[piece.start, q] for piece, q in zip(pieces, starts, strict=True)])
+        by_row = by_position[by_position[:, 0].argsort()]
+        tables, fields, position, column, taken = [], [], 0, 0, 0
+        for group in groups:
+            a, b = grid(group.size)
+            fields.append([position, group.size, group.columns, column, b, taken, a])
+            tables.append(round_tables(group.size, seed, group.stream))
+            position, column, taken = position + group.size, column + group.columns, taken + len(tables[-1])
+        return cls(by_row, by_position, torch.tensor(fields), torch.cat(tables))
+
+    def counts(self) -> Tensor:
+        """(d,) int64: how many rows each column has."""
+        return torch.cat([n // d + (torch.arange(d) < n % d) for _, n, d, *_ in self.groups.tolist()])
+
+    def index(self) -> Tensor:
+        """(D,) int32: the column of every row."""
+        found = torch.empty(int(self.groups[:, 1].sum()), dtype=torch.int32)
+        ends = [*self.by_position[1:, 1].tolist(), len(found)]
+        groups = self.groups[self._group_of(self.by_position[:, 1])].tolist()
+        for (row, position), end, (first, n, d, column, _, start, a) in zip(
+            self.by_position.tolist(), ends, groups, strict=True
+        ):
+            tables, shift = self.tables[start : start + ROUNDS * a], position - first
+
+            def piece(part: slice, row=row, shift=shift, n=n, d=d, column=column, tables=tables) -> None:  # type: ignore[no-untyped-def]
+                place = torch.arange(shift + part.start, shift + part.stop, dtype=torch.int32)
+                found[row + part.start : row + part.stop] = evaluate(place, n, tables).remainder_(d).add_(column)
+
+            in_parallel(piece, cut(end - position, _CHUNK))
+        return found
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """(m,) int32: the columns of any rows (m,) int64, at the cost of these rows only."""
+        piece = self.by_row[torch.searchsorted(self.by_row[:, 0].contiguous(), rows, right=True) - 1]
+        position = rows - piece[:, 0] + piece[:, 1]
+        group = self._group_of(position)
+        found = torch.empty(len(rows), dtype=torch.int32)
+        for g in group.unique().tolist():
+            first, n, d, column, _, start, a = self.groups[g].tolist()
+            here = group == g
+            tables = self.tables[start : start + ROUNDS * a]
+            found[here] = column + evaluate((position[here] - first).int(), n, tables) % d
+        return found
+
+    def _group_of(self, position: Tensor) -> Tensor:
+        return torch.searchsorted(self.groups[:, 0].contiguous(), position.contiguous(), right=True) - 1

@@ -1,0 +1,106 @@
+"""y[i] = x[index[i]] and its adjoint, for an index that is stored or, on a GPU, computed in the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from uniproj.kernels.forms import register_form
+from uniproj.kernels.threads import cut, in_parallel
+
+_CHUNK = 2**18  # rows: a piece's index and values stay in the cache
+_MOST_SUMS = 8
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if one of them is, else float32: no sum runs in half precision."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _take(x: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """x (n, d), index (D,) int32 -> (n, D) in dtype, rounded before the copy."""
+    x = x.detach().to(dtype)
+    if x.device.type != "cpu":
+        return x.index_select(1, index)
+    y = torch.empty(len(x), len(index), dtype=dtype)
+
+    def piece(rows: slice) -> None:
+        for source, target in zip(x.contiguous(), y, strict=True):
+            torch.index_select(source, 0, index[rows], out=target[rows])
+
+    in_parallel(piece, cut(len(index), _CHUNK))
+    return y
+
+
+def _sum_by_column(y: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """y (n, D), index (D,) int32 -> (n, d): sums of the rows of each column, in the order of the rows.
+
+    The rows are cut into as many runs as D and d decide, never the number of threads, and the sums of the runs added
+    in order: the result has the same bits everywhere on the CPU.
+    """
+    y, accumulate = y.detach(), accumulation_dtype(y.dtype, dtype)
+    if y.device.type != "cpu":
+        # index_put sorts on a GPU, where index_add's atomics would add in any order
+        zero, rows = torch.zeros(d, dtype=accumulate, device=y.device), (index.long(),)
+        return torch.stack([zero.index_put(rows, row.to(accumulate), accumulate=True) for row in y]).to(dtype)
+    D = len(index)
+    runs = cut(D, -(-D // max(1, min(_MOST_SUMS, D // max(8 * d, _CHUNK)))))
+    sums = torch.zeros(len(runs), len(y), d, dtype=accumulate)
+
+    def run(rows: slice) -> None:
+        for part in cut(rows.stop - rows.start, _CHUNK):
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            for source, target in zip(y, sums[rows.start // (runs[0].stop)], strict=True):
+                target.index_add_(0, index[here], source[here].to(accumulate))
+
+    in_parallel(run, runs)
+    total = sums[0]
+    for more in sums[1:]:
+        total += more
+    return total.to(dtype, copy=True)
+
+
+sum_by_column, take = register_form(
+    "partition",
+    [_sum_by_column, _take],
+    [lambda y, index, d: (len(y), d), lambda x, index, d: (len(x), len(index))],
+)
+
+
+def _deal_out(
+    x: Tensor,
+    by_row: Tensor,
+    by_position: Tensor,
+    groups: Tensor,
+    tables: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """x (n, d), a `Deal` -> (n, D) in dtype; no index of D entries exists. Needs Triton."""
+    from uniproj.kernels.triton.partition import deal_out
+
+    return deal_out(x.detach().to(dtype), by_row, groups, tables, size[0])
+
+
+def _gather_in(
+    y: Tensor,
+    by_row: Tensor,
+    by_position: Tensor,
+    groups: Tensor,
+    tables: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """y (n, D) -> (n, d): each column sums its rows pi^-1(j), pi^-1(j + d), .. in this order. Needs Triton."""
+    from uniproj.kernels.triton.partition import gather_in
+
+    return gather_in(y.detach(), by_position, groups, tables, size[1], dtype)
+
+
+gather_in, deal_out = register_form(
+    "deal",
+    [_gather_in, _deal_out],
+    [lambda y, *rest: (len(y), rest[-1][1]), lambda x, *rest: (len(x), rest[-1][0])],
+)
