@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from uniproj.budget import TOLERANCE, Budget
 from uniproj.errors import ProjectionError
+from uniproj.kernels.bank import bank_gradient, mix
 from uniproj.kernels.random import normal
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
@@ -109,16 +110,12 @@ class VBLoRA(Projection):
         return torch.cat(pieces, dim=1)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        weights, index = self.mixture()
         bank = theta_d.view(-1, self.h, self.b)
-        chosen = bank[:, index.flatten()].unflatten(1, index.shape)
-        return self._assemble((chosen * weights.to(theta_d.dtype).unsqueeze(-1)).sum(2))
+        return self._assemble(mix(bank, *self.mixture(), self.h, theta_d.dtype))
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        weights, index = self.mixture()
-        pieces = self._disassemble(theta_D).unsqueeze(2) * weights.to(theta_D.dtype).unsqueeze(-1)
-        bank = theta_D.new_zeros(len(theta_D), self.h, self.b)
-        return bank.index_add(1, index.flatten(), pieces.flatten(1, 2)).flatten(1)
+        pieces = self._disassemble(theta_D)
+        return bank_gradient(pieces, *self.mixture(), self.h, theta_D.dtype).flatten(1)
 
     def entries(self) -> Entries:
         weights, index = self.mixture()
