@@ -6,13 +6,14 @@ B^l = diag(v^l) B_g[:out], A^l = diag(u^l) A_g[:, :in]; module l belongs to grou
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from uniproj.budget import Budget, nearest
 from uniproj.errors import ProjectionError
+from uniproj.kernels.factors import block_table, matrix_gradient, product, scale_gradient
 from uniproj.kernels.random import uniform
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
@@ -20,24 +21,16 @@ from uniproj.registry import register
 
 
 class _Side:
-    """One factor (B with v, or A with u) of every module: what is trained of it and where it sits in theta_d."""
+    """One factor of every module, B with scalers v or A with scalers u, and what is trained of it."""
 
-    def __init__(self, layout: LoRALayout, factor: str, groups: list[int], matrix: bool, scaler: bool, start: int):
+    def __init__(self, layout: LoRALayout, factor: str, groups: list[int], trained: set[str]):
+        self.factor, self.letter = factor, "v" if factor == "B" else "u"
         self.blocks = [b for b in layout.blocks if b.factor == factor]
-        self.groups, self.matrix, self.scaler = groups, matrix, scaler
-        self.sizes = {g: self._largest(g) for g in dict.fromkeys(groups)}
+        self.matrix, self.scaler = factor in trained, self.letter in trained
+        _, (matrix_numbers, scalers, *_), self.sizes = block_table(self.blocks, groups)
+        self.matrix_numbers = matrix_numbers
         self.scaler_sizes = [b.shape[0] for b in self.blocks]
-        self.start = start
-        self.numbers = sum(h * w for h, w in self.sizes.values()) if matrix else sum(self.scaler_sizes) if scaler else 0
-
-    def _largest(self, group: int) -> tuple[int, int]:
-        shapes = [b.shape for b, g in zip(self.blocks, self.groups, strict=True) if g == group]
-        return max(s[0] for s in shapes), max(s[1] for s in shapes)
-
-    def matrices(self, flat: Tensor) -> dict[int, Tensor]:
-        """(n, numbers of all groups) -> one (n, rows, columns) view per group."""
-        parts = flat.split([h * w for h, w in self.sizes.values()], dim=1)
-        return {g: p.unflatten(1, self.sizes[g]) for g, p in zip(self.sizes, parts, strict=True)}
+        self.numbers = matrix_numbers if self.matrix else scalers if self.scaler else 0
 
 
 class SharedFactors(Projection):
@@ -51,30 +44,35 @@ class SharedFactors(Projection):
     needs_modules = True
     free_d = False
     sparse = True
+    table: Tensor
+    A: Tensor
+    B: Tensor
 
     def __init__(self, layout: LoRALayout, seed: int, trained: str, groups: list[int]):
         letters = set(trained)
         if not letters or not letters <= set("uvAB"):
             raise ProjectionError(f"{self.name}: trained must be a non-empty subset of 'uvAB', got {trained!r}.")
-        layout.pairs()
         ranks = {a.shape[0] for _, a in layout.pairs()}
         if len(ranks) > 1:
             raise ProjectionError(
                 f"{self.name}: modules that share factors need one rank, got {sorted(ranks)}. Drop rank_pattern."
             )
-        B = _Side(layout, "B", groups, "B" in letters, "v" in letters, 0)
-        A = _Side(layout, "A", groups, "A" in letters, "u" in letters, B.numbers)
+        B, A = (_Side(layout, factor, groups, letters) for factor in "BA")
         super().__init__(layout, B.numbers + A.numbers, seed)
-        self.sides = (B, A)
+        self.sides, self.groups = (B, A), groups
         self.trained_letters = "".join(sorted(letters))
         self.learned = any(side.matrix and side.scaler for side in self.sides)
-        for side, letter, matrix in zip(self.sides, "vu", self._draw(), strict=True):
-            scalers = torch.full((sum(side.scaler_sizes),), self._scaler_init(letter), dtype=torch.float64)
+        for side, matrix in zip(self.sides, self._draw(), strict=True):
+            scalers = torch.full((sum(side.scaler_sizes),), self._scaler_init(side.letter), dtype=torch.float64)
             if side.matrix and side.scaler:
-                setattr(self, letter, nn.Parameter(scalers.float()))
+                setattr(self, side.letter, nn.Parameter(scalers.float()))
             else:
-                self.register_buffer(letter, scalers, persistent=False)
-            self.register_buffer("B" if letter == "v" else "A", matrix, persistent=False)
+                self.register_buffer(side.letter, scalers, persistent=False)
+            self.register_buffer(side.factor, matrix, persistent=False)
+        both = [*groups, *(len(B.sizes) + group for group in groups)]
+        table, extents, _ = block_table([*B.blocks, *A.blocks], both)
+        self.register_buffer("table", table, persistent=False)
+        self.extents = [layout.D, *extents]
 
     # ---- the start --------------------------------------------------------------------------------
 
@@ -93,8 +91,8 @@ class SharedFactors(Projection):
         """Flat shared matrices (B, A) of all groups, float64: kaiming uniform."""
         flat: list[Tensor] = []
         for side, name in zip(self.sides, "BA", strict=True):
-            parts = []
-            for g, (h, w) in side.sizes.items():
+            parts: list[Tensor] = []
+            for g, (h, w) in enumerate(side.sizes):
                 bound = (6.0 / w) ** 0.5 if name == "B" else self._bounds(w)
                 parts.append(bound * uniform(self.seed, f"{self.name}.{name}", h * w, part=g))
             flat.append(torch.cat(parts))
@@ -110,96 +108,67 @@ class SharedFactors(Projection):
 
     # ---- the map ----------------------------------------------------------------------------------
 
-    def _scalers(self, side: _Side) -> Tensor:
-        return getattr(self, "v" if side is self.sides[0] else "u")
+    def _slots(self, theta_d: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices (B, A) and the scalers (v, u) of all modules, (n, numbers), with theta_d in its places.
 
-    def _matrices(self, side: _Side) -> Tensor:
-        return getattr(self, "B" if side is self.sides[0] else "A")
-
-    def _fixed(self, side: _Side, like: Tensor) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """The matrices (1, h, w) by group and the scalers (1, rows, 1) by module that P itself holds."""
-        matrices = side.matrices(self._matrices(side).to(like.dtype).unsqueeze(0))
-        scalers = [s.view(1, -1, 1) for s in self._scalers(side).to(like.dtype).split(side.scaler_sizes)]
-        return matrices, scalers
-
-    def _factors(self, side: _Side, theta: Tensor) -> list[Tensor]:
-        """Every module's factor of one side, (n, rows, columns), as a function of this side's theta (n, numbers)."""
-        matrices, scalers = self._fixed(side, theta)
-        if side.matrix:
-            matrices = side.matrices(theta)
-        elif side.scaler:
-            scalers = [s.unsqueeze(2) for s in theta.split(side.scaler_sizes, dim=1)]
-        return [
-            s * matrices[g][:, : b.shape[0], : b.shape[1]]
-            for b, g, s in zip(side.blocks, side.groups, scalers, strict=True)
-        ]
-
-    def _interleave(self, B: list[Tensor], A: list[Tensor]) -> Tensor:
-        return torch.cat([x.flatten(1) for pair in zip(B, A, strict=True) for x in pair], dim=1)
+        The scalers of a side with nothing trained are 0, as this side is c's.
+        """
+        matrices, scalers = [], []
+        for side, theta in zip(self.sides, theta_d.split([s.numbers for s in self.sides], dim=1), strict=True):
+            matrix, scaler = (getattr(self, name).to(theta.dtype) for name in (side.factor, side.letter))
+            matrices.append(theta if side.matrix else matrix.expand(len(theta), -1))
+            scaler = scaler if side.numbers else torch.zeros_like(scaler)
+            scalers.append(theta if side.scaler and not side.matrix else scaler.expand(len(theta), -1))
+        return torch.cat(matrices, dim=1), torch.cat(scalers, dim=1)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        n = len(theta_d)
-        columns = []
-        for side in self.sides:
-            theta = theta_d[:, side.start : side.start + side.numbers]
-            zeros = [theta_d.new_zeros(n, *b.shape) for b in side.blocks]
-            columns.append(self._factors(side, theta) if side.numbers else zeros)
-        return self._interleave(*columns)
+        return product(*self._slots(theta_d), self.table, self.extents, theta_d.dtype)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        factors = self.layout.split(theta_D)
-        return torch.cat([self._pull(side, factors[i::2]) for i, side in enumerate(self.sides) if side.numbers], dim=1)
-
-    def _pull(self, side: _Side, grads: list[Tensor]) -> Tensor:
-        matrices, scalers = self._fixed(side, grads[0])
-        if not side.matrix:
-            return torch.cat(
-                [
-                    (x * matrices[g][:, : b.shape[0], : b.shape[1]]).sum(2)
-                    for b, g, x in zip(side.blocks, side.groups, grads, strict=True)
-                ],
-                dim=1,
-            )
-        sums = {g: grads[0].new_zeros(len(grads[0]), h, w) for g, (h, w) in side.sizes.items()}
-        for b, g, s, x in zip(side.blocks, side.groups, scalers, grads, strict=True):
-            h, w = sums[g].shape[1:]
-            sums[g] = sums[g] + nn.functional.pad(s * x, (0, w - b.shape[1], 0, h - b.shape[0]))
-        return torch.cat([total.flatten(1) for total in sums.values()], dim=1)
+        # what theta_d would put into the slots multiplies nothing that is read below
+        matrix, scale = self._slots(theta_D.new_zeros(len(theta_D), self.d))
+        of_sides: list[tuple[Tensor, ...]] = [(), ()]
+        if any(side.matrix for side in self.sides):
+            of_matrix = matrix_gradient(theta_D, scale, self.table, self.extents, theta_D.dtype)
+            of_sides[0] = of_matrix.split([side.matrix_numbers for side in self.sides], dim=1)
+        if any(side.scaler and not side.matrix for side in self.sides):
+            of_scale = scale_gradient(theta_D, matrix, self.table, self.extents, theta_D.dtype)
+            of_sides[1] = of_scale.split([sum(side.scaler_sizes) for side in self.sides], dim=1)
+        return torch.cat([of_sides[not s.matrix][k] for k, s in enumerate(self.sides) if s.numbers], dim=1)
 
     @property
     def offset(self) -> Tensor | None:
         if all(side.numbers for side in self.sides):
             return None
-        like = self._matrices(self.sides[0])
-        empty = like.new_zeros(1, 0)
-        zeros = [[like.new_zeros(1, *b.shape) for b in side.blocks] for side in self.sides]
-        fixed = [z if s.numbers else self._factors(s, empty) for s, z in zip(self.sides, zeros, strict=True)]
-        return self._interleave(*fixed).squeeze(0)
+        # the sides in theta_d leave c at 0: their scalers are 0 here
+        scalers = [getattr(self, s.letter).detach().double() * (s.numbers == 0) for s in self.sides]
+        matrix, scale = torch.cat([self.B, self.A]).unsqueeze(0), torch.cat(scalers).unsqueeze(0)
+        return product(matrix, scale, self.table, self.extents, torch.float64).squeeze(0)
 
     def entries(self) -> Entries:
-        parts = [self._entries_of(side) for side in self.sides if side.numbers]
-        rows, columns, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        parts: list[Entries] = []
+        first = 0
+        for side in self.sides:
+            if side.numbers:
+                parts.extend(self._entries_of(side, first))
+            first += side.numbers
+        rows, columns, values = (torch.cat(column).to(self.device) for column in zip(*parts, strict=True))
         return rows, columns, values
 
-    def _entries_of(self, side: _Side) -> Entries:
-        rows, columns, values = [], [], []
-        starts, first = {}, side.start
-        for g, (h, w) in side.sizes.items():
-            starts[g], first = first, first + h * w
-        seen = side.start
-        matrices = side.matrices(self._matrices(side).detach().double().unsqueeze(0))
-        for b, g, s in zip(side.blocks, side.groups, self._scalers(side).split(side.scaler_sizes), strict=True):
-            i, j = torch.meshgrid(torch.arange(b.shape[0]), torch.arange(b.shape[1]), indexing="ij")
-            rows.append((b.offset + i * b.shape[1] + j).flatten())
+    def _entries_of(self, side: _Side, first: int) -> Iterator[Entries]:
+        """Block by block; `first` is the column of the side's first number."""
+        matrices = getattr(self, side.factor).double().cpu().split([h * w for h, w in side.sizes])
+        scalers = getattr(self, side.letter).detach().double().cpu().split(side.scaler_sizes)
+        for k, (block, group) in enumerate(zip(side.blocks, self.groups, strict=True)):
+            i, j = torch.meshgrid(torch.arange(block.shape[0]), torch.arange(block.shape[1]), indexing="ij")
+            within = i * side.sizes[group][1] + j
             if side.matrix:
-                columns.append((starts[g] + i * side.sizes[g][1] + j).flatten())
-                values.append(s.detach().double().unsqueeze(1).expand(b.shape).flatten())
+                columns = first + sum(h * w for h, w in side.sizes[:group]) + within
+                values = scalers[k][i]
             else:
-                columns.append((seen + i).flatten())
-                values.append(matrices[g][0, : b.shape[0], : b.shape[1]].flatten())
-            seen += b.shape[0]
-        device = self._matrices(side).device
-        return torch.cat(rows).to(device), torch.cat(columns).to(device), torch.cat(values).to(device)
+                columns = first + sum(side.scaler_sizes[:k]) + i
+                values = matrices[group][within]
+            yield (block.offset + i * block.shape[1] + j).flatten(), columns.flatten(), values.flatten()
 
 
 @register("vera")

@@ -1,0 +1,46 @@
+"""Every Triton kernel compiles to a cubin for an H100-class GPU; no GPU is needed for that."""
+
+import pytest
+
+from uniproj.kernels import backend
+
+if backend() == "triton-interpreter":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from uniproj.kernels.triton import bank, factors, partition  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+INTEGERS = {"index", "order", "starts", "table", "groups", "by_row", "by_position"}
+WORDS = {"tables"}
+TENSORS = INTEGERS | WORDS | {"x", "y", "out", "bank", "weights", "matrix", "scale"}
+CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
+KERNELS = [
+    *(partition._deal_out, partition._gather_in),
+    *(bank._mix, bank._bank_gradient, bank._weights_gradient),
+    *(factors._product, factors._matrix_gradient, factors._scale_gradient),
+]
+
+
+def signature(names: list[str], dtype: str) -> dict[str, str]:
+    def kind(name: str) -> str:
+        if name in CONSTANTS:
+            return "constexpr"
+        if name not in TENSORS:
+            return "i32"
+        return "*i64" if name in INTEGERS else "*i32" if name in WORDS else f"*{dtype}"
+
+    return {name: kind(name) for name in names}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.__module__.rsplit('.')[-1]}.{kernel.__name__}")
+def test_kernel_compiles_for_hopper(kernel, dtype: str) -> None:
+    names = list(kernel.arg_names)
+    constants = {name: value for name, value in CONSTANTS.items() if name in names}
+    source = ASTSource(fn=kernel, signature=signature(names, dtype), constexprs=constants)
+    compiled = triton.compile(source, target=HOPPER, options={"enable_fp_fusion": False})
+    assert compiled.asm["cubin"].startswith(b"\x7fELF") and ".target sm_90" in compiled.asm["ptx"]

@@ -1,0 +1,126 @@
+"""Scaled copies of shared matrices for all modules in one pass (VeRA, Tied-LoRA): the trilinear form
+
+T(y, matrix, scale) = sum over blocks l, rows i, columns j of scale[l, i] y[l, i, j] matrix[group of l, i, j]
+
+with y (n, D), matrix (n, numbers of all shared matrices), scale (n, scalers of all blocks). A block uses the upper
+left corner of its group's matrix. The constants are the `block_table`. Coordinates of y outside every block are 0 in
+the result. Sums run in float32, or float64 if an input or the result is float64, over the blocks of a group in the
+order of the table and over columns. Source: VeRA, arXiv 2310.11454; Tied-LoRA, arXiv 2311.09578.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.forms import register_form
+from uniproj.kernels.partition import accumulation_dtype
+from uniproj.layout import Block
+
+FIELDS = 8
+
+
+def block_table(blocks: Sequence[Block], groups: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
+    """One row per block, int64 (blocks, 8), sorted by group (kept in order within one), with its extents.
+
+    Row: offset in y, rows, columns, offset of the group's matrix, its row length, offset of the block's scalers,
+    number of blocks of the group (0 but at its first), numbers of the group's matrix. Scalers and matrices follow one
+    another in the order of the blocks and of `groups`, which number the matrices from 0.
+    Extents: numbers of all matrices, all scalers, most numbers of a block, most rows of a block, most numbers of a
+    matrix. Also the shape of every matrix, the smallest that holds its blocks.
+    """
+    members: list[list[Block]] = [[] for _ in range(max(groups) + 1)]
+    for block, group in zip(blocks, groups, strict=True):
+        members[group].append(block)
+    shapes = [(max(b.shape[0] for b in g), max(b.shape[1] for b in g)) for g in members]
+    scalers = dict(zip(blocks, _starts([b.shape[0] for b in blocks]), strict=True))
+    rows = [
+        [b.offset, *b.shape, start, width, scalers[b], len(group) if b is group[0] else 0, height * width]
+        for group, (height, width), start in zip(members, shapes, _starts([h * w for h, w in shapes]), strict=True)
+        for b in group
+    ]
+    numbers = [h * w for h, w in shapes]
+    heights = [b.shape[0] for b in blocks]
+    extents = [sum(numbers), sum(heights), max(b.numel for b in blocks), max(heights), max(numbers)]
+    return torch.tensor(rows), extents, shapes
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return list(accumulate(sizes, initial=0))[:-1]
+
+
+def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(n, D): scale[l, i] matrix[group of l, i, j] at the place of every block."""
+    matrix, scale = _accumulated(dtype, matrix, scale)
+    out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
+    if uses_triton(matrix.device):
+        from uniproj.kernels.triton.factors import product
+
+        product(matrix, scale, out, table, sizes)
+        return out
+    for y, shared, factor in _views(table, out, matrix, scale):
+        torch.mul(shared, factor, out=y) if dtype == matrix.dtype else y.copy_(shared * factor)
+    return out
+
+
+def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(n, numbers): sum of scale[l, i] y[l, i, j] over the blocks of a group, in the order of the table."""
+    y, scale = _accumulated(dtype, y, scale)
+    out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
+    if uses_triton(y.device):
+        from uniproj.kernels.triton.factors import matrix_gradient
+
+        matrix_gradient(y, scale, out, table, sizes)
+    else:
+        for block, total, factor in _views(table, y, out, scale):
+            total.addcmul_(block, factor)
+    return out.to(dtype)
+
+
+def _scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(n, scalers): sum over j of y[l, i, j] matrix[group of l, i, j]."""
+    y, matrix = _accumulated(dtype, y, matrix)
+    out = torch.zeros(len(y), sizes[2], dtype=y.dtype, device=y.device)
+    if uses_triton(y.device):
+        from uniproj.kernels.triton.factors import scale_gradient
+
+        scale_gradient(y, matrix, out, table, sizes)
+    else:
+        for block, shared, total in _views(table, y, matrix, out):
+            total.copy_((block * shared).sum(2, keepdim=True))
+    return out.to(dtype)
+
+
+def _views(table: Tensor, y: Tensor, matrix: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of every block the views (n, rows, columns) of y, (n, rows, columns) of matrix, (n, rows, 1) of scale."""
+    for offset, rows, columns, start, width, scaler, _, _ in table.tolist():
+        yield (
+            _view(y, offset, rows, columns, columns),
+            _view(matrix, start, rows, columns, width),
+            _view(scale, scaler, rows, 1, 1),
+        )
+
+
+def _view(x: Tensor, start: int, rows: int, columns: int, width: int) -> Tensor:
+    return x.as_strided((len(x), rows, columns), (x.stride(0), width, 1), x.storage_offset() + start)
+
+
+def _accumulated(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    wide = accumulation_dtype(dtype, *[t.dtype for t in tensors])
+    return [t.detach().to(wide).contiguous() for t in tensors]
+
+
+# each takes (two of y, matrix, scale in this order, table, [D, *extents], dtype)
+product, matrix_gradient, scale_gradient = register_form(
+    "factors",
+    [_product, _matrix_gradient, _scale_gradient],
+    [
+        lambda matrix, scale, table, sizes: (len(matrix), sizes[0]),
+        lambda y, scale, table, sizes: (len(y), sizes[1]),
+        lambda y, matrix, table, sizes: (len(y), sizes[2]),
+    ],
+)
