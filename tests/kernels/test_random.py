@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uniproj.kernels.random import bits, normal, philox, signs, uniform
+from uniproj.kernels.random import bits, normal, philox, signs, stream_id, uniform
 
 # Random123 1.09, kat_vectors, philox4x32 with 10 rounds: (counter, key, output)
 KNOWN = [
@@ -47,10 +47,32 @@ def test_the_stream_is_its_specification_in_plain_integers() -> None:
 
 
 GOLDEN = [3810038908, 70324950, 2602873199, 4281138421, 1697511045]
+GOLDEN_NORMAL = [0.4869106113910675, 1.0006228685379028, 1.2230898141860962, 2.1659274101257324]
+NEAR_END = 2**34 - 2  # the counter's second word starts at word 2^34
+GOLDEN_NEAR_END = [2971944045, 4032532495, 3966618345, 2680933281]
 
 
 def test_golden_vector() -> None:
     assert bits(7, "golden", 5).tolist() == GOLDEN
+    assert bits(2**64 - 1, "golden", 4, part=2**32 - 1, start=NEAR_END).tolist() == GOLDEN_NEAR_END
+    assert normal(7, "golden", 4).tolist() == GOLDEN_NORMAL
+
+
+def test_numbers_over_several_chunks_and_threads_are_the_same_stream() -> None:
+    count, threads = 2**17 * 3 + 5, torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        words, numbers = bits(5, "s", count, start=3), normal(5, "s", count // 2, start=3)
+    finally:
+        torch.set_num_threads(threads)
+    for start in (0, 2**17 - 5, 2**17, 2**18 + 1):
+        assert torch.equal(words[start : start + 11], bits(5, "s", 11, start=start + 3))
+        assert torch.equal(numbers[start // 2 :][:11], normal(5, "s", 11, start=start // 2 + 3))
+    assert len(words) == count and bits(5, "s", 0).tolist() == normal(5, "s", 0).tolist() == []
+
+
+def test_a_stream_has_a_name_and_a_number() -> None:
+    assert torch.equal(bits(3, "name", 9), bits(3, stream_id("name"), 9, device="cpu"))
 
 
 @given(start=st.integers(0, 50), count=st.integers(1, 50))

@@ -14,47 +14,65 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.threads import cut, in_parallel
+
 VERSION = 1
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-_CHUNK = 2**18  # normal numbers drawn at once: the integers behind a number take many times its four bytes
+_CHUNK = 2**15  # counters evaluated at once: their int64 words of a round stay in the cache
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on int64 tensors that hold uint32 values; returns four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((product1 >> 32) & _MASK) ^ c1 ^ k0, ((product0 >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = product1 & _MASK, product0 & _MASK
-        k0, k1 = (k0 + _INCREMENTS[0]) & _MASK, (k1 + _INCREMENTS[1]) & _MASK
-    return c0, c1, c2, c3
+    for _ in range(ROUNDS):
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        # the upper halves of c1 and c3 are masked only where they would reach a product
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3 = product1, product0
+        k0, k1 = (k0 + INCREMENTS[0]) & _MASK, (k1 + INCREMENTS[1]) & _MASK
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def stream_id(name: str) -> int:
     return zlib.crc32(name.encode("ascii"))
 
 
+def key_of(seed: int, stream: str | int) -> list[int]:
+    """[lo32(seed), hi32(seed), stream's number]; a number stands for its stream."""
+    return [seed & _MASK, (seed >> 32) & _MASK, stream_id(stream) if isinstance(stream, str) else stream]
+
+
 def bits(
-    seed: int, stream: str, count: int, *, part: int = 0, start: int = 0, device: torch.device | str = "cpu"
+    seed: int,
+    stream: str | int,
+    count: int,
+    *,
+    part: int = 0,
+    start: int = 0,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Words start .. start + count - 1 of a stream: (count,) int64, values in [0, 2^32)."""
-    first, last = start // 4, -(-(start + count) // 4)
-    block = torch.arange(first, last, dtype=torch.int64, device=device)
-    constant = torch.zeros_like(block)
-    counter = (block & _MASK, (block >> 32) & _MASK, constant + stream_id(stream), constant + part)
-    words = torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1).flatten()
-    return words[start - 4 * first :][:count]
+    """Words start .. start + count - 1 of a stream: (count,) int64, values in [0, 2^32).
+
+    stream: its name, or the number `stream_id` gives it. Drawn on the CPU, or on `device` where one is named.
+    """
+    key = [*key_of(seed, stream), part]
+    if device is not None and uses_triton(torch.device(device)):
+        return draw(key, start, count, torch.device(device))
+    return _per_block(key, start, count, 4, torch.int64, lambda words: words).to(device)
 
 
-def uniform(seed: int, stream: str, count: int, *, part: int = 0, start: int = 0) -> Tensor:
+def uniform(seed: int, stream: str | int, count: int, *, part: int = 0, start: int = 0) -> Tensor:
     """(count,) float64 in (-1, 1): odd multiples of 2^-32, symmetric about 0."""
     return (bits(seed, stream, count, part=part, start=start).double() + 0.5) * 2.0**-31 - 1.0
 
@@ -64,14 +82,57 @@ def signs(seed: int, stream: str, count: int, *, part: int = 0, start: int = 0) 
     return (1 - 2 * (bits(seed, stream, count, part=part, start=start) & 1)).float()
 
 
-def normal(seed: int, stream: str, count: int, *, part: int = 0, start: int = 0) -> Tensor:
+def normal(seed: int, stream: str | int, count: int, *, part: int = 0, start: int = 0) -> Tensor:
     """(count,) standard normal numbers, float32: Box-Muller on words 2i and 2i + 1, in float64, rounded once.
 
     The rounding absorbs the last-bit differences of log and cos between libraries.
     """
-    if count > _CHUNK:
-        pieces = range(0, count, _CHUNK)
-        return torch.cat([normal(seed, stream, min(_CHUNK, count - k), part=part, start=start + k) for k in pieces])
-    words = bits(seed, stream, 2 * count, part=part, start=2 * start).double().view(-1, 2)
-    radius = torch.sqrt(-2.0 * torch.log((words[:, 0] + 0.5) * 2.0**-32))
-    return (radius * torch.cos((2.0 * math.pi * 2.0**-32) * words[:, 1])).float()
+    return _per_block([*key_of(seed, stream), part], start, count, 2, torch.float32, _box_muller)
+
+
+def _box_muller(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    w0, w1, w2, w3 = words
+    return _normal(w0, w1), _normal(w2, w3)
+
+
+def _normal(first: Tensor, second: Tensor) -> Tensor:
+    radius = first.double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(second.double().mul_(2.0 * math.pi * 2.0**-32).cos_())
+
+
+def _per_block(
+    key: list[int],
+    start: int,
+    count: int,
+    each: int,
+    dtype: torch.dtype,
+    numbers: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> Tensor:
+    """Numbers start .. start + count - 1 where each block of four words gives `each` numbers, on the CPU."""
+    first, last = start // each, -(-(start + count) // each)
+    drawn = torch.empty(last - first, each, dtype=dtype)
+
+    def piece(blocks: slice) -> None:
+        block = torch.arange(first + blocks.start, first + blocks.stop)
+        stream, part = torch.full_like(block, key[2]), torch.full_like(block, key[3])
+        words = philox((block & _MASK, block >> 32, stream, part), (key[0], key[1]))
+        for column, values in enumerate(numbers(words)):
+            drawn[blocks, column] = values.to(dtype)
+
+    in_parallel(piece, cut(last - first, _CHUNK))
+    drawn = drawn.flatten()
+    # a slice would keep the numbers before and after it alive
+    return drawn if len(drawn) == count else drawn[start - each * first :][:count].clone()
+
+
+@torch.library.custom_op("uniproj::bits", mutates_args=())
+def draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
+    """Words start .. of the stream of key = [lo32(seed), hi32(seed), stream, part] on a device. Needs Triton."""
+    from uniproj.kernels.triton.random import bits as on_device
+
+    return on_device(key, start, count, device)
+
+
+@draw.register_fake
+def _(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device=device)
