@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from uniproj.kernels.hadamard import hadamard, hadamard_matrix
+from uniproj.kernels.partition import take
 from uniproj.kernels.permutation import permute
 from uniproj.kernels.random import normal, signs
+from uniproj.kernels.threads import cut
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import register
+
+_CACHED, _AT_ONCE = 2**18, 2**26  # numbers transformed at once on the CPU, on a GPU
 
 
 @register("fastfood")
@@ -21,7 +26,7 @@ class Fastfood(Projection):
             permutation, G_b Gaussian and scaled to ||G_b||^2 = n', H H^T = n' I.
     Claims: columns have norm 1 in expectation (exactly where n' divides D), but P is less isometric than a
             dense Gaussian: the Gram matrix of one block averages chi-squared numbers.
-    Cost:   2 D log2 n' adds each way; state 20 bytes per row.
+    Cost:   2 D log2 n' adds each way, a few blocks at a time; state 13 bytes per row of whole blocks.
     Source: Le, Sarlos, Smola 2013, Fastfood (ICML), in the stacked layout of arXiv 2506.00799.
     """
 
@@ -36,35 +41,70 @@ class Fastfood(Projection):
         self.blocks = -(-self.D // self.n)
         total = self.blocks * self.n
         row = torch.arange(total)
-        permutation = permute(row % self.n, self.n, seed, "fastfood.Pi", row // self.n)
-        self.register_buffer("B", signs(seed, "fastfood.B", total).view(-1, self.n), persistent=False)
-        self.register_buffer("G", self._diagonal(total).view(-1, self.n), persistent=False)
-        self.register_buffer("Pi", permutation.view(-1, self.n), persistent=False)
+        place = row % self.n
+        permutation = permute(place, self.n, seed, "fastfood.Pi", row // self.n).view(-1, self.n)
+        inverse = torch.empty_like(permutation).scatter_(1, permutation, place.view(-1, self.n))
+        numbers = self._numbers(total).view(-1, self.n)
+        norm = self.n**0.5 / numbers.double().norm(dim=1, keepdim=True)
+        self.register_buffer("B", signs(seed, "fastfood.B", total).to(torch.int8).view(-1, self.n), persistent=False)
+        self.register_buffer("numbers", numbers, persistent=False)
+        self.register_buffer("norm", norm, persistent=False)
+        self.register_buffer("Pi", permutation.int(), persistent=False)
+        self.register_buffer("inverse", inverse.int(), persistent=False)
         self.B: Tensor
-        self.G: Tensor
+        self.numbers: Tensor
+        self.norm: Tensor
         self.Pi: Tensor
+        self.inverse: Tensor
         self.scale = 1.0 / (self.n * self.D) ** 0.5
 
-    def _diagonal(self, total: int) -> Tensor:
-        G = normal(self.seed, "fastfood.G", total).double().view(-1, self.n)
-        return G * (self.n**0.5 / G.norm(dim=1, keepdim=True))
+    def _numbers(self, total: int) -> Tensor:
+        """The diagonals G_b, not yet scaled to their norm."""
+        return normal(self.seed, "fastfood.G", total)
+
+    @property
+    def G(self) -> Tensor:
+        """(blocks, n') float64."""
+        return self.numbers.double() * self.norm
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        x = torch.nn.functional.pad(theta_d, (0, self.n - self.d)).unsqueeze(1) * self.B.to(theta_d.dtype)
-        x = hadamard(x).gather(2, self.Pi.expand(len(x), -1, -1)) * self.G.to(theta_d.dtype)
-        return hadamard(x).flatten(1)[:, : self.D] * self.scale
+        theta_D = theta_d.new_empty(len(theta_d), self.D)
+        padded = pad(theta_d, (0, self.n - self.d)).unsqueeze(1)
+        for blocks in self._groups(theta_d):
+            rows = slice(blocks.start * self.n, min(blocks.stop * self.n, self.D))
+            x = self._permuted(hadamard(padded * self.B[blocks].to(padded.dtype)), self.Pi[blocks])
+            x = hadamard(x.mul_(self.numbers[blocks].to(x.dtype))).mul_(self._scales(blocks).to(x.dtype))
+            theta_D[:, rows] = x.flatten(1)[:, : rows.stop - rows.start]
+        return theta_D
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        x = torch.nn.functional.pad(theta_D, (0, self.blocks * self.n - self.D)).unflatten(1, (self.blocks, self.n))
-        x = hadamard(x) * self.G.to(theta_D.dtype)
-        x = torch.zeros_like(x).scatter(2, self.Pi.expand(len(x), -1, -1), x)
-        return (hadamard(x) * self.B.to(theta_D.dtype)).sum(1)[:, : self.d] * self.scale
+        theta_d = theta_D.new_zeros(len(theta_D), 1, self.n)
+        for blocks in self._groups(theta_D):
+            y = theta_D[:, blocks.start * self.n : blocks.stop * self.n]
+            y = pad(y, (0, (blocks.stop - blocks.start) * self.n - y.shape[1])).unflatten(1, (-1, self.n))
+            y = hadamard(y).mul_(self.numbers[blocks].to(y.dtype))
+            y = hadamard(self._permuted(y, self.inverse[blocks])).mul_(self.B[blocks].to(y.dtype))
+            theta_d += self._scales(blocks).to(y.dtype).T @ y
+        return theta_d[:, 0, : self.d]
+
+    def _groups(self, x: Tensor) -> list[slice]:
+        """Blocks transformed at once: their numbers stay in the cache, or fill a GPU."""
+        return cut(self.blocks, max(1, (_CACHED if x.device.type == "cpu" else _AT_ONCE) // (len(x) * self.n)))
+
+    def _scales(self, blocks: slice) -> Tensor:
+        return self.norm[blocks] * self.scale
+
+    def _permuted(self, x: Tensor, places: Tensor) -> Tensor:
+        """x (n, blocks, n') with element places[b, i] of block b at i."""
+        first = torch.arange(0, places.numel(), self.n, dtype=torch.int32, device=places.device)
+        index = (places + first.unsqueeze(1)).flatten()
+        return take(x.flatten(1), index, len(index), x.dtype).view(x.shape)
 
     def to_dense(self) -> Tensor:
         H = hadamard_matrix(self.n.bit_length() - 1, device=self.B.device)
         eye = torch.eye(self.n, dtype=torch.float64, device=H.device)
         stacked = [
-            H @ torch.diag(G.double()) @ eye[Pi] @ H @ torch.diag(B.double())
+            H @ torch.diag(G) @ eye[Pi] @ H @ torch.diag(B.double())
             for B, G, Pi in zip(self.B, self.G, self.Pi, strict=True)
         ]
         return torch.cat(stacked)[: self.D, : self.d] * self.scale
@@ -87,5 +127,5 @@ class SignFastfood(Fastfood):
         if self.D % self.n == 0:
             self.claims = self.claims | {"isometric", "orthogonal"}
 
-    def _diagonal(self, total: int) -> Tensor:
-        return signs(self.seed, "fastfood.D", total)
+    def _numbers(self, total: int) -> Tensor:
+        return signs(self.seed, "fastfood.D", total).to(torch.int8)
