@@ -2,39 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from uniproj.errors import ProjectionError
+from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.gaussian import block_table, times, transpose_times
 from uniproj.kernels.random import normal, uniform
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.projections.lora import lora_init
 from uniproj.registry import register
 
-RESIDENT = 2**28  # entries of P kept in memory (1 GiB in float32); a larger P is regenerated tile by tile
-TILE = 2**22  # entries generated at once
+RESIDENT = 2**28  # entries of P kept in memory (1 GiB in float32); a larger P is drawn tile by tile
+TILE = 2**22  # entries drawn at once
+
+
+class RandomBlocks(Projection):
+    r"""P = diag(P_1, P_2, ..), each block random numbers of its own part of a stream, over its divisor.
+
+    Up to `RESIDENT` entries are kept in memory, though never where Triton draws them in its kernel. Beyond, both
+    directions draw them again, tile by tile.
+    """
+
+    _names: list[str]  # buffers of the blocks, None each where none is kept
+
+    def _prepare(
+        self, stream: str, shapes: Sequence[tuple[int, int]], divisors: Sequence[float], normals: bool
+    ) -> None:
+        """Rows and columns of every block; normal or uniform numbers."""
+        self.normals = normals
+        self.size = [self.D, self.d, max(rows for rows, _ in shapes), max(columns for _, columns in shapes), TILE]
+        self.register_buffer("table", block_table(self.seed, stream, shapes), persistent=False)
+        self.register_buffer("divisors", torch.tensor(divisors, dtype=torch.float64), persistent=False)
+        self.table: Tensor
+        self.divisors: Tensor
+        keep = sum(rows * columns for rows, columns in shapes) <= RESIDENT and not uses_triton(self.table.device)
+        for i, name in enumerate(self._names):
+            self.register_buffer(name, self._draw(i) if keep else None, persistent=False)
+
+    @abstractmethod
+    def _draw(self, i: int) -> Tensor:
+        """Block i from its definition, float32."""
+
+    def _kept(self) -> list[Tensor]:
+        blocks = [getattr(self, name) for name in self._names]
+        return [] if blocks[0] is None else blocks
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        if not (blocks := self._kept()):
+            return times(theta_d, self.table, self.divisors, self.normals, self.size, theta_d.dtype)
+        parts = theta_d.split([block.shape[1] for block in blocks], dim=1)
+        return torch.cat([x @ block.to(x.dtype).T for x, block in zip(parts, blocks, strict=True)], dim=1)
+
+    def _rmatvec(self, theta_D: Tensor) -> Tensor:
+        if not (blocks := self._kept()):
+            return transpose_times(theta_D, self.table, self.divisors, self.normals, self.size, theta_D.dtype)
+        parts = theta_D.split([len(block) for block in blocks], dim=1)
+        return torch.cat([y @ block.to(y.dtype) for y, block in zip(parts, blocks, strict=True)], dim=1)
+
+    def to_dense(self) -> Tensor:
+        return torch.block_diag(*[self._draw(i).double() for i in range(len(self._names))]).to(self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
+        if uses_triton(fn(self.table).device):
+            for name in self._names:
+                setattr(self, name, None)
+        return super()._apply(fn, recurse)
 
 
 @register("gaussian")
-class Gaussian(Projection):
+class Gaussian(RandomBlocks):
     r"""P_ij ~ N(0, 1/D), i.i.d.: isometric in expectation, singular values within 1 +- sqrt(d/D).
 
-    Entry (i, j) is number i d + j of the stream, so a P beyond `RESIDENT` entries is regenerated in row tiles
-    in both directions and never held. Start: theta_d ~ U(+-0.02). Cost: 2 D d flop each way.
+    Entry (i, j) is number i d + j of the stream, so a P beyond `RESIDENT` entries, and every P on a GPU with Triton,
+    is drawn again in both directions and never held. Start: theta_d ~ U(+-0.02). Cost: 2 D d flop each way.
     Source: Li et al. 2018, intrinsic dimension, arXiv 1804.08838, in LoRA space.
     """
 
     formula = "theta_D = G theta_d, G_ij ~ N(0, 1/D)"
     source = "arXiv 1804.08838"
     claims = frozenset({"linear", "uniform", "isometric_in_expectation", "global_sharing"})
+    _names = ["P"]
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__(layout, d, seed)
-        resident = self._rows(0, self.D) if self.D * d <= RESIDENT else None
-        self.register_buffer("P", resident, persistent=False)
+        self._prepare("gaussian", [(self.D, d)], [self.D**0.5], normals=True)
         self.P: Tensor | None
 
     def _rows(self, first: int, last: int) -> Tensor:
@@ -42,26 +98,8 @@ class Gaussian(Projection):
         numbers = normal(self.seed, "gaussian", (last - first) * self.d, start=first * self.d)
         return numbers.view(-1, self.d) / self.D**0.5
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        if self.P is not None:
-            yield slice(0, self.D), self.P
-            return
-        step = max(1, TILE // self.d)
-        for first in range(0, self.D, step):
-            yield slice(first, min(first + step, self.D)), self._rows(first, min(first + step, self.D))
-
-    def _matvec(self, theta_d: Tensor) -> Tensor:
-        return torch.cat([theta_d @ tile.to(theta_d).T for _, tile in self._tiles()], dim=1)
-
-    def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        sums = theta_D.new_zeros(len(theta_D), self.d)
-        for rows, tile in self._tiles():
-            sums = sums + theta_D[:, rows] @ tile.to(theta_D)
-        return sums
-
-    def to_dense(self) -> Tensor:
-        device = "cpu" if self.P is None else self.P.device
-        return self._rows(0, self.D).double().to(device)
+    def _draw(self, i: int) -> Tensor:
+        return self._rows(0, self.D)
 
 
 @register("gaussian_orthonormal")
@@ -100,7 +138,7 @@ class OrthonormalGaussian(Projection):
 
 
 @register("nola")
-class NOLA(Projection):
+class NOLA(RandomBlocks):
     r"""One dense random block per factor: each LoRA matrix is a mixture of k frozen random matrices.
 
     Maths:  P = diag(P_1, .., P_2M), entries of block l ~ U(-1, 1) / sqrt(k_l), c = (B = 0, A ~ U(+-1/sqrt(in)));
@@ -119,9 +157,10 @@ class NOLA(Projection):
         super().__init__(layout, d, seed)
         self.k = [d // blocks + (i < d % blocks) for i in range(blocks)]
         self.register_buffer("c", lora_init(layout, seed), persistent=False)
-        for i in range(blocks):
-            self.register_buffer(f"P_{i}", self._draw(i), persistent=False)
         self.c: Tensor
+        self._names = [f"P_{i}" for i in range(blocks)]
+        shapes = [(block.numel, k) for block, k in zip(layout.blocks, self.k, strict=True)]
+        self._prepare("nola", shapes, [k**0.5 for k in self.k], normals=False)
 
     @classmethod
     def min_d(cls, layout: LoRALayout) -> int:
@@ -131,23 +170,9 @@ class NOLA(Projection):
         numbers = uniform(self.seed, "nola", self.layout.blocks[i].numel * self.k[i], part=i)
         return (numbers / self.k[i] ** 0.5).float().view(-1, self.k[i])
 
-    def _blocks(self) -> list[Tensor]:
-        return [getattr(self, f"P_{i}") for i in range(len(self.k))]
-
-    def _matvec(self, theta_d: Tensor) -> Tensor:
-        thetas = theta_d.split(self.k, dim=1)
-        return torch.cat([t @ P.to(t.dtype).T for t, P in zip(thetas, self._blocks(), strict=True)], dim=1)
-
-    def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        pieces = theta_D.split([b.numel for b in self.layout.blocks], dim=1)
-        return torch.cat([x @ P.to(x.dtype) for x, P in zip(pieces, self._blocks(), strict=True)], dim=1)
-
     @property
     def offset(self) -> Tensor:
         return self.c
 
     def init_theta(self, seed: int = 0) -> Tensor:
         return torch.zeros(self.d, dtype=torch.float32)
-
-    def to_dense(self) -> Tensor:
-        return torch.block_diag(*[self._draw(i).double() for i in range(len(self.k))]).to(self.c.device)
