@@ -191,9 +191,10 @@ class Projection(nn.Module, ABC):
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
-        theta_D = self.matvec(theta_d, dtype) if self.learned else _apply_map(self, theta_d, False, dtype)
         c = self.offset
-        return theta_D if c is None else theta_D + c.to(theta_D.dtype)
+        first = dtype if c is None else None  # a sum with c is rounded once, at the end
+        theta_D = self.matvec(theta_d, first) if self.learned else _apply_map(self, theta_d, False, first)
+        return theta_D if c is None else (theta_D + c.to(theta_D.dtype)).to(dtype or theta_D.dtype)
 
     def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""

@@ -57,14 +57,27 @@ def test_bfloat16_autocast_trains_in_float32() -> None:
     assert torch.cosine_similarity(theta_d.grad, gradient, dim=0) > 0.99
 
 
-@pytest.mark.parametrize("projection", ["fastfood", "lora_xs"])
-def test_theta_D_is_not_rounded_under_autocast(projection: str) -> None:
-    model = get_peft_model(base_model("llama"), config("llama", projection, 60 if projection == "fastfood" else None))
+@pytest.mark.parametrize("projection", ["unilora", "fastfood", "lora_xs"])
+def test_autocast_rounds_theta_D_once_and_not_P(projection: str) -> None:
+    model = get_peft_model(base_model("llama"), config("llama", projection, None if projection == "lora_xs" else 60))
+    P, theta_d = model.base_model.projections["default"], model.base_model.uniproj_theta_d["default"]
+    B = model.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch("llama"))
-    exact = model.base_model.projections["default"](model.base_model.uniproj_theta_d["default"])
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
-    assert torch.equal(layer.lora_B["default"].weight, model.base_model.projections["default"].layout.split(exact)[0])
+        assert torch.equal(B.weight, P.layout.split(P(theta_d).bfloat16())[0])
+    model(**batch("llama"))
+    assert torch.equal(B.weight, P.layout.split(P(theta_d))[0])
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_factors_have_the_dtype_that_peft_gives_lora(autocast_adapter_dtype: bool) -> None:
+    def first_A(chosen) -> torch.Tensor:
+        model = get_peft_model(base_model("llama").bfloat16(), chosen, autocast_adapter_dtype=autocast_adapter_dtype)
+        model(**batch("llama"))
+        return model.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    assert first_A(config("llama")).dtype == first_A(lora).dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -86,7 +99,7 @@ def test_generate_projects_once_and_equals_the_merged_model(kind: str, monkeypat
     projection = model.base_model.projections["default"]
     calls = []
     original = type(projection)._matvec
-    monkeypatch.setattr(type(projection), "_matvec", lambda self, x: calls.append(1) or original(self, x))
+    monkeypatch.setattr(type(projection), "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
     inputs = {k: v for k, v in batch(kind).items() if k != "labels"}
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     tokens = model.generate(**inputs, **settings)
@@ -101,9 +114,9 @@ def test_training_projects_once_per_forward(monkeypatch) -> None:
     for way, method in (("forward", "_matvec"), ("adjoint", "_rmatvec")):
         original = getattr(type(projection), method)
 
-        def counted(self, x, way=way, original=original):
+        def counted(self, x, dtype, way=way, original=original):
             calls[way] += 1
-            return original(self, x)
+            return original(self, x, dtype)
 
         monkeypatch.setattr(type(projection), method, counted)
     train_steps(model, "llama", 3)
@@ -195,14 +208,11 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model(**batch("llama")).logits, model(**batch("llama")).logits)
 
 
-def test_attaching_leaves_the_callers_random_stream_to_peft_alone() -> None:
-    def stream(config) -> torch.Tensor:
-        torch.manual_seed(3)
-        get_peft_model(base_model("llama"), config)
-        return torch.get_rng_state()
-
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    assert torch.equal(stream(config("llama")), stream(lora))
+def test_attaching_draws_nothing_from_the_callers_random_stream() -> None:
+    model = base_model("llama")
+    before = torch.get_rng_state()
+    get_peft_model(model, config("llama"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_order_of_registration_does_not_matter(tmp_path) -> None:

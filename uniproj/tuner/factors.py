@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator, Mapping
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -17,12 +17,17 @@ class FactorSource:
 
     Training: `refresh` once per model forward gives one graph edge to theta_d for the whole model. Without
     gradients theta_D is kept until a trained number changes, so generation projects once.
+
+    dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would
+    cast each of them to it.
     """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str):
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
-        self._views: Sequence[Tensor] = ()
+        self._views: Mapping[int, Tensor] = {}
         self._versions: tuple[tuple[int, int], ...] = ()
         self._snapshot: list[Tensor] = []
 
@@ -35,22 +40,35 @@ class FactorSource:
 
     def refresh(self) -> None:
         """Bring theta_D up to date: always when a gradient is wanted, else only if a trained number changed."""
-        if self._wants_grad() or not self._views or self._changed() or self._views[0].requires_grad:
+        if self._wants_grad() or self._is_stale() or self._changed():
             self._project()
 
     def view(self, slot: int) -> Tensor:
         """The factor of block number `slot`. Projects first if no forward of the model has done so."""
         if not torch.compiler.is_compiling():
-            without_graph = self._wants_grad() and bool(self._views) and not self._views[0].requires_grad
+            without_graph = self._wants_grad() and bool(self._views) and not self._has_graph()
             if without_graph or self._versions != self._current_versions():
                 self._project()
         return self._views[slot]
 
-    def install(self, theta_D: Tensor) -> None:
-        """Use this theta_D until the next refresh."""
-        self._views = self.projection.layout.split(theta_D)
-        self._versions = self._current_versions()
-        self._snapshot = []
+    def install(self, views: Mapping[int, Tensor]) -> None:
+        """Use these factors, by slot, until the next refresh; none of them to forget all."""
+        self._views, self._snapshot = views, []
+        self._versions = self._current_versions() if views else ()
+
+    def _is_stale(self) -> bool:
+        """Whether there is no theta_D, or one of another dtype or with the graph of a training step."""
+        wanted = self._output_dtype()
+        return not self._views or self._has_graph() or any(v.dtype != wanted for v in islice(self._views.values(), 1))
+
+    def _has_graph(self) -> bool:
+        return any(view.requires_grad for view in islice(self._views.values(), 1))
+
+    def _output_dtype(self) -> torch.dtype:
+        theta_d = self._theta_ds[self._name]
+        if torch.is_autocast_enabled(theta_d.device.type):
+            return torch.get_autocast_dtype(theta_d.device.type)
+        return self.dtype or theta_d.dtype
 
     def _wants_grad(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.trained())
@@ -67,20 +85,23 @@ class FactorSource:
         return tuple((id(p), p._version) for p in self.trained())
 
     def _project(self) -> None:
-        theta_d = self._theta_ds[self._name]
         if self._wants_grad():
-            self._views, self._snapshot = self.projection.layout.split(self.projection(theta_d)), []
+            self._views, self._snapshot = self._split(), []
         else:
             # normal tensors even under inference_mode, so that a later training step may use them
             with torch.inference_mode(False), torch.no_grad():
-                self._views = self.projection.layout.split(self.projection(theta_d))
+                self._views = self._split()
                 if not torch.compiler.is_compiling():
                     self._snapshot = [p.detach().clone() for p in self.trained()]
         if not torch.compiler.is_compiling():
             self._versions = self._current_versions()
 
+    def _split(self) -> dict[int, Tensor]:
+        theta_D = self.projection(self._theta_ds[self._name], self._output_dtype())
+        return dict(enumerate(self.projection.layout.split(theta_D)))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": (), "_versions": (), "_snapshot": []}
+        return {**self.__dict__, "_views": {}, "_versions": (), "_snapshot": []}
 
 
 class Factor(nn.Module):

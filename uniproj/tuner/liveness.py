@@ -20,18 +20,21 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: Fact
     the adapter. Layers on the meta device or with a merged adapter are not probed.
     """
     kinds = {(type(layer.get_base_layer()), _weight(layer).dtype): name for name, layer in layers.items()}
-    theta_D = uniform(0, "probe", source.projection.D).float()
+    slots: dict[str, list[int]] = {}
+    for slot, block in enumerate(source.projection.layout.blocks):
+        slots.setdefault(block.module, []).append(slot)
     try:
         for name in kinds.values():
             layer = layers[name]
             if _weight(layer).device.type == "meta" or layer.merged:
                 continue
-            probe = theta_D.to(_weight(layer).device).requires_grad_()
+            factors = {slot: _random_factor(source, slot, _weight(layer).device) for slot in slots[name]}
             with torch.inference_mode(False), torch.enable_grad():
-                source.install(probe)
+                source.install(factors)
                 change = _adapter_output(layer, adapter_name)
                 alive = change.requires_grad and bool(change.any())
-                alive = alive and bool(torch.autograd.grad(change.float().square().sum(), probe)[0].any())
+                gradients = torch.autograd.grad(change.float().square().sum(), [*factors.values()]) if alive else ()
+                alive = any(gradient.any() for gradient in gradients)
             if not alive:
                 raise AdapterError(
                     f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
@@ -39,7 +42,13 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: Fact
                     "Leave such layers out of target_modules, or load the base model unquantised."
                 )
     finally:
-        source._views, source._versions = (), ()
+        source.install({})
+
+
+def _random_factor(source: FactorSource, slot: int, device: torch.device) -> Tensor:
+    shape = source.projection.layout.blocks[slot].shape
+    entries = uniform(0, "probe", shape[0] * shape[1], part=slot).float()
+    return entries.view(shape).to(device).requires_grad_()
 
 
 def _weight(layer: LoraLayer) -> Tensor:

@@ -67,7 +67,8 @@ class UniProjModel(LoraModel):
             self._hook = model.register_forward_pre_hook(self._project_active)
         theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # P makes every A and B, so those that PEFT draws here may stay on the meta device
+            super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
             self._attach(adapter_name)
         except Exception:
             self._take_back(adapter_name)
@@ -98,6 +99,13 @@ class UniProjModel(LoraModel):
             self._being_loaded.add(adapter_name)
         else:
             self._before_first = []
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """theta_d stays float32; with autocast_adapter_dtype=False the factors have the dtype of the base weights."""
+        first = next(m for m in self.model.modules() if isinstance(m, LoraLayer) and adapter_name in m.r)
+        _, dtype = first._get_base_layer_device_and_dtype(first.get_base_layer())
+        if not autocast_adapter_dtype and dtype is not None and dtype.is_floating_point:
+            self._sources[adapter_name].dtype = dtype
 
     def _take_back(self, adapter_name: str) -> None:
         """Undo an injection that failed: the model is as it was before."""
