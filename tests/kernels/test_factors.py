@@ -26,7 +26,9 @@ def case(which: int, n: int = 2, dtype: torch.dtype = F64) -> tuple[Tensor, Tens
     layout = LoRALayout.from_shapes({f"m.{i}": shape for i, shape in enumerate(shapes)}, r)
     sides = [[b for b in layout.blocks if b.factor == f] for f in "BA"]
     top = max(groups) + 1
-    table, extents, _ = block_table([*sides[0], *sides[1]], [*groups, *(top + g for g in groups)])
+    table, extents, _ = block_table(
+        [(b.offset, *b.shape) for side in sides for b in side], [*groups, *(top + g for g in groups)]
+    )
     g = torch.Generator().manual_seed(which)
     y, matrix, scale = (torch.randn(n, m, generator=g, dtype=F64) for m in (layout.D, *extents[:2]))
     return y.to(dtype), matrix.to(dtype), scale.to(dtype), table, [layout.D, *extents]

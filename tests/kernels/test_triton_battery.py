@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (12, 8) for i in (2, 10) for m in ("q", "v")}, r=2)
 
 
-@pytest.mark.parametrize("name", ["unilora", "unilora_local", "unilora_sparse", "vera", "tied_lora", "vblora"])
+@pytest.mark.parametrize(
+    "name", ["unilora", "unilora_local", "unilora_sparse", "vera", "tied_lora", "vblora", "fastfood"]
+)
 def test_battery(name: str) -> None:
     P = sample(name, LAYOUT, 20)
     assert check_projection(P.cuda() if torch.cuda.is_available() else P, only=set(BATTERY) - {"gradcheck"})

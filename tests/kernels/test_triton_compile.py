@@ -11,16 +11,18 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from uniproj.kernels.triton import bank, factors, partition  # noqa: E402
+from uniproj.kernels.triton import bank, factors, gaussian, hadamard, partition, random  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
-INTEGERS = {"index", "order", "starts", "table", "groups", "by_row", "by_position"}
+INTEGERS = {"index", "order", "starts", "table", "groups", "by_row", "by_position", "key"}
 WORDS = {"tables"}
-TENSORS = INTEGERS | WORDS | {"x", "y", "out", "bank", "weights", "matrix", "scale"}
+TENSORS = INTEGERS | WORDS | {"divisors", "x", "y", "out", "bank", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
+CONSTANTS |= {"ROWS": 32, "NORMALS": True, "BITS": 10}
 KERNELS = [
     *(partition._deal_out, partition._gather_in),
     *(bank._mix, bank._bank_gradient, bank._weights_gradient),
+    *(gaussian._times, gaussian._transpose_times, hadamard._pass, random._bits),
     *(factors._product, factors._matrix_gradient, factors._scale_gradient),
 ]
 
@@ -31,7 +33,10 @@ def signature(names: list[str], dtype: str) -> dict[str, str]:
             return "constexpr"
         if name not in TENSORS:
             return "i32"
-        return "*i64" if name in INTEGERS else "*i32" if name in WORDS else f"*{dtype}"
+        if name == "divisors":
+            return "*fp64"
+        whole = name in INTEGERS
+        return "*i64" if whole else "*i32" if name in WORDS else f"*{dtype}"
 
     return {name: kind(name) for name in names}
 

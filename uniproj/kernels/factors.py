@@ -19,34 +19,34 @@ from torch import Tensor
 from uniproj.kernels.dispatch import uses_triton
 from uniproj.kernels.forms import register_form
 from uniproj.kernels.partition import accumulation_dtype
-from uniproj.layout import Block
 
 FIELDS = 8
 
 
-def block_table(blocks: Sequence[Block], groups: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
-    """One row per block, int64 (blocks, 8), sorted by group (kept in order within one), with its extents.
+def block_table(
+    blocks: Sequence[tuple[int, int, int]], groups: Sequence[int]
+) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
+    """One row per block (offset in y, rows, columns), int64 (blocks, 8), sorted by group (kept in order within one).
 
     Row: offset in y, rows, columns, offset of the group's matrix, its row length, offset of the block's scalers,
     number of blocks of the group (0 but at its first), numbers of the group's matrix. Scalers and matrices follow one
     another in the order of the blocks and of `groups`, which number the matrices from 0.
-    Extents: numbers of all matrices, all scalers, most numbers of a block, most rows of a block, most numbers of a
-    matrix. Also the shape of every matrix, the smallest that holds its blocks.
+    Also the extents: numbers of all matrices, all scalers, most numbers of a block, most rows of a block, most numbers
+    of a matrix; and the shape of every matrix, the smallest that holds its blocks.
     """
-    members: list[list[Block]] = [[] for _ in range(max(groups) + 1)]
-    for block, group in zip(blocks, groups, strict=True):
-        members[group].append(block)
-    shapes = [(max(b.shape[0] for b in g), max(b.shape[1] for b in g)) for g in members]
-    scalers = dict(zip(blocks, _starts([b.shape[0] for b in blocks]), strict=True))
+    heights = [height for _, height, _ in blocks]
+    members: list[list[list[int]]] = [[] for _ in range(max(groups) + 1)]
+    for block, scaler, group in zip(blocks, _starts(heights), groups, strict=True):
+        members[group].append([*block, scaler])
+    shapes = [(max(b[1] for b in group), max(b[2] for b in group)) for group in members]
+    numbers = [height * width for height, width in shapes]
     rows = [
-        [b.offset, *b.shape, start, width, scalers[b], len(group) if b is group[0] else 0, height * width]
-        for group, (height, width), start in zip(members, shapes, _starts([h * w for h, w in shapes]), strict=True)
-        for b in group
+        [offset, height, columns, start, width, scaler, 0 if k else len(group), n]
+        for group, (_, width), start, n in zip(members, shapes, _starts(numbers), numbers, strict=True)
+        for k, (offset, height, columns, scaler) in enumerate(group)
     ]
-    numbers = [h * w for h, w in shapes]
-    heights = [b.shape[0] for b in blocks]
-    extents = [sum(numbers), sum(heights), max(b.numel for b in blocks), max(heights), max(numbers)]
-    return torch.tensor(rows), extents, shapes
+    largest = max(height * columns for _, height, columns in blocks)
+    return torch.tensor(rows), [sum(numbers), sum(heights), largest, max(heights), max(numbers)], shapes
 
 
 def _starts(sizes: list[int]) -> list[int]:

@@ -12,6 +12,8 @@ from uniproj.kernels.threads import cut, in_parallel
 
 _CHUNK = 2**18  # rows: a piece's index and values stay in the cache
 _MOST_SUMS = 8
+_THREADED = 2**22  # rows: below, starting threads costs more than they save
+_SERIAL = 2**15  # numbers: PyTorch fills no more on one thread, and its own threads would spin beside these
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -30,7 +32,7 @@ def _take(x: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
         for source, target in zip(x.contiguous(), y, strict=True):
             torch.index_select(source, 0, index[rows], out=target[rows])
 
-    in_parallel(piece, cut(len(index), _CHUNK))
+    in_parallel(piece, cut(len(index), _CHUNK if len(index) >= _THREADED else max(1, len(index))))
     return y
 
 
@@ -46,13 +48,16 @@ def _sum_by_column(y: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tens
         zero, rows = torch.zeros(d, dtype=accumulate, device=y.device), (index.long(),)
         return torch.stack([zero.index_put(rows, row.to(accumulate), accumulate=True) for row in y]).to(dtype)
     D = len(index)
-    runs = cut(D, -(-D // max(1, min(_MOST_SUMS, D // max(8 * d, _CHUNK)))))
-    sums = torch.zeros(len(runs), len(y), d, dtype=accumulate)
+    runs = cut(D, -(-D // max(1, min(_MOST_SUMS, D // max(8 * d, _THREADED // 2)))))
+    sums = torch.empty(len(runs), len(y), d, dtype=accumulate)
 
     def run(rows: slice) -> None:
+        mine = sums[rows.start // runs[0].stop]
+        for columns in cut(d, _SERIAL):
+            mine[:, columns] = 0
         for part in cut(rows.stop - rows.start, _CHUNK):
             here = slice(rows.start + part.start, rows.start + part.stop)
-            for source, target in zip(y, sums[rows.start // (runs[0].stop)], strict=True):
+            for source, target in zip(y, mine, strict=True):
                 target.index_add_(0, index[here], source[here].to(accumulate))
 
     in_parallel(run, runs)

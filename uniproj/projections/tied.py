@@ -6,7 +6,7 @@ B^l = diag(v^l) B_g[:out], A^l = diag(u^l) A_g[:, :in]; module l belongs to grou
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from uniproj.budget import Budget, nearest
 from uniproj.errors import ProjectionError
 from uniproj.kernels.factors import block_table, matrix_gradient, product, scale_gradient
 from uniproj.kernels.random import uniform
-from uniproj.layout import LoRALayout
+from uniproj.layout import Block, LoRALayout
 from uniproj.projection import Entries, Projection
 from uniproj.registry import register
 
@@ -27,7 +27,7 @@ class _Side:
         self.factor, self.letter = factor, "v" if factor == "B" else "u"
         self.blocks = [b for b in layout.blocks if b.factor == factor]
         self.matrix, self.scaler = factor in trained, self.letter in trained
-        _, (matrix_numbers, scalers, *_), self.sizes = block_table(self.blocks, groups)
+        _, (matrix_numbers, scalers, *_), self.sizes = block_table(_corners(self.blocks), groups)
         self.matrix_numbers = matrix_numbers
         self.scaler_sizes = [b.shape[0] for b in self.blocks]
         self.numbers = matrix_numbers if self.matrix else scalers if self.scaler else 0
@@ -70,7 +70,7 @@ class SharedFactors(Projection):
                 self.register_buffer(side.letter, scalers, persistent=False)
             self.register_buffer(side.factor, matrix, persistent=False)
         both = [*groups, *(len(B.sizes) + group for group in groups)]
-        table, extents, _ = block_table([*B.blocks, *A.blocks], both)
+        table, extents, _ = block_table(_corners([*B.blocks, *A.blocks]), both)
         self.register_buffer("table", table, persistent=False)
         self.extents = [layout.D, *extents]
 
@@ -255,6 +255,11 @@ class TiedLoRA(SharedFactors):
 
         smallest = min(out + in_ for out, in_ in shapes.values())
         return nearest(budget, range(1, 2 + min(64, 1 + budget // smallest)), count, options)
+
+
+def _corners(blocks: Sequence[Block]) -> list[tuple[int, int, int]]:
+    """(offset in theta_D, rows, columns) of every block."""
+    return [(b.offset, *b.shape) for b in blocks]
 
 
 def _group_of(modules: tuple[str, ...], group: str, who: str) -> list[int]:
