@@ -12,6 +12,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -120,6 +121,15 @@ def load_classifier(name: str, num_labels: int, pad_token_id: int | None, seed: 
     torch.manual_seed(seed)
     model = _read(AutoModelForSequenceClassification, name, num_labels=num_labels, dtype=torch.float32)
     model.config.pad_token_id = pad_token_id
+    return _unmarked(model, name)
+
+
+def load_causal(name: str) -> PreTrainedModel:
+    """The model in float32 with its language-model head."""
+    return _unmarked(_read(AutoModelForCausalLM, name, dtype=torch.float32), name)
+
+
+def _unmarked(model: PreTrainedModel, name: str) -> PreTrainedModel:
     if "gguf_file" in source(name)[1]:
         # GGUF weights arrive as float32, but the model stays marked as quantised, which Trainer refuses
         model.hf_quantizer.remove_quantization_config(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,18 +13,20 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("uniproj", "torch", "transformers", "peft", "datasets", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries that decide numbers; a package that runs from the checkout is named so."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "checkout"
-    return found
+    """Python and the libraries that decide numbers; uniproj is named "checkout" where it runs from one."""
+    found = {"python": platform.python_version(), "uniproj": _version("uniproj") or "checkout"}
+    return found | {package: _version(package) or "not installed" for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:
@@ -36,12 +39,23 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+def device_name(device: str) -> str:
+    """The model of the accelerator, or of the processor where the system names it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
 def provenance(device: str) -> dict[str, Any]:
     """Versions, commit, hardware and the time in UTC."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    hardware = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {
         "versions": versions(),
         "commit": commit(),
-        "hardware": {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": hardware,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

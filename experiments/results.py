@@ -48,18 +48,23 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ExperimentError(
             f"results: {path} must be writable, got {error.strerror or error}. Nothing saved before is lost: "
-            "free some space or pass another --runs folder, then run the same command again."
+            "free some space or choose another folder, then run the same command again."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one, never a part."""
+    """`write_bytes` of text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: a reader sees the old content or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("w") as file:
-                file.write(text)
+            with part.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
@@ -74,7 +79,9 @@ def write_json(path: Path, value: Any) -> None:
     except ValueError as error:
         if isinstance(error, ExperimentError):
             raise
-        raise ExperimentError(f"results: {path} must hold finite numbers, got NaN or infinity. Lower --lr.") from error
+        raise ExperimentError(
+            f"results: {path} must hold finite numbers, got NaN or infinity. Find what diverged, or lower --lr."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Time of a training step relative to PEFT's own LoRA: steps of both models in turn, on the same batch."""
+"""Times that can be compared: the alternatives take turns, and what is reported is the median of paired ratios."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 PAIRS = 16
 WARM_UP = 3
+# Below this count even the interval from the least to the greatest value covers the median in fewer than 95 %.
+LEAST_VALUES = 6
+
+T = TypeVar("T")
 
 
 def compare_steps(
@@ -21,50 +25,73 @@ def compare_steps(
     batch: Mapping[str, Tensor],
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     autocast: bool,
+    pairs: int = PAIRS,
+    warm_up: int = WARM_UP,
 ) -> dict[str, Any]:
     """Median of paired ratios of step times (forward, backward, update) with a 95 % interval, and both medians in s.
 
-    The order within a pair alternates, so that a drift of the machine's speed favours neither. Trains both models.
+    Trains both models.
     """
-    steps = [_step(m, batch, make_optimizer(m), autocast) for m in (model, reference)]
-    seconds = np.empty((PAIRS, 2))
-    for pair in range(-WARM_UP, PAIRS):
-        for which in (0, 1) if pair % 2 else (1, 0):
-            taken = steps[which]()
-            if pair >= 0:
-                seconds[pair, which] = taken
-    ratios = np.sort(seconds[:, 0] / seconds[:, 1])
-    # order statistics: an interval for a median needs no law of the noise
-    rank = int(binom.ppf(0.025, PAIRS, 0.5))
+    steps = [training_step(m, batch, make_optimizer(m), autocast) for m in (model, reference)]
+    seconds: np.ndarray = np.array(interleave(steps, pairs, warm_up))
+    ratio, low, high = median_interval(seconds[:, 0] / seconds[:, 1])
     return {
-        "step_ratio": float(np.median(ratios)),
-        "step_ratio_low": float(ratios[rank - 1]),
-        "step_ratio_high": float(ratios[PAIRS - rank]),
-        "step_pairs": PAIRS,
+        "step_ratio": ratio,
+        "step_ratio_low": low,
+        "step_ratio_high": high,
+        "step_pairs": pairs,
         "step_seconds": float(np.median(seconds[:, 0])),
         "step_seconds_lora": float(np.median(seconds[:, 1])),
     }
 
 
-def _step(
+def interleave(actions: Sequence[Callable[[], T]], rounds: int, warm_up: int) -> list[list[T]]:
+    """What the actions return, `rounds` lists in the order of `actions`; every action runs once in each round.
+
+    The order within a round alternates, so that a drift of the machine's speed favours no action. The results of the
+    first `warm_up` rounds are dropped.
+    """
+    kept: list[list[T]] = []
+    for number in range(-warm_up, rounds):
+        order = range(len(actions)) if number % 2 else range(len(actions) - 1, -1, -1)
+        found = {which: actions[which]() for which in order}
+        if number >= 0:
+            kept.append([found[which] for which in range(len(actions))])
+    return kept
+
+
+def median_interval(values: Any) -> tuple[float, float, float]:
+    """(median, low, high): the bounds are order statistics and cover the median in at least 95 % of all samples.
+
+    An interval from order statistics needs no law of the noise. Raises ValueError below `LEAST_VALUES` values.
+    """
+    ordered = np.sort(np.asarray(values, dtype=float))
+    if len(ordered) < LEAST_VALUES:
+        raise ValueError(f"median_interval: a 95 % interval needs at least {LEAST_VALUES} values, got {len(ordered)}.")
+    rank = int(binom.ppf(0.025, len(ordered), 0.5))
+    return float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[len(ordered) - rank])
+
+
+def training_step(
     model: nn.Module, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, autocast: bool
 ) -> Callable[[], float]:
+    """A function that does one step (forward, backward, update) in training mode and returns its seconds."""
     device = next(iter(batch.values())).device
 
     def timed() -> float:
-        started = _now(device)
+        started = now(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return _now(device) - started
+        return now(device) - started
 
     model.train()
     return timed
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Measurements of projections: each is a package or module that runs as `python -m analysis.<name>`."""

@@ -1,0 +1,270 @@
+"""The command: what it writes, that it goes on where it stopped, and what it says when something is wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.overhead import __main__ as command
+from analysis.overhead import adapters, growth, kernel, model, records, runner, tables, worker
+from analysis.overhead.bases import BASES
+from analysis.overhead.shapes import Llama
+
+SMALL = Llama(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2)
+KERNEL_ROWS = {"unilora": 2 + 6, "fastfood": 2 + 2, "vblora": 2 + 2}
+METHODS = ("PEFT LORA", "unilora")
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """A small plan, measured in this process; the list names every measurement as it is made."""
+    done: list[str] = []
+
+    def run(config: dict, out: Path, _: str) -> str | None:
+        done.append(runner.describe(config))
+        try:
+            worker.measure(out, config)
+        except RuntimeError as error:
+            return f"RuntimeError: {error}"
+        return None
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(runner, "_run", run)
+    monkeypatch.setitem(kernel.ARCHITECTURES, "small", SMALL.all_linear)
+    monkeypatch.setattr(kernel, "CASES", (kernel.Case("small", 4, 128, 6),))
+    monkeypatch.setattr(growth, "SIZES_D", (1e4, 4e4, 1e5))
+    monkeypatch.setattr(growth, "ALONG_D", ("unilora",))
+    monkeypatch.setattr(growth, "ALONG_d", ())
+    monkeypatch.setattr(model, "PAIRS", {"cpu": (6, 6)})
+    return done
+
+
+def run(out: Path, *more: str) -> int:
+    return command.main(["--out", str(out), "--models", "tiny", "--methods", *METHODS, *more])
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_everything_is_written_and_a_second_run_measures_nothing(tmp_path, measured, capsys) -> None:
+    assert run(tmp_path, "--json") == 0
+    assert measured == [
+        "kernel small unilora 4", "kernel small fastfood 4", "kernel small vblora 4",
+        "model tiny PEFT LORA 4", "model tiny unilora 4", "growth unilora D",
+    ]  # fmt: skip
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "overhead.json").read_text())
+    assert {"hardware", "versions", "commits", "first", "last"} == set(printed["provenance"])
+    for record in printed["records"]:
+        assert record["status"] == "done" and record["config"]["seed"] == 0
+        assert record["provenance"]["versions"]["torch"] == torch.__version__
+
+    found = rows_of(tmp_path / "overhead-kernel.csv")
+    assert [sum(row["family"] == family for row in found) for family in KERNEL_ROWS] == [*KERNEL_ROWS.values()]
+    # r = 4: 2 layers of q, o (64 + 64), k, v (32 + 64) and three of (64 + 128)
+    assert {row["D"] for row in found} == {str(2 * 4 * (2 * 128 + 2 * 96 + 3 * 192))}
+    assert (
+        len(rows_of(tmp_path / "overhead-growth.csv")) == 3 and len(rows_of(tmp_path / "overhead-exponents.csv")) == 1
+    )
+    lora, unilora = rows_of(tmp_path / "overhead-model.csv")
+    # tiny: one layer of width 32, inner 64, two of four heads for keys and values
+    D = 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert int(lora["trained"]) == int(lora["D"]) == D and int(unilora["trained"]) == 128
+    assert int(lora["state_bytes"]) == 0 and int(unilora["file_bytes"]) >= 4 * 128
+    assert float(lora["peak_bytes_per_coordinate_beyond_lora"]) == 0.0
+    assert float(unilora["step_ratio_low"]) <= float(unilora["step_ratio"]) <= float(unilora["step_ratio_high"])
+
+    text = (tmp_path / "overhead.md").read_text()
+    assert all(f"## {title}" in text for title in ("Kernel", "Model", "Growth")) and "D = 623,443,968" in text
+    assert torch.__version__ in text and "threads: 1;" in text
+    widths = {block.split("\n")[0].count("|") for block in text.split("\n\n") if block.startswith("|")}
+    assert widths == {len(columns) + 1 for columns in (tables.KERNEL, tables.MODEL, tables.GROWTH)}
+    assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
+
+    measured.clear()
+    assert run(tmp_path) == 0 and measured == []
+    assert (tmp_path / "overhead.md").read_text() == text and "## Kernel" in capsys.readouterr().out
+    assert run(tmp_path, "--parts", "growth") == 0 and measured == []
+
+
+def test_another_machine_count_of_threads_or_version_is_measured_anew(tmp_path, measured, monkeypatch) -> None:
+    kept = None
+    for change in (
+        lambda: None,
+        lambda: monkeypatch.setenv("OMP_NUM_THREADS", "2"),
+        lambda: monkeypatch.setattr(command, "device_name", lambda _: "another"),
+        lambda: monkeypatch.setattr(command, "versions", lambda: {"torch": "0"}),
+    ):
+        change()
+        (job,) = [job for job in command.plan(command.parse([])) if job["part"] == "growth"]
+        assert job != kept and not records.is_done(tmp_path, job)
+        records.save(tmp_path, job, [])
+        assert records.is_done(tmp_path, job)
+        kept = job
+
+
+def test_a_failure_is_recorded_reported_and_tried_again(tmp_path, measured, monkeypatch, capsys) -> None:
+    attach = adapters.attach
+
+    def broken(base_model, base, name):
+        if name == "unilora":
+            raise RuntimeError("no such thing")
+        return attach(base_model, base, name)
+
+    monkeypatch.setattr(adapters, "attach", broken)
+    assert run(tmp_path, "--parts", "model", "--json") == 1
+    out, err = capsys.readouterr()
+    assert "model tiny unilora 4 failed: RuntimeError: no such thing" in err
+    assert [record["status"] for record in json.loads(out)["records"]] == ["done", "failed"]
+    assert "failed: RuntimeError: no such thing" in (tmp_path / "overhead.md").read_text()
+    monkeypatch.setattr(adapters, "attach", attach)
+    measured.clear()
+    assert run(tmp_path, "--parts", "model") == 0 and measured == ["model tiny unilora 4"]
+
+
+def test_a_method_that_fails_within_a_measurement_is_a_failure_too(tmp_path, measured, monkeypatch, capsys) -> None:
+    def broken(_):
+        raise RuntimeError("no such operator")
+
+    own, other = kernel.FAMILIES["fastfood"]
+    family = (own, kernel.Candidate(other.name, broken, 4))
+    monkeypatch.setattr(kernel, "FAMILIES", {"fastfood": family})
+    assert run(tmp_path, "--parts", "kernel") == 1
+    table = capsys.readouterr().out
+    assert "failed: RuntimeError: no such operator" in table and "| fastfood |" in table
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--methods", "nolora"], "nolora"),
+        (["--models", "gpt5"], "gpt5"),
+        (["--parts", "all"], "all"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_unknown_names_are_refused(argv: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        command.main(argv)
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and f"invalid choice: '{said}'" in error and "choose from" in error
+
+
+@pytest.mark.parametrize("text", ['{"status": "do', "[]", '{"status": "done"}'])
+def test_a_damaged_record_is_named(text: str, tmp_path, measured, capsys) -> None:
+    (job, *_) = [job for job in command.plan(command.parse([])) if job["part"] == "growth"]
+    file = records.path(tmp_path, job)
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert run(tmp_path, "--parts", "growth") == 2 and measured == []
+    error = capsys.readouterr().err
+    assert str(file) in error and "away" in error
+
+
+def test_bad_surroundings_are_named(tmp_path, measured, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file") == 2 and "must be writable" in capsys.readouterr().err
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert run(tmp_path) == 2 and "OMP_NUM_THREADS must be a count of at least 1, got 'many'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(tmp_path, "--device", "cuda") == 2 and "Use --device cpu" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert run(tmp_path) == 2 and "Run it on Linux" in capsys.readouterr().err
+    assert measured == []
+
+
+def growth_job(**changes: object) -> dict:
+    return {
+        "part": "growth", "method": "unilora", "axis": "D", "sizes": [1e4, 4e4], "per_column": 19,
+        "seed": 0, "device": "cpu", "hardware": "any", "threads": 1, "versions": {}, **changes,
+    }  # fmt: skip
+
+
+def test_a_measurement_in_its_own_process_and_one_that_fails(tmp_path) -> None:
+    jobs = [growth_job(), growth_job(method="nothing")]
+    runner.run_all(jobs, tmp_path)
+    done, failed = records.load(tmp_path, jobs)
+    assert [row["D"] for row in done["rows"]] == [10_240, 40_960]
+    assert done["provenance"]["hardware"]["threads"] == 1
+    assert failed["status"] == "failed" and "unknown projection 'nothing'" in failed["reason"]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("kill -9 $$", "ended by SIGKILL (out of memory?)"),
+        ("echo first; echo last 1>&2; exit 3", "last"),
+        ("exit 3", "ended with status 3 without a word"),
+    ],
+)
+def test_the_reason_of_a_process_that_ended(script: str, reason: str, tmp_path, monkeypatch) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    runner.run_all([growth_job()], tmp_path)
+    (record,) = records.load(tmp_path, [growth_job()])
+    assert record["status"] == "failed" and record["reason"] == reason
+
+
+def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, capsys) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {pid}.part; mv {pid}.part {pid}; exec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    def interrupt() -> None:
+        while not pid.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert run(tmp_path, "--parts", "growth") == command.INTERRUPTED == 130
+    assert "The same command goes on" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_measurement_ends_with_its_parent() -> None:
+    child = (
+        "import os, time; from analysis.overhead.worker import _end_with; _end_with(os.getppid()); "
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline())
+        process.kill()
+        # the pipe closes when the last process that holds it ends: at once, or after a minute
+        started = time.monotonic()
+        assert process.stdout.read() == "" and time.monotonic() - started < 30
+    with pytest.raises(SystemExit, match="the parent process has ended"):
+        worker._end_with(-1)
+
+
+@pytest.mark.parametrize("name", adapters.names())
+def test_every_adapter_attaches_to_every_kind_of_base(name: str) -> None:
+    """A step of the tiny model; the trained numbers are what the method's formula says where it is free."""
+    base = BASES["tiny"]
+    tiny = base.load()
+    attached = adapters.attach(tiny, base, name)
+    loss = attached(**base.training_batch(torch.device("cpu"))).loss
+    loss.backward()
+    assert all(p.grad is not None for p in adapters.trained(attached))
+
+
+@pytest.mark.slow
+def test_the_command_itself(tmp_path) -> None:
+    argv = [sys.executable, "-m", "analysis.overhead", "--parts", "model", "--models", "tiny", "--methods", "PEFT LORA"]
+    done = subprocess.run([*argv, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| tiny | PEFT LORA | 2,048 |" in done.stdout and (tmp_path / "overhead.png").exists()
