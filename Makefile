@@ -2,10 +2,13 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint .venv
+.PHONY: compare overhead test lint .venv
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
+
+overhead: .venv
+	@$(PY) -m analysis.overhead $(ARGS)
 
 test: .venv
 	$(PY) -m pytest $(or $(ARGS),--cov)
