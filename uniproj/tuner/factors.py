@@ -28,7 +28,7 @@ class FactorSource:
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
         self._views: Mapping[int, Tensor] = {}
-        self._versions: tuple[tuple[int, int], ...] = ()
+        self._used: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]] = []
         self._snapshot: list[Tensor] = []
 
     @property
@@ -47,14 +47,14 @@ class FactorSource:
         """The factor of block number `slot`. Projects first if no forward of the model has done so."""
         if not torch.compiler.is_compiling():
             without_graph = self._wants_grad() and bool(self._views) and not self._has_graph()
-            if without_graph or self._versions != self._current_versions():
+            if without_graph or not self._is_current():
                 self._project()
         return self._views[slot]
 
     def install(self, views: Mapping[int, Tensor]) -> None:
         """Use these factors, by slot, until the next refresh; none of them to forget all."""
         self._views, self._snapshot = views, []
-        self._versions = self._current_versions() if views else ()
+        self._used = self._in_use() if views else []
 
     def _is_stale(self) -> bool:
         """Whether there is no theta_D, or one of another dtype or with the graph of a training step."""
@@ -81,8 +81,18 @@ class FactorSource:
             for new, old in pairs
         )
 
-    def _current_versions(self) -> tuple[tuple[int, int], ...]:
-        return tuple((id(p), p._version) for p in self.trained())
+    def _in_use(self) -> list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]]:
+        """Every trained Parameter with its version and its place, where another one may stand later."""
+        places = [(self._theta_ds._parameters, self._name)]
+        places += [(module._parameters, key) for module in self.projection.modules() for key in module._parameters]
+        return [(held, key, p, p._version) for held, key in places if (p := held[key]) is not None]
+
+    def _is_current(self) -> bool:
+        # asked by every layer on every call, hence the remembered places: walking the modules costs 5 % of a token
+        for held, key, p, version in self._used:
+            if held[key] is not p or p._version != version:
+                return False
+        return bool(self._used)
 
     def _project(self) -> None:
         if self._wants_grad():
@@ -94,14 +104,14 @@ class FactorSource:
                 if not torch.compiler.is_compiling():
                     self._snapshot = [p.detach().clone() for p in self.trained()]
         if not torch.compiler.is_compiling():
-            self._versions = self._current_versions()
+            self._used = self._in_use()
 
     def _split(self) -> dict[int, Tensor]:
         theta_D = self.projection(self._theta_ds[self._name], self._output_dtype())
         return dict(enumerate(self.projection.layout.split(theta_D)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}, "_versions": (), "_snapshot": []}
+        return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": []}
 
 
 class Factor(nn.Module):
