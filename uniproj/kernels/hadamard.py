@@ -15,11 +15,11 @@ from torch import Tensor
 from uniproj.kernels.dispatch import uses_triton
 from uniproj.kernels.forms import register_form
 from uniproj.kernels.partition import accumulation_dtype
-from uniproj.kernels.threads import cut, in_parallel
+from uniproj.kernels.threads import cut
 
 _BITS = 4  # of one pass: 16-point factors are the quickest matrix products for each bit
 _CACHED_BITS = 16  # segments whose passes follow one another in the cache
-_CHUNK = 2**17  # numbers
+_CHUNK = 2**18  # numbers: a matrix product threads itself, so chunks follow one another
 
 
 def hadamard_matrix(log2_n: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
@@ -56,11 +56,8 @@ def _transform(x: Tensor, dtype: torch.dtype) -> Tensor:
     cached = min(_CACHED_BITS, log2_n)
     x = x.reshape(-1, 1 << cached)
     y = torch.empty(x.shape, dtype=compute, device=x.device)
-
-    def piece(rows: slice) -> None:
+    for rows in cut(len(x), max(1, _CHUNK >> cached) if x.device.type == "cpu" else max(1, len(x))):
         y[rows] = _passes(x[rows].to(compute), 0, cached)
-
-    in_parallel(piece, cut(len(x), max(1, _CHUNK >> cached) if x.device.type == "cpu" else max(1, len(x))))
     return _passes(y.view(-1, 1 << log2_n), cached, log2_n).to(dtype)
 
 

@@ -15,7 +15,7 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import register
 
-_CACHED, _AT_ONCE = 2**18, 2**26  # numbers transformed at once on the CPU, on a GPU
+_CACHED, _AT_ONCE = 2**20, 2**26  # numbers transformed at once on the CPU, on a GPU
 
 
 @register("fastfood")
