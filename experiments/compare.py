@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from experiments import rates, report, tasks
-from experiments.config import COMPARED, default_budget, make
+from experiments.config import COMPARED, resolve
 from experiments.errors import ExperimentError
+from experiments.families import adapted_shapes
 from experiments.results import RESULT, RUNS, digest, load_runs, prepare, slug, write_json
 from experiments.tune import describe, record, tune
 from experiments.workers import train_all
@@ -23,6 +24,8 @@ from uniproj.errors import ProjectionError
 from uniproj.registry import get
 
 INTERRUPTED = 130
+# VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
+VERA_RANK = 11
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -51,10 +54,22 @@ def check(args: argparse.Namespace) -> None:
         raise ExperimentError(f"compare: --budget must be at least 1, got {args.budget}. Leave it out for the default.")
 
 
+def default_budget(task: str, model: str) -> int:
+    """Trained numbers that every method can come near to on this model."""
+    shapes = adapted_shapes(tasks.get(task).family, model)
+    return sum(out for out, _ in shapes.values()) + VERA_RANK * len(shapes)
+
+
+def settings(args: argparse.Namespace, budget: int) -> dict[str, Any]:
+    """What all runs of a comparison share."""
+    common: dict[str, Any] = {"task": args.task, "model": args.model, "budget": budget, "device": args.device}
+    return common | {"train_size": 1600, "dtype": "bfloat16" if args.device == "cuda" else "float32"}
+
+
 def choose_rates(args: argparse.Namespace, budget: int, record_to: Path) -> Mapping[str, float]:
     """The learning rate of every projection; tuning leaves its record in a file."""
     if args.lr == "auto":
-        trials = tune(args.task, args.model, args.projections, budget, args.seeds[0], args.device, args.runs)
+        trials = tune({**settings(args, budget), "seed": args.seeds[0]}, args.projections, args.runs)
         write_json(record_to, record(trials))
         best = rates.best(trials)
         print(f"Learning rates tuned on the validation split, recorded in {record_to}:\n{describe(best)}")
@@ -72,13 +87,15 @@ def choose_rates(args: argparse.Namespace, budget: int, record_to: Path) -> Mapp
 def compare(args: argparse.Namespace) -> int:
     """Train what is missing and write the table; returns the exit status."""
     check(args)
-    budget = args.budget or default_budget(args.model)
-    settings: dict[str, Any] = {key: getattr(args, key) for key in ("model", "task", "projections", "seeds", "lr")}
-    name = f"comparison-{digest({**settings, 'budget': budget, 'device': args.device})}"
+    budget = args.budget or default_budget(args.task, args.model)
+    asked: dict[str, Any] = {key: getattr(args, key) for key in ("model", "task", "projections", "seeds", "lr")}
+    name = f"comparison-{digest({**asked, 'budget': budget, 'device': args.device})}"
     folder = args.runs / slug(args.task) / name
     lr = choose_rates(args, budget, folder / "tuning.json")
     configs = [
-        make(args.task, args.model, projection, budget, seed, lr[projection], "test", args.device)
+        resolve(
+            {**settings(args, budget), "projection": projection, "lr": lr[projection], "seed": seed, "timing": True}
+        )
         for seed in args.seeds
         for projection in args.projections
     ]

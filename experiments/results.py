@@ -6,6 +6,7 @@ atomically: its presence means done.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -21,6 +22,9 @@ from experiments.errors import ExperimentError
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 RUNS = Path("runs")
+LOCK = ".lock"
+# exit status of a run that another process trains (EX_TEMPFAIL)
+BUSY = 75
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -116,6 +120,27 @@ def prepare(runs: Path, config: Mapping[str, Any]) -> Path:
 def is_done(folder: Path) -> bool:
     """Whether the run has finished. Raises ExperimentError if its result is damaged."""
     return (folder / RESULT).exists() and bool(read_json(folder / RESULT))
+
+
+def lock(folder: Path) -> IO[str] | None:
+    """The lock of a run, held as long as the file is open and the process lives; None if another process has it."""
+    with disk_errors(folder):
+        file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains this run now."""
+    held = lock(folder)
+    if held is None:
+        return True
+    held.close()
+    return False
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

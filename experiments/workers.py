@@ -13,7 +13,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from experiments.results import is_done, metrics
+from experiments.results import BUSY, is_done, is_locked, metrics
 
 ROOT = Path(__file__).parent.parent
 LOG = "train.log"
@@ -38,15 +38,30 @@ def train_all(folders: Sequence[Path], device: str) -> dict[Path, str]:
     with tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="runs", unit="run") as bar, _Pool() as pool:
         slots = list(range(1, 1 + processes(device)))
         while waiting or pool.children:
-            while waiting and slots:
-                pool.start(waiting.pop(0), slots.pop(0))
+            while slots and (folder := _startable(waiting, bar)):
+                pool.start(folder, slots.pop(0))
             time.sleep(POLL_SECONDS)
             for child in pool.finished():
                 slots.append(child.slot)
+                if child.process.returncode == BUSY:
+                    waiting.append(child.folder)
+                    continue
                 bar.update()
                 if child.process.returncode:
                     failures[child.folder] = child.last_words()
     return failures
+
+
+def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
+    """Take the next run that nobody trains; those that another launcher has finished meanwhile are dropped."""
+    for folder in list(waiting):
+        if is_done(folder):
+            waiting.remove(folder)
+            bar.update()
+        elif not is_locked(folder):
+            waiting.remove(folder)
+            return folder
+    return None
 
 
 class _Child:

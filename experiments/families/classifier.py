@@ -1,0 +1,36 @@
+"""What classifiers of text and of images share: labels, scores of logits, and length-sorted scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import EvalPrediction, Trainer
+
+from experiments.families.family import Family
+
+
+def count_labels(labels: Any) -> int:
+    """Number of outputs: classes counted from 0, or 1 for regression."""
+    return 1 if labels.dtype.kind == "f" else int(labels.max()) + 1
+
+
+class Classifier(Family):
+    """A base with a fresh head that is trained whole; one output is regression."""
+
+    @property
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        def compute(output: EvalPrediction) -> dict[str, float]:
+            return {"score": self.task.scores(_predicted(output))[self.task.metric]}
+
+        return compute
+
+    def predict(self, trainer: Trainer, rows: pd.DataFrame) -> pd.DataFrame:
+        return _predicted(trainer.predict(self.encode(rows)))
+
+
+def _predicted(output: Any) -> pd.DataFrame:
+    values = output.predictions[:, 0] if output.predictions.shape[1] == 1 else output.predictions.argmax(1)
+    return pd.DataFrame({"label": np.asarray(output.label_ids), "prediction": values})

@@ -1,0 +1,117 @@
+"""A sweep as a file: which runs it asks for. Hydra composes the file and the overrides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import SEEDS, RunConfig, resolve
+from experiments.errors import ExperimentError
+
+CONF = Path(__file__).with_name("conf")
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says.
+
+    settings: fields of RunConfig that all runs share. cases: settings of which each run has one; axes: settings
+    with a list of values, all of which are crossed. tune: `seeds` and the settings to choose among on the validation
+    split; seeds: those of the runs that are reported, none of them used for tuning. published: scores others reported,
+    by task. launcher: options of the launchers, by name.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    cases: Sequence[Mapping[str, Any]] = ({},)
+    tune: Mapping[str, Any] | None = None
+    seeds: Sequence[int] = (0,)
+    published: Mapping[str, Any] = field(default_factory=dict)
+    launcher: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ExperimentError(f"sweep {self.name}: seeds must name at least one seed, got none.")
+        if self.tune is not None:
+            self._check_tune(self.tune)
+
+    def _check_tune(self, tune: Mapping[str, Any]) -> None:
+        if not tune.get("seeds") or len(tune) < 2:
+            raise ExperimentError(
+                f"sweep {self.name}: tune needs `seeds` and at least one setting with a list of values, such as "
+                f"lr: [1e-3, 1e-2], got {dict(tune)}."
+            )
+        if shared := set(tune["seeds"]) & set(self.seeds):
+            raise ExperimentError(
+                f"sweep {self.name}: the seeds that confirm a choice must be fresh, got {sorted(shared)} in tune.seeds "
+                "too. Take other seeds."
+            )
+
+    def cells(self) -> list[Cell]:
+        """cases x axes: what is compared; seeds and tuned settings are added to each."""
+        return [{**case, **point} for case in self.cases for point in _crossed(self.axes)]
+
+    def trials(self, cell: Cell) -> list[RunConfig]:
+        """The tuning runs of a cell: as many for every cell."""
+        assert self.tune is not None
+        grid = {key: values for key, values in self.tune.items() if key != "seeds"}
+        return [self._run(cell, point, seed, "validation") for point in _crossed(grid) for seed in self.tune["seeds"]]
+
+    def confirmations(self, cell: Cell, chosen: Mapping[str, Any]) -> list[RunConfig]:
+        """The reported runs of a cell with its chosen settings, one per fresh seed."""
+        return [self._run(cell, chosen, seed, "test") for seed in self.seeds]
+
+    def tuned(self) -> list[str]:
+        """The settings that tuning chooses."""
+        return [key for key in self.tune or {} if key != "seeds"]
+
+    def _run(self, cell: Cell, chosen: Mapping[str, Any], seed: int, score_on: str) -> RunConfig:
+        # an axis over one of the four seeds holds it while the others follow the seed of the repetition
+        fixed = {**self.settings, **cell}
+        seeds = {name: seed for name in SEEDS if fixed.get(name) is None}
+        return resolve({**fixed, **chosen, **seeds, "score_on": score_on})
+
+
+def _crossed(axes: Mapping[str, Sequence[Any]]) -> Iterator[Cell]:
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """The sweep of a YAML file. Its `defaults` may take settings from `experiments/conf/settings/`.
+
+    overrides: Hydra's, such as `settings.train_size=64` or `axes.projection=[lora,unilora]`.
+    Raises ExperimentError for a missing or broken file, an unknown key, or an axis that is no list.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(str(p.relative_to(CONF.parent.parent)) for p in CONF.glob("sweeps/**/*.yaml")))
+        raise ExperimentError(f"sweep: {path} must be a YAML file, got none. At hand: {known}.")
+    try:
+        with initialize_config_dir(config_dir=str(path.resolve().parent), version_base="1.3"):
+            composed = compose(path.stem, overrides=[f"hydra.searchpath=[file://{CONF}]", *overrides])
+        content = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ExperimentError(f"sweep: {path} must be a sweep, got: {error}. Repair it or the overrides.") from error
+    return _sweep(path, dict(content))  # type: ignore[arg-type]
+
+
+def _sweep(path: Path, content: dict[str, Any]) -> Sweep:
+    known = [f.name for f in fields(Sweep)]
+    content.setdefault("name", path.stem)
+    if unknown := sorted(set(content) - set(known)):
+        raise ExperimentError(f"sweep: {path} has unknown keys {unknown}. Known: {', '.join(known)}.")
+    for where in ("axes", "tune"):
+        for key, values in (content.get(where) or {}).items():
+            if not isinstance(values, list):
+                raise ExperimentError(f"sweep: {where}.{key} must be a list of values, got {values!r}. Add brackets.")
+    return Sweep(**content)

@@ -1,0 +1,41 @@
+"""A user's own projections: Python files or modules named by a sweep, imported before names are looked up."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.errors import ExperimentError
+
+
+def load(plugins: Iterable[str]) -> None:
+    """Import each plugin, a .py file or the name of an installed module, once per process.
+
+    It registers its projections with `uniproj.register`. Raises ExperimentError if it cannot be imported.
+    """
+    for plugin in plugins:
+        try:
+            _load_file(Path(plugin)) if plugin.endswith(".py") else importlib.import_module(plugin)
+        except Exception as error:  # anything may go wrong in somebody else's file
+            raise ExperimentError(
+                f"plugins: {plugin} must be a Python file or module that can be imported, got {error!r}. Repair it."
+            ) from error
+
+
+def _load_file(path: Path) -> None:
+    name = f"uniproj_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

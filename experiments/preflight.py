@@ -1,0 +1,163 @@
+"""Before anything is queued: what a sweep will cost, and whether each kind of run works from end to end."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from experiments import families, tasks
+from experiments.config import RunConfig
+from experiments.data import draw
+from experiments.models import model_config
+from experiments.outcome import ADAPTER, peak_bytes
+from experiments.plan import Sweep
+from experiments.protocol import sweep_folder
+from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
+from experiments.run import Run
+from experiments.workers import processes
+
+MEASURED = "doctor.json"
+SCORED_ROWS = 4
+# what decides the time of a step and the memory of a run
+KIND = ("task", "model", "projection", "r", "d", "batch_size", "max_length", "device", "dtype", "quantization")
+
+
+def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
+    """Every run by stage, each once. Confirming runs stand for those of the settings that tuning will choose."""
+    cells = sweep.cells()
+    stages: dict[str, list[RunConfig]] = {"tune": [], "confirm": []}
+    for cell in cells:
+        trials = sweep.trials(cell) if sweep.tune else []
+        stages["tune"] += trials
+        first = {key: getattr(trials[0], key) for key in sweep.tuned()} if trials else {}
+        stages["confirm"] += sweep.confirmations(cell, first)
+    return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
+
+
+def kind(config: RunConfig) -> str:
+    """The digest of what decides the cost of a run's steps."""
+    return digest({name: getattr(config, name) for name in KIND})
+
+
+def estimate(sweep: Sweep, runs: Path) -> str:
+    """Counts of runs, and memory and time as far as finished runs or `--doctor` have measured their kind."""
+    lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells"]
+    measured = _measured(sweep, runs)
+    total, unknown = 0.0, 0
+    for stage, configs in runs_of(sweep).items():
+        missing = [c for c in configs if not is_done(run_folder(runs, c.to_json()))]
+        lines.append(f"{stage:8s} {len(configs):5d} runs, {len(configs) - len(missing)} done, {len(missing)} to train")
+        known = [c for c in missing if kind(c) in measured]
+        total += sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
+        unknown += len(missing) - len(known)
+    device = sweep.settings.get("device", "cpu")
+    if measured:
+        peak = max(m["peak_bytes"] for m in measured.values())
+        at_once = processes(device)
+        lines.append(f"memory   {peak / 1e9:.1f} GB per run, {at_once} at once on this machine's launcher (measured)")
+        lines.append(f"time     {total / 3600 / at_once:.2f} h of training steps on this machine, scoring not counted")
+    if unknown:
+        lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
+    models = {config.model for config in runs_of(sweep)["confirm"]}
+    lines += [f"weights  {model}: {_weights(sweep, model) / 1e9:.2f} GB" for model in sorted(models)]
+    return "\n".join(lines)
+
+
+def steps(config: RunConfig) -> int:
+    """Optimiser steps of a run; rows beyond train_size are not known before the data are read."""
+    rows = config.train_size or len(tasks.get(config.task, config.data).split("train"))
+    return math.ceil(math.ceil(rows / (config.batch_size * config.accumulation)) * config.epochs)
+
+
+def _measured(sweep: Sweep, runs: Path) -> dict[str, Any]:
+    path = sweep_folder(runs, sweep) / MEASURED
+    found = read_json(path) if path.exists() else {}
+    for configs in runs_of(sweep).values():
+        for config in configs:
+            folder = run_folder(runs, config.to_json())
+            if (folder / RESULT).exists():
+                cost = read_json(folder / RESULT)["cost"]
+                per_step = cost["train_seconds"] / steps(config)
+                found[kind(config)] = {"seconds_per_step": per_step, "peak_bytes": cost["peak_bytes"]}
+    return found
+
+
+def _weights(sweep: Sweep, model: str) -> int:
+    """Bytes of a base as it is loaded, from its configuration."""
+    first = next(config for config in runs_of(sweep)["confirm"] if config.model == model)
+    with torch.device("meta"):
+        base = families.get(tasks.get(first.task, first.data).family).auto.from_config(model_config(model))
+    width = {None: 4.0, "int8": 1.0, "nf4": 0.56}[first.quantization]
+    return int(sum(p.numel() for p in base.parameters()) * width)
+
+
+def doctor(sweep: Sweep, runs: Path) -> int:
+    """One step, a score of few rows, save, load and merge of every kind of run; 1 if any fails."""
+    configs = {kind(c): c for c in runs_of(sweep)["confirm"]}
+    found, failed = {}, 0
+    for name, config in configs.items():
+        try:
+            found[name] = _examine(config)
+            print(f"ok      {config.task} {config.projection}: {found[name]['seconds_per_step']:.2f} s per step")
+        except Exception as error:  # whatever it is, it would have failed in the queue
+            failed += 1
+            print(f"FAILED  {config.task} {config.projection}: {type(error).__name__}: {error}")
+    write_json(sweep_folder(runs, sweep) / MEASURED, found)
+    print(f"{len(configs) - failed} of {len(configs)} kinds of run work.")
+    return 1 if failed else 0
+
+
+def _examine(config: RunConfig) -> dict[str, Any]:
+    rows = config.batch_size * config.accumulation
+    # tuning's split: the test labels stay unread
+    small = replace(
+        config,
+        train_size=rows,
+        epochs=1,
+        evaluations=1,
+        validation_size=SCORED_ROWS,
+        score_on="validation",
+        timing=False,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = prepare(Path(scratch), small.to_json())
+        run = Run.load(folder)
+        started = time.perf_counter()
+        run.trainer.train()
+        seconds = time.perf_counter() - started
+        run.model.save_pretrained(folder / ADAPTER)
+        _check_saved(run, folder)
+    return {"seconds_per_step": seconds, "peak_bytes": peak_bytes(config.device)}
+
+
+def _check_saved(run: Run, folder: Path) -> None:
+    """The saved adapter on a fresh base, and the merged model, give the outputs of the trained one."""
+    rows = draw(run.task.split("validation"), SCORED_ROWS, 0)
+    batch = run.family.collate(list(_without_length(run.family.encode(rows))))
+    expected = _logits(run.model, batch)
+    base = run.family.load(run.task.split("train"))
+    loaded = PeftModel.from_pretrained(base, folder / ADAPTER)
+    for what, model in (("loaded", loaded), ("merged", loaded.merge_and_unload())):
+        if what == "merged" and run.config.quantization:
+            continue
+        torch.testing.assert_close(
+            _logits(model, batch), expected, rtol=1e-3, atol=1e-3, msg=lambda m, what=what: f"{what} adapter: {m}"
+        )
+
+
+def _without_length(data: Any) -> Iterator[dict[str, Any]]:
+    return ({k: v for k, v in feature.items() if k != "length"} for feature in data)
+
+
+@torch.inference_mode()
+def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    return model.eval()(**{k: v.to(device) for k, v in batch.items()}).logits.float().cpu()

@@ -1,0 +1,117 @@
+"""Tune, lock, confirm: trials on the validation split, a choice that is written down, fresh seeds on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.config import RunConfig
+from experiments.errors import ExperimentError
+from experiments.plan import Cell, Sweep
+from experiments.provenance import versions
+from experiments.results import RESULT, digest, prepare, read_json, row, run_folder, write_json
+
+LOCK = "choice.json"
+RULE = (
+    "best validation score of the best checkpoint, mean over the tuning seeds; a setting at which a run did not train "
+    "is passed over; ties to the earlier value; the test split was not read"
+)
+Train = Callable[[Sequence[Path]], Mapping[Path, str]]
+
+
+def sweep_folder(runs: Path, sweep: Sweep) -> Path:
+    """Where the choice and the tables of a sweep lie."""
+    return runs / "sweeps" / sweep.name
+
+
+def folders(runs: Path, configs: Iterable[RunConfig]) -> list[Path]:
+    """The prepared folders of these runs, each once: cells that resolve to the same run share it."""
+    return list(dict.fromkeys(prepare(runs, config.to_json()) for config in configs))
+
+
+def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, Any]]:
+    """The chosen settings of every cell, by its digest; from the lock where it exists, else trials are trained.
+
+    Raises ExperimentError if a trial fails, a cell trained at no setting, or the lock belongs to other trials.
+    """
+    if sweep.tune is None:
+        return {digest(cell): {} for cell in sweep.cells()}
+    trials = {digest(cell): sweep.trials(cell) for cell in sweep.cells()}
+    asked = digest({key: [digest(trial.to_json()) for trial in each] for key, each in trials.items()})
+    path = sweep_folder(runs, sweep) / LOCK
+    if not path.exists():
+        everything = [config for each in trials.values() for config in each]
+        if failures := train(folders(runs, everything)):
+            folder, reason = next(iter(failures.items()))
+            raise ExperimentError(f"tune: every trial must finish, got a failure in {folder}: {reason}")
+        write_json(path, _lock(sweep, runs, trials, asked))
+    lock = read_json(path)
+    if lock["trials_digest"] != asked:
+        raise ExperimentError(
+            f"tune: {path} must hold the choice of this sweep's trials, got that of others: the sweep was changed after "
+            "its choice was locked. Give the changed sweep another name."
+        )
+    return {choice["cell_digest"]: choice["chosen"] for choice in lock["choices"]}
+
+
+def _lock(sweep: Sweep, runs: Path, trials: Mapping[str, Sequence[RunConfig]], asked: str) -> dict[str, Any]:
+    choices = [_choose(sweep, cell, runs, trials[digest(cell)]) for cell in sweep.cells()]
+    return {
+        "rule": RULE,
+        "trials_digest": asked,
+        "trials_per_cell": len(next(iter(trials.values()))),
+        "locked": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "choices": choices,
+    }
+
+
+def _choose(sweep: Sweep, cell: Cell, runs: Path, trials: Sequence[RunConfig]) -> dict[str, Any]:
+    tuned = sweep.tuned()
+    records = pd.DataFrame([row(run_folder(runs, trial.to_json())) for trial in trials])
+    records["point"] = [tuple(record[key] for key in tuned) for record in records.to_dict("records")]
+    means = records.groupby("point", sort=False)["validation_best"].mean()
+    stuck = set(records.loc[records["did_not_train"].notna(), "point"])
+    trained = means.drop([point for point in means.index if point in stuck]).dropna()
+    # where nothing trained, the confirming runs will say so: a cell is never left out
+    means = means if trained.empty else trained
+    best = means.idxmax() if records["higher_is_better"].iloc[0] else means.idxmin()
+    grid = [record["point"] for record in records.to_dict("records")]
+    return {
+        "cell": cell,
+        "cell_digest": digest(cell),
+        "trained": not trained.empty,
+        "chosen": dict(zip(tuned, best, strict=True)),
+        # a better setting may lie outside what was tried
+        "at_edge": [key for i, key in enumerate(tuned) if best[i] in (grid[0][i], grid[-1][i])],
+        "trials": [_trial(record, tuned) for record in records.to_dict("records")],
+    }
+
+
+def _trial(record: Mapping[str, Any], tuned: Sequence[str]) -> dict[str, Any]:
+    kept = (*tuned, "train_seed", "validation", "validation_best", "did_not_train")
+    values = {key: None if pd.isna(record[key]) else record[key] for key in kept}
+    return {**values, "seconds": record["cost"]["seconds"]}
+
+
+def confirm(
+    sweep: Sweep, runs: Path, chosen: Mapping[str, Mapping[str, Any]], train: Train
+) -> tuple[pd.DataFrame, Mapping[Path, str]]:
+    """The records of the reported runs, with their cell, and the reason of each failure."""
+    wanted = [(cell, config) for cell in sweep.cells() for config in sweep.confirmations(cell, chosen[digest(cell)])]
+    failures = train(folders(runs, (config for _, config in wanted)))
+    records = []
+    for cell, config in wanted:
+        folder = run_folder(runs, config.to_json())
+        common = {"cell": digest(cell), **{f"cell.{key}": value for key, value in cell.items()}}
+        if (folder / RESULT).exists():
+            records.append({**common, **row(folder), "failed": None})
+        else:
+            records.append(
+                {**common, **config.to_json(), "folder": str(folder), "failed": failures.get(folder, "not run")}
+            )
+    return pd.DataFrame(records), failures

@@ -1,0 +1,122 @@
+"""Means over seeds, and paired differences with intervals over seeds and over test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments import tasks
+
+LEVEL = 0.95
+RESAMPLES = 1000
+SEEDS = ["projection_seed", "init_seed", "data_seed", "train_seed"]
+
+
+def summarise(records: pd.DataFrame, seeds: int) -> pd.DataFrame:
+    """One row per cell: mean and sd of the last and best checkpoints' scores over seeds, and how complete it is.
+
+    status: "complete"; "incomplete" where runs failed or are missing; "did_not_train" where one did not. Only
+    complete cells are to be ranked. Scores are fractions.
+    """
+    return pd.DataFrame([_cell(group, seeds) for _, group in records.groupby("cell", sort=False)])
+
+
+def _cell(group: pd.DataFrame, seeds: int) -> dict[str, Any]:
+    done = group[group["failed"].isna()]
+    stuck = int(done["did_not_train"].notna().sum()) if len(done) else 0
+    status = "incomplete" if len(done) < seeds else "did_not_train" if stuck else "complete"
+    first = (done if len(done) else group).iloc[0]
+    asked = {key: first[key] for key in group.columns if key.startswith("cell")}
+    kept = ("task", "model", "projection", "metric", "lr", "r", "d", "trained", "budget_error", "rows", "majority")
+    counted = ("D", "adapter_bytes", "resident_bytes", "index_bytes")
+    score = done["score"].astype(float) if len(done) else pd.Series(dtype=float)
+    best = pd.Series([b["score"] for b in done["best"]], dtype=float) if len(done) else score
+    return {
+        **asked,
+        **{key: first.get(key) for key in (*kept, *counted)},
+        "status": status,
+        "seeds": len(done),
+        "did_not_train": stuck,
+        "score": score.mean(),
+        "score_sd": score.std(),
+        "best_score": best.mean(),
+        "best_score_sd": best.std(),
+    }
+
+
+def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataFrame:
+    """Differences of each projection to the reference, seed by seed, within cells that agree in the columns `by`.
+
+    Columns: mean difference; its t interval and bootstrap interval over seeds; its bootstrap interval over test rows.
+    Pairs of which a run is missing or did not train are left out: `pairs` counts the rest.
+    """
+    usable = records[records["failed"].isna() & records["did_not_train"].isna()]
+    found = []
+    for where, group in usable.groupby(list(by), sort=False, dropna=False) if by else [((), usable)]:
+        base = group[group["projection"] == reference]
+        for projection, rows in group[group["projection"] != reference].groupby("projection", sort=False):
+            both = rows.merge(base, on=SEEDS, suffixes=("", "_base"))
+            if len(both):
+                point = dict(zip(by, where if isinstance(where, tuple) else (where,), strict=True))
+                found.append({**point, "projection": projection, "reference": reference, **_difference(both)})
+    return pd.DataFrame(found)
+
+
+def _difference(both: pd.DataFrame) -> dict[str, Any]:
+    differences = (both["score"].astype(float) - both["score_base"].astype(float)).to_numpy()
+    t_low, t_high = t_interval(differences)
+    seeds_low, seeds_high = bootstrap(len(differences), lambda i: differences[i].mean())
+    rows_low, rows_high = _over_rows(both)
+    return {
+        "pairs": len(differences),
+        "difference": differences.mean(),
+        "t_low": t_low,
+        "t_high": t_high,
+        "seeds_low": seeds_low,
+        "seeds_high": seeds_high,
+        "rows_low": rows_low,
+        "rows_high": rows_high,
+    }
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's interval of a mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean() - half, values.mean() + half
+
+
+def bootstrap(n: int, statistic: Callable[[np.ndarray], float], resamples: int = RESAMPLES) -> tuple[float, float]:
+    """Percentile interval of a statistic of n indices drawn with replacement; NaN for fewer than two."""
+    if n < 2:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
+    low, high = np.quantile([statistic(drawn) for drawn in draws], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _over_rows(both: pd.DataFrame) -> tuple[float, float]:
+    """The seeds as they are, the test rows redrawn: the same rows for both methods."""
+    pairs = [(_predictions(a), _predictions(b)) for a, b in zip(both["folder"], both["folder_base"], strict=True)]
+    first = both.iloc[0]
+    task = tasks.get(first["task"], first["data"])
+
+    def mean_difference(chosen: np.ndarray) -> float:
+        return float(
+            np.mean(
+                [task.scores(a.iloc[chosen])[task.metric] - task.scores(b.iloc[chosen])[task.metric] for a, b in pairs]
+            )
+        )
+
+    return bootstrap(len(pairs[0][0]), mean_difference)
+
+
+def _predictions(folder: str) -> pd.DataFrame:
+    rows = pd.read_csv(Path(folder) / "predictions-last.csv")
+    return rows[[column for column in ("label", "prediction", "group") if column in rows]]

@@ -1,0 +1,81 @@
+"""Many runs out of one file: `python -m experiments.sweep FILE [overrides] [--launcher local|slurm]`.
+
+Runs that are done are not repeated, interrupted ones resume: start the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments import plan, preflight, protocol, sweep_report
+from experiments.errors import ExperimentError
+from experiments.plan import Sweep
+from experiments.results import RUNS
+from experiments.workers import train_all
+from uniproj.errors import AdapterError, ProjectionError
+
+INTERRUPTED = 130
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="a sweep; those of the paper lie in experiments/conf/sweeps")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as settings.train_size=64")
+    parser.add_argument("--launcher", default="local", choices=["local", "slurm"])
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
+    parser.add_argument("--dry-run", action="store_true", help="print counts, memory and time, and train nothing")
+    parser.add_argument("--doctor", action="store_true", help="one step, save, load and merge of each kind of run")
+    return parser.parse_args(argv)
+
+
+def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
+    """The launcher as a function of run folders that returns the reason of each failure."""
+    if launcher == "local":
+        device = sweep.settings.get("device", "cpu")
+        return lambda folders: train_all(folders, device)
+    from experiments import slurm
+
+    options = slurm.SlurmOptions(**sweep.launcher.get("slurm", {}))
+
+    def train(folders: Sequence[Path]) -> Mapping[Path, str]:
+        return slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
+
+    return train
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything a sweep asks for; returns the exit status."""
+    sweep = plan.read(args.file, args.overrides)
+    if args.dry_run:
+        print(preflight.estimate(sweep, args.runs))
+        return 0
+    if args.doctor:
+        return preflight.doctor(sweep, args.runs)
+    train = trainer(sweep, args.launcher, args.runs)
+    chosen = protocol.tune(sweep, args.runs, train)
+    records, failures = protocol.confirm(sweep, args.runs, chosen, train)
+    sweep_report.write(protocol.sweep_folder(args.runs, sweep), sweep, records)
+    for folder, reason in failures.items():
+        print(f"{folder} failed: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
+    args = parse(argv)
+    try:
+        return run(args)
+    except (ExperimentError, ProjectionError, AdapterError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; finished runs and checkpoints are in {args.runs}. The same command resumes.")
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The tables of a sweep: every record, a summary of the cells, paired differences, and what a reader must know."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.config import REFERENCE
+from experiments.plan import Sweep
+from experiments.protocol import LOCK
+from experiments.results import read_json, write_text
+from experiments.statistics import paired, summarise
+from uniproj.budget import TOLERANCE
+
+NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters")
+
+
+def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
+    """Print the tables and save them in `folder`: records.csv, summary.csv, paired.csv and tables.txt."""
+    summary = summarise(records, len(sweep.seeds))
+    differences = paired(records, pairing(sweep), reference(sweep, records)) if "score" in records else pd.DataFrame()
+    text = as_text(sweep, folder, records, summary, differences)
+    write_text(folder / "records.csv", flat(records).to_csv(index=False))
+    write_text(folder / "summary.csv", summary.to_csv(index=False))
+    write_text(folder / "paired.csv", differences.to_csv(index=False))
+    write_text(folder / "tables.txt", text)
+    print(f"\n{text}\nTables: {folder}")
+
+
+def reference(sweep: Sweep, records: pd.DataFrame) -> str:
+    """What the others are compared with: LoRA where it is part of the sweep, else the first projection."""
+    projections = list(records["projection"].unique())
+    return REFERENCE if REFERENCE in projections else projections[0]
+
+
+def pairing(sweep: Sweep) -> list[str]:
+    """Columns in which two compared runs agree: all that vary but the projection, and the budget LoRA does not have."""
+    varied = {key for case in sweep.cases for key in case} | set(sweep.axes)
+    return sorted(varied - {"projection", "hyperparameters", "budget", "d", "r", "lr", "head_lr"} - set(sweep.tuned()))
+
+
+def flat(records: pd.DataFrame) -> pd.DataFrame:
+    """Records with nested values as JSON, for CSV."""
+    return records.assign(
+        **{key: records[key].map(lambda v: json.dumps(v, sort_keys=True)) for key in NESTED if key in records}
+    )
+
+
+def as_text(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFrame, differences: pd.DataFrame) -> str:
+    """The tables for a terminal, with what their numbers mean."""
+    parts = [f"Sweep {sweep.name}: {len(summary)} cells, seeds {list(sweep.seeds)}", _cells(sweep, summary)]
+    if len(differences):
+        parts += ["Paired differences to the reference, in points (95 % intervals)", _differences(differences)]
+    return "\n\n".join([*parts, "\n".join(_notes(sweep, folder, records, summary))]) + "\n"
+
+
+def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
+    asked = [key for key in summary.columns if key.startswith("cell.")]
+    shown = summary[asked].rename(columns=lambda key: key.removeprefix("cell."))
+    shown = shown.assign(
+        metric=summary["metric"],
+        last=[_percent(r.score, r.score_sd) for r in summary.itertuples()],
+        best=[_percent(r.best_score, r.best_score_sd) for r in summary.itertuples()],
+        seeds=summary["seeds"].astype(str) + f"/{len(sweep.seeds)}",
+        trained=summary["trained"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
+        stored=summary["adapter_bytes"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
+        lr=summary["lr"].map("{:g}".format),
+        status=summary["status"],
+    )
+    if sweep.published:
+        shown["published"] = summary["task"].map(lambda task: sweep.published.get(task, "-"))
+    return shown.to_string(index=False)
+
+
+def _percent(mean: float, sd: float) -> str:
+    return "-" if math.isnan(mean) else f"{100 * mean:.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
+
+
+def _differences(differences: pd.DataFrame) -> str:
+    shown = differences.drop(columns=[c for c in differences if c.endswith(("_low", "_high"))])
+    shown["difference"] = shown["difference"].map(lambda v: f"{100 * v:+.1f}")
+    for name, label in (("t", "t over seeds"), ("seeds", "bootstrap over seeds"), ("rows", "bootstrap over rows")):
+        low, high = differences[f"{name}_low"], differences[f"{name}_high"]
+        shown[label] = [f"[{100 * a:+.1f}, {100 * b:+.1f}]" for a, b in zip(low, high, strict=True)]
+    return shown.to_string(index=False)
+
+
+def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
+    notes = ["last: after the last step; best: the checkpoint with the best validation score. Mean ± sd over seeds."]
+    incomplete = summary[summary["status"] != "complete"]
+    if len(incomplete):
+        notes.append(f"{len(incomplete)} of {len(summary)} cells are incomplete or did not train: do not rank them.")
+    for reason in sorted(set(records["failed"].dropna())):
+        notes.append(f"failed: {reason}")
+    beyond = summary[summary["budget_error"].astype(float).abs() > TOLERANCE]
+    for row in beyond.itertuples():
+        notes.append(
+            f"{row.projection} cannot come nearer to the budget than {row.budget_error:+.1%} ({row.trained:,} trained)."
+        )
+    parts = {json.dumps(v, sort_keys=True) for v in records.get("incomplete_data", []) if isinstance(v, dict) and v}
+    for part in sorted(parts):
+        notes.append(f"The data at hand differ from those published, so the scores are not comparable: {part}")
+    if (folder / LOCK).exists():
+        lock = read_json(folder / LOCK)
+        edge = [choice["cell"] for choice in lock["choices"] if choice["at_edge"]]
+        notes.append(f"{lock['trials_per_cell']} trials per cell, locked {lock['locked']} in {folder / LOCK}.")
+        if edge:
+            notes.append(f"{len(edge)} of {len(lock['choices'])} choices lie at the edge of what was tried.")
+    return notes

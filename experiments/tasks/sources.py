@@ -1,0 +1,88 @@
+"""Where rows come from: the hub by a data set's public name, or the same splits as files below a data folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.errors import ExperimentError
+
+HUB = "hub"
+FORMATS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
+    ".jsonl": partial(pd.read_json, lines=True),
+    ".tsv": partial(pd.read_csv, sep="\t"),
+    ".parquet": pd.read_parquet,
+}
+MOST_HELD_OUT = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Published splits of one data set.
+
+    hub, subset: arguments of `datasets.load_dataset`; folder: its place below a data folder, with files named as
+    the splits. rows: how many the authors publish of each split. A hub that serves another number is refused, since
+    its scores could not be compared; a folder may hold a part (as `<folder>_small`, or `<split>_subset` in it), which
+    `Task.published` then shows.
+    """
+
+    hub: str
+    folder: str
+    subset: str | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def read(self, split: str, data: str) -> pd.DataFrame:
+        """A published split from the hub (data = "hub") or from files below the folder `data`."""
+        if data != HUB:
+            whole, part = Path(data) / self.folder, Path(data) / f"{self.folder}_small"
+            return read_file(part if part.is_dir() and not whole.is_dir() else whole, split)
+        rows = self._from_hub(split)
+        if split in self.rows and len(rows) != self.rows[split]:
+            raise ExperimentError(
+                f"tasks: {self.hub} {self.subset or ''} must have {self.rows[split]:,} rows in {split!r} as published, "
+                f"got {len(rows):,}. Pin an older revision in a local copy and pass it as data: FOLDER."
+            )
+        return rows
+
+    def _from_hub(self, split: str) -> pd.DataFrame:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.hub, self.subset, split=split).to_pandas()
+        except (OSError, ValueError) as error:
+            raise ExperimentError(
+                f"tasks: {self.hub} {self.subset or ''} must be in the local cache or on a hub that can be reached, got "
+                f"{type(error).__name__}. Connect, or pass a folder of files: data: FOLDER."
+            ) from error
+
+
+def read_file(folder: Path, split: str) -> pd.DataFrame:
+    """The file `split` (or `split_subset`, a part of it) of a folder. Raises ExperimentError for none or a broken one."""
+    if not folder.is_dir():
+        raise ExperimentError(f"tasks: {folder} must be a folder with {split}, got none. Check data: and the task.")
+    for suffix, read in FORMATS.items():
+        for path in (folder / f"{split}{suffix}", folder / f"{split}_subset{suffix}"):
+            if path.is_file():
+                try:
+                    return read(path)
+                except ValueError as error:
+                    raise ExperimentError(
+                        f"tasks: {path} must be valid {suffix[1:]}, got: {error}. Repair it."
+                    ) from error
+    raise ExperimentError(
+        f"tasks: {folder} must hold {split} as one of {', '.join(FORMATS)}, got "
+        f"{sorted(p.name for p in folder.iterdir())}. Add the file."
+    )
+
+
+def carve(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """ "train" or "validation" of published training rows: a tenth of them, at most 1000, is the validation split."""
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    held_out = min(MOST_HELD_OUT, len(rows) // 10)
+    return rows.iloc[order[:held_out] if split == "validation" else order[held_out:]]
