@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from experiments import plugins, tasks
@@ -54,7 +54,7 @@ class RunConfig:
     data_seed: int
     train_seed: int
     data: str = HUB
-    plugins: Sequence[str] = ()
+    plugins: Sequence[str] = field(default_factory=list)
     target_modules: Sequence[str] | str | None = None
     score_on: str = "test"
     device: str = "cpu"
@@ -81,7 +81,7 @@ class RunConfig:
     timing: bool = False
     dtype: str = "float32"
     base_dtype: str = "float32"
-    alpha: float | None = None
+    alpha: int | None = None
     revision: str | None = None
 
     @classmethod

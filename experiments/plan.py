@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from experiments.config import SEEDS, RunConfig, resolve
 from experiments.errors import ExperimentError
@@ -100,7 +101,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         with initialize_config_dir(config_dir=str(path.resolve().parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[f"hydra.searchpath=[file://{CONF}]", *overrides])
         content = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ExperimentError(f"sweep: {path} must be a sweep, got: {error}. Repair it or the overrides.") from error
     return _sweep(path, dict(content))  # type: ignore[arg-type]
 

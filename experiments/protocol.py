@@ -52,8 +52,8 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
     lock = read_json(path)
     if lock["trials_digest"] != asked:
         raise ExperimentError(
-            f"tune: {path} must hold the choice of this sweep's trials, got that of others: the sweep was changed after "
-            "its choice was locked. Give the changed sweep another name."
+            f"tune: {path} must hold the choice of this sweep's trials, got that of others: the sweep was changed "
+            "after its choice was locked. Give the changed sweep another name."
         )
     return {choice["cell_digest"]: choice["chosen"] for choice in lock["choices"]}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -70,6 +71,6 @@ def _split(folder: Path, split: str) -> pd.DataFrame:
     return carve(read_file(folder, "train"), split)
 
 
-def _ends_with(text: str, row: dict) -> bool:
+def _ends_with(text: str, row: Mapping[str, Any]) -> bool:
     wanted = str(row.get("answer", row["completion"])).strip().lower()
     return text.strip().lower().rstrip(".").endswith(wanted.rstrip("."))

@@ -56,15 +56,15 @@ class Source:
             return load_dataset(self.hub, self.subset, split=split).to_pandas()
         except (OSError, ValueError) as error:
             raise ExperimentError(
-                f"tasks: {self.hub} {self.subset or ''} must be in the local cache or on a hub that can be reached, got "
-                f"{type(error).__name__}. Connect, or pass a folder of files: data: FOLDER."
+                f"tasks: {self.hub} {self.subset or ''} must be in the local cache or on a hub that can be reached, "
+                f"got {type(error).__name__}. Connect, or pass a folder of files: data: FOLDER."
             ) from error
 
 
 def read_file(folder: Path, split: str) -> pd.DataFrame:
-    """The file `split` (or `split_subset`, a part of it) of a folder. Raises ExperimentError for none or a broken one."""
+    """The file `split` (or `split_subset`, a part of it) of a folder. Raises ExperimentError if it is missing or broken."""
     if not folder.is_dir():
-        raise ExperimentError(f"tasks: {folder} must be a folder with {split}, got none. Check data: and the task.")
+        raise ExperimentError(f"tasks: {folder} must be a folder with {split}, got none. Check `data`.")
     for suffix, read in FORMATS.items():
         for path in (folder / f"{split}{suffix}", folder / f"{split}_subset{suffix}"):
             if path.is_file():

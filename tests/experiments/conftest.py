@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from experiments import tasks
-from experiments.config import RunConfig, make
+from experiments.config import RunConfig, resolve
 from experiments.models import load_tokenizer
 
 
@@ -33,7 +33,9 @@ def task(tmp_path_factory) -> str:
 
 @pytest.fixture
 def config(model: str, task: str) -> RunConfig:
-    return make(task, model, "unilora", 200, 0, 0.05, "test", "cpu")
+    return resolve(
+        {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.05, "timing": True}
+    )
 
 
 @pytest.fixture

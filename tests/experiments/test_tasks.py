@@ -4,9 +4,13 @@ import pandas as pd
 import pytest
 
 from experiments import tasks
-from experiments.config import default_budget, make
+from experiments.compare import default_budget
+from experiments.config import resolve
 from experiments.errors import ExperimentError
-from experiments.models import adapted_shapes, load_tokenizer, source
+from experiments.families import adapted_shapes
+from experiments.models import load_tokenizer, source
+from experiments.tasks.rows import text_columns
+from experiments.tasks.sources import read_file
 from uniproj import ProjectionError
 
 
@@ -32,7 +36,7 @@ def test_a_folder_of_files(tmp_path, suffix: str) -> None:
             rows.to_parquet(path)
     task = tasks.get(str(tmp_path))
     assert task.metric == "accuracy" and task.split("test").equals(rows)
-    assert tasks.text_columns(rows, "x") == ("premise", "hypothesis")
+    assert text_columns(rows, "x") == ("premise", "hypothesis")
 
 
 def test_float_labels_are_a_regression(tmp_path) -> None:
@@ -40,7 +44,9 @@ def test_float_labels_are_a_regression(tmp_path) -> None:
     for split in tasks.SPLITS:
         rows.to_parquet(tmp_path / f"{split}.parquet")
     task = tasks.get(str(tmp_path))
-    assert task.metric == "Pearson" and task.score([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1.0)
+    predictions = pd.DataFrame({"label": [1.0, 2.0, 3.0], "prediction": [2.0, 4.0, 9.0]})
+    scores = task.scores(predictions)
+    assert task.metric == "Pearson" and scores["Spearman"] == 1.0 and scores["Pearson"] == pytest.approx(7 / 52**0.5)
 
 
 @pytest.mark.parametrize(
@@ -65,35 +71,35 @@ def test_unknown_names_list_the_known_ones(tmp_path, model) -> None:
     with pytest.raises(ExperimentError, match=r"unknown task 'glue/colo'. Known: vader, glue/cola, glue/sst2"):
         tasks.get("glue/colo")
     with pytest.raises(ExperimentError, match="must hold train as one of"):
-        tasks.get(str(tmp_path)).split("validation") if any(tmp_path.iterdir()) else tasks._file(tmp_path, "train")
+        tasks.get(str(tmp_path))
     with pytest.raises(ExperimentError, match=r"must be one of minilm, smollm2, a local folder"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ExperimentError, match="must be a GGUF file"):
         source(str(tmp_path / "no.gguf"))
     with pytest.raises(ProjectionError, match="Known: fastfood"):
-        make("vader", model, "nothing", 100, 0, 0.1, "test", "cpu")
+        resolve({"task": "vader", "model": model, "projection": "nothing", "budget": 100, "seed": 0, "lr": 0.1})
 
 
 def test_a_broken_file_is_named(tmp_path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n{"text": ')
     with pytest.raises(ExperimentError, match=r"train.jsonl must be valid jsonl"):
-        tasks._file(tmp_path, "train")
+        read_file(tmp_path, "train")
 
 
 def test_every_compared_method_meets_the_default_budget() -> None:
     from experiments.config import COMPARED, REFERENCE
 
-    budget = default_budget("minilm")
-    assert budget == 4740 and len(adapted_shapes("minilm")) == 12
+    budget = default_budget("vader", "minilm")
+    assert budget == 4740 and len(adapted_shapes("text", "minilm")) == 12
     for name in COMPARED:
-        plan = make("vader", "minilm", name, budget, 0, 0.1, "test", "cpu")
+        plan = resolve({"task": "vader", "model": "minilm", "projection": name, "budget": budget, "seed": 0, "lr": 0.1})
         assert (plan.budget is None) == (name == REFERENCE)
 
 
 def test_glue_scores_on_the_published_validation_split_and_holds_out_part_of_train(monkeypatch) -> None:
     import datasets
 
-    published = {"train": list(range(50)), "validation": [100, 101]}
+    published = {"train": list(range(2490)), "validation": list(range(3000, 3277))}
 
     def load(path: str, subset: str, split: str) -> datasets.Dataset:
         assert (path, subset) == ("nyu-mll/glue", "rte")
@@ -104,5 +110,8 @@ def test_glue_scores_on_the_published_validation_split_and_holds_out_part_of_tra
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     parts = {split: set(tasks.get("glue/rte").split(split)["sentence1"]) for split in tasks.SPLITS}
-    assert parts["test"] == {"100", "101"} and len(parts["validation"]) == 5 and len(parts["train"]) == 45
-    assert not parts["train"] & parts["validation"]
+    assert parts["test"] == {str(i) for i in published["validation"]}
+    assert len(parts["validation"]) == 249 and len(parts["train"]) == 2241 and not parts["train"] & parts["validation"]
+    published["train"].pop()
+    with pytest.raises(ExperimentError, match=r"must have 2,490 rows in 'train' as published, got 2,489"):
+        tasks.get("glue/rte").split("train")

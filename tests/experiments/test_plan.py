@@ -1,0 +1,110 @@
+"""Sweep files: which runs they ask for, and what is refused before anything is trained."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import plan, preflight
+from experiments.errors import ExperimentError
+from experiments.plan import CONF, read
+
+BASE = "settings: {{task: {task}, model: {model}, lr: 0.01, budget: 200}}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path, task: str, model: str):
+    def write(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(BASE.format(task=task, model=model) + text)
+        return path
+
+    return write
+
+
+def test_axes_are_crossed_and_every_cell_has_the_same_trials(write) -> None:
+    sweep = read(
+        write(
+            "axes: {projection: [lora, unilora], r: [2, 4], label_noise: [0.0, 0.2]}\n"
+            "tune: {seeds: [0, 1], lr: [1e-3, 1e-2, 1e-1]}\nseeds: [2, 3, 4]\n"
+        )
+    )
+    cells = sweep.cells()
+    assert len(cells) == 2 * 2 * 2 and {len(sweep.trials(cell)) for cell in cells} == {6}
+    trials, confirmed = sweep.trials(cells[0]), sweep.confirmations(cells[0], {"lr": 0.5})
+    assert {t.score_on for t in trials} == {"validation"} and {c.score_on for c in confirmed} == {"test"}
+    assert [(c.projection_seed, c.init_seed, c.data_seed, c.train_seed) for c in confirmed] == [
+        (s,) * 4 for s in (2, 3, 4)
+    ]
+    assert {c.lr for c in confirmed} == {0.5}
+
+
+def test_one_of_the_four_seeds_can_be_an_axis(write) -> None:
+    sweep = read(write("axes: {projection: [unilora], projection_seed: [7, 8]}\nseeds: [1]\n"))
+    runs = [sweep.confirmations(cell, {})[0] for cell in sweep.cells()]
+    assert [(r.projection_seed, r.train_seed) for r in runs] == [(7, 1), (8, 1)]
+
+
+def test_a_budget_is_met_by_every_projection_or_its_error_is_known(write) -> None:
+    sweep = read(write("axes: {projection: [unilora, fastfood], budget: [150, 300]}\n"))
+    assert [c.d for cell in sweep.cells() for c in sweep.confirmations(cell, {})] == [150, 300, 150, 300]
+
+
+def test_overrides_and_shared_settings_compose(write) -> None:
+    path = write("axes: {projection: [lora]}\n")
+    assert read(path, ["settings.lr=0.5"]).settings["lr"] == 0.5
+    path.write_text("defaults: [{/settings: minilm}, _self_]\nsettings: {r: 8}\naxes: {projection: [lora]}\n")
+    settings = read(path).settings
+    assert settings["model"] == "minilm" and settings["r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("axis: {projection: [lora]}", r"unknown keys \['axis'\]. Known: name, settings, axes"),
+        ("axes: {projection: lora}", "axes.projection must be a list of values, got 'lora'"),
+        ("seeds: [0, 1]\ntune: {seeds: [1], lr: [0.1]}", r"must be fresh, got \[1\]"),
+        ("tune: {lr: [0.1]}", "tune needs `seeds`"),
+        ("seeds: []", "at least one seed"),
+        ("axes: {projection: [lora}", "must be a sweep"),
+    ],
+)
+def test_broken_sweeps_are_refused(write, text: str, message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        read(write(text))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"rank": 4}, r"unknown settings \['rank'\]. Known: accumulation"),
+        ({"d": 5}, "either a budget or d"),
+        ({"label_noise": 1.5}, r"label_noise must lie in \[0, 1\]"),
+        ({"epochs": 0}, "epochs must be positive"),
+        ({"lr": None}, "needs lr"),
+    ],
+)
+def test_impossible_settings_are_refused(task: str, model: str, extra: dict, message: str) -> None:
+    from experiments.config import resolve
+
+    settings = {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.1}
+    with pytest.raises(ExperimentError, match=message):
+        resolve({**settings, **extra})
+
+
+def test_a_missing_file_names_those_at_hand(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"sweeps/smoke.yaml"):
+        read(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("sweeps/*.yaml")), ids=lambda p: p.stem)
+def test_the_committed_sweeps_resolve(path: Path) -> None:
+    sweep = plan.read(path)
+    for cell in sweep.cells():
+        assert len({c.train_seed for c in sweep.confirmations(cell, {"lr": 0.01})}) == len(sweep.seeds)
+
+
+def test_an_estimate_counts_what_is_missing(write, runs: Path) -> None:
+    sweep = read(write("axes: {projection: [lora, unilora]}\ntune: {seeds: [0], lr: [0.1, 0.2]}\nseeds: [1, 2, 3]\n"))
+    text = preflight.estimate(sweep, runs)
+    assert "tune         4 runs, 0 done, 4 to train" in text and "confirm      6 runs, 0 done, 6 to train" in text
+    assert "not known for 10 runs: --doctor" in text and not runs.exists()

@@ -1,0 +1,74 @@
+"""Intervals and differences against SciPy and against numbers worked out by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from experiments.statistics import bootstrap, paired, summarise, t_interval
+
+SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
+
+
+def _record(folder, projection: str, seed: int, right: list[int], **changes) -> dict:
+    path = folder / f"{projection}-{seed}"
+    path.mkdir()
+    pd.DataFrame({"label": 1, "prediction": right}).to_csv(path / "predictions-last.csv", index=False)
+    record = {
+        "cell": projection,
+        "cell.projection": projection,
+        "projection": projection,
+        "task": "vader",
+        "data": "hub",
+    }
+    record |= {name: seed for name in SEEDS} | {"failed": None, "did_not_train": None, "folder": str(path)}
+    score = float(np.mean(right)) if right else float("nan")
+    return {**record, "score": score, "best": {"score": score}, "metric": "accuracy", "lr": 0.1, **changes}
+
+
+@pytest.fixture
+def records(tmp_path) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            _record(tmp_path, "lora", 1, [1, 1, 1, 0]),
+            _record(tmp_path, "lora", 2, [1, 1, 0, 0]),
+            _record(tmp_path, "lora", 3, [1, 0, 0, 0]),
+            _record(tmp_path, "unilora", 1, [1, 1, 1, 1]),
+            _record(tmp_path, "unilora", 2, [1, 1, 1, 0]),
+            _record(tmp_path, "unilora", 3, [1, 0, 0, 0]),
+        ]
+    )
+
+
+def test_the_t_interval_is_scipys() -> None:
+    values = np.array([0.1, 0.4, 0.2, 0.3])
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert t_interval(values) == pytest.approx((expected.low, expected.high))
+    assert all(np.isnan(t_interval(np.array([0.1]))))
+
+
+def test_the_bootstrap_agrees_with_scipys_percentile_interval() -> None:
+    values = np.random.default_rng(1).normal(size=40)
+    low, high = bootstrap(len(values), lambda i: values[i].mean(), resamples=4000)
+    reference = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=2).confidence_interval
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.03)
+
+
+def test_differences_are_taken_seed_by_seed(records: pd.DataFrame) -> None:
+    (row,) = paired(records, [], "lora").to_dict("records")
+    assert row["pairs"] == 3 and row["difference"] == pytest.approx((0.25 + 0.25 + 0.0) / 3)
+    expected = stats.ttest_rel([1.0, 0.75, 0.25], [0.75, 0.5, 0.25]).confidence_interval(0.95)
+    assert (row["t_low"], row["t_high"]) == pytest.approx((expected.low, expected.high))
+    assert row["seeds_low"] >= 0.0 and row["seeds_high"] == pytest.approx(0.25)
+    assert row["rows_low"] == 0.0 and row["rows_high"] <= 0.5
+
+
+def test_a_run_that_failed_or_did_not_train_is_shown_and_never_paired(records: pd.DataFrame) -> None:
+    records.loc[3, "did_not_train"] = "theta_d did not change"
+    records.loc[5, ["failed", "score", "best"]] = ["out of memory", float("nan"), None]
+    (row,) = paired(records, [], "lora").to_dict("records")
+    assert row["pairs"] == 1 and np.isnan(row["t_low"])
+    table = summarise(records, 3).set_index("projection")
+    assert table.loc["lora", "status"] == "complete" and table.loc["lora", "score"] == pytest.approx(0.5)
+    assert table.loc["unilora", "status"] == "incomplete" and table.loc["unilora", "seeds"] == 2
+    assert table.loc["unilora", "did_not_train"] == 1
