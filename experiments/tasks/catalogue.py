@@ -14,7 +14,7 @@ from experiments.errors import ExperimentError
 from experiments.tasks.commonsense import commonsense
 from experiments.tasks.images import cifar, has_pictures, pictures
 from experiments.tasks.instruction import alpaca
-from experiments.tasks.math import gsm8k, metamath_gsm8k, metamath_math500
+from experiments.tasks.math import gsm8k, metamath
 from experiments.tasks.sources import FORMATS, HUB, carve, read_file
 from experiments.tasks.task import Task
 from experiments.tasks.text import GLUE, glue, vader
@@ -23,8 +23,7 @@ KNOWN: dict[str, Callable[[str], Task]] = {
     "vader": lambda data: vader(),
     **{f"glue/{subset}": partial(glue, subset) for subset in GLUE},
     "gsm8k": gsm8k,
-    "metamath/gsm8k": metamath_gsm8k,
-    "metamath/math500": metamath_math500,
+    "metamath": metamath,
     "commonsense": commonsense,
     "alpaca": alpaca,
     "cifar10": partial(cifar, "cifar10"),

@@ -1,15 +1,14 @@
-"""Word problems with worked solutions: GSM8K, and MetaMathQA for training with GSM8K or MATH-500 as the test."""
+"""Word problems with worked solutions: GSM8K, and MetaMathQA for training with GSM8K and MATH-500 as the test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from experiments.answers import final_answer, same_answer
-from experiments.tasks.sources import Source, carve
+from experiments.tasks.sources import HUB, Source, carve
 from experiments.tasks.task import Task
 
 GSM8K = Source("openai/gsm8k", "gsm8k", "main", {"train": 7473, "test": 1319})
@@ -19,31 +18,26 @@ METAMATH = Source("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
 
 def gsm8k(data: str) -> Task:
     """GSM8K (Cobbe et al. 2021), trained on its own 7,473 solutions."""
-    return _task("gsm8k", GSM8K, _gsm8k_rows, GSM8K, "test", _gsm8k_rows, data)
+
+    def read(split: str) -> pd.DataFrame:
+        rows = _gsm8k_rows(GSM8K.read("test" if split == "test" else "train", data))
+        return rows if split == "test" else carve(rows, split)
+
+    return Task("gsm8k", "causal", read, judge=_is_right, published=GSM8K.rows)
 
 
-def metamath_gsm8k(data: str) -> Task:
-    """MetaMathQA (Yu et al. 2023) for training, GSM8K's test."""
-    return _task("metamath/gsm8k", METAMATH, _metamath_rows, GSM8K, "test", _gsm8k_rows, data)
+def metamath(data: str) -> Task:
+    """MetaMathQA (Yu et al. 2023) for training; GSM8K's test and MATH-500 (Lightman et al. 2023), scored apart."""
 
+    def read(split: str) -> pd.DataFrame:
+        if split != "test":
+            return carve(_metamath_rows(METAMATH.read("train", data)), split)
+        school = _gsm8k_rows(GSM8K.read("test", data)).assign(group="gsm8k")
+        contest = _math_rows(MATH500.read("test" if data == HUB else "math500", data)).assign(group="math500")
+        return pd.concat([school, contest], ignore_index=True)
 
-def metamath_math500(data: str) -> Task:
-    """MetaMathQA for training, MATH-500 (Lightman et al. 2023) as the test."""
-    test = "test" if data == "hub" else "math500"
-    return _task("metamath/math500", METAMATH, _metamath_rows, MATH500, test, _math_rows, data)
-
-
-Rows = Callable[[pd.DataFrame], pd.DataFrame]
-
-
-def _task(name: str, train: Source, read_train: Rows, test: Source, split: str, read_test: Rows, data: str) -> Task:
-    def read(wanted: str) -> pd.DataFrame:
-        if wanted == "test":
-            return read_test(test.read(split, data))
-        return carve(read_train(train.read("train", data)), wanted)
-
-    published = {"train": train.rows["train"], "test": test.rows["test"]}
-    return Task(name, "causal", read, judge=_is_right, published=published)
+    published = {**METAMATH.rows, "test": GSM8K.rows["test"] + MATH500.rows["test"]}
+    return Task("metamath", "causal", read, judge=_is_right, published=published)
 
 
 def _is_right(text: str, row: Mapping[str, Any]) -> bool:
@@ -59,7 +53,7 @@ def _gsm8k_rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _metamath_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    answer = rows["response"].map(partial(final_answer))
+    answer = rows["response"].map(final_answer)
     return pd.DataFrame({"prompt": rows["query"], "completion": rows["response"], "answer": answer})
 
 

@@ -41,3 +41,12 @@ def config(model: str, task: str) -> RunConfig:
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> str:
+    """The folder of benchmark data beside the checkout; tests that need it are skipped where it is missing."""
+    folder = Path(__file__).parents[3] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist: the benchmark data come from the hub elsewhere")
+    return str(folder)
