@@ -16,7 +16,7 @@ WORD = re.compile(r"[A-Za-z]{2,}")
 
 
 def final_answer(text: str) -> str:
-    r"""What a solution states as its answer: the last \boxed{..}, else what follows the last mark, else the last line."""
+    r"""What a solution states as its answer: the last \boxed{..}, else what follows the last mark, else the end."""
     boxed = text.rfind("\\boxed{")
     if boxed >= 0:
         return _balanced(text, boxed + len("\\boxed"))

@@ -152,7 +152,9 @@ def _check_saved(run: Run, folder: Path) -> None:
             continue
         difference = float((_logits(model, batch) - expected).abs().max())
         if not difference <= TOLERANCE:
-            raise ExperimentError(f"the {what} adapter must give the trained outputs, got a difference of {difference:.1e}")
+            raise ExperimentError(
+                f"the {what} adapter must give the trained outputs, got a difference of {difference:.1e}"
+            )
 
 
 def _without_length(data: Any) -> Iterator[dict[str, Any]]:

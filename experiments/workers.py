@@ -48,7 +48,7 @@ def train_all(folders: Sequence[Path], device: str) -> dict[Path, str]:
                     continue
                 bar.update()
                 if child.process.returncode:
-                    failures[child.folder] = child.last_words()
+                    failures[child.folder] = last_words(child.folder)
     return failures
 
 
@@ -64,27 +64,40 @@ def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
     return None
 
 
+def start(folder: Path, processes: int = 1) -> subprocess.Popen:
+    """Begin to train a run, on one thread per process; what it prints is appended to its log."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **({"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if processes == 1 else {}),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "-m"] if processes > 1 else []
+    with (folder / LOG).open("a") as log:
+        # a session of its own: Ctrl-C reaches the parent only, which tells the children once
+        return subprocess.Popen(
+            [sys.executable, "-m", *torchrun, "experiments.train", str(folder)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def last_words(folder: Path) -> str:
+    """The last line that a run printed: the reason of its end."""
+    log = folder / LOG
+    lines = log.read_text().strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else f"ended without a word, see {folder}"
+
+
 class _Child:
     """One running process and its progress bar."""
 
     def __init__(self, folder: Path, slot: int):
         self.folder, self.slot = folder, slot
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
-        with (folder / LOG).open("a") as log:
-            # a session of its own: Ctrl-C reaches the parent only, which tells the children once
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.train", str(folder)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        self.process = start(folder)
         self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False)
 
     def show(self) -> None:
@@ -93,10 +106,6 @@ class _Child:
             step, total = lines[-1]["step"], lines[-1]["of"]
             self.bar.total, self.bar.n = total, step
             self.bar.set_description(f"  {self.folder.name}: {'scoring' if step == total else 'training'}")
-
-    def last_words(self) -> str:
-        lines = (self.folder / LOG).read_text().strip().splitlines()
-        return lines[-1] if lines else f"ended with status {self.process.returncode} without a word"
 
 
 class _Pool:

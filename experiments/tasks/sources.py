@@ -62,7 +62,7 @@ class Source:
 
 
 def read_file(folder: Path, split: str) -> pd.DataFrame:
-    """The file `split` (or `split_subset`, a part of it) of a folder. Raises ExperimentError if it is missing or broken."""
+    """The file `split` (or `split_subset`, a part of it) of a folder. Raises ExperimentError if missing or broken."""
     if not folder.is_dir():
         raise ExperimentError(f"tasks: {folder} must be a folder with {split}, got none. Check `data`.")
     for suffix, read in FORMATS.items():

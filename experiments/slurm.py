@@ -1,0 +1,123 @@
+"""Many runs on SLURM: submitit submits arrays in waves below a cap; a time limit or preemption requeues and resumes."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import DelayedSubmission
+from tqdm import tqdm
+
+from experiments.errors import ExperimentError
+from experiments.results import is_done, read_json, write_json
+from experiments.workers import last_words, start
+
+JOBS = "jobs.json"
+POLL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """`launcher.slurm` of a sweep.
+
+    parameters: those of submitit's SlurmExecutor, such as time (minutes), partition, mem, cpus_per_task, gpus_per_node,
+    account, qos. concurrency: runs that run at once. queue_cap: our runs in the queue at once, waiting or running; the
+    next array is submitted when the queue is empty of them, since SLURM caps what runs within one array only. processes:
+    of each run; more than one are started by torchrun. restarts: after how many time limits a run is given up.
+    """
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 8
+    queue_cap: int = 100
+    processes: int = 1
+    restarts: int = 100
+
+
+class Job:
+    """What runs inside an allocation: one run as a child that is told to write a checkpoint when time is up."""
+
+    def __init__(self, processes: int):
+        self.processes = processes
+
+    def __call__(self, folder: str) -> int:
+        self._child = start(Path(folder), self.processes)
+        # a thread waits: the signal handler that calls `checkpoint` may wait again, which Popen.wait itself cannot
+        self._waiter = threading.Thread(target=self._child.wait)
+        self._waiter.start()
+        while self._waiter.is_alive():
+            self._waiter.join(POLL_SECONDS)
+        return self._child.returncode
+
+    def checkpoint(self, folder: str) -> DelayedSubmission:
+        """Called by submitit on a time limit or preemption: the run is requeued and goes on from its checkpoint."""
+        self._child.terminate()
+        self._waiter.join()
+        return DelayedSubmission(Job(self.processes), folder)
+
+
+def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[Path, str]:
+    """Train every run that is not done; returns the reason of each failure.
+
+    Runs that an earlier launcher left in the queue are waited for, not submitted again. KeyboardInterrupt leaves the
+    queue as it is. logs: folder, seen by all nodes, of submitit's files and of the list of jobs.
+    """
+    known = read_json(logs / JOBS) if (logs / JOBS).exists() else {}
+    mine: set[Path] = set()
+    failures: dict[Path, str] = {}
+    with tqdm(total=len(folders), desc="runs", unit="run") as bar:
+        while True:
+            queued = _queued()
+            live = {folder for folder in folders if known.get(str(folder)) in queued}
+            done = {folder for folder in folders if is_done(folder)}
+            for folder in (mine - live - done) - set(failures):
+                failures[folder] = last_words(folder)
+            waiting = [f for f in dict.fromkeys(folders) if f not in live | done | set(failures)]
+            bar.n = len(done)
+            bar.set_postfix(queued=len(live), waiting=len(waiting), failed=len(failures))
+            if not live and not waiting:
+                return failures
+            if waiting and not live:
+                wave = waiting[: options.queue_cap]
+                known |= _submit(wave, options, logs)
+                write_json(logs / JOBS, known)
+                mine |= set(wave)
+            time.sleep(POLL_SECONDS)
+
+
+def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[str, str]:
+    """One array; returns the job id of each run."""
+    try:
+        executor = submitit.SlurmExecutor(folder=logs.resolve(), max_num_timeout=options.restarts)
+        executor.update_parameters(
+            **{
+                "job_name": "uniproj",
+                "signal_delay_s": 60,
+                **options.parameters,
+                "array_parallelism": options.concurrency,
+            }
+        )
+        with executor.batch():
+            jobs = [executor.submit(Job(options.processes), str(folder.resolve())) for folder in wave]
+    except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
+        raise ExperimentError(
+            f"slurm: sbatch must accept launcher.slurm.parameters, got: {error}. Correct them."
+        ) from error
+    return {str(folder): job.job_id for folder, job in zip(wave, jobs, strict=True)}
+
+
+def _queued() -> set[str]:
+    """Ids of this user's jobs that wait or run, arrays spelled out."""
+    command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    try:
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or error
+        raise ExperimentError(
+            f"slurm: squeue must answer on this machine, got: {reason}. Start from a login node."
+        ) from error
