@@ -28,8 +28,8 @@ class SlurmOptions:
 
     parameters: those of submitit's SlurmExecutor, such as time (minutes), partition, mem, cpus_per_task, gpus_per_node,
     account, qos. concurrency: runs that run at once. queue_cap: our runs in the queue at once, waiting or running; the
-    next array is submitted when the queue is empty of them, since SLURM caps what runs within one array.
-    processes: of each run; more than one are started by torchrun. restarts: after how many time limits a run is given up.
+    next array is submitted when the queue is empty of them, since SLURM caps what runs within one array. processes: of
+    each run; more than one are started by torchrun. restarts: after how many time limits a run is given up.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
