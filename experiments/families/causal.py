@@ -56,9 +56,16 @@ class CausalModel(Family):
 
     def prompt(self, text: str) -> str:
         """The text up to where the model begins."""
+        return self.dialogue([text], [])
+
+    def dialogue(self, asked: Sequence[str], answered: Sequence[str]) -> str:
+        """A conversation up to where the model answers the last question."""
         if self.processor.chat_template is None:
-            return f"{self.processor.bos_token or ''}{text}\n"
-        turns = [{"role": "user", "content": text}]
+            spoken = [line for pair in zip(asked, answered, strict=False) for line in pair]
+            return (self.processor.bos_token or "") + "".join(f"{line}\n" for line in [*spoken, asked[-1]])
+        turns = [{"role": "user", "content": asked[0]}]
+        for answer, question in zip(answered, asked[1:], strict=True):
+            turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
         return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTImageProcessor, ViTModel
 
-from experiments import sweep, tasks, train
+from experiments import mt_bench, sweep, tasks, train
 from experiments.models import load_tokenizer
 from experiments.plan import CONF
 from experiments.results import load
@@ -108,6 +108,11 @@ def test_instruction(runs: Path, few_rows: str, llama: str, here) -> None:
     found = _run("instruction", runs, few_rows, *small, f"cases=[{{model:{llama}}}]")
     assert set(found["quantization"]) == {"nf4"} and set(found["rows"]) == {6}
     assert 0.0 <= found["score"].iloc[0] <= 1.0
+    folder = Path(found["folder"].iloc[0])
+    assert mt_bench.main([str(folder), "--questions", "3"]) == 0
+    answers = [json.loads(line) for line in (folder / mt_bench.FILE).read_text().splitlines()]
+    assert [answer["question_id"] for answer in answers] == [81, 82, 83]
+    assert all(len(answer["choices"][0]["turns"]) == 2 for answer in answers)
 
 
 def test_vision(runs: Path, few_rows: str, vit: str, here) -> None:
