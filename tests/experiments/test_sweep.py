@@ -95,7 +95,8 @@ def test_own_data_and_own_projection_join_by_two_lines(file: Path, runs: Path, t
     rows = shutil.copytree(task, tmp_path / "my_reviews")
     settings = {**json.loads(file.read_text())["settings"], "task": str(rows), "plugins": [str(own)], "lr": 0.05}
     file.write_text(json.dumps({"settings": settings, "axes": {"projection": ["cyclic", "unilora"]}}))
-    assert sweep.main([str(file), "--runs", str(runs)]) == 0
+    # in a process of its own: a registered name stays
+    assert _start(file, runs).wait() == 0
     found = load(runs)
     assert set(found["projection"]) == {"cyclic", "unilora"} and set(found["task"]) == {str(rows)}
     assert set(found["trained"]) == {200} and (found["theta_change"] > 0).all()
