@@ -72,7 +72,7 @@ def test_lora_xs_is_pefts_tinylora_with_unit_matrices(seed: int) -> None:
         S = torch.linalg.svdvals(weights[name])[: r + 1]
         root, gaps[name] = S[:r].sqrt(), float(S.diff().abs().min() / S[0])
         # singular vectors are defined up to a sign, and PEFT keeps the one its library returns
-        sign = torch.sign((xs.get_buffer(f"B_{i}") * found[name].tinylora_B["default"]).sum(0))
+        sign = torch.sign((xs.frozen("B")[i] * found[name].tinylora_B["default"]).sum(0))
         R.append((sign * root).unsqueeze(1) * found[name]._compute_R("default") * sign / root)
     ours = deltas(layout, xs(torch.stack(R).flatten()), model)
     for name, layer in found.items():

@@ -1,11 +1,13 @@
-"""Which implementation runs, and what is said where Triton is missing."""
+"""Which implementation runs, and what is said where Triton or Numba is missing."""
 
 import warnings
 
 import pytest
+import torch
 
+import uniproj
 import uniproj.kernels
-from uniproj.kernels.dispatch import HAS_TRITON, _warn_once, backend
+from uniproj.kernels.dispatch import HAS_NUMBA, HAS_TRITON, _warn_once, backend
 
 
 @pytest.fixture
@@ -15,9 +17,21 @@ def no_triton(monkeypatch) -> None:
     _warn_once.cache_clear()
 
 
-def test_the_cpu_runs_torch(monkeypatch) -> None:
+def test_the_cpu_runs_numba(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert uniproj.kernels.backend is backend and backend() == backend("cpu") == "torch"
+    assert uniproj.kernels.backend is backend and backend() == backend("cpu") == "numba"
+    assert backend("meta") == "torch"
+
+
+def test_a_cpu_without_numba_says_so_once(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("uniproj.kernels.dispatch.HAS_NUMBA", False)
+    _warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="pip install numba"):
+        assert backend("cpu") == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend("cpu") == "torch"
 
 
 def test_a_gpu_without_triton_says_so_once(no_triton) -> None:
@@ -36,5 +50,27 @@ def test_triton_runs_a_gpu_and_its_interpreter_everything(monkeypatch) -> None:
     assert backend("cpu") == "triton-interpreter"
 
 
-def test_triton_is_found_where_it_is_installed() -> None:
-    assert HAS_TRITON
+@pytest.mark.parametrize("name", ["unilora", "unilora_local", "vera", "tied_lora"])
+def test_numba_and_torch_agree(name: str, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    layout = uniproj.LoRALayout.from_shapes({"layers.0.q": (24, 40), "layers.1.q": (40, 16), "layers.2.q": (7, 40)}, 3)
+    P = uniproj.build(name, layout=layout, d=50 if uniproj.get(name).free_d else None)
+    x, y = torch.randn(2, P.d, dtype=torch.float64), torch.randn(2, P.D, dtype=torch.float64)
+    forward, adjoint = P(x), P.adjoint(y)
+    monkeypatch.setattr("uniproj.kernels.dispatch.HAS_NUMBA", False)
+    plain = P.rebuild()
+    assert torch.equal(plain(x), forward)
+    torch.testing.assert_close(plain.adjoint(y), adjoint)
+
+
+def test_tiles_stay_on_the_cpu() -> None:
+    P = uniproj.build("unilora", D=1000, d=30)
+    index = P.index.clone()
+    P(torch.randn(30))
+    assert torch.equal(P.index, index)
+    moved = P.to("meta")
+    assert moved._words is None and moved._index.is_meta and len(moved._index) == 1000
+
+
+def test_both_are_found_where_they_are_installed() -> None:
+    assert HAS_TRITON and HAS_NUMBA

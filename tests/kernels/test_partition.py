@@ -1,18 +1,19 @@
 """The gather, its adjoint and the deal of rows to columns, against one-hot matrices."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from uniproj.kernels import backend
+from uniproj.kernels import backend, tiles
 from uniproj.kernels.deal import Deal, Group
 from uniproj.kernels.partition import deal_out, gather_in, sum_by_column, take
 from uniproj.kernels.permutation import permute
 
 needs_triton = pytest.mark.skipif(
-    backend() == "torch" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
+    backend() != "triton-interpreter" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -78,14 +79,54 @@ def test_take_and_its_adjoint_are_the_matrix(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums, y.to(dtype).double() @ matrix(index, d))
 
 
-def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
+@given(D=st.integers(1, 100_000), d=st.integers(1, 400_000), seed=st.integers(0, 2**40), data=st.data())
+def test_tiles_hold_their_index(D: int, d: int, seed: int, data: st.DataObject) -> None:
+    index = torch.randint(0, d, (D,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+    words, ends = tiles.tile(index, d)
+    assert torch.equal(tiles.untile(words, ends), index)
+    # by the definition of a word, in an independent decoding
+    k = data.draw(st.integers(0, D - 1))
+    chunk = k >> 15
+    bucket = int((ends[chunk, 1:] <= k).sum())
+    word = int(words[k])
+    assert int(index[(chunk << 15) + (word & 0x7FFF)]) == (bucket << 17) + (word >> 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "d"), [(1002, 68), (40_000, 300_000), (300_000, 20_000)])
+def test_tiles_give_what_the_index_gives(D: int, d: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(D)
+    index = torch.randint(0, d, (D,), dtype=torch.int32, generator=generator)
+    x, y = (torch.randn(2, n, dtype=torch.float64, generator=generator) for n in (d, D))
+    constants = (*tiles.tile(index, d), [D, d])
+    assert torch.equal(tiles.take(x, *constants, dtype), x[:, index].to(dtype))
+    expected = torch.zeros(2, d, dtype=torch.float64).index_add(1, index, y.to(dtype).double())
+    torch.testing.assert_close(tiles.sum_by_column(y.to(dtype), *constants, torch.float64), expected)
+
+
+def test_tiles_sum_in_the_order_of_the_rows() -> None:
+    """Two columns, float32: the same additions one after another give the same bits."""
+    index, y = torch.arange(900, dtype=torch.int32) % 2, torch.randn(1, 900)
+    expected = [np.float32(0), np.float32(0)]
+    for row, value in enumerate(y[0].numpy()):
+        expected[row % 2] = expected[row % 2] + value
+    found = tiles.sum_by_column(y, *tiles.tile(index, 2), [900, 2], torch.float32)
+    assert found[0].tolist() == [float(total) for total in expected]
+
+
+@pytest.mark.parametrize("way", ["index", "tiles"])
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(way: str) -> None:
     D, d, threads = 3_000_000, 1000, torch.get_num_threads()
     index, y = torch.randint(0, d, (D,), dtype=torch.int32), torch.randn(1, D)
+    tiled = tiles.tile(index, d)
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(sum_by_column(y, index, d, torch.float32))
+            if way == "index":
+                found.append(sum_by_column(y, index, d, torch.float32))
+            else:
+                found.append(tiles.sum_by_column(y, *tiled, [D, d], torch.float32))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -95,9 +136,11 @@ def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
 
 def operators(kind: str) -> list[tuple]:
     """(forward, adjoint, its constants) of every pair of operators that runs here."""
-    index, deal, _, d = dealt(kind)
+    index, deal, D, d = dealt(kind)
     pairs = [(take, sum_by_column, [index, d])]
-    return pairs if backend(DEVICE) == "torch" else [*pairs, (deal_out, gather_in, deal)]
+    if backend(DEVICE) == "numba":
+        pairs.append((tiles.take, tiles.sum_by_column, [*tiles.tile(index, d), [D, d]]))
+    return [*pairs, (deal_out, gather_in, deal)] if backend(DEVICE).startswith("triton") else pairs
 
 
 @pytest.mark.parametrize("kind", GROUPS)

@@ -15,6 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from uniproj.kernels.compiled import call
+from uniproj.kernels.dispatch import uses_numba
 from uniproj.kernels.permutation import ROUNDS, evaluate, grid, round_tables
 from uniproj.kernels.threads import cut, in_parallel
 
@@ -77,6 +79,10 @@ class Deal:
             self.by_position.tolist(), ends, groups, strict=True
         ):
             tables, shift = self.tables[start : start + ROUNDS * a], position - first
+            if uses_numba(found.device):
+                mine = found[row : row + end - position]
+                call("partition", "deal", shift, n, a, grid(n)[1], tables, d, column, mine)
+                continue
 
             def piece(part: slice, row=row, shift=shift, n=n, d=d, column=column, tables=tables) -> None:  # type: ignore[no-untyped-def]
                 place = torch.arange(shift + part.start, shift + part.stop, dtype=torch.int32)

@@ -16,7 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.compiled import call
+from uniproj.kernels.dispatch import uses_numba, uses_triton
 from uniproj.kernels.forms import register_form
 from uniproj.kernels.partition import accumulation_dtype
 
@@ -56,6 +57,10 @@ def _starts(sizes: list[int]) -> list[int]:
 def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(n, D): scale[l, i] matrix[group of l, i, j] at the place of every block."""
     matrix, scale = _accumulated(dtype, matrix, scale)
+    if uses_numba(matrix.device):
+        wide = torch.zeros(len(matrix), sizes[0], dtype=matrix.dtype)
+        call("factors", "product", matrix, scale, table, wide)
+        return wide.to(dtype)
     out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
     if uses_triton(matrix.device):
         from uniproj.kernels.triton.factors import product
@@ -75,6 +80,8 @@ def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[in
         from uniproj.kernels.triton.factors import matrix_gradient
 
         matrix_gradient(y, scale, out, table, sizes)
+    elif uses_numba(y.device):
+        call("factors", "matrix_gradient", y, scale, table, out)
     else:
         for block, total, factor in _views(table, y, out, scale):
             total.addcmul_(block, factor)
@@ -89,6 +96,8 @@ def _scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[in
         from uniproj.kernels.triton.factors import scale_gradient
 
         scale_gradient(y, matrix, out, table, sizes)
+    elif uses_numba(y.device):
+        call("factors", "scale_gradient", y, matrix, table, out)
     else:
         for block, shared, total in _views(table, y, matrix, out):
             total.copy_((block * shared).sum(2, keepdim=True))

@@ -38,6 +38,7 @@ class SingularFactors(Projection):
             raise ProjectionError(f"{self.name}: side must be 'A' or 'B', got {side!r}.")
         self.side = side
         self.ranks = [a.shape[0] for _, a in layout.pairs()]
+        factors: list[tuple[Tensor, Tensor]] = []
         for i, (b, a) in enumerate(layout.pairs()):
             wanted = (b.shape[0], a.shape[1])
             W = base_weights.get(b.module)
@@ -48,8 +49,13 @@ class SingularFactors(Projection):
                     f"got {found} and r={self.ranks[i]}. Pass base_weights={{name: (out, in) tensor}} or lower r."
                 )
             U, S, Vh = truncated_svd(W, self.ranks[i], seed)
-            self.register_buffer(f"B_{i}", U * S ** self.power[0], persistent=False)
-            self.register_buffer(f"A_{i}", (S ** self.power[1]).unsqueeze(1) * Vh, persistent=False)
+            factors.append((U * S ** self.power[0], (S ** self.power[1]).unsqueeze(1) * Vh))
+        # modules of one shape are multiplied at once
+        shapes = [(b.shape, a.shape) for b, a in layout.pairs()]
+        self.alike = [[i for i, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)]
+        for g, members in enumerate(self.alike):
+            for letter, stack in zip("BA", zip(*(factors[i] for i in members), strict=True), strict=True):
+                self.register_buffer(f"{letter}_{g}", torch.stack(stack), persistent=False)
 
     @abstractmethod
     def _R(self, theta_d: Tensor) -> list[Tensor]:
@@ -59,38 +65,54 @@ class SingularFactors(Projection):
     def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
         """The adjoint of `_R`: (n, r, r) per module -> (n, d)."""
 
-    def _frozen(self, letter: str, dtype: torch.dtype) -> list[Tensor]:
-        return [getattr(self, f"{letter}_{i}").to(dtype) for i in range(len(self.ranks))]
+    def _stacks(self, letter: str, dtype: torch.dtype) -> list[Tensor]:
+        return [getattr(self, f"{letter}_{g}").to(dtype) for g in range(len(self.alike))]
 
-    def _place(self, factors: list[Tensor], side: str) -> Tensor:
-        """theta_D (n, D) with these (n, rows, columns) factors on one side and zeros on the other."""
-        parts = []
-        for x, pair in zip(factors, self.layout.pairs(), strict=True):
-            for block in pair:
-                parts.append(x.flatten(1) if block.factor == side else x.new_zeros(len(x), block.numel))
-        return torch.cat(parts, dim=1)
+    def frozen(self, letter: str) -> list[Tensor]:
+        """The factor B^l (out, r) or A^l (r, in) of every module, float64."""
+        by_module = {
+            i: x
+            for members, stack in zip(self.alike, self._stacks(letter, torch.float64), strict=True)
+            for i, x in zip(members, stack, strict=True)
+        }
+        return [by_module[i] for i in range(len(self.ranks))]
+
+    def _place(self, stacks: list[Tensor], letter: str) -> Tensor:
+        """theta_D (n, D) with these (n, modules alike, rows, columns) factors on one side and zeros on the other."""
+        theta_D = stacks[0].new_zeros(len(stacks[0]), self.D)
+        blocks = [pair["BA".index(letter)] for pair in self.layout.pairs()]
+        for members, stack in zip(self.alike, stacks, strict=True):
+            for i, x in zip(members, stack.flatten(2).unbind(1), strict=True):
+                theta_D[:, blocks[i].rows] = x
+        return theta_D
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        frozen = self._frozen(self.side, theta_d.dtype)
-        moved = [F @ R if self.side == "B" else R @ F for F, R in zip(frozen, self._R(theta_d), strict=True)]
+        R, moved = self._R(theta_d), []
+        for members, stack in zip(self.alike, self._stacks(self.side, theta_d.dtype), strict=True):
+            ours = torch.stack([R[i] for i in members], dim=1)
+            moved.append(stack @ ours if self.side == "B" else ours @ stack)
         return self._place(moved, self.side)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        grads = self.layout.split(theta_D)[0 if self.side == "B" else 1 :: 2]
-        frozen = self._frozen(self.side, theta_D.dtype)
-        return self._R_adjoint([F.T @ g if self.side == "B" else g @ F.T for F, g in zip(frozen, grads, strict=True)])
+        factors = self.layout.split(theta_D)[0 if self.side == "B" else 1 :: 2]
+        grads: dict[int, Tensor] = {}
+        for members, stack in zip(self.alike, self._stacks(self.side, theta_D.dtype), strict=True):
+            ours = torch.stack([factors[i] for i in members], dim=1)
+            of_R = stack.mT @ ours if self.side == "B" else ours @ stack.mT
+            grads |= dict(zip(members, of_R.unbind(1), strict=True))
+        return self._R_adjoint([grads[i] for i in range(len(self.ranks))])
 
     @property
     def offset(self) -> Tensor:
         other = "A" if self.side == "B" else "B"
-        return self._place([F.unsqueeze(0) for F in self._frozen(other, torch.float64)], other).squeeze(0)
+        return self._place([stack.unsqueeze(0) for stack in self._stacks(other, torch.float64)], other).squeeze(0)
 
     def to_dense(self) -> Tensor:
         """Column j is theta_D of the j-th unit vector, written with Kronecker products: vec(B R) = (B kron I) vec R."""
         J = self._R_matrix()
         P = torch.zeros(self.shape, dtype=torch.float64, device=J.device)
         taken = 0
-        for F, r, (b, a) in zip(self._frozen(self.side, torch.float64), self.ranks, self.layout.pairs(), strict=True):
+        for F, r, (b, a) in zip(self.frozen(self.side), self.ranks, self.layout.pairs(), strict=True):
             eye = torch.eye(r, dtype=torch.float64, device=J.device)
             block, lift = (
                 (b, torch.kron(F.contiguous(), eye)) if self.side == "B" else (a, torch.kron(eye, F.T.contiguous()))
@@ -145,7 +167,7 @@ class LoRAXS(SingularFactors):
     def entries(self) -> Entries:
         """Row (i, k) of vec(B R) meets R_jk with B_ij; row (k, i) of vec(R A) meets R_kj with A_ji."""
         rows, columns, values, start = [], [], [], 0
-        for F, r, (b, a) in zip(self._frozen(self.side, torch.float64), self.ranks, self.layout.pairs(), strict=True):
+        for F, r, (b, a) in zip(self.frozen(self.side), self.ranks, self.layout.pairs(), strict=True):
             long = F if self.side == "B" else F.T
             i, j, k = torch.meshgrid(*(torch.arange(n, device=F.device) for n in (len(long), r, r)), indexing="ij")
             rows.append(b.offset + i * r + k if self.side == "B" else a.offset + k * len(long) + i)
@@ -156,7 +178,7 @@ class LoRAXS(SingularFactors):
         return flat[0], flat[1], flat[2]
 
     def _R_matrix(self) -> Tensor:
-        return torch.eye(self.d, dtype=torch.float64, device=self._frozen("B", torch.float64)[0].device)
+        return torch.eye(self.d, dtype=torch.float64, device=self.device)
 
     def init_theta(self, seed: int = 0) -> Tensor:
         return 1e-5 * normal(seed, "theta_d", self.d)
@@ -207,20 +229,23 @@ class TinyLoRA(SingularFactors):
         u = max(1, round(budget / len(shapes)))
         return Budget(r, u * len(shapes), None, {"u": u})
 
+    def _drawn(self, dtype: torch.dtype) -> list[Tensor]:
+        return [getattr(self, f"P_{i}").to(dtype) for i in range(len(self.ranks))]
+
     def _R(self, theta_d: Tensor) -> list[Tensor]:
         v = theta_d.unflatten(1, (-1, self.u))
-        frozen = self._frozen("P", theta_d.dtype)
-        return [torch.einsum("nu,uij->nij", v[:, g], P) for g, P in zip(self.group, frozen, strict=True)]
+        drawn = self._drawn(theta_d.dtype)
+        return [torch.einsum("nu,uij->nij", v[:, g], P) for g, P in zip(self.group, drawn, strict=True)]
 
     def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
         sums = [grads[0].new_zeros(len(grads[0]), self.u) for _ in range(self.d // self.u)]
-        for g, x, P in zip(self.group, grads, self._frozen("P", grads[0].dtype), strict=True):
+        for g, x, P in zip(self.group, grads, self._drawn(grads[0].dtype), strict=True):
             sums[g] = sums[g] + torch.einsum("nij,uij->nu", x, P)
         return torch.cat(sums, dim=1)
 
     def _R_matrix(self) -> Tensor:
         stacked = []
-        for g, P in zip(self.group, self._frozen("P", torch.float64), strict=True):
+        for g, P in zip(self.group, self._drawn(torch.float64), strict=True):
             J = torch.zeros(P[0].numel(), self.d, dtype=torch.float64, device=P.device)
             J[:, g * self.u : (g + 1) * self.u] = P.flatten(1).T
             stacked.append(J)

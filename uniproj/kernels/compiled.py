@@ -1,0 +1,33 @@
+"""Calls of the loops that Numba compiles (`kernels/numba/`), on at most as many threads as PyTorch uses."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# the simplest of Numba's thread pools, which it takes where OpenMP is missing, bears one caller at a time
+_ONE_CALLER = Lock()
+_GRAIN = 2**17  # numbers for which one more thread is worth waking
+
+
+def call(file: str, loop: str, *arguments: Tensor | int) -> None:
+    """Call a loop of `kernels/numba/<file>.py`; tensors go in as the arrays of their memory."""
+    import numba
+
+    function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
+    arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
+    largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN))
+    with _ONE_CALLER:
+        numba.set_num_threads(threads)
+        function(*arrays)
+
+
+def _array(x: Tensor) -> np.ndarray[Any, Any]:
+    """The memory of x; half-precision numbers, of which NumPy knows one kind only, as the integers of their bits."""
+    return (x.view(torch.int16) if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
