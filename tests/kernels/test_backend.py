@@ -1,5 +1,7 @@
 """Which implementation runs, and what is said where Triton or Numba is missing."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -61,6 +63,15 @@ def test_numba_and_torch_agree(name: str, monkeypatch) -> None:
     plain = P.rebuild()
     assert torch.equal(plain(x), forward)
     torch.testing.assert_close(plain.adjoint(y), adjoint)
+
+
+def test_numba_leaves_pytorchs_number_of_threads_alone() -> None:
+    code = (
+        "import torch, uniproj; torch.set_num_threads(1); P = uniproj.build('unilora', D=4000, d=30); "
+        "P(torch.ones(30)); print(torch.get_num_threads())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1"
 
 
 def test_tiles_stay_on_the_cpu() -> None:

@@ -22,10 +22,13 @@ def call(file: str, loop: str, *arguments: Tensor | int) -> None:
     function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
     arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
     largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN))
+    allowed = torch.get_num_threads()
     with _ONE_CALLER:
-        numba.set_num_threads(threads)
+        numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
         function(*arrays)
+    if torch.get_num_threads() != allowed:
+        # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch
+        torch.set_num_threads(allowed)
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:
