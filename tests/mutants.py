@@ -185,7 +185,7 @@ class PersistentIndex(Partition):
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__(layout, d, seed, torch.arange(layout.D) % d)
-        self._non_persistent_buffers_set.clear()
+        self.register_buffer("kept", self.index.clone())
 
 
 class MixedBatch(VeRA):

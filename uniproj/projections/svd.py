@@ -69,7 +69,7 @@ class SingularFactors(Projection):
         return [getattr(self, f"{letter}_{g}").to(dtype) for g in range(len(self.alike))]
 
     def frozen(self, letter: str) -> list[Tensor]:
-        """The factor B^l (out, r) or A^l (r, in) of every module, float64."""
+        """The factor B^l (out, r) or A^l (r, in) of every module, float64; views of P's own numbers."""
         by_module = {
             i: x
             for members, stack in zip(self.alike, self._stacks(letter, torch.float64), strict=True)

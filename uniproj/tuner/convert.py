@@ -273,6 +273,7 @@ def _build_tinylora(adapter: _Adapter) -> TinyLoRA:
 
 def _tinylora_pairs(adapter: _Adapter, P: TinyLoRA, theta_d: Tensor) -> Iterator[_Pair]:
     keys: dict[int, str] = {}
+    B, A = P.frozen("B"), P.frozen("A")
     for i, (module, group) in enumerate(zip(P.layout.modules, P.group, strict=True)):
         key = adapter.tensor(module, "_tinylora_v_key")
         if keys.setdefault(group, key) != key or list(keys.values()).count(key) > 1:
@@ -282,9 +283,10 @@ def _tinylora_pairs(adapter: _Adapter, P: TinyLoRA, theta_d: Tensor) -> Iterator
             )
         v = adapter.tensor(module, "tinylora_v")[key]
         yield _Pair(f"{module}.tinylora_v", v, theta_d.view(-1, P.u)[group])
-        for letter, fixed in (("B", ""), ("A", ""), ("P", adapter.fixed_without("save_projection"))):
+        drawn = adapter.fixed_without("save_projection")
+        for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", P.get_buffer(f"P_{i}"), drawn)):
             name = f"tinylora_{letter}"
-            yield _Pair(f"{module}.{name}", adapter.tensor(module, name), P.get_buffer(f"{letter}_{i}"), fixed)
+            yield _Pair(f"{module}.{name}", adapter.tensor(module, name), ours, fixed)
 
 
 _METHODS: dict[str, tuple[type[Projection], Callable[[_Adapter], Projection], Callable[..., Iterator[_Pair]]]] = {
