@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,31 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     by = [key for key in SETTINGS if key in runs]
     found = [_cell(group, by) for _, group in _text(runs, by).groupby(by, sort=False, dropna=False)]
     table = pd.DataFrame(found)
-    most = table.groupby("sweep")["seeds"].transform("max")
-    planned = table["sweep"] != SINGLE
-    table.loc[planned & (table["status"] == COMPLETE) & (table["seeds"] < most), "status"] = INCOMPLETE
+    table.loc[missing(table) & (table["status"] == COMPLETE), "status"] = INCOMPLETE
     return table
+
+
+def missing(table: pd.DataFrame) -> pd.Series:
+    """Whether a cell has fewer runs than another of its sweep. Of single runs nobody planned how many there are."""
+    return (table["sweep"] != SINGLE) & (table["runs"] < table.groupby("sweep")["runs"].transform("max"))
+
+
+def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
+    """The runs with the score of one part of the test, such as `gsm8k` of metamath; without it, the run is left out."""
+    parts = runs["groups"].map(lambda text: json.loads(text) if isinstance(text, str) else text or {})
+    score = parts.map(lambda part: part.get(group) if isinstance(part, dict) else None)
+    return runs.assign(score=score)[score.notna()]
+
+
+def mean_curves(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """The training loss of each cell, mean over its runs at the steps that all of them logged: cell (row), step, loss."""
+    found = []
+    for place, folders in zip(table.index, table["folders"], strict=True):
+        own = curves[curves["folder"].isin(folders)].groupby("step")["loss"]
+        everywhere = own.count() == own.count().max() if len(own) else own.count() > 0
+        mean = own.mean()[everywhere]
+        found.append(pd.DataFrame({"cell": place, "step": mean.index, "loss": mean.to_numpy()}))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["cell", "step", "loss"])
 
 
 def _text(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -57,6 +79,7 @@ def _cell(group: pd.DataFrame, by: list[str]) -> dict[str, Any]:
         **{key: first[key] for key in by},
         **{key: first.get(key) for key in (*KEPT, *KEPT_TOO)},
         **cost,
+        "runs": len(group),
         "seeds": len(done),
         "n": len(trained),
         "score": score.mean() if len(score) else float("nan"),

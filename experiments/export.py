@@ -1,7 +1,7 @@
-"""A sweep's records in a few small files to commit: `python -m experiments.export SWEEP --runs runs --out results/sweeps`.
+"""A sweep's records in a few small files to commit: `python -m experiments.export SWEEP`.
 
-SWEEP is the name of a sweep whose tables lie in RUNS/sweeps/SWEEP. Folders of single runs, adapters and predictions stay
-where they are; their checksums come along.
+SWEEP is the name of a sweep whose tables lie in RUNS/sweeps/SWEEP. Folders of single runs, adapters and predictions
+stay where they are; their checksums come along.
 """
 
 from __future__ import annotations

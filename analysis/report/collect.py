@@ -51,7 +51,7 @@ def _with_differences(cells: pd.DataFrame, differences: pd.DataFrame) -> list[di
     point = [key for key in differences.columns if key in scores.SETTINGS]
     # equal settings in both tables: NaN equals NaN here
     keyed = {tuple(map(str, (row[key] for key in point))): row for row in differences.to_dict("records")}
-    found = []
+    found: list[dict[str, Any]] = []
     for cell in cells.to_dict("records"):
         gap = keyed.get(tuple(str(cell[key]) for key in point), {}) if cell["status"] == scores.COMPLETE else {}
         shown = {key: plain(cell.get(key)) for key in CELL}

@@ -22,6 +22,9 @@ for (const [, members] of grouped(DATA.cells)) {
   }
 }
 
+const natural = (cell) => [cell.sweep, cell.task, cell.model, String(cell.rank ?? 1e6).padStart(7)].join("\n");
+DATA.cells.sort((a, b) => (natural(a) < natural(b) ? -1 : 1));
+
 function passes(row) {
   const words = [row.label, row.projection, row.task, row.model, row.sweep, row.metric, row.status, row.kind].join(" ").toLowerCase();
   const wanted = state.search.toLowerCase().split(/\s+/).filter(Boolean);
@@ -29,7 +32,7 @@ function passes(row) {
     ["sweep", "task", "model"].every((key) => !state[key] || row[key] === state[key]);
 }
 
-const leaderboard = sortable(at("leaderboard-table"), LEADERBOARD, [], { column: 2, ascending: false }, "No cell passes the filters.");
+const leaderboard = sortable(at("leaderboard-table"), LEADERBOARD, [], { column: null, ascending: false }, "No cell passes the filters.");
 const cost = sortable(at("cost-table"), COST, [], { column: 2, ascending: true }, "No cell passes the filters.");
 const failed = sortable(at("failed-table"), FAILED, [], { column: 0, ascending: true }, "No run failed, and every run trained.");
 

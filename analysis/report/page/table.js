@@ -1,4 +1,4 @@
-// A table whose headings sort it. Columns: label, value (what is sorted by), show (text or node), number, wrap.
+// A table whose headings sort it; until one is clicked, rows stay in their order. Columns: label, value (what is sorted by), show (text or node), number, wrap.
 
 function sortable(holder, columns, rows, start, empty) {
   let { column, ascending } = start;
@@ -8,7 +8,7 @@ function sortable(holder, columns, rows, start, empty) {
       return;
     }
     const heads = columns.map((each, i) => head(each, i));
-    const ordered = [...rows].sort((a, b) => compare(a, b, columns[column], ascending));
+    const ordered = column === null ? rows : [...rows].sort((a, b) => compare(a, b, columns[column], ascending));
     holder.replaceChildren(
       element("table", {}, element("thead", {}, element("tr", {}, ...heads)),
         element("tbody", {}, ...ordered.map((row) => line(columns, row)))),
