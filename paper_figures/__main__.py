@@ -24,7 +24,6 @@ from paper_figures.sources import Results, Sweep
 from paper_figures.table import Table
 
 OUT = Path(__file__).with_name("out")
-SPACE = "eight modules of 32 x 32 at rank 4, D = 2,048, d = 120 where it is free"
 Product = Table | Figure
 
 
@@ -61,7 +60,7 @@ class Book:
         return comparison.table(spec, rows, self.published), scores.draw(spec, rows)
 
     def properties(self) -> Sequence[Product]:
-        return [tables.properties(self.cards, SPACE)]
+        return [tables.properties(self.cards, cards.SPACE)]
 
     def ablations(self) -> Sequence[Product]:
         found = tables.ablations(self.budget, self.gaps, differences.ABLATIONS, differences.REFERENCE)
@@ -87,7 +86,7 @@ class Book:
         return [sizes.stored(self.sweeps)]
 
     def gram(self) -> Sequence[Product]:
-        return [gram.draw({name: cards.gram(cards.instance(name)) for name in uniproj.names()}, SPACE)]
+        return [gram.draw({name: cards.gram(cards.instance(name)) for name in uniproj.names()}, cards.SPACE)]
 
     def floor(self) -> Sequence[Product]:
         return [cost.floor(self.results.table("overhead/overhead-kernel.csv"))]

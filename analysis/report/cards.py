@@ -16,8 +16,9 @@ from uniproj import LoRALayout, Projection
 from uniproj.claims import CHECKS
 from uniproj.testing import sample
 
-LAYOUT = LoRALayout.from_shapes({f"layer.{i}.{m}": (32, 32) for i in range(4) for m in ("query", "value")}, r=4)
+LAYOUT = LoRALayout.from_shapes({f"layer.{i}.{m}": (16, 16) for i in range(4) for m in ("query", "value")}, r=4)
 D_SMALL = 120
+SPACE = "eight modules of 16 x 16 at rank 4: D = 1,024, d = 120 where it is free"
 # measured whether claimed or not: the three words by which the field tells methods apart
 ALWAYS = ("isometric", "uniform", "global_sharing")
 # below it, a figure is rounding and differs from machine to machine
@@ -40,7 +41,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def instance(name: str) -> Projection:
-    """The projection on eight modules of 32 x 32 at rank 4: D = 2048, d = 120 where it is free."""
+    """The projection on `SPACE`."""
     return sample(name, LAYOUT, D_SMALL)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import uniproj
 from analysis import scores, style
 from analysis.records import Records
-from analysis.report.cards import card
+from analysis.report.cards import SPACE, card
 
 REFERENCE = "lora"
 CELL = (
@@ -38,6 +38,7 @@ def payload(records: Records) -> dict[str, Any]:
         "cards": [card(name) for name in uniproj.names()],
         "looks": {name: look(name) for name in names},
         "reference": REFERENCE,
+        "space": SPACE,
     }
 
 

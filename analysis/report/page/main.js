@@ -68,8 +68,8 @@ at("filters").addEventListener("submit", (event) => event.preventDefault());
 const runs = DATA.origins.reduce((sum, each) => sum + each.runs, 0);
 at("summary").textContent = `${runs} runs in ${DATA.cells.length} cells: ${unique("projection").length} projections, ` +
   `${unique("task").join(", ")}, on ${unique("model").join(", ")}. ${DATA.failures.length} failed or did not train.`;
-at("about-cards").textContent = "Every projection of the registry on eight modules of 32 × 32 at rank 4. Each claim is decided by " +
-  "the function that the library's tests use; what is not claimed is measured too. Pictures: opacity is |value| / max, orange is negative.";
+at("about-cards").textContent = `Every projection of the registry on ${DATA.space}. Each claim is decided by the function ` +
+  "that the library's tests use; what is not claimed is measured too. Pictures: opacity is |value| / max, orange is negative.";
 at("cards").append(...DATA.cards.map(card));
 at("origins").append(...DATA.origins.map(origin));
 legend(at("legend"), state.hidden, redraw);
