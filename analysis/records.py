@@ -18,6 +18,7 @@ from experiments.errors import ExperimentError
 from experiments.results import CONFIG, METRICS, RESULT, digest, is_locked, metrics, read_json, row
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
+OVERHEAD = Path("overhead") / "overhead-model.csv"
 SINGLE = "single runs"
 SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 # columns that every table and picture needs
@@ -26,11 +27,15 @@ NEEDED = ("task", "model", "projection", "score", "metric", "failed", "did_not_t
 
 @dataclass(frozen=True)
 class Records:
-    """runs: one row each. curves: folder, step, loss. origins: provenance of each sweep, by its name."""
+    """runs: one row each. curves: folder, step, loss. origins: provenance of each sweep, by its name.
+
+    overhead: the table of models of `analysis.overhead`, where it lies beside the sweeps.
+    """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     origins: dict[str, dict[str, Any]]
+    overhead: pd.DataFrame | None = None
 
 
 def read(folder: Path) -> Records:
@@ -53,6 +58,7 @@ def read(folder: Path) -> Records:
         pd.concat([part.runs for part in found], ignore_index=True),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
+        pd.read_csv(overhead) if (overhead := folder / OVERHEAD).exists() else None,
     )
     check(together.runs, str(folder))
     return together

@@ -51,7 +51,7 @@ def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
 
 
 def mean_curves(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """The training loss of each cell, mean over its runs at the steps that all of them logged: cell (row), step, loss."""
+    """Each cell's training loss, mean over its runs at the steps that all of them logged: cell (row), step, loss."""
     found = []
     for place, folders in zip(table.index, table["folders"], strict=True):
         own = curves[curves["folder"].isin(folders)].groupby("step")["loss"]

@@ -17,7 +17,7 @@ from analysis.report import cards
 from experiments.errors import ExperimentError
 from experiments.results import write_text
 from paper_figures import comparison, published, tables
-from paper_figures.charts import cost, curves, differences, fastfood, gram, scores, sizes
+from paper_figures.charts import cost, curves, differences, energy, fastfood, gram, scores, sizes
 from paper_figures.comparison import Comparison
 from paper_figures.paper import COMPARISONS
 from paper_figures.sources import Results, Sweep
@@ -41,7 +41,9 @@ class Book:
 
     @cached_property
     def model(self) -> pd.DataFrame | None:
-        return self.results.table("overhead/overhead-model.csv")
+        return self.results.table(
+            "overhead/overhead-model.csv", "base", "method", "step_ratio", "step_pairs", "peak_bytes"
+        )
 
     @cached_property
     def budget(self) -> Sweep | None:
@@ -61,6 +63,19 @@ class Book:
 
     def properties(self) -> Sequence[Product]:
         return [tables.properties(self.cards, cards.SPACE)]
+
+    def measured(self) -> Sequence[Product]:
+        verdicts = self.results.table("isometry/isometry-verdicts.csv", "variant", "verdict", "sigma_min", "coherence")
+        columns = self.results.table(
+            "sharing/sharing-columns.csv", "variant", "modules_per_column", "n_min", "row_mean"
+        )
+        return [tables.measured(verdicts, columns)]
+
+    def energy(self) -> Sequence[Product]:
+        found = self.results.table(
+            "reconstruction/reconstruction-energy.csv", "projection", "random", *energy.METRICS, "D"
+        )
+        return [energy.draw(found)]
 
     def ablations(self) -> Sequence[Product]:
         found = tables.ablations(self.budget, self.gaps, differences.ABLATIONS, differences.REFERENCE)
@@ -89,7 +104,9 @@ class Book:
         return [gram.draw({name: cards.gram(cards.instance(name)) for name in uniproj.names()}, cards.SPACE)]
 
     def floor(self) -> Sequence[Product]:
-        return [cost.floor(self.results.table("overhead/overhead-kernel.csv"))]
+        return [
+            cost.floor(self.results.table("overhead/overhead-kernel.csv", "case", "method", "both_per_copy", "rounds"))
+        ]
 
     def learning_curves(self) -> Sequence[Product]:
         return [curves.draw(self.sweeps)]
@@ -98,10 +115,11 @@ class Book:
         """What can be asked for, by the name of its files."""
         compared = {spec.name: partial(self.compared, spec) for spec in COMPARISONS}
         return {
-            "properties": self.properties, **compared, "fastfood": self.fastfood, "ablations": self.ablations,
-            "score_against_d": self.against_d, "score_against_r": self.against_r, "training_cost": self.training_cost,
+            "properties": self.properties, "measured_properties": self.measured, **compared,
+            "fastfood": self.fastfood, "ablations": self.ablations, "score_against_d": self.against_d,
+            "score_against_r": self.against_r, "training_cost": self.training_cost,
             "score_against_bytes": self.stored_bytes, "gram": self.gram, "bandwidth_floor": self.floor,
-            "learning_curves": self.learning_curves,
+            "captured_energy": self.energy, "learning_curves": self.learning_curves,
         }  # fmt: skip
 
 

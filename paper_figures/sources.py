@@ -63,15 +63,18 @@ class Results:
         places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir())
         return [Sweep(place.name, read_sweep(place)) for place in places]
 
-    def table(self, path: str) -> pd.DataFrame | None:
-        """An analysis table, or None if it was not made. Raises ExperimentError for an empty one."""
+    def table(self, path: str, *columns: str) -> pd.DataFrame | None:
+        """An analysis table, or None if it was not made. Raises ExperimentError where it lacks one of these columns."""
         file = self.folder / path
         if not file.exists():
             return None
         try:
-            return pd.read_csv(file)
+            found = pd.read_csv(file)
         except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
             raise ExperimentError(f"figures: {file} must be a table, got {error}. Make it again.") from error
+        if lost := sorted(set(columns) - set(found)):
+            raise ExperimentError(f"figures: {file} must have the columns {lost}, got others. Make it again.")
+        return found
 
 
 def one_task(cells: pd.DataFrame, what: str) -> str:

@@ -11,6 +11,7 @@ from paper_figures.comparison import score
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Sweep, one_cell
 from paper_figures.table import Table
 
+ROUNDING = 1e-12
 WORDS = {
     "isometric": "isometric: max|P^T P - I|",
     "uniform": "uniform: max n - min n",
@@ -31,8 +32,55 @@ def properties(cards: Sequence[Mapping[str, Any]], space: str) -> Table:
         "Global: modules that a coordinate reaches over those that as many rows drawn at random would reach. "
         "Proofs and counter-examples: docs/design.md. The paper's own table of properties is not available to us.",
     ]
-    heads = ["projection", "theta_D", "d", "P", *WORDS.values(), "isometric in expectation", "source"]
+    heads = ["projection", "theta_D", "d", "P", *WORDS.values(), "isometric in expectation (claimed)", "source"]
     return Table("properties", "Properties of each projection", heads, rows, notes)
+
+
+def measured(verdicts: pd.DataFrame | None, columns: pd.DataFrame | None) -> Table:
+    """Isometry and sharing of every choice of hyperparameters, from `analysis.isometry` and `analysis.sharing`."""
+    known = [list(table["variant"]) for table in (verdicts, columns) if table is not None]
+    names = list(dict.fromkeys(name for each in known for name in each)) or ["all"]
+    first = {} if verdicts is None else verdicts.set_index("variant").to_dict("index")
+    second = {} if columns is None else columns.set_index("variant").to_dict("index")
+    rows = [[name, *_isometry(first.get(name)), *_sharing(second.get(name))] for name in names]
+    heads = [
+        "projection", "D x d", "isometric", "deciding number", "singular values", "coherence", "D x d of sharing",
+        "modules per coordinate", "rows per coordinate", "coordinates per row", "reaches A and B, %",
+    ]  # fmt: skip
+    notes = [
+        "Verdict and numbers: analysis.isometry and analysis.sharing, n = 1 seed, 12 seeds for 'in expectation'. "
+        "Coherence: the largest |cosine| of two columns."
+    ]
+    return Table("measured_properties", "Measured properties of each projection", heads, rows, notes)
+
+
+def _isometry(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None or pd.isna(row["sigma_min"]):
+        return [NOT_RUN] * 5
+    coherence = "not measured" if pd.isna(row["coherence"]) else _small(row["coherence"])
+    spread = f"{_small(row['sigma_min'])} to {_small(row['sigma_max'])}"
+    return [
+        f"{row['D']:,} x {row['d']:,.0f}",
+        row["verdict"],
+        f"{row['what']} = {_small(row['number'])}",
+        spread,
+        coherence,
+    ]
+
+
+def _sharing(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None or pd.isna(row["n_min"]):
+        return [NOT_RUN] * 5
+    return [
+        f"{row['D']:,} x {row['d']:,.0f}", f"{row['modules_per_column']:.3g}",
+        f"{row['n_min']:.0f} to {row['n_max']:.0f}", f"{row['row_min']:.0f} to {row['row_max']:.0f}",
+        f"{100 * row['A_and_B']:.0f}",
+    ]  # fmt: skip
+
+
+def _small(value: float) -> str:
+    """Three digits; rounding, which differs from machine to machine, is 0."""
+    return f"{value if abs(value) > ROUNDING else 0:.3g}"
 
 
 def _verdict(verdict: Mapping[str, Any]) -> str:

@@ -19,6 +19,11 @@ CELL = (
     "adapter_bytes", "resident_bytes", "index_bytes", "head", "step_ratio", "step_ratio_low", "step_ratio_high",
     "cost_seconds", "cost_peak_bytes",
 )  # fmt: skip
+COSTS = (
+    "base", "method", "D", "trained", "step_ratio", "step_ratio_low", "step_ratio_high", "step_pairs",
+    "inference_ratio", "inference_ratio_low", "inference_ratio_high", "peak_bytes_per_coordinate_beyond_lora",
+    "attach_seconds", "file_bytes",
+)  # fmt: skip
 # black on a dark page is invisible
 DARK = {"#000000": "#E8E8E8"}
 LOSS_DIGITS = 4
@@ -29,17 +34,26 @@ def payload(records: Records) -> dict[str, Any]:
     cells = scores.cells(records.runs).sort_values(
         ["sweep", "task", "model", "score"], ascending=[True, True, True, False], kind="stable", ignore_index=True
     )
-    names = sorted(set(records.runs["projection"]) | set(uniproj.names()))
+    measured = overhead(records.overhead)
+    names = {*records.runs["projection"], *uniproj.names(), *(row["method"] for row in measured)}
     return {
         "cells": _with_differences(cells, scores.differences(records.runs, REFERENCE)),
         "curves": curves(cells, records.curves),
         "failures": failures(records.runs),
         "origins": [{"sweep": name, **_shown(origin)} for name, origin in records.origins.items()],
         "cards": [card(name) for name in uniproj.names()],
-        "looks": {name: look(name) for name in names},
+        "overhead": measured,
+        "looks": {name: look(name) for name in sorted(names)},
         "reference": REFERENCE,
         "space": SPACE,
     }
+
+
+def overhead(table: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """What `analysis.overhead` measured of each method on each base."""
+    if table is None:
+        return []
+    return [{key: plain(row.get(key)) for key in COSTS} for row in table.to_dict("records")]
 
 
 def look(name: str) -> dict[str, str]:

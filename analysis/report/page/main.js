@@ -35,6 +35,7 @@ function passes(row) {
 const leaderboard = sortable(at("leaderboard-table"), LEADERBOARD, [], { column: null, ascending: false }, "No cell passes the filters.");
 const cost = sortable(at("cost-table"), COST, [], { column: 2, ascending: true }, "No cell passes the filters.");
 const failed = sortable(at("failed-table"), FAILED, [], { column: 0, ascending: true }, "No run failed, and every run trained.");
+sortable(at("overhead-table"), OVERHEAD, DATA.overhead, { column: null, ascending: true }, "Not measured: make overhead.");
 
 function redraw() {
   hideTip();

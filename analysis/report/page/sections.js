@@ -55,6 +55,22 @@ const FAILED = [
   text("folder", "folder"),
 ];
 
+const OVERHEAD = [
+  { label: "method", value: (r) => r.method, show: (r) => element("span", {}, mark(r.method), r.method) },
+  text("base", "base"),
+  ...["step", "inference"].map((what) => ({
+    label: `${what} / LoRA`, number: true, value: (r) => r[`${what}_ratio`],
+    show: (r) => fixed(r[`${what}_ratio`], 2) +
+      interval(r[`${what}_ratio_low`], r[`${what}_ratio_high`], (v) => fixed(v, 2)),
+  })),
+  number("n", "step_pairs", whole),
+  number("peak \u2212 LoRA's, B", "peak_bytes_per_coordinate_beyond_lora", (v) => fixed(v, 1)),
+  number("attach, s", "attach_seconds", (v) => digits(v, 2)),
+  number("file", "file_bytes", bytes),
+  number("trained", "trained", whole),
+  number("D", "D", whole),
+];
+
 const AXES = [
   { key: "trained", label: "trained numbers" },
   { key: "adapter_bytes", label: "stored bytes" },
