@@ -123,7 +123,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         place.set_xticks([0, len(table.columns) - 1], ["0", "d"])
         place.set_yticks([0, len(table) - 1], ["first", "last"])
     if names:
-        figure.supxlabel("coordinates of theta_d, in order", fontsize=7)
+        D = int(tables["columns"]["D"].max())
+        figure.supxlabel(f"coordinates of theta_d, in order; D = {D:,}", fontsize=7)
         figure.supylabel("layers, B and A", fontsize=7)
         figure.colorbar(image, ax=axes, shrink=0.5, label="share of a coordinate's squared entries")
     return figure

@@ -104,7 +104,7 @@ def spectrum(
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Singular values of the defaults in their order, and the stable rank of the delta W they produce."""
     curves, rows = tables["values"], tables["spectrum"]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(style.COLUMN, 5.2), height_ratios=[3, 2])
+    figure, (above, below) = plt.subplots(2, 1, figsize=(style.COLUMN, 5.6), height_ratios=[3, 2])
     if not len(curves):
         return figure
     firsts = curves.drop_duplicates("projection")["variant"]
@@ -116,8 +116,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     above.set_yscale("log")
     above.set_xlabel("place in the order, largest first (fraction of d)")
     above.set_ylabel("singular value of P (no unit)")
-    above.set_ylim(top=above.get_ylim()[1] * 30)
-    above.legend(ncols=3, fontsize=5, loc="upper right")
+    figure.legend(*above.get_legend_handles_labels(), ncols=3, fontsize=5, loc="outside upper center")
+    sizes = rows["d"].dropna()
+    above.set_title(f"D = {int(rows['D'].max()):,}, d = {int(sizes.min()):,} to {int(sizes.max()):,}", loc="left")
     known = rows[rows["variant"].isin(firsts)].dropna(subset=["delta_W_stable_rank"])
     below.bar(known["projection"], known["delta_W_stable_rank"], color=[style.colour(n) for n in known["projection"]])
     below.tick_params(axis="x", rotation=90)

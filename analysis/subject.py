@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,16 +16,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import models, tasks
 from experiments.errors import ExperimentError
 from experiments.tasks.rows import text_columns
 from experiments.tasks.sources import HUB
-from uniproj import LoRALayout
+from uniproj import Block, LoRALayout
+from uniproj.tuner import UniProjConfig
 
 ADAPTER = "default"
 HEAD = "modules_to_save"
+TASK = "SEQ_CLS"
 Batch = dict[str, Tensor]
 Head = Mapping[str, Tensor]
 
@@ -57,13 +60,21 @@ def from_options(args: argparse.Namespace) -> Setting:
     return Setting(args.model, args.task, args.data, args.rank, seed=args.seed)
 
 
+def factor_name(block: Block) -> str:
+    """The parameter of PEFT's LoRA that this block of theta_D is."""
+    return f"base_model.model.{block.module}.lora_{block.factor}.{ADAPTER}.weight"
+
+
 class Subject:
     """The base model of a setting with PEFT's LoRA layers, whose factors are views of a given theta_D.
+
+    adapter: a folder with a LoRA adapter of PEFT or one of uniproj, whose theta_D and head are then the start; rank and
+    modules are those of the adapter.
 
     Raises ExperimentError for a task that does not classify text.
     """
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting, adapter: Path | None = None):
         self.setting, self.task = setting, tasks.get(setting.task, setting.data)
         if self.task.family != "text":
             raise ExperimentError(
@@ -71,19 +82,35 @@ class Subject:
                 f"Take one of glue/<name>, vader, or a folder of labelled text."
             )
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(setting.model)
-        base = models.load_classifier(
-            models.Base(setting.model), self._labels, self.tokenizer.pad_token_id, setting.seed
-        )
-        config = LoraConfig(
-            r=setting.rank,
-            lora_alpha=setting.rank,
-            target_modules=models.target_modules(setting.model),
-            task_type="SEQ_CLS",
-        )
-        self.model: PeftModel = get_peft_model(base, config).eval()
+        self.model: PeftModel = (self._fresh() if adapter is None else self._load(adapter)).eval()
         self.layers = {n: m for n, m in self.model.base_model.model.named_modules() if isinstance(m, LoraLayer)}
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
         self.layout = LoRALayout.from_shapes(shapes, {n: layer.r[ADAPTER] for n, layer in self.layers.items()})
+
+    def _base(self) -> PreTrainedModel:
+        padding = self.tokenizer.pad_token_id
+        return models.load_classifier(models.Base(self.setting.model), self._labels, padding, self.setting.seed)
+
+    def _fresh(self) -> PeftModel:
+        targets = models.target_modules(self.setting.model)
+        rank = self.setting.rank
+        return get_peft_model(self._base(), LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type=TASK))
+
+    def _load(self, folder: Path) -> PeftModel:
+        """PEFT's LoRA from a folder; uniproj's theta_D and head are written into LoRA layers of the same shapes."""
+        loaded = PeftModel.from_pretrained(self._base(), str(folder))
+        config = loaded.peft_config[ADAPTER]
+        if not isinstance(config, UniProjConfig):
+            return loaded
+        shared = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+        options = {key: getattr(config, key) for key in shared}
+        model = get_peft_model(self._base(), LoraConfig(**options, task_type=TASK))
+        P = loaded.base_model.projections[ADAPTER]
+        theta_D = P(loaded.base_model.uniproj_theta_d[ADAPTER]).detach()
+        factors = dict(zip(map(factor_name, P.layout.blocks), P.layout.split(theta_D), strict=True))
+        head = {name: p.detach() for name, p in loaded.named_parameters() if HEAD in name}
+        model.load_state_dict({**factors, **head}, strict=False)
+        return model
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -111,11 +138,11 @@ class Subject:
 
     @property
     def head(self) -> dict[str, Tensor]:
-        """The fresh parameters that are trained whole beside the adapter."""
-        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad and HEAD in n}
+        """The parameters that are trained whole beside the adapter."""
+        return {n: p.detach().clone() for n, p in self.model.named_parameters() if HEAD in n}
 
     def _factor_names(self) -> list[str]:
-        return [f"base_model.model.{b.module}.lora_{b.factor}.{ADAPTER}.weight" for b in self.layout.blocks]
+        return [factor_name(block) for block in self.layout.blocks]
 
     def logits(self, theta_D: Tensor, head: Head, batch: Batch) -> Tensor:
         """What the model answers with these factors and this head; differentiable in both."""

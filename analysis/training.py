@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from analysis.command import bar
 from analysis.subject import Head, Subject
 from uniproj import Projection
+from uniproj.algebra import Select
 
 # AdamW of the head, and the fraction of the loss that a run must gain to count as trained.
 HEAD_RATE, LEAST_GAIN = 5e-3, 0.01
@@ -72,6 +73,13 @@ def train(
     trained.head = {name: value.detach().clone() for name, value in head.items()}
     trained.loss_after = _probe(subject, P, theta_d, head)
     return trained
+
+
+def train_lora(subject: Subject, steps: int, lr: float) -> tuple[Tensor, Head]:
+    """(theta_D (D,), head) of LoRA itself, from where the subject stands."""
+    every = Select(subject.layout, torch.arange(subject.layout.D))
+    trained = train(subject, every, steps, lr, start=subject.theta_D)
+    return trained.theta_d, trained.head
 
 
 def _keep(trained: Trained, P: Projection, step: int, theta_d: nn.Parameter) -> None:

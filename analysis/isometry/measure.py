@@ -32,7 +32,8 @@ class Deviation:
     method: "exact" or "probes". max_error: max|P^T P - I|, exact only. rms: ||P^T P - I||_F / sqrt(d), the mean length
     of its columns, with its standard error where it is estimated. gain: trace(P^T P) / d, the mean of
     ||P x||^2 / ||x||^2, likewise. sigma_min, sigma_max: extreme singular values; by Lanczos they lie
-    between the true ones. converged: whether both are within 1 %. coherence: largest |cosine| of two columns, exact only.
+    between the true ones; converged: whether both are within 1 %. coherence: largest |cosine| of two columns, exact
+    only.
     """
 
     method: str
@@ -76,6 +77,13 @@ def exact(P: Projection) -> Deviation:
         max_error=float(E.abs().max()),
         coherence=float(cosines.max()),
     )
+
+
+@torch.no_grad()
+def acts_as_isometry(P: Projection) -> bool:
+    """(P^T P - I) x = 0 for a random x, but for rounding; of probability 0 for any P that is not isometric."""
+    x = vectors("isometry.one", 1, P.d)[0].to(P.device)
+    return bool((P.rmatvec(P.matvec(x)) - x).norm() <= TOLERANCE * x.norm())
 
 
 @torch.no_grad()
