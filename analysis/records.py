@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.results import CONFIG, METRICS, RESULT, digest, is_locked, metrics, read_json, row
+from experiments.results import CONFIG, LOCK, METRICS, RESULT, digest, is_locked, metrics, read_json, row
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
@@ -145,8 +145,14 @@ def _run(place: Path) -> dict[str, Any] | None:
     config = read_json(place / CONFIG)
     if not place.name.endswith(digest(config)):
         return None
-    reason = "still training" if is_locked(place) else "did not finish: start the same command again"
-    return {**config, "folder": short, "failed": reason}
+    return {**config, "folder": short, "failed": _unfinished(place)}
+
+
+def _unfinished(place: Path) -> str:
+    # a folder without a lock was never trained; asking would create one
+    if not (place / LOCK).exists():
+        return "not started"
+    return "still training" if is_locked(place) else "did not finish: start the same command again"
 
 
 def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

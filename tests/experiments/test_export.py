@@ -8,7 +8,7 @@ import pytest
 
 from analysis.records import read, read_sweep
 from experiments import export, sweep, train
-from experiments.results import load
+from experiments.results import load, lock, prepare
 
 
 @pytest.fixture
@@ -59,3 +59,13 @@ def test_an_exported_sweep_holds_what_the_runs_hold(trained: Path, tmp_path: Pat
 def test_a_sweep_that_is_not_there_is_named(runs: Path, tmp_path: Path, capsys) -> None:
     assert export.main(["other", "--runs", str(runs), "--out", str(tmp_path)]) == 2
     assert "finished sweeps: none" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_done_is_told_from_one_that_is(trained: Path, config) -> None:
+    waiting = prepare(trained, config.to_json())
+    found = read(trained).runs.set_index("folder")["failed"]
+    assert found["/".join(waiting.parts[-2:])] == "not started" and found.isna().sum() == 2
+    held = lock(waiting)
+    assert held is not None and "still training" in set(read(trained).runs["failed"])
+    held.close()
+    assert "did not finish: start the same command again" in set(read(trained).runs["failed"])

@@ -52,10 +52,10 @@ def test_published_values_are_those_of_the_file_and_each_has_a_source() -> None:
     assert (
         values["source"].str.len().gt(20).all() and not values.duplicated(["table", "method", "column", "d", "r"]).any()
     )
-    # averages of six published tasks, to the last digit that is printed
+    # averages of six published tasks: both are rounded to one digit
     glue = values[values["table"] == "glue_large"].pivot(index="method", columns="column", values="value")
     means = glue.drop(columns="average").mean(axis=1)
-    assert (means - glue["average"]).abs().max() < 0.051
+    assert (means - glue["average"]).abs().max() < 0.1
 
 
 def test_a_published_value_without_a_source_is_refused(tmp_path: Path) -> None:
@@ -149,21 +149,24 @@ def test_every_projection_is_in_the_table_of_properties(results: Path) -> None:
     assert rows["unilora"][isometric] == "yes: 0" and rows["unilora_unnormalised"][isometric].startswith("no: ")
 
 
-def test_everything_is_drawn_from_the_committed_results_and_twice_the_same(tmp_path: Path) -> None:
-    jobs = list(Book(Results(COMMITTED)).jobs())
-    # the slowest are covered by one pass each
-    quick = [name for name in jobs if name not in ("gram", "properties")]
+def test_everything_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
+    book = Book(Results(COMMITTED))
+    jobs = list(book.jobs())
+    write(book, jobs, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    drawn = [name for name in jobs if "properties" not in name]
+    assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} <= files
+    assert all(f"{Path(name).stem}.tex" in files for name in files if name.endswith(".md") and name != "tables.md")
+    pages = [(tmp_path / name).read_text() for name in files if name.endswith(".md")]
+    assert not any(re.search(r"\b(nan|None)\b", page) for page in pages)
+
+
+@pytest.mark.parametrize("names", [["fastfood", "learning_curves"], pytest.param(None, marks=pytest.mark.slow)])
+def test_the_same_results_give_the_same_bytes(tmp_path: Path, names: list[str] | None) -> None:
     for out in ("one", "two"):
-        write(Book(Results(COMMITTED)), quick, tmp_path / out)
+        book = Book(Results(COMMITTED))
+        write(book, names or list(book.jobs()), tmp_path / out)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert {f"{name}.png" for name in quick if name != "measured_properties"} <= set(files)
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    assert not any(
-        re.search(r"\bnan\b", (tmp_path / "one" / name).read_text()) for name in files if name.endswith(".md")
-    )
-
-
-def test_the_gram_matrices_are_drawn(tmp_path: Path) -> None:
-    write(Book(Results(COMMITTED)), ["gram"], tmp_path)
-    assert (tmp_path / "gram.pdf").stat().st_size > 1000
