@@ -20,8 +20,8 @@ function filled(made, attributes, children) {
 
 const digits = (value, n) => (value === null || value === undefined ? NONE : Number(value.toPrecision(n)).toString());
 const whole = (value) => (value === null || value === undefined ? NONE : Math.round(value).toLocaleString("en-US"));
-const fixed = (value, n) => (value === null || value === undefined ? NONE : value.toFixed(n));
-const points = (value) => fixed(value === null || value === undefined ? null : 100 * value, 1).replace("-", "−");
+const fixed = (value, n) => (value === null || value === undefined ? NONE : value.toFixed(n).replace("-", "−"));
+const points = (value) => fixed(value === null || value === undefined ? null : 100 * value, 1);
 
 function signed(value) {
   if (value === null || value === undefined) return NONE;

@@ -88,7 +88,7 @@ function panels(holder, groups, draw, about, empty) {
 function aside(cells) {
   const rows = cells.find((c) => c.rows !== null);
   if (!rows) return "no test score";
-  const most = rows.majority ? `, majority class ${points(rows.majority)} %` : "";
+  const most = rows.majority ? `, majority class ${points(rows.majority)}\u00a0%` : "";
   return `${rows.model}, ${rows.sweep}; ${whole(rows.rows)} test rows${most}`;
 }
 
