@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import uniproj
 from analysis.reconstruction.adapter import LoRAAdapter, read
@@ -21,13 +21,13 @@ from analysis.reconstruction.table import GAUGE_LIMIT, GAUGE_NOTE
 from experiments import models, plugins
 from experiments.errors import ExperimentError
 from uniproj import AdapterError, Projection, ProjectionError
-from uniproj.tuner import UniProjConfig, UniProjModel
+from uniproj.tuner import UniProjConfig
 
 WEIGHTS = "adapter_model.safetensors"
 # What the two kinds of configuration share; the modules are named one by one.
-SHARED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "base_model_name_or_path")
+SHARED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 # Set after the adapter is attached: on bare layers they would have no meaning.
-OF_THE_MODEL = ("target_modules", "exclude_modules", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
+OF_THE_MODEL = ("base_model_name_or_path", "target_modules", "exclude_modules", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
                 "modules_to_save", "task_type", "lora_dropout")  # fmt: skip
 
 
@@ -46,8 +46,8 @@ def compress(
         target_modules=list(adapter.layout.modules), **shared,
     )  # fmt: skip
     model = get_peft_model(bare, config)
-    tuner: UniProjModel = model.base_model  # type: ignore[assignment]
-    P: Projection = tuner.projections["default"]  # type: ignore[assignment]
+    tuner: Any = model.base_model
+    P: Projection = tuner.projections["default"]
     target = balanced(adapter.layout, adapter.theta_D)
     with torch.no_grad():
         unbalanced = captured(adapter.theta_D, fit(P.rebuild(), adapter.theta_D).theta_D)
@@ -82,7 +82,7 @@ def _bare(adapter: LoRAAdapter, base: nn.Module | None, projection: str) -> nn.M
     for name, (out, in_) in adapter.layout.shapes().items():
         layer = nn.Linear(in_, out, bias=False)
         if wanted and base is not None:
-            W = base.get_submodule(name).weight.detach()
+            W: Tensor = base.get_submodule(name).weight.detach()  # type: ignore[operator, assignment]
             layer.weight.data.copy_(W.T if adapter.config.fan_in_fan_out else W)
         *parents, last = name.split(".")
         place = root

@@ -16,7 +16,7 @@ ROW = 0.14
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Panels one above the other, at the width of one column."""
+    """Panels one above the other: names are long, so at the width of the page."""
     verdicts = tables["verdicts"]
     measured = verdicts[verdicts["verdict"] != "not measured"]
     pairs, path = tables.get("distortion", pd.DataFrame()), tables.get("training", pd.DataFrame())
@@ -29,7 +29,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         panels.append((_learned, path, 10))
     heights = [0.8 + ROW * rows for _, _, rows in panels]
     figure, axes = plt.subplots(
-        max(1, len(panels)), 1, figsize=(style.COLUMN, sum(heights) or 1.0), squeeze=False,
+        max(1, len(panels)), 1, figsize=(0.75 * style.PAGE, sum(heights) or 1.0), squeeze=False,
         height_ratios=heights or [1.0],
     )  # fmt: skip
     for (panel, rows, _), place in zip(panels, axes[:, 0], strict=False):
@@ -67,11 +67,11 @@ def _lengths(axes: Axes, rows: pd.DataFrame) -> None:
         label = f"{kind}, n = {int(mine['n'].max())}" if len(mine) else kind
         axes.scatter(mine["mean"], y, marker=marker, s=9, c=colours, label=label)
     axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
-    axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names, fontsize=5)
     axes.invert_yaxis()
     axes.set_xlabel("||P(x - y)|| / ||x - y||: mean, least and largest")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.0 + 1.2 / max(4, len(names))), ncols=3)
+    axes.set_title(f"D = {_range(rows['D'].dropna())}, d = {_range(rows['d'].dropna())}", loc="left")
+    axes.legend(loc="upper right")
 
 
 def _learned(axes: Axes, rows: pd.DataFrame) -> None:
