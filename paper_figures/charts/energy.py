@@ -35,6 +35,6 @@ def draw(energy: pd.DataFrame | None) -> Figure:
         panel.set_yscale("log")
         panel.set_ylim(LEAST * 0.8, 1.4)
         panel.set_xlabel("d / D (dashed: a random subspace;\nn = 1 adapter, no interval)")
-    axes[0].set_ylabel(f"captured energy, fraction (D = {int(energy['D'].iloc[0]):,})")
+    axes[0].set_ylabel(f"captured energy\n(fraction, D = {int(energy['D'].iloc[0]):,})")
     legend(figure, set(energy["projection"]))
     return figure

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ import uniproj
 from experiments.errors import ExperimentError
 from paper_figures import comparison, published
 from paper_figures.__main__ import Book, main, write
-from paper_figures.charts import sizes
+from paper_figures.charts import energy, sizes
 from paper_figures.paper import COMPARISONS, METHODS
 from paper_figures.sources import Results
 from paper_figures.table import Table
@@ -170,3 +171,20 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path, names: list[str] |
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
+    rows = [
+        {"projection": name, "random": d / 36864, "factor": d / 36864, "delta_W": d / 40000, "fisher": None, "D": 36864}
+        for name in ("unilora", "fastfood")
+        for d in (64, 512, 4096)
+    ]
+    figure = energy.draw(pd.DataFrame(rows).astype({"fisher": float}))
+    factor, _, fisher = figure.axes
+    own = [line for line in factor.lines if len(line.get_xdata()) == 3]
+    assert len(own) == 2 and list(own[0].get_ydata()) == pytest.approx([64 / 36864, 512 / 36864, 4096 / 36864])
+    assert [text.get_text() for text in fisher.texts] == ["not run"]
+    plt.close(figure)
+    nothing = energy.draw(None)
+    assert nothing.axes[0].texts[0].get_text() == "captured energy: not run"
+    plt.close(nothing)
