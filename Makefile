@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare sweep overhead test lint .venv
+.PHONY: compare sweep overhead figures test lint .venv
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -12,6 +12,9 @@ sweep: .venv
 
 overhead: .venv
 	@$(PY) -m analysis.overhead $(ARGS)
+
+figures: .venv
+	@$(PY) -m paper_figures $(ARGS)
 
 test: .venv
 	$(PY) -m pytest $(or $(ARGS),--cov)

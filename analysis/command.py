@@ -1,0 +1,112 @@
+"""What all commands `python -m analysis.<name>` share: options, a progress bar, files, and sentences for errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import uniproj
+from analysis import style
+from experiments import plugins
+from experiments.errors import ExperimentError
+from experiments.provenance import provenance
+from experiments.results import write_json, write_text
+from uniproj.errors import AdapterError, ProjectionError
+
+Tables = Mapping[str, pd.DataFrame]
+T = TypeVar("T")
+INTERRUPTED = 130
+DIGITS = 15
+# Rows of a table that is printed.
+MOST_PRINTED = 120
+
+
+def parser(name: str, summary: str) -> argparse.ArgumentParser:
+    """A parser with the options that every command has."""
+    options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)
+    options.add_argument("--projections", nargs="+", metavar="NAME", help="names of `python -m uniproj list` (all)")
+    options.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help="Python files with your projections")
+    options.add_argument("--out", type=Path, default=Path("results") / name, help="folder of tables and picture")
+    options.add_argument("--json", action="store_true", help="print JSON in place of the tables")
+    return options
+
+
+def add_space(options: argparse.ArgumentParser, d: int) -> None:
+    """The options of a space theta_D that needs no weights."""
+    options.add_argument("--layout", default="minilm", help="what is adapted: `analysis.spaces.LAYOUTS` (minilm)")
+    options.add_argument("--rank", type=int, default=4)
+    options.add_argument("--d", type=int, default=d, help="length of theta_d where a method leaves it free")
+    options.add_argument("--seed", type=int, default=0, help="of P")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The names asked for, by default the whole registry. Raises ProjectionError for an unknown one."""
+    plugins.load(args.plugins)
+    return [uniproj.get(name).name for name in args.projections] if args.projections else uniproj.names()
+
+
+def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The items with a progress bar on the terminal, and nothing where standard error is none."""
+    return tqdm(items, desc=what, total=total, disable=None, leave=False)
+
+
+def run(
+    name: str,
+    options: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Tables],
+    draw: Callable[[Tables], Figure],
+    argv: list[str] | None = None,
+) -> int:
+    """Measure, write every table as CSV, all of them as JSON, and the picture; exit status 0, 2 bad input, 130."""
+    args = options.parse_args(argv)
+    try:
+        tables = measure(args)
+        write(name, args, tables, draw)
+    except (ExperimentError, ProjectionError, AdapterError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
+    """The files of one command, and what it prints."""
+    out: Path = args.out
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    everything = {
+        "settings": {key: value for key, value in settings.items() if key not in ("json", "out")},
+        "provenance": provenance("cpu"),
+        **{key: records(table) for key, table in tables.items()},
+    }
+    for key, table in tables.items():
+        write_text(out / f"{name}-{key}.csv", table.to_csv(index=False))
+    write_json(out / f"{name}.json", everything)
+    with style.use():
+        style.save(draw(tables), out / name)
+    print(json.dumps(everything, indent=2) if args.json else as_text(tables))
+    if not args.json:
+        print(f"Tables, JSON and picture: {out}")
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON has them: NaN is null."""
+    return json.loads(table.to_json(orient="records", double_precision=DIGITS))
+
+
+def as_text(tables: Tables) -> str:
+    """The tables for a terminal, four significant digits; curves and maps are left to the files."""
+    with pd.option_context("display.width", 200, "display.max_columns", None, "display.max_colwidth", 60):
+        shown = (
+            f"{key}\n{table.to_string(index=False, float_format='{:.4g}'.format)}" for key, table in tables.items()
+        )
+        return "\n\n".join(shown) + "\n"

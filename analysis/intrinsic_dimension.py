@@ -1,0 +1,191 @@
+"""How few trained numbers do as well as LoRA: `python -m analysis.intrinsic_dimension RUNS`.
+
+d90: the smallest count of trained numbers that reaches 90 % of LoRA's gain (Li et al. 2018, arXiv 1804.08838, with
+LoRA in place of full training), from the records of a sweep over d.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import command, style
+from experiments import results
+from experiments.errors import ExperimentError
+
+FRACTION = 0.9
+RESAMPLES, LEVEL = 2000, 0.95
+GROUP = ["task", "model"]
+# What all runs of one task and model must share, or their scores are of different things.
+SHARED = ("metric", "data", "train_size", "test_size", "epochs", "max_length", "dtype", "label_noise", "base_dtype")
+SEEDS = ["projection_seed", "init_seed", "data_seed", "train_seed"]
+
+
+def usable(records: pd.DataFrame) -> pd.DataFrame:
+    """The runs that were scored on the test split and trained.
+
+    Raises ExperimentError for none, for a score or a baseline that is missing, and for settings that are mixed.
+    """
+    missing = {"score_on", "score", "trained", "D", "did_not_train", *GROUP, *SEEDS, *SHARED} - set(records.columns)
+    if missing:
+        raise ExperimentError(
+            f"intrinsic_dimension: runs must hold {sorted(missing)}, got none. Pass a folder of runs."
+        )
+    rows = records[(records["score_on"] == "test") & records["did_not_train"].isna()]
+    if rows.empty:
+        raise ExperimentError(
+            f"intrinsic_dimension: at least one run must be scored on the test split and have trained, got none of "
+            f"{len(records)}. Let the sweep finish."
+        )
+    for key in ("score", "majority"):
+        if key not in rows or rows[key].isna().any():
+            bad = rows if key not in rows else rows[rows[key].isna()]
+            raise ExperimentError(
+                f"intrinsic_dimension: every run must have a finite {key}, got none in {bad['folder'].iloc[0]}. "
+                "Move that run away, or run it again."
+            )
+    for where, group in rows.groupby(GROUP):
+        for key in SHARED:
+            if len(values := group[key].map(str).unique()) > 1:
+                raise ExperimentError(
+                    f"intrinsic_dimension: the runs of {', '.join(where)} must share {key}, got {', '.join(values)}. "
+                    "Pass the folder of one sweep."
+                )
+    return rows
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sd of the score over seeds, by task, model, projection and count of trained numbers; n runs each."""
+    by = [*GROUP, "projection", "trained"]
+    table = rows.groupby(by)["score"].agg(score="mean", sd="std", n="size").reset_index()
+    return table.merge(rows.groupby(by)["D"].max().reset_index(), on=by)
+
+
+def reference(rows: pd.DataFrame) -> pd.DataFrame:
+    """LoRA's runs at its best size: those that train every entry of theta_D. Raises ExperimentError for none."""
+    whole = rows[rows["trained"] == rows["D"]]
+    if whole.empty:
+        raise ExperimentError(
+            f"intrinsic_dimension: LoRA itself must be among the runs of {rows['task'].iloc[0]}, got "
+            f"{sorted(rows['projection'].unique())}. Add it to the sweep."
+        )
+    return whole[whole["trained"] == whole.groupby("trained")["score"].mean().idxmax()]
+
+
+def crossing(sizes: np.ndarray, scores: np.ndarray, threshold: float) -> float:
+    """The size at which a curve over log(size) first reaches a threshold, linear between points; inf if it never does.
+
+    A curve that starts above it has its smallest size.
+    """
+    above = np.flatnonzero(scores >= threshold)
+    if not len(above):
+        return float("inf")
+    k = above[0]
+    if k == 0:
+        return float(sizes[0])
+    part = (threshold - scores[k - 1]) / (scores[k] - scores[k - 1])
+    return float(np.exp(np.log(sizes[k - 1]) + part * (np.log(sizes[k]) - np.log(sizes[k - 1]))))
+
+
+def d90(records: pd.DataFrame, fraction: float = FRACTION) -> pd.DataFrame:
+    """A row per task, model and projection.
+
+    d90, with a 95 % interval by bootstrap over seeds (all sizes and the reference drawn anew each time; None where
+    the draws do not reach it), `reached`: the share of draws that do. lora, baseline (always the most frequent
+    label), threshold: scores. smallest: whether already the smallest size of the sweep reaches it: d90 is then an upper
+    bound.
+    """
+    found = []
+    for where, group in usable(records).groupby(GROUP):
+        base, whole = float(group["majority"].mean()), reference(group)
+        for name, rows in group.groupby("projection"):
+            drawn = [_drawn(rows, whole, base, fraction, np.random.default_rng(i)) for i in range(RESAMPLES)]
+            low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="closest_observation")
+            threshold = base + fraction * (whole["score"].mean() - base)
+            means = rows.groupby("trained")["score"].mean().sort_index()
+            value = crossing(means.index.to_numpy(float), means.to_numpy(float), threshold)
+            numbers = {"d90": value, "low": low, "high": high}
+            found.append({
+                **dict(zip(GROUP, where, strict=True)),
+                "projection": name,
+                **{key: number if np.isfinite(number) else None for key, number in numbers.items()},
+                "reached": float(np.isfinite(drawn).mean()),
+                "smallest": bool(value == means.index[0]),
+                "lora": float(whole["score"].mean()),
+                "baseline": base,
+                "threshold": threshold,
+                "sizes": len(means),
+                "seeds": int(rows.groupby("trained").size().min()),
+            })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, base: float, fraction: float, rng: np.random.Generator) -> float:
+    """d90 of one draw with replacement of the runs at every size, and of those of LoRA."""
+    scores = [values[rng.integers(len(values), size=len(values))].mean() for values in _by_size(rows)]
+    best = whole["score"].to_numpy(float)
+    threshold = base + fraction * (best[rng.integers(len(best), size=len(best))].mean() - base)
+    return crossing(np.sort(rows["trained"].unique()).astype(float), np.array(scores), threshold)
+
+
+def _by_size(rows: pd.DataFrame) -> list[np.ndarray]:
+    return [part["score"].to_numpy(float) for _, part in rows.sort_values("trained").groupby("trained")]
+
+
+def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Score against trained numbers, one panel per task and model, with the threshold."""
+    points, found = tables["curves"], tables["d90"]
+    wheres = list(found.groupby(GROUP).groups)
+    figure, axes = plt.subplots(len(wheres), 1, figsize=(style.COLUMN, 2.9 * len(wheres)), squeeze=False)
+    for where, place in zip(wheres, axes[:, 0], strict=True):
+        mine = points[(points[GROUP] == list(where)).all(axis=1)]
+        facts = found[(found[GROUP] == list(where)).all(axis=1)]
+        for name, curve in mine.groupby("projection"):
+            place.errorbar(
+                curve["trained"], curve["score"], yerr=curve["sd"].fillna(0.0), color=style.colour(name),
+                marker=style.marker(name), capsize=2, label=name,
+            )  # fmt: skip
+        place.axhline(facts["threshold"].iloc[0], color="#555555", linestyle="--", linewidth=0.8, label="90 % of gain")
+        place.axhline(facts["baseline"].iloc[0], color="#555555", linestyle=":", linewidth=0.8, label="majority")
+        place.set_xscale("log")
+        place.set_xlabel("trained numbers without the head")
+        place.set_ylabel("test score (fraction), mean and sd")
+        place.set_title(
+            f"{where[0]}, {where[1]}; n = {int(mine['n'].min())} to {int(mine['n'].max())} runs", loc="left"
+        )
+        place.legend(ncols=2)
+    return figure
+
+
+def parse() -> argparse.ArgumentParser:
+    """The command line."""
+    options = command.parser("intrinsic_dimension", (__doc__ or "").split(":")[0] + ".")
+    options.add_argument("runs", type=Path, help="a folder of runs, as a sweep leaves it")
+    return options
+
+
+def measure(args: argparse.Namespace) -> command.Tables:
+    """The tables of a folder of runs; `--projections` leaves out others, never LoRA itself."""
+    records = results.load(args.runs)
+    if args.projections:
+        whole = records["trained"] == records["D"]
+        records = records[records["projection"].isin(command.chosen(args)) | whole]
+    tables: dict[str, Any] = {"d90": d90(records), "curves": curves(usable(records))}
+    return tables
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return command.run("intrinsic_dimension", parse(), measure, draw, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""`python -m analysis.isometry`: is P an isometry, at any size, on real directions, and while it is learned?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from analysis import command, subject
+from analysis.isometry.distortion import measured
+from analysis.isometry.figure import draw
+from analysis.isometry.verdict import verdicts
+from analysis.spaces import defaults, variants
+
+
+def parse() -> argparse.ArgumentParser:
+    """The command line."""
+    options = command.parser("isometry", (__doc__ or "").split(": ")[1])
+    options.add_argument("--layout", default="eight-64", help="of the verdicts: a name in analysis.spaces or a model")
+    options.add_argument("--d", type=int, default=1024, help="length of theta_d where a method leaves it free")
+    options.add_argument("--steps", type=int, default=30, help="of training for real pairs; 0 for the verdicts alone")
+    options.add_argument("--lr", type=float, default=1e-2, help="of theta_d, AdamW")
+    subject.add_options(options)
+    return options
+
+
+def measure(args: argparse.Namespace) -> command.Tables:
+    """Verdicts on every choice of hyperparameters; trainings with the defaults."""
+    names = command.chosen(args)
+    chosen = variants(names)
+    tables = {"verdicts": verdicts(chosen, args.layout, args.rank, args.d, args.seed, args.plugins)}
+    if args.steps > 0:
+        trained = subject.Subject(subject.from_options(args))
+        tables["distortion"], tables["training"] = measured(trained, defaults(names), args.d, args.steps, args.lr)
+    return tables
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return command.run("isometry", parse(), measure, draw, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

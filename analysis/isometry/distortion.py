@@ -1,0 +1,91 @@
+"""How lengths of differences survive P: ||P (x - y)|| / ||x - y|| for random vectors and for those of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.command import bar
+from analysis.isometry.measure import deviation
+from analysis.spaces import Entry, entries, vectors
+from analysis.subject import Subject
+from analysis.training import Trained, train
+from uniproj import Projection
+
+RANDOM_PAIRS = 64
+SNAPSHOTS = 6
+
+
+@torch.no_grad()
+def distortion(P: Projection, x: Tensor, y: Tensor) -> Tensor:
+    """||P (x_i - y_i)|| / ||x_i - y_i||, (n,) float64; x and y are (n, d). Pairs that coincide are left out."""
+    difference = (x - y).double()
+    length = difference.norm(dim=1)
+    kept = length > 0
+    return P.matvec(difference[kept].to(P.device)).norm(dim=1).cpu() / length[kept]
+
+
+def random_pairs(P: Projection) -> tuple[Tensor, Tensor]:
+    """64 pairs of normal vectors."""
+    return vectors("isometry.x", RANDOM_PAIRS, P.d), vectors("isometry.y", RANDOM_PAIRS, P.d)
+
+
+def all_pairs(points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Every pair of these vectors."""
+    first, second = zip(*combinations(points, 2), strict=True)
+    return torch.stack(first), torch.stack(second)
+
+
+def measured(
+    subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train the subject behind each projection, and measure: (distortions, P along the training).
+
+    distortions: a row per projection and kind of pairs: "random", "adapters" (theta_d at two steps), "gradients" (of
+    the loss by theta_d, likewise); mean, sd, least and largest ratio, and how many pairs.
+    Along the training: a row per projection and step with what `measure.Deviation` says of P as it then was.
+    """
+    pairs, path = [], []
+    for entry in bar(entries(chosen, subject.layout, d, subject.setting.seed, subject.base_weights), "training"):
+        if entry.P is None:
+            pairs.append(entry.row())
+            continue
+        trained = train(subject, entry.P, steps, lr, SNAPSHOTS)
+        pairs += _ratios(entry, entry.P, trained)
+        path += _along(entry, entry.P, trained)
+    return pd.DataFrame(pairs), pd.DataFrame(path)
+
+
+def _ratios(entry: Entry, P: Projection, trained: Trained) -> list[dict[str, Any]]:
+    kinds = {
+        "random": random_pairs(P),
+        "adapters": all_pairs(trained.thetas),
+        "gradients": all_pairs(trained.gradients),
+    }
+    found = []
+    for kind, (x, y) in kinds.items():
+        ratio = distortion(P, x, y)
+        spread = {"mean": ratio.mean(), "sd": ratio.std(), "least": ratio.min(), "largest": ratio.max()}
+        numbers = {key: float(value) for key, value in spread.items()}
+        found.append({**entry.row(), "pairs": kind, "n": len(ratio), **numbers, "did_train": trained.did_train})
+    return found
+
+
+@torch.no_grad()
+def _along(entry: Entry, P: Projection, trained: Trained) -> list[dict[str, Any]]:
+    """A fixed P is the same at every step: it is measured once, at the start and the end."""
+    steps = range(len(trained.steps)) if any(trained.learned) else (0, len(trained.steps) - 1)
+    found, seen = [], None
+    for i in steps:
+        for name, parameter in P.named_parameters():
+            parameter.copy_(trained.learned[i][name])
+        if seen is None or any(trained.learned):
+            seen = deviation(P)
+        kept = {key: getattr(seen, key) for key in ("max_error", "rms", "gain", "sigma_min", "sigma_max")}
+        found.append({**entry.row(), "step": trained.steps[i], "learned": any(map(bool, trained.learned)), **kept})
+    return found

@@ -1,0 +1,64 @@
+"""One verdict in a process of its own: a P that takes too long or too much memory costs no other's verdict.
+
+`python -m analysis.isometry.isolated JSON` prints the row as JSON on its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from analysis.spaces import Entry, build, layout
+from experiments import plugins
+
+# Seconds of processor time for one projection: two minutes on two cores, however busy the machine is.
+LIMIT = 240
+
+
+def run(
+    name: str, variant: Mapping[str, Any], space: str, rank: int, d: int, seed: int, own: Sequence[str]
+) -> dict[str, Any]:
+    """The row of `verdict.row` with `seconds`, `cpu_seconds` and `peak_bytes`, or with a note why there is none."""
+    asked = json.dumps([name, dict(variant), space, rank, d, seed, [str(path) for path in own]])
+    refused = Entry(name, variant, None).row() | {"verdict": "not measured"}
+    done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGXCPU:
+        return {**refused, "note": f"not done after {LIMIT} s of processor time: a product with this P takes too long"}
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return {**refused, "note": f"failed: {last}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(argv: list[str]) -> None:
+    """Measure in this process, on every core."""
+    from analysis.isometry import verdict
+
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
+    started = time.perf_counter()
+    name, variant, space, rank, d, seed, own = json.loads(argv[0])
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    plugins.load(own)
+    row = verdict.row(build(name, variant, layout(space, rank), d, seed))
+    row |= {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time(),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    # JSON has no NaN
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    print(json.dumps(finite))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

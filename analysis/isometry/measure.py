@@ -1,0 +1,167 @@
+"""How far P^T P is from I: all of it where d allows, else extreme singular values and random probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.stats import t as student
+
+from analysis.columns import gram
+from analysis.spaces import vectors
+from uniproj import Projection
+from uniproj.claims import TOLERANCE
+
+# P^T P is held whole up to this d: 128 MiB in float64, 10 s for its eigenvalues on one core.
+MOST_EXACT = 4096
+PROBES = 8
+# Rebuilt P that an expectation is taken over, up to MOST_EXACT and beyond, where they scatter less.
+SEEDS, SEEDS_BEYOND = 12, 6
+# The chance to take a P that is isometric in expectation for one that is not.
+LEVEL = 1e-3
+# Lanczos: relative accuracy of an extreme eigenvalue, vectors kept, restarts.
+ACCURACY, KEPT, RESTARTS = 1e-2, 12, 3
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """P^T P - I, measured.
+
+    method: "exact" or "probes". max_error: max|P^T P - I|, exact only. rms: ||P^T P - I||_F / sqrt(d), the mean length
+    of its columns, with its standard error where it is estimated. gain: trace(P^T P) / d, the mean of
+    ||P x||^2 / ||x||^2, likewise. sigma_min, sigma_max: extreme singular values; by Lanczos they lie
+    between the true ones; converged: whether both are within 1 %. coherence: largest |cosine| of two columns, exact
+    only.
+    """
+
+    method: str
+    rms: float
+    rms_error: float
+    gain: float
+    gain_error: float
+    sigma_min: float
+    sigma_max: float
+    converged: bool
+    max_error: float = float("nan")
+    coherence: float = float("nan")
+
+    @property
+    def is_isometric(self) -> bool:
+        """P^T P = I but for rounding: every entry exactly, or (P^T P - I) x = 0 for random x, of probability 0 else."""
+        return (self.rms if np.isnan(self.max_error) else self.max_error) <= TOLERANCE
+
+
+def deviation(P: Projection) -> Deviation:
+    """Exact up to d = 4096, by probes beyond."""
+    return exact(P) if P.d <= MOST_EXACT else probed(P)
+
+
+def exact(P: Projection) -> Deviation:
+    """Every entry of P^T P - I, from blocks of columns of P (or its sparse form): O(D d^2) time, O(d^2) memory."""
+    G = gram(P)
+    E = G - torch.eye(P.d, dtype=torch.float64)
+    lengths = G.diagonal().clamp_min(0.0).sqrt()
+    cosines = (E - torch.diag(E.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
+    sigma = torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt()
+    return Deviation(
+        method="exact",
+        rms=float(E.norm() / P.d**0.5),
+        rms_error=0.0,
+        gain=float(G.diagonal().mean()),
+        gain_error=0.0,
+        sigma_min=float(sigma[0]),
+        sigma_max=float(sigma[-1]),
+        converged=True,
+        max_error=float(E.abs().max()),
+        coherence=float(cosines.max()),
+    )
+
+
+@torch.no_grad()
+def acts_as_isometry(P: Projection) -> bool:
+    """(P^T P - I) x = 0 for a random x, but for rounding; of probability 0 for any P that is not isometric."""
+    x = vectors("isometry.one", 1, P.d)[0].to(P.device)
+    return bool((P.rmatvec(P.matvec(x)) - x).norm() <= TOLERANCE * x.norm())
+
+
+@torch.no_grad()
+def probed(P: Projection, probes: int = PROBES) -> Deviation:
+    """From products with P and P^T alone, O(d + D) memory.
+
+    E ||(P^T P - I) x||^2 = ||P^T P - I||_F^2 and E ||P x||^2 = trace(P^T P) for x uniform on the sphere of radius
+    sqrt(d) (Hutchinson's estimate; on the sphere a multiple of an isometry has no error). Needs d >= 2.
+    """
+    squares, gains = np.empty(probes), np.empty(probes)
+    for i in range(probes):
+        x = vectors(f"isometry.{i}", 1, P.d)[0].to(P.device)
+        x *= P.d**0.5 / x.norm()
+        Px = P.matvec(x)
+        squares[i] = float((P.rmatvec(Px) - x).square().sum()) / P.d
+        gains[i] = float(Px.square().sum()) / P.d
+    rms = squares.mean() ** 0.5
+    spread = squares.std(ddof=1) / probes**0.5
+    low, high, converged = extremes(P)
+    return Deviation(
+        method="probes",
+        rms=rms,
+        rms_error=float(spread / (2 * rms)) if rms > 0 else 0.0,
+        gain=float(gains.mean()),
+        gain_error=float(gains.std(ddof=1) / probes**0.5),
+        sigma_min=low,
+        sigma_max=high,
+        converged=converged,
+    )
+
+
+def extremes(P: Projection) -> tuple[float, float, bool]:
+    """(sigma_min, sigma_max, whether both are within 1 %) by Lanczos on P^T P, restarted at most 3 times. Needs d >= 3.
+
+    What a run that did not converge has seen are ||P x|| / ||x||, which lie inside the spectrum.
+    """
+    A, seen, converged = P.to_scipy(), [], True
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        Px = A.matvec(x.ravel())
+        seen.append(float(Px @ Px) / max(float(x.ravel() @ x.ravel()), 1e-300))
+        return A.rmatvec(Px)
+
+    G = LinearOperator((P.d, P.d), matvec=apply, dtype=np.float64)  # type: ignore[call-arg]
+    start = vectors("isometry.start", 1, P.d)[0].numpy()
+    try:
+        kept = min(KEPT, P.d)
+        found = eigsh(G, k=2, which="BE", v0=start, tol=ACCURACY, ncv=kept, maxiter=RESTARTS, return_eigenvectors=False)
+    except ArpackNoConvergence as error:
+        found, converged = error.eigenvalues, False
+    # with all of P^T P alike ARPACK may name only what it saw
+    values = np.clip([*found, *seen], 0.0, None)
+    return float(values.min() ** 0.5), float(values.max() ** 0.5), converged
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Whether E P^T P = I over seeds: mean of ||P v||^2 for fixed unit v, the one that is furthest from 1."""
+
+    holds: bool
+    gain: float
+    statistic: float
+    limit: float
+
+
+@torch.no_grad()
+def expectation(P: Projection) -> Expectation:
+    """Student's test of E ||P v||^2 = 1 over rebuilt P, for v = 1 / sqrt(d) and a random direction.
+
+    A quadratic form that is 1 on the sphere is I; a random direction shows any other with probability 1, given
+    enough seeds. Family-wise level 0.1 %.
+    """
+    seeds = SEEDS if P.d <= MOST_EXACT else SEEDS_BEYOND
+    v = torch.cat([torch.ones(1, P.d, dtype=torch.float64), vectors("isometry.directions", 1, P.d)])
+    v = (v / v.norm(dim=1, keepdim=True)).to(P.device)
+    gains = torch.stack([P.rebuild(seed=seed).to(P.device).matvec(v).square().sum(1).cpu() for seed in range(seeds)])
+    error = gains.std(0) / seeds**0.5 + TOLERANCE
+    statistic = (gains.mean(0) - 1.0).abs() / error
+    worst = int(statistic.argmax())
+    limit = float(student.ppf(1.0 - LEVEL / (2 * len(v)), seeds - 1))
+    return Expectation(bool(statistic[worst] <= limit), float(gains.mean(0)[worst]), float(statistic[worst]), limit)

@@ -1,0 +1,44 @@
+"""`python -m analysis.reconstruction`: how much of a trained LoRA can a theta_d of each projection say?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from analysis import command, subject
+from analysis.reconstruction.figure import draw
+from analysis.reconstruction.table import reconstruct
+from analysis.spaces import defaults
+from analysis.training import train_lora
+
+
+def parse() -> argparse.ArgumentParser:
+    """The command line."""
+    options = command.parser("reconstruction", (__doc__ or "").split(": ")[1])
+    options.add_argument("--adapter", type=Path, help="a folder with a LoRA adapter (default: train one)")
+    options.add_argument("--steps", type=int, default=100, help="of training, without --adapter")
+    options.add_argument("--lr", type=float, default=1e-2, help="of theta_D, AdamW")
+    options.add_argument("--d", type=int, nargs="+", default=[64, 512, 4096], help="lengths of theta_d where free")
+    subject.add_options(options)
+    return options
+
+
+def measure(args: argparse.Namespace) -> command.Tables:
+    """Train or load a LoRA, and reconstruct it."""
+    names = command.chosen(args)
+    trained = subject.Subject(subject.from_options(args), args.adapter)
+    if args.adapter is None:
+        theta_D, head = train_lora(trained, args.steps, args.lr)
+    else:
+        theta_D, head = trained.theta_D, trained.head
+    return {"energy": reconstruct(trained, theta_D, head, defaults(names), args.d)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return command.run("reconstruction", parse(), measure, draw, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The theta_d whose P theta_d + c comes nearest to a given theta_D."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, lsmr
+from torch import Tensor, nn
+
+from analysis.columns import csr
+from analysis.isometry.measure import acts_as_isometry
+from uniproj import LoRALayout, Projection
+
+# LSMR stops at this relative residual; a learned P takes this many steps of Adam at this rate.
+ACCURACY, MOST_ITERATIONS = 1e-10, 1000
+STEPS, RATE = 300, 3e-2
+CLOSED_FORM, LEAST_SQUARES, DESCENT = "closed form", "LSMR", "gradient descent"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """theta_d (d,) float64 that minimises ||W (theta_D - P theta_d - c)||, the theta_D (D,) it gives, and how."""
+
+    theta_d: Tensor
+    theta_D: Tensor
+    method: str
+
+
+def fit(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> Fit:
+    """The nearest point of P's image to theta_D (D,), with weights (D,) >= 0 on squared differences.
+
+    theta_d = P^T (theta_D - c) where P is isometric and unweighted; LSMR for any other fixed P; a learned P is moved
+    by gradient descent together with theta_d, and theta_d then solved by LSMR for the P it arrived at.
+    """
+    target = theta_D.double()
+    method = CLOSED_FORM
+    if P.learned and any(True for _ in P.parameters()):
+        _descend(P, target, weights)
+        method = DESCENT
+    c = P.offset
+    with torch.no_grad():
+        rest = target if c is None else target - c.double()
+        if method == CLOSED_FORM and weights is None and acts_as_isometry(P):
+            theta_d = P.rmatvec(rest)
+        else:
+            theta_d = _solve(P, rest, weights)
+            method = method if method == DESCENT else LEAST_SQUARES
+        return Fit(theta_d, P(theta_d), method)
+
+
+def _solve(P: Projection, rest: Tensor, weights: Tensor | None) -> Tensor:
+    """LSMR on W^(1/2) P, its columns brought to length 1 where P is sparse: then orthogonal columns take one step."""
+    A = P.to_scipy()
+    w = np.ones(P.D) if weights is None else weights.double().sqrt().numpy()
+    scale = np.ones(P.d)
+    if P.sparse:
+        M = csr(P)
+        lengths = np.sqrt(M.multiply(M).T @ w**2)
+        scale[lengths > 0] = 1.0 / lengths[lengths > 0]
+    weighted = LinearOperator(  # type: ignore[call-arg]
+        P.shape,
+        matvec=lambda x: w * A.matvec(scale * x.ravel()),
+        rmatvec=lambda y: scale * A.rmatvec(w * y.ravel()),
+        dtype=np.float64,
+    )
+    found = lsmr(weighted, w * rest.numpy(), atol=ACCURACY, btol=ACCURACY, conlim=0.0, maxiter=MOST_ITERATIONS)
+    return torch.from_numpy(scale * found[0])
+
+
+def _descend(P: Projection, target: Tensor, weights: Tensor | None) -> None:
+    """Move P's own Parameters (and a theta_d that is thrown away) by Adam, to relative units of the target."""
+    size = target.square().mean().sqrt()
+    theta_d = nn.Parameter(P.init_theta(0).float())
+    w = 1.0 if weights is None else (weights / weights.mean().clamp_min(1e-300)).float()
+    wanted = target.float()
+    groups: list[dict[str, Any]] = [{"params": [theta_d], "lr": RATE * float(size)}, {"params": list(P.parameters())}]
+    optimizer = torch.optim.Adam(groups, RATE)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = (w * ((P(theta_d) - wanted) / float(size)).square()).mean()
+        loss.backward()
+        optimizer.step()
+
+
+def balanced(layout: LoRALayout, theta_D: Tensor) -> Tensor:
+    """The same updates with ||A|| = ||B|| in every module: (A c, B / c), c^2 = ||B|| / ||A||.
+
+    delta W = B A does not know c, but the distance to P's image does. A module with a zero factor stays as it is.
+    """
+    parts = layout.split(theta_D.double())
+    pieces = []
+    for B, A in zip(parts[0::2], parts[1::2], strict=True):
+        b, a = B.norm(), A.norm()
+        c = (b / a).sqrt() if b > 0 and a > 0 else torch.ones((), dtype=torch.float64)
+        pieces += [(B / c).flatten(), (A * c).flatten()]
+    return torch.cat(pieces)
+
+
+def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> float:
+    """1 - ||target - reached||^2 / ||target||^2, weighted; 1 is all, below 0 is worse than nothing.
+
+    For linear isometric P and its best theta_d this is ||P^T target||^2 / ||target||^2.
+    """
+    w = torch.ones_like(target) if weights is None else weights
+    return 1.0 - float((w * (target - reached) ** 2).sum() / (w * target**2).sum())
+
+
+def captured_delta_W(layout: LoRALayout, scales: dict[str, float], target: Tensor, reached: Tensor) -> float:
+    """The same of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>."""
+    wanted, found = layout.split(target.double()), layout.split(reached.double())
+    lost = whole = 0.0
+    for k, module in enumerate(b.module for b, _ in layout.pairs()):
+        (B, A), (C, E) = wanted[2 * k : 2 * k + 2], found[2 * k : 2 * k + 2]
+        ww, wf, ff = (float(((X.T @ Y) * (U @ V.T)).sum()) for X, U, Y, V in ((B, A, B, A), (B, A, C, E), (C, E, C, E)))
+        lost += scales[module] ** 2 * (ww - 2 * wf + ff)
+        whole += scales[module] ** 2 * ww
+    return 1.0 - lost / whole

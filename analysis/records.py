@@ -1,0 +1,203 @@
+"""Records of training, wherever they lie: run folders as they were trained, or a sweep's committed files.
+
+One row per run, with `sweep`, `failed` (the reason, or NaN) and `folder` (<task>/<projection>-<hash>).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.errors import ExperimentError
+from experiments.results import CONFIG, LOCK, METRICS, RESULT, digest, is_locked, metrics, read_json, row
+
+RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
+OVERHEAD = Path("overhead") / "overhead-model.csv"
+SINGLE = "single runs"
+SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
+# columns that every table and picture needs
+NEEDED = ("task", "model", "projection", "score", "metric", "failed", "did_not_train", "folder", *SEEDS)
+
+
+@dataclass(frozen=True)
+class Records:
+    """runs: one row each. curves: folder, step, loss. origins: provenance of each sweep, by its name.
+
+    overhead: the table of models of `analysis.overhead`, where it lies beside the sweeps.
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    origins: dict[str, dict[str, Any]]
+    overhead: pd.DataFrame | None = None
+
+
+def read(folder: Path) -> Records:
+    """All records below a folder: those of `python -m experiments.sweep` or `compare`, or of `experiments.export`.
+
+    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials.
+    Raises ExperimentError for a folder without records, a missing run, a score that is no number, or runs of one
+    task that differ in metric or test rows.
+    """
+    if not folder.is_dir():
+        raise ExperimentError(f"records: {folder} must be a folder, got none. Train something first: `make compare`.")
+    exported = sorted(path.parent for path in folder.rglob(RECORDS) if (path.parent / CURVES).exists())
+    found = [read_sweep(path) for path in exported] or _single(folder)
+    if not found:
+        raise ExperimentError(
+            f"records: {folder} must hold runs scored on a test split, or exported sweeps, got neither. "
+            "Train something first: `make compare`."
+        )
+    together = Records(
+        pd.concat([part.runs for part in found], ignore_index=True),
+        pd.concat([part.curves for part in found], ignore_index=True),
+        {name: origin for part in found for name, origin in part.origins.items()},
+        pd.read_csv(overhead) if (overhead := folder / OVERHEAD).exists() else None,
+    )
+    check(together.runs, str(folder))
+    return together
+
+
+def read_sweep(folder: Path) -> Records:
+    """One sweep as `experiments.export` writes it. Raises ExperimentError as `read` does."""
+    for name in (RECORDS, CURVES, PROVENANCE):
+        if not (folder / name).exists():
+            raise ExperimentError(
+                f"records: {folder / name} must exist, got none. Write it again with `python -m experiments.export`."
+            )
+    runs = pd.read_csv(folder / RECORDS)
+    if missing := sorted(set(NEEDED) - set(runs)):
+        raise ExperimentError(f"records: {folder / RECORDS} must have the columns {missing}. Export the sweep again.")
+    curves, origin = pd.read_csv(folder / CURVES), read_json(folder / PROVENANCE)
+    if len(runs) != origin["runs"]:
+        raise ExperimentError(
+            f"records: {folder / RECORDS} must hold the {origin['runs']} runs that its provenance counts, got "
+            f"{len(runs)}. Export the sweep again."
+        )
+    if lost := sorted(set(runs.loc[runs["failed"].isna(), "folder"]) - set(curves["folder"])):
+        raise ExperimentError(
+            f"records: {folder / CURVES} must hold the curve of every run, got none of {lost[0]}"
+            f"{_more(lost)}. Export the sweep again."
+        )
+    if (folder / CHOICE).exists():
+        origin |= trials(read_json(folder / CHOICE))
+    check(runs, str(folder))
+    return Records(runs.assign(sweep=folder.name), curves, {folder.name: origin})
+
+
+def trials(choice: dict[str, Any]) -> dict[str, Any]:
+    """How many runs chose the rates of a sweep, their seconds, and when the choice was locked."""
+    tried = [trial for each in choice["choices"] for trial in each["trials"]]
+    seconds = sum(trial["seconds"] for trial in tried)
+    return {"trials": len(tried), "trial_seconds": seconds, "locked": choice["locked"], "rule": choice["rule"]}
+
+
+def _single(folder: Path) -> list[Records]:
+    """Run folders: finished ones, and those that stopped before their end."""
+    places = sorted(path.parent for path in folder.rglob(CONFIG) if path.parent.name != "adapter")
+    rows, curves = [], []
+    for place in places:
+        values = _run(place)
+        if values is None or values.get("score_on") == "validation":
+            continue
+        rows.append(values)
+        logged = metrics(place) if (place / METRICS).exists() else []
+        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in logged]
+    if not rows:
+        return []
+    sweeps = _sweeps(folder)
+    runs = pd.DataFrame(rows)
+    runs = runs.assign(
+        sweep=runs["folder"].map(lambda run: sweeps.get(run, SINGLE)),
+        **{key: None for key in NEEDED if key not in runs},
+    )
+    origins = {
+        name: _origin([r for r in rows if sweeps.get(r["folder"], SINGLE) == name]) for name in set(runs["sweep"])
+    }
+    for name, origin in origins.items():
+        if (folder / "sweeps" / name / CHOICE).exists():
+            origin |= trials(read_json(folder / "sweeps" / name / CHOICE))
+    return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), dict(sorted(origins.items())))]
+
+
+def _sweeps(folder: Path) -> dict[str, str]:
+    """The sweep of each run that the tables of a finished sweep name; of two, the first by name."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
+        for run in pd.read_csv(path, usecols=["folder"])["folder"]:
+            found.setdefault("/".join(Path(run).parts[-2:]), path.parent.name)
+    return found
+
+
+def _run(place: Path) -> dict[str, Any] | None:
+    """A run as a row; None for a folder that holds another program's config.json."""
+    short = "/".join(place.parts[-2:])
+    if (place / RESULT).exists():
+        values = row(place)
+        cost = values.pop("cost", None) or {}
+        return {**values, **{f"cost_{key}": value for key, value in cost.items()}, "folder": short, "failed": None}
+    config = read_json(place / CONFIG)
+    if not place.name.endswith(digest(config)):
+        return None
+    return {**config, "folder": short, "failed": _unfinished(place)}
+
+
+def _unfinished(place: Path) -> str:
+    # a folder without a lock was never trained; asking would create one
+    if not (place / LOCK).exists():
+        return "not started"
+    return "still training" if is_locked(place) else "did not finish: start the same command again"
+
+
+def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    origins = [row["provenance"] for row in rows if isinstance(row.get("provenance"), dict)]
+    dates = sorted(origin["finished"] for origin in origins)
+    return {
+        "runs": len(rows),
+        "failed": sum(row["failed"] is not None for row in rows),
+        "hardware": distinct(origin["hardware"] for origin in origins),
+        "versions": distinct(origin["versions"] for origin in origins),
+        "commits": sorted({str(origin["commit"]) for origin in origins}),
+        "first": dates[0] if dates else None,
+        "last": dates[-1] if dates else None,
+        "adapters": {row["folder"]: row["adapter_sha256"] for row in rows if "adapter_sha256" in row},
+    }
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order of their first appearance."""
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
+
+
+def check(runs: pd.DataFrame, where: str) -> None:
+    """Raises ExperimentError for a score that is no number, and for runs that are not comparable.
+
+    A run that is marked as failed or as one that did not train may lack a score: it is never ranked.
+    """
+    usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
+    bad = [r.folder for r in usable.itertuples() if not math.isfinite(_number(r.score))]
+    if bad:
+        raise ExperimentError(
+            f"records: the score of every run in {where} must be a finite number, got none in {bad[0]}{_more(bad)}. "
+            "Look into its log; delete the folder and train it again."
+        )
+    for task, group in usable.groupby("task", sort=True):
+        if len(names := sorted(group["metric"].unique())) > 1:
+            raise ExperimentError(
+                f"records: all runs of {task} in {where} must have one metric, got {', '.join(names)}: these are "
+                "different tasks. Keep them in different folders."
+            )
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _more(found: Sequence[str]) -> str:
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""

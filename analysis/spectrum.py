@@ -1,0 +1,149 @@
+"""Singular values of P, and of the A, B and delta W that it produces: `python -m analysis.spectrum`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from analysis import command, style
+from analysis.columns import gram, loads
+from analysis.spaces import entries, layout, variants, vectors
+from uniproj import LoRALayout, Projection
+
+DRAWS = 4
+# Points of a curve that are kept: evenly spread over the order of the values.
+POINTS = 129
+
+
+def stable_rank(values: Tensor) -> float:
+    """||M||_F^2 / ||M||_2^2 from the singular values of M; 0 for M = 0."""
+    top = float(values.max() ** 2) if values.numel() else 0.0
+    return float((values**2).sum()) / top if top > 0 else 0.0
+
+
+def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
+    """(singular values of P, largest first, (d,) float64; what they say).
+
+    rank: values beyond 1e-7 of the largest (rounding of P^T P, from which they come); kappa: largest over least;
+    column_coherence: largest |cosine| of two columns; row_coherence: D max_i ||row i||^2 / ||P||_F^2, 1 where all rows
+    are equally long and D where one row has everything.
+    """
+    G = gram(P)
+    values = torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt().flip(0)
+    lengths = G.diagonal().clamp_min(0.0).sqrt()
+    cosines = (G - torch.diag(G.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
+    row_energy = loads(P).row_energy
+    largest, least = float(values[0]), float(values[-1])
+    return values, {
+        "sigma_max": largest,
+        "sigma_min": least,
+        "kappa": largest / least if least > 1e-7 * largest else float("inf"),
+        "rank": int((values > 1e-7 * largest).sum()),
+        "stable_rank": stable_rank(values),
+        "column_coherence": float(cosines.max()),
+        "row_coherence": float(P.D * row_energy.max() / row_energy.sum()),
+    }
+
+
+@torch.no_grad()
+def factors(P: Projection, theta_d: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(B, A) of every module at theta_d (d,)."""
+    parts = dict(zip(((b.module, b.factor) for b in P.layout.blocks), P.layout.split(P(theta_d)), strict=True))
+    for module in P.layout.modules:
+        yield parts[module, "B"], parts[module, "A"]
+
+
+def of_factors(P: Projection) -> dict[str, float]:
+    """Means over the modules and 4 random theta_d ~ N(0, I / D), around the method's start where c is not 0.
+
+    For A, B and delta W: stable rank; sigma_k / sigma_1, the least of its r singular values over the largest; and the
+    mean largest singular value of delta W.
+    """
+    sums: dict[str, list[float]] = {}
+    start = P.init_theta(0).double() if P.offset is not None else torch.zeros(P.d, dtype=torch.float64)
+    for noise in vectors("spectrum.theta", DRAWS, P.d) / P.D**0.5:
+        for B, A in factors(P, (start + noise).to(P.device)):
+            r = A.shape[0]
+            # delta W's singular values from r x r: those of R_B R_A^T with B = Q_B R_B, A^T = Q_A R_A
+            small = torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T
+            for name, matrix in (("A", A), ("B", B), ("delta_W", small)):
+                values = torch.linalg.svdvals(matrix)[:r]
+                sums.setdefault(f"{name}_stable_rank", []).append(stable_rank(values))
+                sums.setdefault(f"{name}_flatness", []).append(float(values[-1] / values[0].clamp_min(1e-300)))
+            sums.setdefault("delta_W_sigma", []).append(float(values[0]))
+    return {key: float(np.mean(found)) for key, found in sums.items()}
+
+
+def spectrum(
+    chosen: Sequence[tuple[str, Mapping[str, Any]]], space: LoRALayout, d: int, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(a row per projection and choice of hyperparameters, its singular values at up to 129 places of their order)."""
+    rows, curves = [], []
+    for entry in command.bar(entries(chosen, space, d, seed), "spectrum", len(chosen)):
+        if entry.P is None:
+            rows.append(entry.row())
+            continue
+        values, facts = of_projection(entry.P)
+        paired = {} if space.is_flat else of_factors(entry.P)
+        rows.append({**entry.row(), **facts, **paired})
+        places = np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))
+        curve = {"place": places / max(1, len(values) - 1), "sigma": values[torch.from_numpy(places)].numpy()}
+        curves.append(pd.DataFrame({"projection": entry.name, "variant": entry.label, **curve}))
+    return pd.DataFrame(rows), pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
+
+
+def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Singular values of the defaults in their order, and the stable rank of the delta W they produce."""
+    curves, rows = tables["values"], tables["spectrum"]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(style.COLUMN, 5.6), height_ratios=[3, 2])
+    if not len(curves):
+        return figure
+    firsts = curves.drop_duplicates("projection")["variant"]
+    for variant in firsts:
+        mine = curves[curves["variant"] == variant]
+        name = mine["projection"].iloc[0]
+        shown = mine["sigma"].clip(lower=1e-3)
+        above.plot(mine["place"], shown, color=style.colour(name), marker=style.marker(name), markevery=32, label=name)
+    above.set_yscale("log")
+    above.set_xlabel("place in the order, largest first (fraction of d)")
+    above.set_ylabel("singular value of P (no unit)")
+    figure.legend(*above.get_legend_handles_labels(), ncols=3, fontsize=5, loc="outside upper center")
+    sizes = rows["d"].dropna()
+    above.set_title(f"D = {int(rows['D'].max()):,}, d = {int(sizes.min()):,} to {int(sizes.max()):,}", loc="left")
+    known = rows[rows["variant"].isin(firsts)].dropna(subset=["delta_W_stable_rank"])
+    below.bar(known["projection"], known["delta_W_stable_rank"], color=[style.colour(n) for n in known["projection"]])
+    below.tick_params(axis="x", rotation=90)
+    below.set_ylabel("stable rank of delta W\n(mean over modules and 4 draws)")
+    return figure
+
+
+def parse() -> argparse.ArgumentParser:
+    """The command line."""
+    options = command.parser("spectrum", (__doc__ or "").split(":")[0] + ".")
+    command.add_space(options, d=1024)
+    return options
+
+
+def measure(args: argparse.Namespace) -> command.Tables:
+    """The tables of one space."""
+    space = layout(args.layout, args.rank)
+    facts, values = spectrum(variants(command.chosen(args)), space, args.d, args.seed)
+    return {"spectrum": facts, "values": values}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return command.run("spectrum", parse(), measure, draw, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

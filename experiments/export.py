@@ -1,0 +1,132 @@
+"""A sweep's records in a few small files to commit: `python -m experiments.export SWEEP`.
+
+SWEEP is the name of a sweep whose tables lie in RUNS/sweeps/SWEEP. Folders of single runs, adapters and predictions
+stay where they are; their checksums come along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.errors import ExperimentError
+from experiments.protocol import LOCK
+from experiments.results import RUNS, disk_errors, metrics, read_json, write_json, write_text
+
+RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
+    "records.csv",
+    "summary.csv",
+    "paired.csv",
+    "curves.csv",
+    "provenance.json",
+)
+OUT = Path("results/sweeps")
+# of a logged loss: its noise is far above the rest
+DIGITS = 5
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sweep", help="name of a sweep, such as glue_budget")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=OUT, help="a folder of the sweep's name is written into this one")
+    return parser.parse_args(argv)
+
+
+def export(name: str, runs: Path, out: Path) -> Path:
+    """Write records, summary, paired differences, choice, learning curves and provenance; returns their folder.
+
+    Raises ExperimentError where the sweep has no tables yet or a run of its records is gone.
+    """
+    tables = runs / "sweeps" / name
+    if not (tables / RECORDS).exists():
+        at_hand = ", ".join(sorted(path.parent.name for path in runs.glob(f"sweeps/*/{RECORDS}"))) or "none"
+        raise ExperimentError(
+            f"export: {tables / RECORDS} must exist, got none; finished sweeps: {at_hand}. "
+            "Run `python -m experiments.sweep` to its end first."
+        )
+    records = pd.read_csv(tables / RECORDS)
+    results = {folder: _result(runs, folder) for folder in records.loc[records["failed"].isna(), "folder"]}
+    folder = out / name
+    write_text(folder / RECORDS, compact(records).to_csv(index=False))
+    write_text(folder / CURVES, curves(runs, results).to_csv(index=False))
+    write_json(folder / PROVENANCE, provenance(records, results))
+    for table in (SUMMARY, PAIRED, LOCK):
+        if (tables / table).exists():
+            with disk_errors(folder / table):
+                shutil.copyfile(tables / table, folder / table)
+    return folder
+
+
+def short(folder: str) -> str:
+    """<task>/<projection>-<hash>: where a run lies below the folder of the runs."""
+    return "/".join(Path(folder).parts[-2:])
+
+
+def compact(records: pd.DataFrame) -> pd.DataFrame:
+    """Records without what provenance.json says once, and without paths of the machine they come from."""
+    cost = pd.DataFrame([{} if pd.isna(c) else json.loads(c) for c in records.get("cost", [])], index=records.index)
+    kept = records.drop(columns=[key for key in ("provenance", "cost") if key in records])
+    data = records["data"].map(lambda data: Path(data).name if Path(data).is_absolute() else data)
+    return kept.assign(folder=records["folder"].map(short), data=data).join(cost.add_prefix("cost_"))
+
+
+def curves(runs: Path, folders: Iterable[str]) -> pd.DataFrame:
+    """Every logged training loss: run (see `short`), step, loss (NaN where it was not finite)."""
+    lines = [
+        {"folder": short(folder), "step": line["step"], "loss": _rounded(line["loss"])}
+        for folder in dict.fromkeys(folders)
+        for line in metrics(runs / short(folder))
+    ]
+    return pd.DataFrame(lines, columns=["folder", "step", "loss"])
+
+
+def _rounded(loss: float | None) -> float | None:
+    return None if loss is None else float(f"{loss:.{DIGITS}g}")
+
+
+def provenance(records: pd.DataFrame, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Hardware, versions, commits, dates, and the SHA-256 of each adapter by run."""
+    origins = [result["provenance"] for result in results.values()]
+    finished = sorted(origin["finished"] for origin in origins)
+    return {
+        "runs": len(records),
+        "failed": int(records["failed"].notna().sum()),
+        "hardware": _distinct(origin["hardware"] for origin in origins),
+        "versions": _distinct(origin["versions"] for origin in origins),
+        "commits": sorted({str(origin["commit"]) for origin in origins}),
+        "first": finished[0] if finished else None,
+        "last": finished[-1] if finished else None,
+        "adapters": {short(folder): result["adapter_sha256"] for folder, result in sorted(results.items())},
+    }
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
+
+
+def _result(runs: Path, folder: str) -> dict[str, Any]:
+    return read_json(runs / short(folder) / "result.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 done, 2 bad input."""
+    args = parse(argv)
+    try:
+        print(f"Records to commit: {export(args.sweep, args.runs, args.out)}")
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

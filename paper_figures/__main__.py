@@ -1,0 +1,163 @@
+"""Every table and figure from the committed results: `python -m paper_figures`, or `make figures`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import uniproj
+from analysis import style
+from analysis.report import cards
+from experiments.errors import ExperimentError
+from experiments.results import write_text
+from paper_figures import comparison, published, tables
+from paper_figures.charts import cost, curves, differences, energy, fastfood, gram, scores, sizes
+from paper_figures.comparison import Comparison
+from paper_figures.paper import COMPARISONS
+from paper_figures.sources import Results, Sweep
+from paper_figures.table import Table
+
+OUT = Path(__file__).with_name("out")
+Product = Table | Figure
+
+
+class Book:
+    """The tables and figures, each made from what is at hand when it is asked for."""
+
+    def __init__(self, results: Results):
+        self.results = results
+        self.published = published.read()
+
+    @cached_property
+    def cards(self) -> list[dict]:
+        return [{**cards.describe(name), "verdicts": cards.verdicts(cards.instance(name)).to_dict("records")}
+                for name in uniproj.names()]  # fmt: skip
+
+    @cached_property
+    def model(self) -> pd.DataFrame | None:
+        return self.results.table(
+            "overhead/overhead-model.csv", "base", "method", "step_ratio", "step_pairs", "peak_bytes"
+        )
+
+    @cached_property
+    def budget(self) -> Sweep | None:
+        return self.results.sweep("glue_budget")
+
+    @cached_property
+    def sweeps(self) -> list[Sweep]:
+        return self.results.sweeps()
+
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        return pd.DataFrame() if self.budget is None else self.budget.differences(differences.REFERENCE)
+
+    def compared(self, spec: Comparison) -> tuple[Table, Figure]:
+        rows = comparison.rows(spec, self.published, self.results)
+        return comparison.table(spec, rows, self.published), scores.draw(spec, rows)
+
+    def properties(self) -> Sequence[Product]:
+        return [tables.properties(self.cards, cards.SPACE)]
+
+    def measured(self) -> Sequence[Product]:
+        verdicts = self.results.table("isometry/isometry-verdicts.csv", "variant", "verdict", "sigma_min", "coherence")
+        columns = self.results.table(
+            "sharing/sharing-columns.csv", "variant", "modules_per_column", "n_min", "row_mean"
+        )
+        return [tables.measured(verdicts, columns)]
+
+    def energy(self) -> Sequence[Product]:
+        found = self.results.table(
+            "reconstruction/reconstruction-energy.csv", "projection", "random", *energy.METRICS, "D"
+        )
+        return [energy.draw(found)]
+
+    def ablations(self) -> Sequence[Product]:
+        found = tables.ablations(self.budget, self.gaps, differences.ABLATIONS, differences.REFERENCE)
+        return found, differences.draw(self.budget, self.gaps)
+
+    def fastfood(self) -> Sequence[Product]:
+        return tables.fastfood(self.budget, self.model, fastfood.METHODS), fastfood.draw(self.budget, self.model)
+
+    def against_d(self) -> Sequence[Product]:
+        sweep = self.results.sweep("score_against_d")
+        found = tables.scan("score_against_d", "Score against d", "d", self.published, sweep)
+        return found, sizes.against_d(self.published, sweep)
+
+    def against_r(self) -> Sequence[Product]:
+        sweep = self.results.sweep("score_against_r")
+        found = tables.scan("score_against_r", "Score against the rank", "r", self.published, sweep)
+        return found, sizes.against_r(self.published, sweep)
+
+    def training_cost(self) -> Sequence[Product]:
+        return tables.training_cost(self.published, self.model), cost.training(self.published, self.model)
+
+    def stored_bytes(self) -> Sequence[Product]:
+        return [sizes.stored(self.sweeps)]
+
+    def gram(self) -> Sequence[Product]:
+        return [gram.draw({name: cards.gram(cards.instance(name)) for name in uniproj.names()}, cards.SPACE)]
+
+    def floor(self) -> Sequence[Product]:
+        return [
+            cost.floor(self.results.table("overhead/overhead-kernel.csv", "case", "method", "both_per_copy", "rounds"))
+        ]
+
+    def learning_curves(self) -> Sequence[Product]:
+        return [curves.draw(self.sweeps)]
+
+    def jobs(self) -> dict[str, Callable[[], Sequence[Product]]]:
+        """What can be asked for, by the name of its files."""
+        compared = {spec.name: partial(self.compared, spec) for spec in COMPARISONS}
+        return {
+            "properties": self.properties, "measured_properties": self.measured, **compared,
+            "fastfood": self.fastfood, "ablations": self.ablations, "score_against_d": self.against_d,
+            "score_against_r": self.against_r, "training_cost": self.training_cost,
+            "score_against_bytes": self.stored_bytes, "gram": self.gram, "bandwidth_floor": self.floor,
+            "captured_energy": self.energy, "learning_curves": self.learning_curves,
+        }  # fmt: skip
+
+
+def write(book: Book, names: Sequence[str], out: Path) -> None:
+    """The files of these tables and figures, and tables.md with every table and published claim."""
+    pages = []
+    for name in names:
+        with style.use():
+            products = book.jobs()[name]()
+        for product in products:
+            if isinstance(product, Table):
+                product.write(out)
+                pages.append(product.markdown())
+            else:
+                style.save(product, out / name)
+    said = "## What is reported of the paper without numbers\n\n" + "".join(f"- {c}\n" for c in published.claims())
+    write_text(out / "tables.md", "\n".join(["# Tables\n", *pages, said]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="python -m paper_figures", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of committed results")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="tables and figures by name")
+    args = parser.parse_args(argv)
+    try:
+        book = Book(Results(args.results))
+        names = args.only or list(book.jobs())
+        if unknown := sorted(set(names) - set(book.jobs())):
+            raise ExperimentError(f"figures: {unknown} must be names of {', '.join(book.jobs())}.")
+        write(book, names, args.out)
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Tables and figures: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Fastfood beside Uni-LoRA: score, time of a training step, memory."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper_figures.charts.parts import legend, panels, point, say
+from paper_figures.comparison import score
+from paper_figures.sources import NOT_RUN, Sweep, one_cell
+
+METHODS = ("unilora", "fastfood", "fastfood_sign")
+
+
+def draw(sweep: Sweep | None, model: pd.DataFrame | None) -> Figure:
+    """Three panels: score per task, step time over LoRA's, peak memory beyond LoRA's per coordinate."""
+    figure, axes = panels(3, 3, 2.2)
+    _scores(axes[0], sweep)
+    if model is None:
+        say(axes[1], f"time: {NOT_RUN}")
+        say(axes[2], f"memory: {NOT_RUN}")
+    else:
+        _cost(axes[1], model, "step_ratio", True)
+        axes[1].axhline(1, color="#555555", linewidth=0.8, linestyle="--")
+        axes[1].set_ylabel("step time / LoRA's\n(median, 95 % interval)")
+        axes[1].set_title(f"time, n = {int(model['step_pairs'].min())} pairs")
+        _cost(axes[2], model, "peak_bytes_per_coordinate_beyond_lora", False)
+        axes[2].axhline(0, color="#555555", linewidth=0.8, linestyle="--")
+        axes[2].set_ylabel("peak memory - LoRA's,\nbytes per coordinate")
+        axes[2].set_title("memory, n = 1 run")
+    legend(figure, METHODS)
+    return figure
+
+
+def _scores(axes: Axes, sweep: Sweep | None) -> None:
+    if sweep is None:
+        say(axes, f"score: {NOT_RUN}")
+        return
+    tasks = list(dict.fromkeys(sweep.cells["task"]))
+    count = 1
+    for place, task in enumerate(tasks):
+        for line, name in enumerate(METHODS):
+            cells = sweep.cells[(sweep.cells["task"] == task) & (sweep.cells["projection"] == name)]
+            found = score(one_cell(cells, f"{name} on {task}"))
+            if found.value is not None:
+                count = max(count, int(cells["n"].iloc[0]))
+                point(axes, place + 0.2 * (line - 1), found.value, name, found.low, found.high, upright=True)
+            else:
+                axes.annotate(
+                    found.text, (place + 0.2 * (line - 1), 0.02), xycoords=("data", "axes fraction"), rotation=90,
+                    fontsize=5, color="#777777", ha="center", va="bottom",
+                )  # fmt: skip
+    axes.set_xticks(range(len(tasks)), [task.rsplit("/", 1)[-1] for task in tasks])
+    axes.set_xlim(-0.5, len(tasks) - 0.5)
+    axes.set_ylabel("score x 100\n(mean, 95 % interval)")
+    axes.set_title(f"score, {sweep.cells['model'].iloc[0]}, n = {count} seeds")
+
+
+def _cost(axes: Axes, model: pd.DataFrame, key: str, interval: bool) -> None:
+    bases = list(dict.fromkeys(model["base"]))
+    for place, base in enumerate(bases):
+        for line, name in enumerate(METHODS):
+            own = model[(model["base"] == base) & (model["method"] == name)]
+            if len(own) and pd.notna(own[key].iloc[0]):
+                low, high = (own[f"{key}_{end}"].iloc[0] if interval else None for end in ("low", "high"))
+                point(axes, place + 0.2 * (line - 1), own[key].iloc[0], name, low, high, upright=True)
+    axes.set_xticks(range(len(bases)), bases)
+    axes.set_xlim(-0.5, len(bases) - 0.5)

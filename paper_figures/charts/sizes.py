@@ -1,0 +1,119 @@
+"""Score against what is trained or stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from analysis import scores, style
+from paper_figures.charts.parts import PUBLISHED, legend, missing, panels, point, say
+from paper_figures.sources import NOT_RUN, Sweep, one_task
+
+# on a logarithmic axis, in decades: points nearer than this are set side by side
+APART = 0.035
+
+
+def stored(sweeps: Sequence[Sweep]) -> Figure:
+    """Score against the bytes of the adapter's file, one panel per sweep and task."""
+    shown = [(sweep, task, part) for sweep in sweeps for task, part in sweep.cells.groupby("task", sort=False)]
+    if not shown:
+        return missing(f"score against stored bytes: {NOT_RUN}")
+    figure, axes = panels(len(shown), 3, 2.1)
+    for (sweep, _, part), panel in zip(shown, axes, strict=True):
+        against(panel, part, "adapter_bytes", "stored bytes")
+        panel.set_title(f"{sweep.name}: {one_task(part, sweep.name)}")
+    legend(figure, {name for _, _, part in shown for name in part["projection"]})
+    return figure
+
+
+def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
+    """Complete cells of one task against a size; a method's points are joined."""
+    one_task(cells, label)
+    usable = cells[(cells["status"] == scores.COMPLETE) & cells[key].notna()].sort_values(key)
+    if usable.empty:
+        say(axes, "no complete cell")
+        return
+    places = _beside(usable[key])
+    for name, own in usable.assign(x=places).groupby("projection", sort=True):
+        for cell in own.itertuples():
+            point(axes, cell.x, 100 * cell.score, name, 100 * cell.score_low, 100 * cell.score_high, upright=True)
+        if len(own) > 1:
+            axes.plot(own["x"], 100 * own["score"], color=style.colour(name), linewidth=0.8, alpha=0.6)
+    logarithmic(axes)
+    counts = sorted(set(usable["n"]))
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    metric = usable["metric"].iloc[0]
+    axes.set_ylabel(f"{metric}, %" if metric == "accuracy" else f"{metric} x 100")
+    axes.set_xlabel(f"{label}, equal ones side by side\n(n = {seeds} seeds, 95 % interval)")
+
+
+def _beside(sizes: pd.Series) -> list[float]:
+    """Places of sorted sizes: equal ones side by side around their own, so that no interval hides another."""
+    groups: list[list[float]] = []
+    for size in sizes:
+        if groups and size < groups[-1][0] * 10**APART:
+            groups[-1].append(size)
+        else:
+            groups.append([size])
+    return [
+        group[0] * 10 ** (APART * (place - (len(group) - 1) / 2)) for group in groups for place in range(len(group))
+    ]
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with few ticks, written as 3k and 10M."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 3.0) if high / low > 8 else (1, 2, 5))
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def against_d(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
+    """The published scan of d beside ours."""
+    figure, axes = panels(2, 2, 2.3)
+    values = published[published["table"] == "score_against_d"]
+    axes[0].plot(values["d"], values["value"], color=PUBLISHED, marker="o", markerfacecolor="white")
+    logarithmic(axes[0])
+    axes[0].set_title("published: Llama-3.1-8B, Uni-LoRA")
+    axes[0].set_xlabel("d (n = 1 seed, no interval published)")
+    axes[0].set_ylabel("GSM8K accuracy, %")
+    if sweep is None:
+        say(axes[1], f"ours: {NOT_RUN}")
+        return figure
+    against(axes[1], sweep.cells, "trained", "trained numbers")
+    axes[1].set_title(f"ours: {sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
+    legend(figure, set(sweep.cells["projection"]))
+    return figure
+
+
+def against_r(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
+    """The published scores at two ranks beside ours."""
+    figure, axes = panels(2, 2, 2.1)
+    values = published[published["table"] == "score_against_r"]
+    axes[0].plot(values["r"], values["value"], color=PUBLISHED, marker="o", markerfacecolor="white", linestyle="none")
+    axes[0].set_xticks(values["r"])
+    axes[0].set_ylim(0, 1.15 * values["value"].max())
+    axes[0].set_title(f"published: Llama-3.2-3B, Uni-LoRA, d = {int(values['d'].iloc[0]):,}")
+    axes[0].set_xlabel("rank r (n = 1 seed, no interval published)")
+    axes[0].set_ylabel("GSM8K accuracy, %")
+    if sweep is None:
+        say(axes[1], f"ours: {NOT_RUN}")
+        return figure
+    against(axes[1], sweep.cells, "r", "rank r")
+    axes[1].set_title(f"ours: {sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
+    legend(figure, set(sweep.cells["projection"]))
+    return figure

@@ -1,0 +1,38 @@
+"""The numbers that others published, each with its source: published.yaml."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from experiments.errors import ExperimentError
+
+FILE = Path(__file__).with_name("published.yaml")
+NEEDED = ("table", "method", "projection", "column", "value", "unit", "source")
+OPTIONAL = ("trained", "d", "r")
+
+
+def read(file: Path = FILE) -> pd.DataFrame:
+    """One row per value; `source` is the text of the source. Raises ExperimentError for a value that lacks one."""
+    content = yaml.safe_load(file.read_text())
+    sources = content["sources"]
+    rows = []
+    for number, value in enumerate(content["values"], start=1):
+        where = f"published: value {number} of {file}"
+        if wrong := sorted((set(NEEDED) - set(value)) | (set(value) - {*NEEDED, *OPTIONAL})):
+            raise ExperimentError(f"{where} must have the keys {', '.join(NEEDED)}, got others: {wrong}. Repair it.")
+        if value["source"] not in sources:
+            raise ExperimentError(f"{where} must name one of the sources {sorted(sources)}, got {value['source']!r}.")
+        if not isinstance(value["value"], int | float) or not math.isfinite(value["value"]):
+            raise ExperimentError(f"{where} must be a finite number, got {value['value']!r}. Leave unknown cells out.")
+        rows.append({**dict.fromkeys(OPTIONAL), **value, "cited": value["source"], "source": sources[value["source"]]})
+    return pd.DataFrame(rows)
+
+
+def claims(file: Path = FILE) -> list[str]:
+    """What is reported of the paper without numbers."""
+    content = yaml.safe_load(file.read_text())
+    return [f"{claim['text']} ({content['sources'][claim['source']]})" for claim in content["claims"]]

@@ -1,0 +1,95 @@
+"""What has been run: committed sweeps and analysis tables, or the knowledge that one is not there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import scores
+from analysis.records import Records, read_sweep
+from experiments.errors import ExperimentError
+
+NOT_RUN, NOT_AVAILABLE = "not run", "not available"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep."""
+
+    name: str
+    records: Records
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        return self._checked(scores.cells(self.records.runs))
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        return scores.mean_curves(self.cells, self.records.curves)
+
+    def part(self, group: str) -> pd.DataFrame:
+        """The cells with the score of one part of the test."""
+        return self._checked(scores.cells(scores.of_group(self.records.runs, group)))
+
+    def differences(self, reference: str) -> pd.DataFrame:
+        return scores.differences(self.records.runs, reference)
+
+    def _checked(self, cells: pd.DataFrame) -> pd.DataFrame:
+        if (short := cells[scores.missing(cells)]).empty:
+            return cells
+        first = short.iloc[0]
+        raise ExperimentError(
+            f"figures: every cell of the sweep {self.name} must have {cells['runs'].max()} runs, got {first['runs']} "
+            f"of {first['projection']} on {first['task']}. Run the sweep to its end and export it again."
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """The folder of committed results."""
+
+    folder: Path
+
+    def sweep(self, name: str) -> Sweep | None:
+        """The sweep of this name, or None if it was not run."""
+        place = self.folder / "sweeps" / name
+        return Sweep(name, read_sweep(place)) if place.is_dir() else None
+
+    def sweeps(self) -> list[Sweep]:
+        """Every sweep at hand, by name."""
+        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir())
+        return [Sweep(place.name, read_sweep(place)) for place in places]
+
+    def table(self, path: str, *columns: str) -> pd.DataFrame | None:
+        """An analysis table, or None if it was not made. Raises ExperimentError where it lacks one of these columns."""
+        file = self.folder / path
+        if not file.exists():
+            return None
+        try:
+            found = pd.read_csv(file)
+        except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+            raise ExperimentError(f"figures: {file} must be a table, got {error}. Make it again.") from error
+        if lost := sorted(set(columns) - set(found)):
+            raise ExperimentError(f"figures: {file} must have the columns {lost}, got others. Make it again.")
+        return found
+
+
+def one_task(cells: pd.DataFrame, what: str) -> str:
+    """The task that all these cells have. Raises ExperimentError where there are several: scores of different tasks
+    do not belong on one axis."""
+    tasks = sorted(cells["task"].unique())
+    if len(tasks) != 1:
+        raise ExperimentError(f"figures: {what} must show one task, got {', '.join(tasks) or 'none'}. Choose one.")
+    return tasks[0]
+
+
+def one_cell(cells: pd.DataFrame, what: str) -> pd.Series | None:
+    """The only cell, None if there is none. Raises ExperimentError where several could be meant."""
+    if len(cells) > 1:
+        raise ExperimentError(
+            f"figures: {what} must be one cell of a sweep, got {len(cells)}. Use a sweep in which each method has one."
+        )
+    return cells.iloc[0] if len(cells) else None

@@ -1,0 +1,190 @@
+"""The tables that are no comparison of scores: properties of each P, cost, scans of d and r, ablations, Fastfood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from paper_figures.comparison import score
+from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Sweep, one_cell
+from paper_figures.table import Table
+
+ROUNDING = 1e-12
+WORDS = {
+    "isometric": "isometric: max|P^T P - I|",
+    "uniform": "uniform: max n - min n",
+    "global_sharing": "global: ratio",
+}
+
+
+def properties(cards: Sequence[Mapping[str, Any]], space: str) -> Table:
+    """What each class claims and what a small instance measures."""
+    rows = []
+    for card in cards:
+        measured = {verdict["claim"]: verdict for verdict in card["verdicts"]}
+        expected = "yes" if "isometric_in_expectation" in measured else "no"
+        rows.append([card["name"], card["formula"], card["d_formula"], card["kind"],
+                     *(_verdict(measured[claim]) for claim in WORDS), expected, card["source"]])  # fmt: skip
+    notes = [
+        f"Measured on {space}; holds / does not hold is decided by `uniproj.claims`, the function the tests use.",
+        "Global: modules that a coordinate reaches over those that as many rows drawn at random would reach. "
+        "Proofs and counter-examples: docs/design.md. The paper's own table of properties is not available to us.",
+    ]
+    heads = ["projection", "theta_D", "d", "P", *WORDS.values(), "isometric in expectation (claimed)", "source"]
+    return Table("properties", "Properties of each projection", heads, rows, notes)
+
+
+def measured(verdicts: pd.DataFrame | None, columns: pd.DataFrame | None) -> Table:
+    """Isometry and sharing of every choice of hyperparameters, from `analysis.isometry` and `analysis.sharing`."""
+    known = [list(table["variant"]) for table in (verdicts, columns) if table is not None]
+    names = list(dict.fromkeys(name for each in known for name in each)) or ["all"]
+    first = {} if verdicts is None else verdicts.set_index("variant").to_dict("index")
+    second = {} if columns is None else columns.set_index("variant").to_dict("index")
+    rows = [[name, *_isometry(first.get(name)), *_sharing(second.get(name))] for name in names]
+    heads = [
+        "projection", "D x d", "isometric", "deciding number", "singular values", "coherence", "D x d of sharing",
+        "modules per coordinate", "rows per coordinate", "coordinates per row", "reaches A and B, %",
+    ]  # fmt: skip
+    notes = [
+        "Verdict and numbers: analysis.isometry and analysis.sharing, n = 1 seed, 12 seeds for 'in expectation'. "
+        "Coherence: the largest |cosine| of two columns."
+    ]
+    return Table("measured_properties", "Measured properties of each projection", heads, rows, notes)
+
+
+def _isometry(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None or pd.isna(row["sigma_min"]):
+        return [NOT_RUN] * 5
+    coherence = "not measured" if pd.isna(row["coherence"]) else _small(row["coherence"])
+    spread = f"{_small(row['sigma_min'])} to {_small(row['sigma_max'])}"
+    return [
+        f"{row['D']:,} x {row['d']:,.0f}",
+        row["verdict"],
+        f"{row['what']} = {_small(row['number'])}",
+        spread,
+        coherence,
+    ]
+
+
+def _sharing(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None or pd.isna(row["n_min"]):
+        return [NOT_RUN] * 5
+    return [
+        f"{row['D']:,} x {row['d']:,.0f}", f"{row['modules_per_column']:.3g}",
+        f"{row['n_min']:.0f} to {row['n_max']:.0f}", f"{row['row_min']:.0f} to {row['row_max']:.0f}",
+        f"{100 * row['A_and_B']:.0f}",
+    ]  # fmt: skip
+
+
+def _small(value: float) -> str:
+    """Three digits; rounding, which differs from machine to machine, is 0."""
+    return f"{value if abs(value) > ROUNDING else 0:.3g}"
+
+
+def _verdict(verdict: Mapping[str, Any]) -> str:
+    word = "yes" if verdict["holds"] else "no"
+    return f"{word}: {verdict['value']:.3g}" + ("" if verdict["claimed"] or not verdict["holds"] else ", not claimed")
+
+
+def training_cost(published: pd.DataFrame, model: pd.DataFrame | None) -> Table:
+    """PEFT's benchmark, then ours per base."""
+    values = published[published["table"] == "training_cost"]
+    columns = list(dict.fromkeys(zip(values["column"], values["unit"], strict=True)))
+    rows = []
+    for method, own in values.groupby("method", sort=False):
+        found = own.set_index("column")["value"]
+        rows.append(["published", method, own["trained"].iloc[0], *(f"{found[column]:g}" for column, _ in columns)])
+    if model is None:
+        rows.append(["ours", "all", NOT_RUN, *[NOT_RUN] * len(columns)])
+    else:
+        for row in model.itertuples():
+            rows.append([f"ours, {row.base}, CPU", row.method, _whole(row.trained), NOT_RUN, _ratio(row, "step_ratio"),
+                         _scaled(row.peak_bytes, 2**30), _scaled(row.file_bytes, 1e6)])  # fmt: skip
+    notes = [
+        *(f"Published: {source}." for source in sorted(set(values["source"]))),
+        "Ours: median of paired ratios with its 95 % interval; peak memory of a training step beyond the bare base. "
+        "The published memory is all that the process reserved. n is in results/overhead.",
+    ]
+    heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in columns)]
+    return Table("training_cost", "Cost of training", heads, rows, notes)
+
+
+def _whole(value: float) -> str:
+    return "not measured" if pd.isna(value) else f"{int(value):,}"
+
+
+def _scaled(value: float, unit: float) -> str:
+    return "not measured" if pd.isna(value) else f"{value / unit:.3g}"
+
+
+def _ratio(row: Any, key: str) -> str:
+    middle, low, high = (getattr(row, name) for name in (key, f"{key}_low", f"{key}_high"))
+    return "not measured" if pd.isna(middle) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def scan(name: str, title: str, key: str, published: pd.DataFrame, sweep: Sweep | None) -> Table:
+    """Score against d or r: published points, then every cell of ours."""
+    values = published[published["table"] == name]
+    rows = [
+        ["published", value["method"], f"{int(value[key]):,}", value["column"], f"{value['value']:g}"]
+        for value in values.to_dict("records")
+    ]
+    if sweep is None:
+        rows.append(["ours", "all", NOT_RUN, NOT_RUN, NOT_RUN])
+    else:
+        for _, cell in sweep.cells.sort_values(["projection", "trained"], kind="stable").iterrows():
+            size = cell["trained"] if key == "d" else cell[key]
+            rows.append([f"ours, {cell['model']}", cell["projection"], _whole(size), cell["task"], score(cell).text])
+    notes = [f"Published: {source}." for source in sorted(set(values["source"]))]
+    return Table(
+        name, title, ["block", "method", "trained numbers" if key == "d" else key, "task", "score, %"], rows, notes
+    )
+
+
+def ablations(sweep: Sweep | None, differences: pd.DataFrame, names: Sequence[str], reference: str) -> Table:
+    """Score of each ablation, and its paired difference to Uni-LoRA's, by task."""
+    tasks = [] if sweep is None else list(dict.fromkeys(sweep.cells["task"]))
+    rows = [["published", name, *[NOT_AVAILABLE] * max(1, len(tasks))] for name in (reference, *names)]
+    if sweep is None:
+        rows += [["ours", name, NOT_RUN] for name in (reference, *names)]
+    else:
+        for name in (reference, *names):
+            chosen = sweep.cells[sweep.cells["projection"] == name]
+            cells = [one_cell(chosen[chosen["task"] == task], f"{name} on {task}") for task in tasks]
+            rows.append(["ours, score", name, *(score(cell).text for cell in cells)])
+        for name in names:
+            own = differences[differences["projection"] == name].set_index("task")
+            rows.append(["ours, difference", name, *(_gap(own.loc[t]) if t in own.index else NOT_RUN for t in tasks)])
+    notes = [
+        f"Differences to {reference} are paired by seed, in points, with Student's 95 % interval. Published: a uniform "
+        "partition scores better than a non-uniform one (third-party notes, without numbers)."
+    ]
+    heads = ["block", "projection", *([f"{task}, %" for task in tasks] or ["score, %"])]
+    return Table("ablations", "Local, non-uniform and unnormalised partitions", heads, rows, notes)
+
+
+def _gap(row: pd.Series) -> str:
+    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] (n = {row['pairs']})"
+
+
+def fastfood(sweep: Sweep | None, model: pd.DataFrame | None, names: Sequence[str]) -> Table:
+    """Score, time and memory of Fastfood and Uni-LoRA."""
+    tasks = [] if sweep is None else list(sweep.cells.groupby("task", sort=False))
+    bases = [] if model is None else list(model.groupby("base", sort=False))
+    rows = [["published", name, *[NOT_AVAILABLE] * (max(1, len(tasks)) + 2 * max(1, len(bases)))] for name in names]
+    for name in names:
+        scores = [NOT_RUN] if sweep is None else []
+        for task, part in tasks:
+            scores.append(score(one_cell(part[part["projection"] == name], f"{name} on {task}")).text)
+        costs = [NOT_RUN, NOT_RUN] if model is None else []
+        for _, part in bases:
+            (row,) = part[part["method"] == name].itertuples()
+            costs += [_ratio(row, "step_ratio"), _scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]
+        rows.append(["ours", name, *scores, *costs])
+    heads = ["block", "projection", *([f"{task}, %" for task, _ in tasks] or ["score, %"])]
+    for base in [base for base, _ in bases] or ["a model"]:
+        heads += [f"step / LoRA, {base}", f"peak - LoRA's, {base}, B per coordinate"]
+    notes = ["Published: as good as Fastfood at O(D) in place of O(D log d) (third-party notes, without numbers)."]
+    return Table("fastfood", "Fastfood beside Uni-LoRA: score, time, memory", heads, rows, notes)

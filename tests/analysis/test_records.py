@@ -1,0 +1,118 @@
+"""Reading records: what is not comparable, not finite or not there stops with a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis import records, scores
+from experiments.errors import ExperimentError
+from tests.sweeps import made_up, write
+
+TASKS, METHODS = ["glue/sst2", "glue/stsb"], ["lora", "unilora", "vera"]
+
+
+@pytest.fixture(autouse=True)
+def _few_objects() -> None:
+    """No live tensor is counted here."""
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return made_up(TASKS, METHODS)
+
+
+def test_a_cell_is_the_mean_over_its_seeds_with_students_interval(table: pd.DataFrame, tmp_path: Path) -> None:
+    write(tmp_path / "mine", table)
+    cells = scores.cells(records.read(tmp_path).runs)
+    assert len(cells) == len(TASKS) * len(METHODS) and set(cells["status"]) == {"complete"}
+    cell = cells[(cells["task"] == TASKS[1]) & (cells["projection"] == "vera")].iloc[0]
+    own = table[(table["task"] == TASKS[1]) & (table["projection"] == "vera")]["score"]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(own), scale=stats.sem(own))
+    assert cell["n"] == 3 and cell["score"] == pytest.approx(np.mean(own))
+    assert (cell["score_low"], cell["score_high"]) == pytest.approx((low, high))
+
+
+def test_differences_pair_the_seeds(table: pd.DataFrame, tmp_path: Path) -> None:
+    write(tmp_path / "mine", table)
+    found = scores.differences(records.read(tmp_path).runs, "lora")
+    one = found[(found["task"] == TASKS[0]) & (found["projection"] == "unilora")].iloc[0]
+    wide = table[table["task"] == TASKS[0]].pivot(index="train_seed", columns="projection", values="score")
+    gaps = wide["unilora"] - wide["lora"]
+    assert one["pairs"] == 3 and one["difference"] == pytest.approx(gaps.mean())
+    assert one["low"] == pytest.approx(stats.t.interval(0.95, 2, loc=gaps.mean(), scale=stats.sem(gaps))[0])
+
+
+def test_which_of_several_cells_is_meant_is_not_guessed(table: pd.DataFrame, tmp_path: Path) -> None:
+    again = table[table["projection"] == "lora"].assign(r=8)
+    write(tmp_path / "mine", pd.concat([table, again.assign(folder=again["folder"] + "8")]))
+    assert scores.differences(records.read(tmp_path).runs, "lora").empty
+
+
+def test_a_cell_with_a_failed_stuck_or_missing_run_is_not_complete(table: pd.DataFrame, tmp_path: Path) -> None:
+    table.loc[0, "failed"] = "out of memory"
+    table.loc[3, "did_not_train"] = "the loss went from 0.7 to 0.7"
+    write(tmp_path / "mine", table.drop(index=6))
+    cells = scores.cells(records.read(tmp_path).runs)
+    first = cells[cells["task"] == TASKS[0]].set_index("projection")["status"]
+    assert dict(first) == {"lora": "incomplete", "unilora": "did not train", "vera": "incomplete"}
+
+
+def test_a_score_that_is_no_number_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
+    table.loc[4, "score"] = np.nan
+    write(tmp_path / "mine", table)
+    with pytest.raises(ExperimentError, match=r"finite number, got none in glue-sst2/unilora-012"):
+        records.read(tmp_path)
+
+
+def test_two_metrics_of_one_task_stop_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
+    table.loc[4, "metric"] = "pearson"
+    write(tmp_path / "mine", table)
+    with pytest.raises(ExperimentError, match="must have one metric, got accuracy, pearson"):
+        records.read(tmp_path)
+
+
+def test_a_lost_run_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", table)
+    table.drop(index=2).to_csv(folder / "records.csv", index=False)
+    with pytest.raises(ExperimentError, match="must hold the 18 runs that its provenance counts, got 17"):
+        records.read(tmp_path)
+
+
+def test_a_lost_curve_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", table)
+    curves = pd.read_csv(folder / "curves.csv")
+    curves[curves["folder"] != table["folder"][7]].to_csv(folder / "curves.csv", index=False)
+    with pytest.raises(ExperimentError, match=f"the curve of every run, got none of {table['folder'][7]}"):
+        records.read(tmp_path)
+
+
+def test_nothing_to_read_stops_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="must hold runs scored on a test split"):
+        records.read(tmp_path)
+    with pytest.raises(ExperimentError, match="must be a folder, got none"):
+        records.read(tmp_path / "nowhere")
+
+
+def test_the_score_of_one_part_of_the_test(table: pd.DataFrame) -> None:
+    table["groups"] = [json.dumps({"gsm8k": k / 100, "math500": 0.0}) for k in range(len(table))]
+    part = scores.of_group(table, "gsm8k")
+    assert list(part["score"]) == [k / 100 for k in range(len(table))]
+    assert scores.of_group(table, "nothing").empty
+
+
+def test_a_mean_curve_has_the_steps_of_every_run(table: pd.DataFrame, tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", table)
+    curves = pd.read_csv(folder / "curves.csv")
+    curves = curves[~((curves["folder"] == table["folder"][0]) & (curves["step"] == 30))]
+    cells = scores.cells(table.assign(sweep="mine"))
+    mean = scores.mean_curves(cells, curves)
+    own = mean[mean["cell"] == cells.index[cells["projection"] == "lora"][0]]
+    runs = table["folder"][:3]
+    expected = curves[curves["folder"].isin(runs) & (curves["step"] == 20)]["loss"].mean()
+    assert list(own["step"]) == [10, 20] and own["loss"].iloc[1] == pytest.approx(expected)

@@ -1,0 +1,190 @@
+"""Tables and figures: published beside ours, gaps named, bad input refused, the same bytes each time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+import uniproj
+from experiments.errors import ExperimentError
+from paper_figures import comparison, published
+from paper_figures.__main__ import Book, main, write
+from paper_figures.charts import energy, sizes
+from paper_figures.paper import COMPARISONS, METHODS
+from paper_figures.sources import Results
+from paper_figures.table import Table
+from tests.sweeps import made_up
+from tests.sweeps import write as write_sweep
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "results"
+TASKS = ["glue/sst2", "glue/mrpc", "glue/stsb", "glue/qnli"]
+LARGE = next(spec for spec in COMPARISONS if spec.name == "glue_large")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """The committed results, with a made-up sweep in the place of the one on GLUE."""
+    shutil.copytree(COMMITTED, tmp_path / "results", ignore=shutil.ignore_patterns("records"))
+    shutil.rmtree(tmp_path / "results" / "sweeps" / "glue_budget", ignore_errors=True)
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return made_up(TASKS, [*METHODS, "unilora_local", "unilora_nonuniform"])
+
+
+def _cells(table: Table, block: str, method: str) -> dict[str, str]:
+    (row,) = [row for row in table.rows if row[0].startswith(block) and row[1] == method]
+    return dict(zip(table.columns, row, strict=True))
+
+
+def test_published_values_are_those_of_the_file_and_each_has_a_source() -> None:
+    values = published.read()
+    assert len(values) == len(yaml.safe_load(published.FILE.read_text())["values"])
+    assert (
+        values["source"].str.len().gt(20).all() and not values.duplicated(["table", "method", "column", "d", "r"]).any()
+    )
+    # averages of six published tasks: both are rounded to one digit
+    glue = values[values["table"] == "glue_large"].pivot(index="method", columns="column", values="value")
+    means = glue.drop(columns="average").mean(axis=1)
+    assert (means - glue["average"]).abs().max() < 0.1
+
+
+def test_a_published_value_without_a_source_is_refused(tmp_path: Path) -> None:
+    text = published.FILE.read_text()
+    for wrong, message in ((text.replace("source: zh37908", "source: hearsay", 1), "one of the sources"),
+                           (text.replace("value: 96.2", "value: .nan", 1), "must be a finite number"),
+                           (text.replace("unit: ", "units: ", 1), "must have the keys")):  # fmt: skip
+        (tmp_path / "published.yaml").write_text(wrong)
+        with pytest.raises(ExperimentError, match=message):
+            published.read(tmp_path / "published.yaml")
+
+
+def test_published_and_ours_stand_side_by_side_and_gaps_are_named(results: Path, table: pd.DataFrame) -> None:
+    write_sweep(results / "sweeps" / "glue_budget", table)
+    book = Book(Results(results))
+    found, _ = book.compared(LARGE)
+    theirs = _cells(found, "published", "Uni-LoRA")
+    assert theirs["SST-2, %"] == "96.3" and theirs["trained"] == "23K"
+    assert set(_cells(found, "published", "Fastfood").values()) >= {"not available"}
+    assert _cells(found, "ours, RoBERTa-large", "VeRA")["RTE, %"] == "not run"
+    ours = _cells(found, "ours, MiniLM", "Uni-LoRA")
+    own = table[(table["task"] == TASKS[0]) & (table["projection"] == "unilora")]["score"]
+    assert ours["SST-2, %"].startswith(f"{100 * own.mean():.1f} [") and ours["SST-2, %"].endswith("(n = 3)")
+    assert ours["CoLA, %"] == "not run" and ours["trained"] == "4,741"
+    assert any("third-party notes" in note for note in found.notes)
+
+
+def test_failed_and_stuck_runs_are_words_and_not_numbers(results: Path, table: pd.DataFrame) -> None:
+    first = (table["task"] == TASKS[0]) & (table["train_seed"] == 1)
+    table.loc[first & (table["projection"] == "vera"), "failed"] = "out of memory"
+    table.loc[first & (table["projection"] == "unilora"), "did_not_train"] = "the loss rose"
+    write_sweep(results / "sweeps" / "glue_budget", table)
+    found, _ = Book(Results(results)).compared(LARGE)
+    assert _cells(found, "ours, MiniLM", "VeRA")["SST-2, %"] == "failed"
+    assert _cells(found, "ours, MiniLM", "Uni-LoRA")["SST-2, %"] == "did not train"
+
+
+def test_a_missing_run_stops_with_a_sentence(results: Path, table: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
+    lost = table[(table["projection"] == "vera") & (table["task"] == TASKS[1])].index[0]
+    write_sweep(results / "sweeps" / "glue_budget", table.drop(index=lost))
+    out = results.parent / "out"
+    assert main(["--results", str(results), "--out", str(out), "--only", "glue_large"]) == 2
+    assert "must have 3 runs, got 2 of vera on glue/mrpc" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_score_that_is_no_number_stops_with_a_sentence(results: Path, table: pd.DataFrame, capsys) -> None:
+    table.loc[3, "score"] = np.nan
+    write_sweep(results / "sweeps" / "glue_budget", table)
+    assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "fastfood"]) == 2
+    assert "must be a finite number" in capsys.readouterr().err
+
+
+def test_mixed_tasks_stop_with_a_sentence(results: Path, table: pd.DataFrame, capsys) -> None:
+    write_sweep(results / "sweeps" / "score_against_d", table)
+    assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "score_against_d"]) == 2
+    assert "must show one task, got glue/mrpc, glue/qnli" in capsys.readouterr().err
+
+
+def test_two_cells_for_one_place_stop_with_a_sentence(results: Path, table: pd.DataFrame) -> None:
+    again = table[table["projection"] == "unilora"].assign(d=100)
+    write_sweep(results / "sweeps" / "glue_budget", pd.concat([table, again.assign(folder=again["folder"] + "b")]))
+    with pytest.raises(ExperimentError, match="must be one cell of a sweep, got 2"):
+        comparison.rows(LARGE, published.read(), Results(results))
+
+
+def test_a_broken_analysis_table_and_an_unknown_name_stop_with_a_sentence(results: Path, capsys) -> None:
+    (results / "overhead" / "overhead-kernel.csv").write_text("a,b\n1,2\n")
+    assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "bandwidth_floor"]) == 2
+    assert "must have the columns ['both_per_copy', 'case'" in capsys.readouterr().err
+    assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "glue_huge"]) == 2
+    assert "['glue_huge'] must be names of" in capsys.readouterr().err
+
+
+def test_equal_sizes_stand_side_by_side_in_the_order_of_size() -> None:
+    places = sizes._beside(pd.Series([100.0, 100.0, 100.0, 5000.0]))
+    assert places == sorted(places) and len(set(places)) == 4
+    assert places[1] == pytest.approx(100) and places[3] == 5000
+
+
+def test_markdown_and_latex_hold_the_same_cells() -> None:
+    made = Table("a", "50 % of A_B", ["x|y", "score, %"], [["P^T P - I", "1.0 ± 0.1"]], ["n = 3 & more"])
+    assert r"| P^T P - I | 1.0 ± 0.1 |" in made.markdown() and r"x\|y" in made.markdown()
+    assert r"P\textasciicircum{}T P - I & 1.0 $\pm$ 0.1 \\" in made.latex() and r"50 \% of A\_B" in made.latex()
+
+
+def test_every_projection_is_in_the_table_of_properties(results: Path) -> None:
+    (found,) = Book(Results(results)).properties()
+    assert [row[0] for row in found.rows] == uniproj.names()
+    rows = {row[0]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
+    isometric = next(column for column in found.columns if column.startswith("isometric"))
+    assert rows["unilora"][isometric] == "yes: 0" and rows["unilora_unnormalised"][isometric].startswith("no: ")
+
+
+def test_everything_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
+    book = Book(Results(COMMITTED))
+    jobs = list(book.jobs())
+    write(book, jobs, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    drawn = [name for name in jobs if "properties" not in name]
+    assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} <= files
+    assert all(f"{Path(name).stem}.tex" in files for name in files if name.endswith(".md") and name != "tables.md")
+    pages = [(tmp_path / name).read_text() for name in files if name.endswith(".md")]
+    assert not any(re.search(r"\b(nan|None)\b", page) for page in pages)
+
+
+@pytest.mark.parametrize("names", [["fastfood", "learning_curves"], pytest.param(None, marks=pytest.mark.slow)])
+def test_the_same_results_give_the_same_bytes(tmp_path: Path, names: list[str] | None) -> None:
+    for out in ("one", "two"):
+        book = Book(Results(COMMITTED))
+        write(book, names or list(book.jobs()), tmp_path / out)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
+    rows = [
+        {"projection": name, "random": d / 36864, "factor": d / 36864, "delta_W": d / 40000, "fisher": None, "D": 36864}
+        for name in ("unilora", "fastfood")
+        for d in (64, 512, 4096)
+    ]
+    figure = energy.draw(pd.DataFrame(rows).astype({"fisher": float}))
+    factor, _, fisher = figure.axes
+    own = [line for line in factor.lines if len(line.get_xdata()) == 3]
+    assert len(own) == 2 and list(own[0].get_ydata()) == pytest.approx([64 / 36864, 512 / 36864, 4096 / 36864])
+    assert [text.get_text() for text in fisher.texts] == ["not run"]
+    plt.close(figure)
+    nothing = energy.draw(None)
+    assert nothing.axes[0].texts[0].get_text() == "captured energy: not run"
+    plt.close(nothing)
