@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments.distributed import SHARDED
 from experiments.results import BUSY, is_done, is_locked, metrics
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +23,36 @@ LOG = "train.log"
 MOST_PROCESSES = 4
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Over what one run is spread: processes on each of `nodes` machines, of which this is number `node`.
+
+    sharded: each keeps a part of the frozen base (FSDP2) instead of all of it (DDP). address: host:port of the first
+    node, where there are several.
+    """
+
+    processes: int = 1
+    sharded: bool = False
+    nodes: int = 1
+    node: int = 0
+    address: str = ""
+
+    def torchrun(self) -> list[str]:
+        """The words between `python -m` and the module of the run; none for a single process."""
+        if self.processes * self.nodes == 1:
+            return []
+        first, port = self.address.split(":") if self.nodes > 1 else ("", "")
+        where = (
+            [f"--nnodes={self.nodes}", f"--node_rank={self.node}", f"--master_addr={first}", f"--master_port={port}"]
+            if self.nodes > 1
+            else ["--standalone"]
+        )
+        return ["torch.distributed.run", f"--nproc_per_node={self.processes}", *where, "-m"]
+
+
+ALONE = Processes()
 
 
 def processes(device: str) -> int:
@@ -64,20 +96,21 @@ def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
     return None
 
 
-def start(folder: Path, processes: int = 1) -> subprocess.Popen:
+def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
     """Begin to train a run, on one thread per process; what it prints is appended to its log."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **({"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if processes == 1 else {}),
+        **({"CUDA_VISIBLE_DEVICES": visible} if not over.torchrun() else {}),
+        SHARDED: str(over.sharded).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "-m"] if processes > 1 else []
     with (folder / LOG).open("a") as log:
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once
         return subprocess.Popen(
-            [sys.executable, "-m", *torchrun, "experiments.train", str(folder)],
+            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -17,6 +17,7 @@ import pytest
 from experiments import sweep, tasks, train
 from experiments.protocol import LOCK
 from experiments.results import RESULT, load, prepare, read_json
+from tests.experiments.processes import training_processes
 
 ROOT = Path(__file__).parents[2]
 # what the clock and the machine decide
@@ -131,23 +132,10 @@ def _start(file: Path, runs: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _children(runs: Path) -> list[int]:
-    """Processes that train a run of this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode()
-        except OSError:
-            continue
-        if "experiments.train" in line and str(runs) in line:
-            found.append(int(path.parent.name))
-    return found
-
-
 def _kill_everything(process: subprocess.Popen, runs: Path) -> None:
     process.kill()
     process.wait()
-    for child in _children(runs):
+    for child in training_processes(runs):
         os.kill(child, signal.SIGKILL)
 
 

@@ -1,5 +1,7 @@
 """Sweeps on a real SLURM: arrays under two caps, time limits, preemption, failures, a second launcher."""
 
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -13,6 +15,7 @@ from experiments import slurm, train
 from experiments.config import RunConfig
 from experiments.results import RESULT, metrics, prepare, read_json
 from experiments.slurm import SlurmOptions, train_all
+from tests.experiments.processes import training_processes
 
 pytestmark = pytest.mark.slow
 PARAMETERS = {"time": 5, "cpus_per_task": 1, "mem": "400M"}
@@ -125,7 +128,8 @@ def test_a_killed_run_is_reported_and_a_further_call_finishes_it(runs: Path, con
     launcher.start()
     while not metrics(folder):
         time.sleep(0.2)
-    subprocess.run(["pkill", "-KILL", "-f", f"experiments.train {folder}"], check=True)
+    for process in training_processes(folder):
+        os.kill(process, signal.SIGKILL)
     launcher.join()
     assert set(failures) == {folder}
     assert train_all([folder], options, tmp_path / "logs") == {} and (folder / RESULT).exists()
