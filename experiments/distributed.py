@@ -52,8 +52,8 @@ def share(config: RunConfig) -> tuple[int, int]:
 class DistributedTrainer(Trainer):
     """Transformers' Trainer with the order of rows of one process, and a base that may be sharded.
 
-    Where the number of rows is no multiple of the global batch, the last batch of an epoch is filled up with rows of its
-    beginning, which a single process does not do.
+    Where the number of rows is no multiple of the global batch, the last batch of an epoch is filled up with rows of
+    its beginning, which a single process does not do.
     """
 
     def __init__(self, model: PeftModel, **options: Any):

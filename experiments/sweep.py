@@ -14,7 +14,7 @@ from experiments import plan, preflight, protocol, sweep_report
 from experiments.errors import ExperimentError
 from experiments.plan import Sweep
 from experiments.results import RUNS
-from experiments.workers import train_all
+from experiments.workers import Processes, train_all
 from uniproj.errors import AdapterError, ProjectionError
 
 INTERRUPTED = 130
@@ -35,8 +35,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
     """The launcher as a function of run folders that returns the reason of each failure."""
     if launcher == "local":
-        device = sweep.settings.get("device", "cpu")
-        return lambda folders: train_all(folders, device)
+        device, over = sweep.settings.get("device", "cpu"), Processes(**sweep.launcher.get("local", {}))
+        return lambda folders: train_all(folders, device, over)
     from experiments import slurm
 
     options = slurm.SlurmOptions(**sweep.launcher.get("slurm", {}))

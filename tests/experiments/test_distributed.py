@@ -1,12 +1,8 @@
 """One run over two processes (gloo): the losses, theta_d, scores and checkpoints of one process."""
 
-import json
-import os
-import signal
-import time
-from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,9 +10,12 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from experiments import train, workers
 from experiments.config import RunConfig, resolve
+from experiments.distributed import share
+from experiments.errors import ExperimentError
 from experiments.models import load_tokenizer
 from experiments.results import RESULT, metrics, prepare, read_json
 from experiments.workers import Processes
+from tests.experiments.processes import training_processes
 
 KINDS = {"ddp": Processes(2), "fsdp2": Processes(2, sharded=True)}
 # sums in another order: a few float32 roundings, grown by Adam's division in the first steps
@@ -87,7 +86,92 @@ def _assert_equal_runs(together: Path, alone: Path) -> None:
     assert one["rows"] == other["rows"] and one["trained"] == other["trained"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path, settings: dict) -> None:
     config = resolve(settings)
     _assert_equal_runs(_together(tmp_path, config, kind), _alone(tmp_path, config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("projection", ["unilora", "vblora"])
+def test_completions_accumulated_and_checkpointed(kind: str, projection: str, tmp_path: Path, decoder: str) -> None:
+    """A causal model, whose loss is a mean over tokens: of all rows of a step, on whichever process they lie."""
+    rows = pd.DataFrame(
+        {"prompt": [f"{i} + {i % 7}" + " and so on" * (i % 5) for i in range(32)],
+         "completion": [str(i + i % 7) for i in range(32)]}
+    )  # fmt: skip
+    (tmp_path / "sums").mkdir()
+    for split in ("train", "validation", "test"):
+        rows.to_json(tmp_path / "sums" / f"{split}.jsonl", orient="records", lines=True)
+    config = resolve({
+        "task": str(tmp_path / "sums"), "model": decoder, "projection": projection, "seed": 0, "lr": 0.01,
+        "batch_size": 4, "accumulation": 2, "epochs": 2, "max_new_tokens": 4, "gradient_checkpointing": True,
+        **({"d": 64} if projection == "unilora" else {"budget": 2000}),
+    })  # fmt: skip
+    _assert_equal_runs(_together(tmp_path, config, kind), _alone(tmp_path, config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_resumes_to_the_numbers_of_one_process(kind: str, tmp_path: Path, settings: dict) -> None:
+    config = resolve({**settings, "epochs": 60, "evaluations": 3})
+    folder = prepare(tmp_path / kind, config.to_json())
+    stopped = workers.start(folder, KINDS[kind])
+    while not metrics(folder):
+        assert stopped.poll() is None, workers.last_words(folder)
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait() != 0 and not (folder / RESULT).exists()
+    checkpoint = train.last_checkpoint(folder)
+    assert checkpoint is not None
+    # one format: what two processes wrote, one resumes
+    alone = tmp_path / "resumed alone"
+    shutil.copytree(folder, alone)
+    assert workers.start(folder, KINDS[kind]).wait() == 0, workers.last_words(folder)
+    assert train.main([str(alone)]) == 0
+    whole = _alone(tmp_path, config)
+    for resumed in (folder, alone):
+        for name, value in _trained(whole).items():
+            torch.testing.assert_close(_trained(resumed)[name], value, rtol=1e-2, atol=1e-3)
+    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in metrics(whole)]
+
+
+@pytest.mark.slow
+def test_a_kill_of_one_process_ends_the_run_and_the_next_start_finishes_it(tmp_path: Path, settings: dict) -> None:
+    config = resolve({**settings, "epochs": 60, "evaluations": 6})
+    folder = prepare(tmp_path / "killed", config.to_json())
+    run = workers.start(folder, KINDS["ddp"])
+    while train.last_checkpoint(folder) is None:
+        assert run.poll() is None, workers.last_words(folder)
+        time.sleep(0.05)
+    os.kill(max(training_processes(folder)), signal.SIGKILL)
+    assert run.wait() != 0 and not (folder / RESULT).exists()
+    assert workers.start(folder, KINDS["ddp"]).wait() == 0, workers.last_words(folder)
+    assert read_json(folder / RESULT)["cost"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_process_trains(tmp_path: Path, settings: dict) -> None:
+    config = resolve(settings)
+    together = prepare(tmp_path / "nodes", config.to_json())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = [workers.start(together, Processes(1, nodes=2, node=n, address=address)) for n in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0], workers.last_words(together)
+    _assert_equal_runs(together, _alone(tmp_path, config))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(settings: dict, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ExperimentError, match="multiple of the 3 processes, got 1 and 8"):
+        share(resolve(settings))
+    assert share(resolve({**settings, "accumulation": 6})) == (8, 2)
+    assert share(resolve({**settings, "batch_size": 9})) == (3, 1)
+
+
+def test_a_failure_is_told_by_the_run_and_not_by_torchrun(tmp_path: Path) -> None:
+    old, new = "failed: out of memory", "failed: config: d must be positive."
+    (tmp_path / workers.LOG).write_text(f"{workers.STARTED}\n{old}\n{workers.STARTED}\n{new}\ntorchrun\n=====\n")
+    assert workers.last_words(tmp_path) == "config: d must be positive."

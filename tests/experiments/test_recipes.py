@@ -66,9 +66,7 @@ def _write(rows: pd.DataFrame, path: Path) -> None:
 
 @pytest.fixture
 def here(monkeypatch) -> None:
-    monkeypatch.setattr(
-        sweep, "train_all", lambda folders, device: {f: "failed" for f in folders if train.main([str(f)])}
-    )
+    monkeypatch.setattr(sweep, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])})
 
 
 SMALL = [

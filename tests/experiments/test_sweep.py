@@ -41,9 +41,7 @@ def file(tmp_path: Path, task: str, model: str) -> Path:
 @pytest.fixture
 def here(monkeypatch) -> None:
     """Runs train in this process, which saves the seconds that a process takes to start."""
-    monkeypatch.setattr(
-        sweep, "train_all", lambda folders, device: {f: "failed" for f in folders if train.main([str(f)])}
-    )
+    monkeypatch.setattr(sweep, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])})
 
 
 def _records(runs: Path) -> pd.DataFrame:

@@ -75,11 +75,11 @@ def test_an_array_finishes_below_both_caps(runs: Path, config: RunConfig, tmp_pa
 def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
     how: str, runs: Path, config: RunConfig, tmp_path: Path
 ) -> None:
-    long = replace(config, timing=False, epochs=400 if how == "time limit" else 150, evaluations=2)
+    long = replace(config, timing=False, epochs=700 if how == "time limit" else 150, evaluations=2)
     whole = prepare(tmp_path / "whole", long.to_json())
     assert train.main([str(whole)]) == 0
     folder = prepare(runs, long.to_json())
-    limit = {"time": 1, "signal_delay_s": 30} if how == "time limit" else {}
+    limit = {"time": 1, "signal_delay_s": 15} if how == "time limit" else {}
     options = SlurmOptions({**PARAMETERS, **limit})
     failures: dict = {}
     launcher = threading.Thread(target=lambda: failures.update(train_all([folder], options, tmp_path / "logs")))

@@ -19,8 +19,8 @@ def shard_base(model: PeftModel, **options: Any) -> None:
     """Shard the frozen base over all processes with FSDP2, block by block; theta_d, P and heads stay whole on each.
 
     Their gradients (d numbers and the head) are averaged over the processes in each backward, as DDP does, so that
-    optimiser states, checkpoints and adapters are those of one process. Call it once, after the adapter is attached and
-    before the optimiser's first step; do not wrap the model in DDP. options: those of `torch.distributed.fsdp.fully_shard`.
+    optimiser states, checkpoints and adapters are those of one process. Call it once, after the adapter is attached; do
+    not wrap the model in DDP. options: those of `torch.distributed.fsdp.fully_shard`.
 
     Raises AdapterError where no process group exists, for a model without a uniproj adapter, and for a quantised base,
     whose packed weights cannot be split.
@@ -29,7 +29,7 @@ def shard_base(model: PeftModel, **options: Any) -> None:
     if not isinstance(tuner, UniProjModel):
         raise AdapterError(f"shard_base: the model must hold a uniproj adapter, got a {type(tuner).__name__}.")
     if not dist.is_initialized():
-        raise AdapterError("shard_base: a process group must exist, got none. Start with torchrun or accelerate launch.")
+        raise AdapterError("shard_base: a process group must exist, got none. Start with torchrun or accelerate.")
     base = tuner.model
     if packed := [name for name, p in base.named_parameters() if not p.is_floating_point()]:
         raise AdapterError(
