@@ -1,5 +1,10 @@
 """One run over two processes (gloo): the losses, theta_d, scores and checkpoints of one process."""
 
+import os
+import shutil
+import signal
+import socket
+import time
 from pathlib import Path
 
 import pandas as pd

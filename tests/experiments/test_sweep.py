@@ -107,6 +107,11 @@ def test_a_plugin_that_cannot_be_imported_is_named(file: Path, runs: Path, tmp_p
     assert "broken.py must be a Python file or module that can be imported" in capsys.readouterr().err
 
 
+def test_an_unknown_word_for_a_launcher_is_refused(file: Path, runs: Path, capsys) -> None:
+    assert sweep.main([str(file), "+launcher.local={gpus:2}", "--runs", str(runs)]) == 2
+    assert "launcher.local must have keys among processes, sharded" in capsys.readouterr().err and not runs.exists()
+
+
 def test_doctor_runs_each_kind_once_and_feeds_the_estimate(file: Path, runs: Path, capsys) -> None:
     assert sweep.main([str(file), "--doctor", "--runs", str(runs)]) == 0
     out = capsys.readouterr().out
