@@ -7,12 +7,15 @@ where Accelerate's ACCELERATE_USE_FSDP is set (FSDP2). Either way what is traine
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
@@ -21,6 +24,7 @@ from experiments.errors import ExperimentError
 from uniproj.tuner import shard_base
 
 SHARDED = "ACCELERATE_USE_FSDP"
+EPOCH_STATE = "epoch_rng_state.pth"
 
 
 def world_size() -> int:
@@ -56,6 +60,8 @@ class DistributedTrainer(Trainer):
     its beginning, which a single process does not do.
     """
 
+    _order: _OneOrder | None = None
+
     def __init__(self, model: PeftModel, **options: Any):
         super().__init__(model, **options)
         if is_sharded():
@@ -65,30 +71,47 @@ class DistributedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
-        if sampler is None or world_size() == 1:
+        if not hasattr(sampler, "lengths"):
             return sampler
-        if hasattr(sampler, "lengths"):
-            # rows of like length are gathered by the global batch
-            sampler.batch_size *= world_size()
-        return _OneOrder(sampler)
+        # rows of like length are gathered by the global batch
+        sampler.batch_size *= world_size()
+        self._order = _OneOrder(sampler)
+        return self._order
 
-    def _prepare_for_training(self, *args: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if world_size() > 1:
             # an evaluation marks the model as prepared, and Accelerate would then train it without DDP and say nothing
             self.model._is_accelerate_prepared = False
-        return super()._prepare_for_training(*args)
+        state = Path(resume_from_checkpoint or "") / EPOCH_STATE
+        if self._order is not None and resume_from_checkpoint and state.exists():
+            self._order.resumed = torch.load(state, weights_only=True)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Nothing: `shard_base` averages the gradients, also with gloo."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # trainer_state.json comes next and says that all files are there
-        self.accelerator.wait_for_everyone()
+        if self._order is not None and self.state.epoch % 1 and self.is_world_process_zero():
+            torch.save(self._order.began, Path(output_dir) / EPOCH_STATE)
+        if world_size() > 1:
+            if self.is_world_process_zero():
+                # by this name a single process looks for it
+                shutil.copy(Path(output_dir) / "rng_state_0.pth", Path(output_dir) / "rng_state.pth")
+            # trainer_state.json comes next and says that all files are there
+            self.accelerator.wait_for_everyone()
 
 
 class _OneOrder(Sampler):
-    """The first process's order on all: dropout may have left their generators in different states."""
+    """The first process's order of an epoch on all, and again after a resumption within the epoch.
+
+    The sampler draws it from the global generator, which dropout leaves in other states on other processes, and of
+    which a checkpoint within an epoch keeps the state of that moment only. began: the state from which this epoch was
+    drawn; resumed: that of the epoch to be gone on with.
+    """
+
+    resumed: Tensor | None = None
+    began: Tensor | None = None
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
@@ -97,6 +120,14 @@ class _OneOrder(Sampler):
         return len(self.sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
+        now = torch.get_rng_state()
+        self.began = now if self.resumed is None else self.resumed
+        torch.set_rng_state(self.began)
         order = [list(self.sampler)]
-        dist.broadcast_object_list(order)
+        if self.resumed is not None:
+            # the checkpoint's own state, or the one it is about to replace
+            torch.set_rng_state(now)
+            self.resumed = None
+        if world_size() > 1:
+            dist.broadcast_object_list(order)
         return iter(order[0])
