@@ -120,7 +120,7 @@ def test_completions_accumulated_and_checkpointed(kind: str, projection: str, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_resumes_to_the_numbers_of_one_process(kind: str, tmp_path: Path, settings: dict) -> None:
-    config = resolve({**settings, "epochs": 60, "evaluations": 3})
+    config = resolve({**settings, "epochs": 12, "evaluations": 3, "lr": 0.01})
     folder = prepare(tmp_path / kind, config.to_json())
     stopped = workers.start(folder, KINDS[kind])
     while not metrics(folder):
@@ -144,7 +144,7 @@ def test_a_stopped_run_resumes_to_the_numbers_of_one_process(kind: str, tmp_path
 
 @pytest.mark.slow
 def test_a_kill_of_one_process_ends_the_run_and_the_next_start_finishes_it(tmp_path: Path, settings: dict) -> None:
-    config = resolve({**settings, "epochs": 60, "evaluations": 6})
+    config = resolve({**settings, "epochs": 24, "evaluations": 4})
     folder = prepare(tmp_path / "killed", config.to_json())
     run = workers.start(folder, KINDS["ddp"])
     while train.last_checkpoint(folder) is None:
