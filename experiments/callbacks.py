@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.results import METRICS, disk_errors, metrics, write_text
@@ -26,6 +28,8 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not state.is_world_process_zero:
+            return
         kept = [line for line in metrics(self.folder) if line["step"] <= state.global_step]
         write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -37,7 +41,7 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         line = {key: value if math.isfinite(value) else None for key, value in logs.items()}
         with disk_errors(self.folder / METRICS), (self.folder / METRICS).open("a") as file:
@@ -56,5 +60,10 @@ class StopOnSignal(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if dist.is_initialized():
+            # the signal reaches the processes at different steps, and all must stop at the same one
+            told = torch.tensor(int(self.requested), device=args.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            self.requested = bool(told)
         if self.requested:
             control.should_save = control.should_training_stop = True

@@ -25,6 +25,8 @@ RUNS = Path("runs")
 LOCK = ".lock"
 # exit status of a run that another process trains (EX_TEMPFAIL)
 BUSY = 75
+# how the line begins in which a run says why it failed
+FAILED = "failed: "
 
 
 def digest(config: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from experiments import families, plugins, tasks
 from experiments.callbacks import MetricsLog, StopOnSignal
 from experiments.config import RunConfig
 from experiments.data import scored_rows, training_rows
+from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
 from experiments.models import target_modules
 from experiments.results import CONFIG, read_json
@@ -49,7 +50,7 @@ class Run:
         family = families.get(task.family)(config, task)
         rows = task.split("train")
         model = attach(config, family, rows)
-        trainer = Trainer(
+        trainer = DistributedTrainer(
             model=model,
             args=arguments(folder, config, family),
             train_dataset=family.encode(training_rows(rows, config)),
@@ -59,6 +60,8 @@ class Run:
             compute_metrics=family.metrics,
             callbacks=[MetricsLog(folder), stop],
         )
+        # Trainer guesses this from the signature, and would sum the mean losses of classifiers over accumulated batches
+        trainer.model_accepts_loss_kwargs = family.loss_by_item
         trainer.optimizer = optimizer(model, config, trainer.args)
         return cls(folder, config, task, family, model, trainer, stop)
 
@@ -125,12 +128,13 @@ def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArgume
     """What the run's settings are in Transformers' words."""
     # a fraction of the run: 1 would mean every step. Transformers evaluates and saves at the last step in any case
     interval = min(1 / config.evaluations, 0.9999)
+    batch_size, accumulation = share(config)
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=4 * config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=accumulation,
         train_sampling_strategy="group_by_length" if family.by_length else "random",
         optim=config.optimizer,
         lr_scheduler_type=config.scheduler,
@@ -155,5 +159,7 @@ def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArgume
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         disable_tqdm=True,
+        # P is the same on every process: it is made from its seed
+        ddp_broadcast_buffers=False,
         report_to="none",
     )

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.errors import ExperimentError
 from experiments.results import is_done, read_json, write_json
-from experiments.workers import last_words, start
+from experiments.workers import Processes, last_words, start
 
 JOBS = "jobs.json"
 POLL_SECONDS = 5.0
@@ -27,26 +27,28 @@ class SlurmOptions:
     """`launcher.slurm` of a sweep.
 
     parameters: those of submitit's SlurmExecutor, such as time (minutes), partition, mem, cpus_per_task, gpus_per_node,
-    account, qos. concurrency: runs that run at once. queue_cap: our runs in the queue at once, waiting or running; the
-    next array is submitted when the queue is empty of them, since SLURM caps what runs within one array. processes: of
-    each run; more than one are started by torchrun. restarts: after how many time limits a run is given up.
+    account, qos, nodes. concurrency: runs that run at once. queue_cap: our runs in the queue at once, waiting or
+    running; the next array is submitted when the queue is empty of them, since SLURM caps what runs within one array.
+    processes: of each run on each of its nodes; more than one in all are started by torchrun. sharded: the frozen base
+    is split over them. restarts: after how many time limits a run is given up.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = 8
     queue_cap: int = 100
     processes: int = 1
+    sharded: bool = False
     restarts: int = 100
 
 
 class Job:
-    """What runs inside an allocation: one run as a child that is told to write a checkpoint when time is up."""
+    """What runs on each node of an allocation: one run as a child, told to write a checkpoint when time is up."""
 
-    def __init__(self, processes: int):
-        self.processes = processes
+    def __init__(self, over: Processes):
+        self.over = over
 
     def __call__(self, folder: str) -> int:
-        self._child = start(Path(folder), self.processes)
+        self._child = start(Path(folder), self._here())
         # a thread waits: the signal handler that calls `checkpoint` may wait again, which Popen.wait itself cannot
         self._waiter = threading.Thread(target=self._child.wait)
         self._waiter.start()
@@ -54,11 +56,17 @@ class Job:
             self._waiter.join(POLL_SECONDS)
         return self._child.returncode
 
+    def _here(self) -> Processes:
+        if self.over.nodes == 1:
+            return self.over
+        first = submitit.helpers.TorchDistributedEnvironment()
+        return replace(self.over, node=first.rank, address=f"{first.master_addr}:{first.master_port}")
+
     def checkpoint(self, folder: str) -> DelayedSubmission:
         """Called by submitit on a time limit or preemption: the run is requeued and goes on from its checkpoint."""
         self._child.terminate()
         self._waiter.join()
-        return DelayedSubmission(Job(self.processes), folder)
+        return DelayedSubmission(Job(self.over), folder)
 
 
 def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[Path, str]:
@@ -102,8 +110,9 @@ def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[str
                 "array_parallelism": options.concurrency,
             }
         )
+        over = Processes(options.processes, options.sharded, nodes=int(options.parameters.get("nodes", 1)))
         with executor.batch():
-            jobs = [executor.submit(Job(options.processes), str(folder.resolve())) for folder in wave]
+            jobs = [executor.submit(Job(over), str(folder.resolve())) for folder in wave]
     except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
         raise ExperimentError(
             f"slurm: sbatch must accept launcher.slurm.parameters, got: {error}. Correct them."

@@ -6,18 +6,21 @@ Runs that are done are not repeated, interrupted ones resume: start the same com
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from experiments import plan, preflight, protocol, sweep_report
 from experiments.errors import ExperimentError
 from experiments.plan import Sweep
 from experiments.results import RUNS
-from experiments.workers import train_all
+from experiments.workers import Processes, train_all
 from uniproj.errors import AdapterError, ProjectionError
 
 INTERRUPTED = 130
+Options = TypeVar("Options")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,16 +38,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
     """The launcher as a function of run folders that returns the reason of each failure."""
     if launcher == "local":
-        device = sweep.settings.get("device", "cpu")
-        return lambda folders: train_all(folders, device)
+        device, over = sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes)
+        return lambda folders: train_all(folders, device, over)
     from experiments import slurm
 
-    options = slurm.SlurmOptions(**sweep.launcher.get("slurm", {}))
+    options = options_of(sweep, "slurm", slurm.SlurmOptions)
 
     def train(folders: Sequence[Path]) -> Mapping[Path, str]:
         return slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
 
     return train
+
+
+def options_of(sweep: Sweep, launcher: str, kind: Callable[..., Options]) -> Options:
+    """What the sweep says of a launcher. Raises ExperimentError for a word that the launcher does not know."""
+    given = sweep.launcher.get(launcher, {})
+    try:
+        return kind(**given)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(kind).parameters)
+        raise ExperimentError(
+            f"sweep: launcher.{launcher} must have keys among {known}, got {', '.join(given)}. Correct them."
+        ) from error
 
 
 def run(args: argparse.Namespace) -> int:

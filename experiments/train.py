@@ -1,7 +1,8 @@
 """One run: `python -m experiments.train FOLDER` trains what FOLDER/config.json says and writes FOLDER/result.json.
 
 Exit status 0: done; 130: interrupted after a checkpoint, the same command resumes; 75: another process trains it;
-1: failed, the last line says why. Under `torchrun` the run is distributed over its processes.
+1: failed, a line that begins with "failed: " says why. Under `torchrun` or `accelerate launch` the run is spread over
+their processes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from experiments import outcome
 from experiments.errors import ExperimentError
 from experiments.outcome import ADAPTER, finite
 from experiments.provenance import provenance
-from experiments.results import BUSY, RESULT, disk_errors, is_done, lock, write_json
+from experiments.results import BUSY, FAILED, RESULT, disk_errors, is_done, lock, write_json
 from experiments.run import Run
 from experiments.steps import isometry, step_times
 from uniproj.errors import AdapterError, ProjectionError
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
         with disk_errors(folder):
             return run(folder)
     except (ExperimentError, ProjectionError, AdapterError) as error:
-        print(error)
+        print(f"{FAILED}{error}")
         return 1
 
 

@@ -8,42 +8,78 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
-from experiments.results import BUSY, is_done, is_locked, metrics
+from experiments.distributed import SHARDED
+from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
 
 ROOT = Path(__file__).parent.parent
-LOG = "train.log"
+LOG, STARTED = "train.log", "--- started ---"
 # A run on the CPU takes one core and about 1 GB; more than four at once fill small machines.
 MOST_PROCESSES = 4
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0
 
 
-def processes(device: str) -> int:
-    """How many runs train at once: one per core on the CPU, one on an accelerator."""
-    return min(MOST_PROCESSES, os.cpu_count() or 1) if device == "cpu" else 1
+@dataclass(frozen=True)
+class Processes:
+    """Over what one run is spread: processes on each of `nodes` machines, of which this is number `node`.
+
+    sharded: each keeps a part of the frozen base (FSDP2) instead of all of it (DDP). address: host:port of the first
+    node, where there are several.
+    """
+
+    processes: int = 1
+    sharded: bool = False
+    nodes: int = 1
+    node: int = 0
+    address: str = ""
+
+    def torchrun(self) -> list[str]:
+        """The words between `python -m` and the module of the run; none for a single process."""
+        if self.processes * self.nodes == 1:
+            return []
+        first, port = self.address.split(":") if self.nodes > 1 else ("", "")
+        where = (
+            [f"--nnodes={self.nodes}", f"--node_rank={self.node}", f"--master_addr={first}", f"--master_port={port}"]
+            if self.nodes > 1
+            else ["--standalone"]
+        )
+        return ["torch.distributed.run", f"--nproc_per_node={self.processes}", *where, "-m"]
 
 
-def train_all(folders: Sequence[Path], device: str) -> dict[Path, str]:
-    """Train every run that is not done; returns the reason of each failure.
+ALONE = Processes()
+
+
+def processes(device: str, over: Processes = ALONE) -> int:
+    """How many runs train at once: as many as the cores hold on the CPU, one on accelerators."""
+    return max(1, min(MOST_PROCESSES, os.cpu_count() or 1) // over.processes) if device == "cpu" else 1
+
+
+def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> dict[Path, str]:
+    """Train every run that is not done, each `over` so many processes; returns the reason of each failure.
 
     KeyboardInterrupt passes through after every child has written its checkpoint and ended.
     """
     failures: dict[Path, str] = {}
     waiting = [folder for folder in folders if not is_done(folder)]
-    with tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="runs", unit="run") as bar, _Pool() as pool:
-        slots = list(range(1, 1 + processes(device)))
+    with (
+        tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="runs", unit="run") as bar,
+        _Pool(over) as pool,
+    ):
+        slots = list(range(1, 1 + processes(device, over)))
         while waiting or pool.children:
             while slots and (folder := _startable(waiting, bar)):
                 pool.start(folder, slots.pop(0))
             time.sleep(POLL_SECONDS)
             for child in pool.finished():
                 slots.append(child.slot)
-                if child.process.returncode == BUSY:
+                # torchrun has an exit status of its own, whatever the run said
+                if child.process.returncode == BUSY or (child.process.returncode and is_locked(child.folder)):
                     waiting.append(child.folder)
                     continue
                 bar.update()
@@ -64,20 +100,23 @@ def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
     return None
 
 
-def start(folder: Path, processes: int = 1) -> subprocess.Popen:
+def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
     """Begin to train a run, on one thread per process; what it prints is appended to its log."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **({"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if processes == 1 else {}),
+        **({"CUDA_VISIBLE_DEVICES": visible} if not over.torchrun() else {}),
+        SHARDED: str(over.sharded).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "-m"] if processes > 1 else []
     with (folder / LOG).open("a") as log:
+        log.write(STARTED + "\n")
+        log.flush()
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once
         return subprocess.Popen(
-            [sys.executable, "-m", *torchrun, "experiments.train", str(folder)],
+            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -86,18 +125,19 @@ def start(folder: Path, processes: int = 1) -> subprocess.Popen:
 
 
 def last_words(folder: Path) -> str:
-    """The last line that a run printed: the reason of its end."""
+    """Why a run ended: what it said of its failure, or else the last line of its last start."""
     log = folder / LOG
-    lines = log.read_text().strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else f"ended without a word, see {folder}"
+    lines = log.read_text().rpartition(STARTED)[2].strip().splitlines() if log.exists() else []
+    said = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+    return said[0] if said else lines[-1] if lines else f"ended without a word, see {folder}"
 
 
 class _Child:
     """One running process and its progress bar."""
 
-    def __init__(self, folder: Path, slot: int):
+    def __init__(self, folder: Path, slot: int, over: Processes):
         self.folder, self.slot = folder, slot
-        self.process = start(folder)
+        self.process = start(folder, over)
         self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False)
 
     def show(self) -> None:
@@ -111,14 +151,15 @@ class _Child:
 class _Pool:
     """The running children. Leaving the context stops those that still run."""
 
-    def __init__(self) -> None:
+    def __init__(self, over: Processes) -> None:
+        self.over = over
         self.children: list[_Child] = []
 
     def __enter__(self) -> _Pool:
         return self
 
     def start(self, folder: Path, slot: int) -> None:
-        self.children.append(_Child(folder, slot))
+        self.children.append(_Child(folder, slot, self.over))
 
     def finished(self) -> list[_Child]:
         done = [child for child in self.children if child.process.poll() is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import cycle, islice
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,7 @@ from transformers import (
     Trainer,
 )
 
+from experiments.distributed import is_sharded
 from experiments.families.family import Family
 from experiments.models import load_causal, load_tokenizer
 
@@ -34,6 +36,7 @@ class CausalModel(Family):
     auto = AutoModelForCausalLM
     selection = "eval_loss"
     higher_is_better = False
+    loss_by_item = True
     metrics = None
 
     @cached_property
@@ -82,7 +85,9 @@ class CausalModel(Family):
     def generate(self, trainer: Trainer, prompts: Sequence[str]) -> list[str]:
         """The greedy continuation of every prompt, without the prompt; prompts of one batch are of like length."""
         world, rank = trainer.args.world_size, trainer.args.process_index
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[rank::world]
+        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        # as many on each process, some twice: a sharded base needs all of them in every batch
+        order = list(islice(cycle(by_length), world * -(-len(prompts) // world)))[rank::world]
         model, size = trainer.model.eval(), trainer.args.per_device_eval_batch_size
         found: list[tuple[int, str]] = []
         for start in tqdm(range(0, len(order), size), desc="generating", disable=rank > 0, mininterval=10):
@@ -100,6 +105,7 @@ class CausalModel(Family):
             **inputs,
             max_new_tokens=self.config.max_new_tokens,
             do_sample=False,
+            synced_gpus=is_sharded(),
             pad_token_id=self.processor.pad_token_id,
         )
         return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

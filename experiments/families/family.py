@@ -26,7 +26,8 @@ class Family(ABC):
     """One family, bound to a run. `processor` turns rows into tensors and is saved beside checkpoints.
 
     task_type: PEFT's; auto: the transformers class of its models; selection: the evaluation by which the best
-    checkpoint is told; by_length: whether rows have a `length` by which batches are formed.
+    checkpoint is told; by_length: whether rows have a `length` by which batches are formed; loss_by_item: whether the
+    model divides its loss by the number of items it is told, that of all accumulated batches, and not by its own.
     """
 
     task_type: ClassVar[str | None]
@@ -34,6 +35,7 @@ class Family(ABC):
     selection: ClassVar[str] = "eval_score"
     higher_is_better: ClassVar[bool] = True
     by_length: ClassVar[bool] = True
+    loss_by_item: ClassVar[bool] = False
     modules_to_save: ClassVar[Sequence[str] | None] = None
 
     def __init__(self, config: RunConfig, task: Task):

@@ -15,6 +15,7 @@ from experiments import mt_bench, sweep, tasks, train
 from experiments.models import load_tokenizer
 from experiments.plan import CONF
 from experiments.results import load
+from experiments.tasks.commonsense import TESTS
 
 FEW = 12
 # a package that carries NLTK's sentence splitter, which is otherwise downloaded
@@ -47,8 +48,10 @@ def vit(tmp_path_factory) -> str:
 def few_rows(tmp_path_factory, shared_data: str) -> str:
     """The published files cut to their first rows; MetaMathQA's columns filled from GSM8K, which it rewrites."""
     folder, shared = tmp_path_factory.mktemp("data"), Path(shared_data)
-    for path in [*shared.glob("glue/*/*.jsonl"), *shared.glob("*/*.jsonl")]:
-        _write(pd.read_json(path, lines=True).head(10 * FEW), folder / path.relative_to(shared))
+    for path in [*shared.glob("*/*/*.jsonl"), *shared.glob("*/*.jsonl")]:
+        _write(pd.read_json(path, lines=True, nrows=10 * FEW), folder / path.relative_to(shared))
+    for path in shared.glob("commonsense/*/*.parquet"):
+        _write(pd.read_parquet(path).head(10 * FEW), (folder / path.relative_to(shared)).with_suffix(".jsonl"))
     (folder / "cifar10").mkdir()
     for split in ("train", "test"):
         pd.read_parquet(shared / "cifar10_small" / f"{split}.parquet").head(10 * FEW).to_parquet(
@@ -66,9 +69,7 @@ def _write(rows: pd.DataFrame, path: Path) -> None:
 
 @pytest.fixture
 def here(monkeypatch) -> None:
-    monkeypatch.setattr(
-        sweep, "train_all", lambda folders, device: {f: "failed" for f in folders if train.main([str(f)])}
-    )
+    monkeypatch.setattr(sweep, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])})
 
 
 SMALL = [
@@ -134,6 +135,16 @@ def test_a_folder_of_pictures(runs: Path, tmp_path: Path, few_rows: str, vit: st
     assert found["head"].iloc[0] == 32 * 10 + 10
 
 
+def test_commonsense_trains_and_is_tested_on_all_eight(runs: Path, few_rows: str, llama: str, here) -> None:
+    # 120 rows of each test, of which eight are drawn from each on average
+    other = ["settings.task=commonsense", "settings.dtype=float32", "settings.accumulation=2", "settings.max_length=96"]
+    other += ["settings.max_new_tokens=8", "settings.test_size=64", f"axes.model=[{llama}]"]
+    found = _run("math", runs, few_rows, *other).iloc[0]
+    assert found["task"] == "commonsense" and found["rows"] == 64
+    assert set(found["groups"]) == set(TESTS) and len(TESTS) == 8
+    assert found["score"] == pytest.approx(np.mean(list(found["groups"].values())))
+
+
 def test_commonsense_is_scored_by_the_mean_of_its_tests(
     runs: Path, few_rows: str, llama: str, shared_data: str
 ) -> None:
@@ -196,11 +207,38 @@ def test_commonsense_is_scored_by_the_mean_of_its_tests(
             },
             "social_i_qa",
         ),
+        (
+            {
+                "goal": "How do I ready a guinea pig cage for it's new occupants?",
+                "sol1": "Provide the guinea pig with a cage full of a few inches of bedding made of ripped paper "
+                "strips, you will also need to supply it with a water bottle and a food dish.",
+                "sol2": "Provide the guinea pig with a cage full of a few inches of bedding made of ripped jeans "
+                "material, you will also need to supply it with a water bottle and a food dish.",
+                "label": 0,
+            },
+            "piqa",
+        ),
+        (
+            {
+                "question_stem": "A person wants to start saving money so that they can afford a nice vacation at the "
+                "end of the year. After looking over their budget and expenses, they decide the best way to save "
+                "money is to",
+                "choices": {
+                    "label": np.array(["A", "B", "C", "D"]),
+                    "text": np.array([
+                        "make more phone calls", "quit eating lunch out", "buy less with monopoly money",
+                        "have lunch with friends",
+                    ]),
+                },
+                "answerKey": "B",
+            },
+            "openbookqa",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_hub_rows_are_recast_as_llm_adapters_publishes_them(raw: dict, name: str, shared_data: str) -> None:
-    from experiments.tasks.commonsense import TESTS, _test_rows
+    from experiments.tasks.commonsense import _test_rows
 
     published = _test_rows(name, shared_data)
     prompt, answer = TESTS[name].recast(raw)

@@ -17,6 +17,7 @@ import pytest
 from experiments import sweep, tasks, train
 from experiments.protocol import LOCK
 from experiments.results import RESULT, load, prepare, read_json
+from tests.experiments.processes import training_processes
 
 ROOT = Path(__file__).parents[2]
 # what the clock and the machine decide
@@ -40,9 +41,7 @@ def file(tmp_path: Path, task: str, model: str) -> Path:
 @pytest.fixture
 def here(monkeypatch) -> None:
     """Runs train in this process, which saves the seconds that a process takes to start."""
-    monkeypatch.setattr(
-        sweep, "train_all", lambda folders, device: {f: "failed" for f in folders if train.main([str(f)])}
-    )
+    monkeypatch.setattr(sweep, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])})
 
 
 def _records(runs: Path) -> pd.DataFrame:
@@ -108,6 +107,11 @@ def test_a_plugin_that_cannot_be_imported_is_named(file: Path, runs: Path, tmp_p
     assert "broken.py must be a Python file or module that can be imported" in capsys.readouterr().err
 
 
+def test_an_unknown_word_for_a_launcher_is_refused(file: Path, runs: Path, capsys) -> None:
+    assert sweep.main([str(file), "+launcher.local={gpus:2}", "--runs", str(runs)]) == 2
+    assert "launcher.local must have keys among processes, sharded" in capsys.readouterr().err and not runs.exists()
+
+
 def test_doctor_runs_each_kind_once_and_feeds_the_estimate(file: Path, runs: Path, capsys) -> None:
     assert sweep.main([str(file), "--doctor", "--runs", str(runs)]) == 0
     out = capsys.readouterr().out
@@ -131,23 +135,10 @@ def _start(file: Path, runs: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _children(runs: Path) -> list[int]:
-    """Processes that train a run of this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode()
-        except OSError:
-            continue
-        if "experiments.train" in line and str(runs) in line:
-            found.append(int(path.parent.name))
-    return found
-
-
 def _kill_everything(process: subprocess.Popen, runs: Path) -> None:
     process.kill()
     process.wait()
-    for child in _children(runs):
+    for child in training_processes(runs):
         os.kill(child, signal.SIGKILL)
 
 

@@ -34,19 +34,20 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig) -
     assert row["projection"] == "unilora" and row["trained"] == 200 and row["folder"] == str(folder)
 
 
-def test_an_interrupted_run_resumes_to_the_same_numbers(runs: Path, config: RunConfig, monkeypatch) -> None:
+@pytest.mark.parametrize("step", [5, 9])  # within the first epoch and within the second
+def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, config: RunConfig, monkeypatch) -> None:
     whole = prepare(runs / "whole", config.to_json())
     assert train.main([str(whole)]) == 0
     folder = prepare(runs / "cut", config.to_json())
     plain = StopOnSignal.on_step_end
 
     def ctrl_c(self, args, state, control, **kwargs):
-        self.requested = state.global_step == 5
+        self.requested = state.global_step == step
         return plain(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", ctrl_c)
     assert train.main([str(folder)]) == train.INTERRUPTED
-    assert not (folder / RESULT).exists() and (folder / "checkpoint-5").is_dir()
+    assert not (folder / RESULT).exists() and (folder / f"checkpoint-{step}").is_dir()
     monkeypatch.setattr(StopOnSignal, "on_step_end", plain)
     assert train.main([str(folder)]) == 0
     assert torch.equal(_theta(folder), _theta(whole))

@@ -1,5 +1,7 @@
 """Sweeps on a real SLURM: arrays under two caps, time limits, preemption, failures, a second launcher."""
 
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -13,6 +15,7 @@ from experiments import slurm, train
 from experiments.config import RunConfig
 from experiments.results import RESULT, metrics, prepare, read_json
 from experiments.slurm import SlurmOptions, train_all
+from tests.experiments.processes import training_processes
 
 pytestmark = pytest.mark.slow
 PARAMETERS = {"time": 5, "cpus_per_task": 1, "mem": "400M"}
@@ -72,11 +75,11 @@ def test_an_array_finishes_below_both_caps(runs: Path, config: RunConfig, tmp_pa
 def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
     how: str, runs: Path, config: RunConfig, tmp_path: Path
 ) -> None:
-    long = replace(config, timing=False, epochs=400 if how == "time limit" else 150, evaluations=2)
+    long = replace(config, timing=False, epochs=700 if how == "time limit" else 150, evaluations=2)
     whole = prepare(tmp_path / "whole", long.to_json())
     assert train.main([str(whole)]) == 0
     folder = prepare(runs, long.to_json())
-    limit = {"time": 1, "signal_delay_s": 30} if how == "time limit" else {}
+    limit = {"time": 1, "signal_delay_s": 15} if how == "time limit" else {}
     options = SlurmOptions({**PARAMETERS, **limit})
     failures: dict = {}
     launcher = threading.Thread(target=lambda: failures.update(train_all([folder], options, tmp_path / "logs")))
@@ -125,7 +128,8 @@ def test_a_killed_run_is_reported_and_a_further_call_finishes_it(runs: Path, con
     launcher.start()
     while not metrics(folder):
         time.sleep(0.2)
-    subprocess.run(["pkill", "-KILL", "-f", f"experiments.train {folder}"], check=True)
+    for process in training_processes(folder):
+        os.kill(process, signal.SIGKILL)
     launcher.join()
     assert set(failures) == {folder}
     assert train_all([folder], options, tmp_path / "logs") == {} and (folder / RESULT).exists()

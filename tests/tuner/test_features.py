@@ -40,7 +40,7 @@ def test_checkpointing_a_learned_projection() -> None:
     for name, gradient in _gradients(model).items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(AdapterError, match="needs the non-reentrant kind"):
+    with pytest.raises(AdapterError, match="need the non-reentrant kind"):
         model(**batch("llama"))
 
 

@@ -8,10 +8,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
 from uniproj.tuner.convert import from_peft, to_peft
+from uniproj.tuner.distributed import shard_base
 from uniproj.tuner.model import UniProjModel
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UniProjConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UniProjModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "uniproj_"
 
-__all__ = ["UniProjConfig", "UniProjModel", "from_peft", "to_peft"]
+__all__ = ["UniProjConfig", "UniProjModel", "from_peft", "shard_base", "to_peft"]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ class UniProjModel(LoraModel):
             self._settle()
         if self._adapters_enabled:
             for name in self.active_adapters:
-                if self._sources[name].projection.learned and torch.is_grad_enabled():
+                if torch.is_grad_enabled() and (self._sources[name].projection.learned or _several_processes()):
                     _refuse_reentrant(model)
                 self._sources[name].refresh()
 
@@ -243,16 +244,24 @@ def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
         parameter.requires_grad_(requires_grad)
 
 
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _refuse_reentrant(model: nn.Module) -> None:
-    """Reentrant checkpointing walks back through theta_D once per segment, which a learned P's graph cannot bear."""
+    """Reentrant checkpointing walks back through theta_D once per segment.
+
+    The graph of a learned P cannot bear that, nor can DDP, for which the gradient on theta_d is then complete too soon.
+    """
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
             "use_reentrant"
         ):
             raise AdapterError(
-                "gradient checkpointing: a learned projection (VB-LoRA, Tied-LoRA) needs the non-reentrant kind, got "
-                'use_reentrant=True. Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                "gradient checkpointing: a learned projection (VB-LoRA, Tied-LoRA) and training over several processes "
+                "need the non-reentrant kind, got use_reentrant=True. "
+                'Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
 
 
