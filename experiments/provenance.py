@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy")
+PACKAGES = ("torch", "triton", "numba", "transformers", "peft", "datasets", "numpy")
 
 
 def versions() -> dict[str, str]:
