@@ -9,6 +9,7 @@ from torch import Tensor
 
 from uniproj.kernels import backend, tiles
 from uniproj.kernels.deal import Deal, Group
+from uniproj.kernels.memory import fresh
 from uniproj.kernels.partition import deal_out, gather_in, sum_by_column, take
 from uniproj.kernels.permutation import permute
 
@@ -102,6 +103,18 @@ def test_tiles_give_what_the_index_gives(D: int, d: int, dtype: torch.dtype) -> 
     assert torch.equal(tiles.take(x, *constants, dtype), x[:, index].to(dtype))
     expected = torch.zeros(2, d, dtype=torch.float64).index_add(1, index, y.to(dtype).double())
     torch.testing.assert_close(tiles.sum_by_column(y.to(dtype), *constants, torch.float64), expected)
+
+
+def test_memory_is_lent_again_only_when_no_view_of_it_is_left() -> None:
+    owner = torch.empty(1)
+    first = fresh((3, 50), torch.float32, owner)
+    place, view = first.data_ptr(), first[1:, 7:]
+    del first
+    second = fresh((3, 50), torch.float32, owner)
+    assert second.data_ptr() != place and place % 64 == second.data_ptr() % 64 == 0
+    del view
+    assert fresh((150,), torch.float32, owner).data_ptr() == place
+    assert fresh((3, 50), torch.bfloat16, owner).data_ptr() != second.data_ptr()
 
 
 def test_tiles_sum_in_the_order_of_the_rows() -> None:

@@ -40,7 +40,7 @@ def untile(words: Tensor, ends: Tensor) -> Tensor:
 
 def _take(x: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype, rounded before the copy."""
-    y = fresh((len(x), size[0]), dtype)
+    y = fresh((len(x), size[0]), dtype, owner=words)
     together = min(_TOGETHER, -(-len(ends) // torch.get_num_threads()))
     call("partition", "gather", x.detach().to(dtype).contiguous(), words, ends, y, together, *_BITS)
     return y
@@ -54,7 +54,7 @@ def _sum_by_column(y: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], 
     """
     D, d = size
     y = y.detach().to(accumulation_dtype(y.dtype, dtype)).contiguous()
-    runs = max(1, min(_MOST_SUMS, D // max(4 * d, 4 * _CHUNK)))
+    runs = max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
     sums = torch.empty(runs, len(y), d, dtype=y.dtype)
     call("partition", "add", y, words, ends, sums, _TOGETHER, *_BITS)
     return (sums.sum(0) if runs > 1 else sums[0]).to(dtype)

@@ -95,6 +95,7 @@ class FactorSource:
         return bool(self._used)
 
     def _project(self) -> None:
+        self._views = {}  # the old theta_D goes first, so that there are never two
         if self._wants_grad():
             self._views, self._snapshot = self._split(), []
         else:
