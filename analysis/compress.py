@@ -27,8 +27,17 @@ WEIGHTS = "adapter_model.safetensors"
 # What the two kinds of configuration share; the modules are named one by one.
 SHARED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 # Set after the adapter is attached: on bare layers they would have no meaning.
-OF_THE_MODEL = ("base_model_name_or_path", "target_modules", "exclude_modules", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
-                "modules_to_save", "task_type", "lora_dropout")  # fmt: skip
+OF_THE_MODEL = (
+    "base_model_name_or_path",
+    "target_modules",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "task_type",
+    "lora_dropout",
+)
 
 
 def compress(
