@@ -59,7 +59,7 @@ def along(
 def landscape(
     subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train the subject behind each projection, then measure around where it arrived, on 4 batches it did not see (losses: 2).
+    """Train the subject behind each projection, then measure where it arrived, on 4 batches it did not see (losses: 2).
 
     (gradients: a row per projection with mean, least and largest ||P^T g|| / ||g|| at the end and its mean at the
     start, beside sqrt(d / D), what a random isometric P gives, and whether P is isometric; losses: as in `along`).
