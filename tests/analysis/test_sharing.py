@@ -70,7 +70,7 @@ def test_the_picture_shares_out_every_column() -> None:
 
 def test_a_method_that_cannot_be_built_is_a_note() -> None:
     rows, maps = sharing(defaults(["unilora_nonuniform"]), LoRALayout.flat(64), 8)
-    assert "module structure" in rows["note"].iloc[0] and maps.empty
+    assert "no modules" in rows["note"].iloc[0] and maps.empty
 
 
 def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
