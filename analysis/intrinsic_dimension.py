@@ -70,8 +70,9 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def reference(rows: pd.DataFrame) -> pd.DataFrame:
-    """LoRA's runs at its best size: those that train every entry of theta_D. Raises ExperimentError for none."""
-    whole = rows[rows["trained"] == rows["D"]]
+    """LoRA's runs at its best size: it is what trains every entry of theta_D at every size. Raises ExperimentError."""
+    every = (rows["trained"] == rows["D"]).groupby(rows["projection"]).transform("all")
+    whole = rows[every]
     if whole.empty:
         raise ExperimentError(
             f"intrinsic_dimension: LoRA itself must be among the runs of {rows['task'].iloc[0]}, got "
@@ -107,7 +108,7 @@ def d90(records: pd.DataFrame, fraction: float = FRACTION) -> pd.DataFrame:
     for where, group in usable(records).groupby(GROUP):
         base, whole = float(group["majority"].mean()), reference(group)
         for name, rows in group.groupby("projection"):
-            drawn = [_drawn(rows, whole, base, fraction, np.random.default_rng(i)) for i in range(RESAMPLES)]
+            drawn = _drawn(rows, whole, base, fraction)
             low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="closest_observation")
             threshold = base + fraction * (whole["score"].mean() - base)
             means = rows.groupby("trained")["score"].mean().sort_index()
@@ -128,16 +129,18 @@ def d90(records: pd.DataFrame, fraction: float = FRACTION) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, base: float, fraction: float, rng: np.random.Generator) -> float:
-    """d90 of one draw with replacement of the runs at every size, and of those of LoRA."""
-    scores = [values[rng.integers(len(values), size=len(values))].mean() for values in _by_size(rows)]
-    best = whole["score"].to_numpy(float)
-    threshold = base + fraction * (best[rng.integers(len(best), size=len(best))].mean() - base)
-    return crossing(np.sort(rows["trained"].unique()).astype(float), np.array(scores), threshold)
+def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, base: float, fraction: float) -> np.ndarray:
+    """d90 of each draw with replacement of the runs at every size, and of those of LoRA."""
+    rng = np.random.default_rng(0)
 
+    def means(scores: pd.Series) -> np.ndarray:
+        values = scores.to_numpy(float)
+        return values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
 
-def _by_size(rows: pd.DataFrame) -> list[np.ndarray]:
-    return [part["score"].to_numpy(float) for _, part in rows.sort_values("trained").groupby("trained")]
+    parts = [(size, means(part["score"])) for size, part in rows.groupby("trained")]
+    sizes, scores = np.array([size for size, _ in parts], dtype=float), np.stack([each for _, each in parts], axis=1)
+    thresholds = base + fraction * (means(whole["score"]) - base)
+    return np.array([crossing(sizes, drawn, threshold) for drawn, threshold in zip(scores, thresholds, strict=True)])
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:

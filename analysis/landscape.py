@@ -21,7 +21,7 @@ from analysis.subject import Batch, Head, Subject
 from analysis.training import Trained, train
 from uniproj import Projection
 
-DIRECTIONS, POINTS, BATCHES = 2, 9, 4
+DIRECTIONS, POINTS, BATCHES, LOSS_BATCHES = 2, 9, 4, 2
 # Length of the farthest step, in lengths of theta_D.
 REACH = 1.0
 
@@ -59,7 +59,7 @@ def along(
 def landscape(
     subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train the subject behind each projection, then measure around where it arrived, on 4 batches it did not see.
+    """Train the subject behind each projection, then measure where it arrived, on 4 batches it did not see (losses: 2).
 
     (gradients: a row per projection with mean, least and largest ||P^T g|| / ||g|| at the end and its mean at the
     start, beside sqrt(d / D), what a random isometric P gives, and whether P is isometric; losses: as in `along`).
@@ -76,7 +76,7 @@ def landscape(
         before = gradient_norms(subject, entry.P, start, head, unseen)
         trained = train(subject, entry.P, steps, lr)
         norms.append(_norms(subject, entry, entry.P, before, trained, unseen))
-        points = along(subject, entry.P, trained.theta_d, trained.head, unseen)
+        points = along(subject, entry.P, trained.theta_d, trained.head, unseen[:LOSS_BATCHES])
         losses += [{"projection": entry.name, "variant": entry.label, **point} for point in points]
     return pd.DataFrame(norms), pd.DataFrame(losses)
 
