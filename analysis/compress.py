@@ -28,11 +28,6 @@ WEIGHTS = "adapter_model.safetensors"
 SHARED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 # Set after the adapter is attached: on bare layers they would have no meaning.
 OF_THE_MODEL = (
-<<<<<<< HEAD
-    "base_model_name_or_path", "target_modules", "exclude_modules", "fan_in_fan_out", "layers_to_transform",
-    "layers_pattern", "modules_to_save", "task_type", "lora_dropout",
-)  # fmt: skip
-=======
     "base_model_name_or_path",
     "target_modules",
     "exclude_modules",
@@ -43,7 +38,6 @@ OF_THE_MODEL = (
     "task_type",
     "lora_dropout",
 )
->>>>>>> h5a
 
 
 def compress(

@@ -19,10 +19,11 @@ class FactorSource:
     gradients theta_D is kept until a trained number changes, so generation projects once.
 
     dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would
-    cast each of them to it.
+    cast each of them to it. held: within a forward of the whole model, which began with a refresh, no layer asks again.
     """
 
     dtype: torch.dtype | None = None
+    held: bool = False
 
     def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str):
         # looked up by name on each use: loading with assign=True replaces the Parameter object
@@ -45,7 +46,7 @@ class FactorSource:
 
     def view(self, slot: int) -> Tensor:
         """The factor of block number `slot`. Projects first if no forward of the model has done so."""
-        if not torch.compiler.is_compiling():
+        if not self.held and not torch.compiler.is_compiling():
             without_graph = self._wants_grad() and bool(self._views) and not self._has_graph()
             if without_graph or not self._is_current():
                 self._project()
@@ -112,7 +113,7 @@ class FactorSource:
         return dict(enumerate(self.projection.layout.split(theta_D)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": []}
+        return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": [], "held": False}
 
 
 class Factor(nn.Module):

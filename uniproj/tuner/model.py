@@ -65,7 +65,10 @@ class UniProjModel(LoraModel):
             self._being_loaded: set[str] = set()
             self._adapters_enabled = True
             self._before_first = [(p, p.requires_grad) for p in model.parameters()]
-            self._hook = model.register_forward_pre_hook(self._project_active)
+            self._hooks = [
+                model.register_forward_pre_hook(self._project_active),
+                model.register_forward_hook(self._let_go, always_call=True),
+            ]
         theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
         try:
             # P makes every A and B, so those that PEFT draws here may stay on the meta device
@@ -152,6 +155,12 @@ class UniProjModel(LoraModel):
                 if torch.is_grad_enabled() and (self._sources[name].projection.learned or _several_processes()):
                     _refuse_reentrant(model)
                 self._sources[name].refresh()
+                self._sources[name].held = not torch.compiler.is_compiling()
+
+    def _let_go(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for source in self._sources.values():
+                source.held = False
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -174,7 +183,8 @@ class UniProjModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
