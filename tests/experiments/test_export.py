@@ -15,7 +15,7 @@ from experiments.results import load, lock, prepare
 def trained(tmp_path: Path, task: str, model: str, runs: Path, monkeypatch) -> Path:
     """A small sweep of real runs."""
     monkeypatch.setattr(
-        sweep, "train_all", lambda folders, device: {f: "failed" for f in folders if train.main([str(f)])}
+        sweep, "train_all", lambda folders, device, *_: {f: "failed" for f in folders if train.main([str(f)])}
     )
     file = tmp_path / "mine.yaml"
     settings = {"task": task, "model": model, "budget": 200, "lr": 0.05}

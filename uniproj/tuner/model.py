@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
+from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
@@ -152,8 +152,8 @@ class UniProjModel(LoraModel):
             self._settle()
         if self._adapters_enabled:
             for name in self.active_adapters:
-                if torch.is_grad_enabled() and (self._sources[name].projection.learned or _several_processes()):
-                    _refuse_reentrant(model)
+                if torch.is_grad_enabled() and (self._sources[name].projection.learned or several_processes()):
+                    refuse_reentrant(model)
                 self._sources[name].refresh()
                 self._sources[name].held = not torch.compiler.is_compiling()
 
@@ -252,27 +252,6 @@ def _check_saved(config: UniProjConfig, projection: Projection) -> None:
 def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
     for parameter, requires_grad in wanted:
         parameter.requires_grad_(requires_grad)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _refuse_reentrant(model: nn.Module) -> None:
-    """Reentrant checkpointing walks back through theta_D once per segment.
-
-    The graph of a learned P cannot bear that, nor can DDP, for which the gradient on theta_d is then complete too soon.
-    """
-    for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
-            "use_reentrant"
-        ):
-            raise AdapterError(
-                "gradient checkpointing: a learned projection (VB-LoRA, Tied-LoRA) and training over several processes "
-                "need the non-reentrant kind, got use_reentrant=True. "
-                'Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
 
 
 def _device(layer: LoraLayer) -> torch.device:

@@ -1,0 +1,30 @@
+"""Which kinds of gradient checkpointing theta_D bears."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+from uniproj.errors import AdapterError
+
+
+def several_processes() -> bool:
+    """Whether a process group of more than one process exists."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def refuse_reentrant(model: nn.Module) -> None:
+    """Raise AdapterError if the model checkpoints in the reentrant way: it walks back through theta_D once per segment.
+
+    The graph of a learned P cannot bear that, nor can DDP, for which the gradient on theta_d is then complete too soon.
+    """
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
+            "use_reentrant"
+        ):
+            raise AdapterError(
+                "gradient checkpointing: a learned projection (VB-LoRA, Tied-LoRA) and training over several processes "
+                "need the non-reentrant kind, got use_reentrant=True. "
+                'Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
