@@ -48,6 +48,7 @@ class _Composite(Projection):
         self.parts = nn.ModuleList(parts)
         self.learned = any(p.learned for p in parts)
         self.sparse = all(p.sparse for p in parts)
+        self.sums_products = self.sums_products or any(p.sums_products for p in parts)
         if any(p.offset is not None for p in parts):
             self.claims = frozenset({"affine"})
 
@@ -73,6 +74,7 @@ class Compose(_Composite):
     """P1 P2 theta_d + (P1 c2 + c1): first `inner`, then `outer`. Needs outer.d == inner.D."""
 
     name = "compose"
+    sums_products = True
 
     def __init__(self, outer: Projection, inner: Projection):
         if outer.d != inner.D:

@@ -67,7 +67,8 @@ class Projection(nn.Module, ABC):
 
     Class attributes: `version` grows when the same arguments give another P; `claims` holds for every
     layout, d and seed and `claims_if` names those that hold under a condition (an instance that meets it adds
-    them to `self.claims`); `variants` are the hyperparameters the tests try.
+    them to `self.claims`); `variants` are the hyperparameters the tests try; `sums_products` says that entries of P are
+    sums, whose rounding depends on their order.
 
     Raises ProjectionError for d outside [min_d, D] and for inputs of a wrong shape or an integer dtype.
     """
@@ -82,6 +83,7 @@ class Projection(nn.Module, ABC):
     free_d: ClassVar[bool] = True
     learned: bool = False
     sparse: bool = False
+    sums_products: bool = False
     needs_modules: ClassVar[bool] = False
     needs_base_weights: ClassVar[bool] = False
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
