@@ -133,8 +133,7 @@ def parse() -> argparse.ArgumentParser:
     """The command line."""
     options = command.parser("landscape", (__doc__ or "").split(":")[0] + ".")
     options.add_argument("--d", type=int, default=1024, help="length of theta_d where a method leaves it free")
-    options.add_argument("--steps", type=int, default=30, help="of training")
-    options.add_argument("--lr", type=float, default=1e-2, help="of theta_d, AdamW")
+    subject.add_training(options, 30, "", "theta_d")
     subject.add_options(options)
     return options
 

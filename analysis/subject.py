@@ -55,6 +55,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=int, default=Setting.seed, help="of P, the head and the order of rows")
 
 
+def add_training(options: argparse.ArgumentParser, steps: int, what: str, trained: str) -> None:
+    """The options of a short training: how many steps, of what use, at which rate of what."""
+    options.add_argument("--steps", type=int, default=steps, help=f"of training{what}")
+    options.add_argument("--lr", type=float, default=1e-2, help=f"of {trained}, AdamW")
+
+
 def from_options(args: argparse.Namespace) -> Setting:
     """The setting of these options."""
     return Setting(args.model, args.task, args.data, args.rank, seed=args.seed)

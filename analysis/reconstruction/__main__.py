@@ -17,8 +17,7 @@ def parse() -> argparse.ArgumentParser:
     """The command line."""
     options = command.parser("reconstruction", (__doc__ or "").split(": ")[1])
     options.add_argument("--adapter", type=Path, help="a folder with a LoRA adapter (default: train one)")
-    options.add_argument("--steps", type=int, default=100, help="of training, without --adapter")
-    options.add_argument("--lr", type=float, default=1e-2, help="of theta_D, AdamW")
+    subject.add_training(options, 100, ", without --adapter", "theta_D")
     options.add_argument("--d", type=int, nargs="+", default=[64, 512, 4096], help="lengths of theta_d where free")
     subject.add_options(options)
     return options
