@@ -1,10 +1,10 @@
-"""A tiny BERT with a real tokenizer, and a few rows of the real packaged data, as a user would have them in folders."""
+"""A tiny BERT and a tiny Llama with real tokenizers, and a few rows of the real packaged data, as folders of a user."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from experiments import tasks
 from experiments.config import RunConfig, resolve
@@ -18,6 +18,17 @@ def model(tmp_path_factory) -> str:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)  # fmt: skip  # noqa: E501
     BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = load_tokenizer("smollm2")
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, tie_word_embeddings=True)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from experiments import train, workers
 from experiments.config import RunConfig, resolve
@@ -36,17 +36,6 @@ def encoder(tmp_path_factory) -> str:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     BertModel(BertConfig(vocab_size=len(tokenizer), **size, **off)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def decoder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = load_tokenizer("smollm2")
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, tie_word_embeddings=True)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -100,7 +89,7 @@ def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path, settings
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("projection", ["unilora", "vblora"])
-def test_completions_accumulated_and_checkpointed(kind: str, projection: str, tmp_path: Path, decoder: str) -> None:
+def test_completions_accumulated_and_checkpointed(kind: str, projection: str, tmp_path: Path, llama: str) -> None:
     """A causal model, whose loss is a mean over tokens: of all rows of a step, on whichever process they lie."""
     rows = pd.DataFrame(
         {"prompt": [f"{i} + {i % 7}" + " and so on" * (i % 5) for i in range(32)],
@@ -110,7 +99,7 @@ def test_completions_accumulated_and_checkpointed(kind: str, projection: str, tm
     for split in ("train", "validation", "test"):
         rows.to_json(tmp_path / "sums" / f"{split}.jsonl", orient="records", lines=True)
     config = resolve({
-        "task": str(tmp_path / "sums"), "model": decoder, "projection": projection, "seed": 0, "lr": 0.01,
+        "task": str(tmp_path / "sums"), "model": llama, "projection": projection, "seed": 0, "lr": 0.01,
         "batch_size": 4, "accumulation": 2, "epochs": 2, "max_new_tokens": 4, "gradient_checkpointing": True,
         **({"d": 64} if projection == "unilora" else {"budget": 2000}),
     })  # fmt: skip

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from experiments import mt_bench, sweep, tasks, train
-from experiments.models import load_tokenizer
 from experiments.plan import CONF
 from experiments.results import load
 from experiments.tasks.commonsense import TESTS
@@ -21,17 +20,6 @@ FEW = 12
 # a package that carries NLTK's sentence splitter, which is otherwise downloaded
 NLTK = importlib.metadata.distribution("llama-index-core").locate_file("llama_index/core/_static/nltk_cache")
 nltk.data.path.append(str(NLTK))
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = load_tokenizer("smollm2")
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, tie_word_embeddings=True)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
