@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from uniproj import LoRALayout, ProjectionError
 from uniproj.kernels import backend, tiles
 from uniproj.kernels.deal import Deal, Group
 from uniproj.kernels.memory import fresh
 from uniproj.kernels.partition import deal_out, gather_in, sum_by_column, take
 from uniproj.kernels.permutation import permute
+from uniproj.projections.partition import Partition
 
 needs_triton = pytest.mark.skipif(
     backend() != "triton-interpreter" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
@@ -115,6 +117,15 @@ def test_memory_is_lent_again_only_when_no_view_of_it_is_left() -> None:
     del view
     assert fresh((150,), torch.float32, owner).data_ptr() == place
     assert fresh((3, 50), torch.bfloat16, owner).data_ptr() != second.data_ptr()
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 1], [0, -1, 1, 1]])
+def test_an_index_that_leaves_its_columns_is_refused(index: list[int]) -> None:
+    class Given(Partition):
+        name = "given"
+
+    with pytest.raises(ProjectionError, match=r"given: an index must lie in \[0, d\) = \[0, 2\)"):
+        Given(LoRALayout.flat(4), 2, 0, torch.tensor(index))
 
 
 def test_tiles_sum_in_the_order_of_the_rows() -> None:
