@@ -50,21 +50,28 @@ def _cell(group: pd.DataFrame, seeds: int) -> dict[str, Any]:
 
 
 def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataFrame:
-    """Differences of each projection to the reference, seed by seed, within cells that agree in the columns `by`.
+    """Differences of each cell to the reference, seed by seed, within cells that agree in the columns `by`.
 
-    Columns: mean difference; its t interval and bootstrap interval over seeds; its bootstrap interval over test rows.
-    Pairs of which a run is missing or did not train are left out: `pairs` counts the rest.
+    Where the reference has several sizes there, its largest stands for it: a choice that reads no score. Columns: mean
+    difference; its t interval and bootstrap interval over seeds; its bootstrap interval over test rows. Pairs of which
+    a run is missing or did not train are left out: `pairs` counts the rest.
     """
     usable = records[records["failed"].isna() & records["did_not_train"].isna()]
     found = []
     for where, group in usable.groupby(list(by), sort=False, dropna=False) if by else [((), usable)]:
-        base = group[group["projection"] == reference]
-        for projection, rows in group[group["projection"] != reference].groupby("projection", sort=False):
+        base = _largest(group[group["projection"] == reference])
+        others = group[group["projection"] != reference]
+        for (projection, _), rows in others.groupby(["projection", "cell"], sort=False):
             both = rows.merge(base, on=SEEDS, suffixes=("", "_base"))
             if len(both):
                 point = dict(zip(by, where if isinstance(where, tuple) else (where,), strict=True))
-                found.append({**point, "projection": projection, "reference": reference, **_difference(both)})
+                size = {"trained": int(rows["trained"].iloc[0]), "reference": reference}
+                found.append({**point, "projection": projection, **size, **_difference(both)})
     return pd.DataFrame(found)
+
+
+def _largest(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["trained"] == rows["trained"].max()]
 
 
 def _difference(both: pd.DataFrame) -> dict[str, Any]:

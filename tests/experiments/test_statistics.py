@@ -23,7 +23,15 @@ def _record(folder, projection: str, seed: int, right: list[int], **changes) -> 
     }
     record |= {name: seed for name in SEEDS} | {"failed": None, "did_not_train": None, "folder": str(path)}
     score = float(np.mean(right)) if right else float("nan")
-    return {**record, "score": score, "best": {"score": score}, "metric": "accuracy", "lr": 0.1, **changes}
+    return {
+        **record,
+        "score": score,
+        "best": {"score": score},
+        "metric": "accuracy",
+        "lr": 0.1,
+        "trained": 8,
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -61,6 +69,24 @@ def test_differences_are_taken_seed_by_seed(records: pd.DataFrame) -> None:
     assert (row["t_low"], row["t_high"]) == pytest.approx((expected.low, expected.high))
     assert row["seeds_low"] >= 0.0 and row["seeds_high"] == pytest.approx(0.25)
     assert row["rows_low"] == 0.0 and row["rows_high"] <= 0.5
+
+
+def test_every_size_is_compared_with_the_references_largest(tmp_path) -> None:
+    scores = {
+        ("lora", 8): [1, 0, 0, 0],
+        ("lora", 16): [1, 1, 0, 0],
+        ("unilora", 2): [0, 0, 0, 0],
+        ("unilora", 4): [1] * 4,
+    }
+    records = []
+    for (projection, trained), right in scores.items():
+        folder = tmp_path / str(trained)
+        folder.mkdir()
+        same = {"cell": f"{projection} {trained}", "trained": trained}
+        records += [_record(folder, projection, seed, right, **same) for seed in (1, 2)]
+    table = paired(pd.DataFrame(records), [], "lora").set_index("trained")
+    assert list(table.index) == [2, 4] and list(table["pairs"]) == [2, 2]
+    assert table["difference"].to_dict() == {2: -0.5, 4: 0.5}
 
 
 def test_a_run_that_failed_or_did_not_train_is_shown_and_never_paired(records: pd.DataFrame) -> None:
