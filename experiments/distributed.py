@@ -21,9 +21,9 @@ from transformers import Trainer
 
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
+from experiments.workers import SHARDED
 from uniproj.tuner import shard_base
 
-SHARDED = "ACCELERATE_USE_FSDP"
 EPOCH_STATE = "epoch_rng_state.pth"
 
 

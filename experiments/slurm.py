@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import threading
 import time
@@ -20,6 +21,7 @@ from experiments.workers import Processes, last_words, start
 
 JOBS = "jobs.json"
 POLL_SECONDS = 5.0
+TIME_IS_UP = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class Job:
         self.over = over
 
     def __call__(self, folder: str) -> int:
+        # SLURM sends the signal to every process of the job: the run inherits it blocked, and is told by `checkpoint`
+        signal.pthread_sigmask(signal.SIG_BLOCK, {TIME_IS_UP})
         self._child = start(Path(folder), self._here())
         # a thread waits: the signal handler that calls `checkpoint` may wait again, which Popen.wait itself cannot
         self._waiter = threading.Thread(target=self._child.wait)
         self._waiter.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {TIME_IS_UP})
         while self._waiter.is_alive():
             self._waiter.join(POLL_SECONDS)
         return self._child.returncode

@@ -14,11 +14,12 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from experiments.distributed import SHARDED
 from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
 
 ROOT = Path(__file__).parent.parent
 LOG, STARTED = "train.log", "--- started ---"
+# Accelerate's word for FSDP2
+SHARDED = "ACCELERATE_USE_FSDP"
 # A run on the CPU takes one core and about 1 GB; more than four at once fill small machines.
 MOST_PROCESSES = 4
 POLL_SECONDS = 0.5

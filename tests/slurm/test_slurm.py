@@ -5,25 +5,26 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from experiments import slurm, train
+from experiments import slurm, train, workers
+from experiments.callbacks import StopOnSignal
 from experiments.config import RunConfig
 from experiments.results import RESULT, metrics, prepare, read_json
 from experiments.slurm import SlurmOptions, train_all
 from tests.experiments.processes import training_processes
 
-pytestmark = pytest.mark.slow
 PARAMETERS = {"time": 5, "cpus_per_task": 1, "mem": "400M"}
 
 
 @pytest.fixture(autouse=True)
 def fast_polls(monkeypatch) -> None:
-    monkeypatch.setattr(slurm, "POLL_SECONDS", 1.0)
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.5)
 
 
 def _prepared(runs: Path, config: RunConfig, count: int, **changes) -> list[Path]:
@@ -62,41 +63,89 @@ class Watch:
         self._thread.join()
 
 
+class Launched:
+    """A launcher at work in a thread; leaving the block waits for its end."""
+
+    def __init__(self, folders: list[Path], options: SlurmOptions, logs: Path):
+        self.failures: dict[Path, str] | None = None
+        self._thread = threading.Thread(target=self._run, args=(folders, options, logs))
+
+    def _run(self, *asked) -> None:
+        self.failures = train_all(*asked)
+
+    def __enter__(self) -> "Launched":
+        self._thread.start()
+        return self
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            assert self._thread.is_alive(), f"the launcher ended early: {self.failures}"
+            time.sleep(0.1)
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+
 def test_an_array_finishes_below_both_caps(runs: Path, config: RunConfig, tmp_path: Path) -> None:
-    folders = _prepared(runs, config, 5)
+    folders = _prepared(runs, config, 3)
     with Watch() as seen:
-        assert train_all(folders, SlurmOptions(PARAMETERS, concurrency=1, queue_cap=3), tmp_path / "logs") == {}
+        assert train_all(folders, SlurmOptions(PARAMETERS, concurrency=1, queue_cap=2), tmp_path / "logs") == {}
     assert all((folder / RESULT).exists() for folder in folders)
-    assert seen.running == 1 and seen.queued == 3
+    assert seen.running == 1 and seen.queued == 2
     assert train_all(folders, SlurmOptions(PARAMETERS), tmp_path / "logs") == {}
 
 
-@pytest.mark.parametrize("how", ["preemption", "time limit"])
+# a plug-in of a run: within a job, steps take their time and are told, so that what stops it comes in between
+SLOW_STEPS = """
+import os, time
+from experiments.callbacks import StopOnSignal
+
+plain = StopOnSignal.on_step_end
+
+def slow(self, args, state, control, **kwargs):
+    if "SLURM_JOB_ID" in os.environ:
+        print(f"step {state.global_step}", flush=True)
+        time.sleep(0.3)
+    return plain(self, args, state, control, **kwargs)
+
+StopOnSignal.on_step_end = slow
+"""
+
+
+def _preempt() -> None:
+    """A job of the urgent partition takes the whole node."""
+    subprocess.run(
+        ["sbatch", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true"], check=True
+    )
+
+
+@pytest.mark.parametrize("how", ["preemption", pytest.param("time limit", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
-    how: str, runs: Path, config: RunConfig, tmp_path: Path
+    how: str, runs: Path, config: RunConfig, tmp_path: Path, monkeypatch
 ) -> None:
-    long = replace(config, timing=False, epochs=700 if how == "time limit" else 150, evaluations=2)
-    whole = prepare(tmp_path / "whole", long.to_json())
+    (tmp_path / "slow.py").write_text(SLOW_STEPS)
+    # SLURM sends the signal up to half a minute early: the limit leaves time to load before it
+    epochs, limit = (10, {}) if how == "preemption" else (120, {"time": 2, "signal_delay_s": 30})
+    plugins = (str(tmp_path / "slow.py"),)
+    long = replace(config, timing=False, epochs=epochs, evaluations=1, plugins=plugins)
+    whole, folder = prepare(tmp_path / "whole", long.to_json()), prepare(runs, long.to_json())
+    monkeypatch.setattr(StopOnSignal, "on_step_end", StopOnSignal.on_step_end)  # what the plug-in replaces, put back
     assert train.main([str(whole)]) == 0
-    folder = prepare(runs, long.to_json())
-    limit = {"time": 1, "signal_delay_s": 15} if how == "time limit" else {}
-    options = SlurmOptions({**PARAMETERS, **limit})
-    failures: dict = {}
-    launcher = threading.Thread(target=lambda: failures.update(train_all([folder], options, tmp_path / "logs")))
-    launcher.start()
-    if how == "preemption":
-        while not metrics(folder):
-            time.sleep(0.2)
-        (job,) = _states()
-        subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    launcher.join()
-    assert failures == {}
-    (log,) = (tmp_path / "logs").glob("*_log.err")
-    assert "requeue" in log.read_text().lower()
+    with Launched([folder], SlurmOptions({**PARAMETERS, **limit}), tmp_path / "logs") as launcher:
+        if how == "preemption":
+            launcher.wait_until(lambda: metrics(folder))
+            _preempt()
+    assert launcher.failures == {}
+    (log,) = (tmp_path / "logs").glob("*_log.out")
+    assert "Requeued job" in log.read_text()
+    said = (folder / workers.LOG).read_text()
+    steps = [int(line.removeprefix("step ")) for line in said.splitlines() if line.startswith("step ")]
+    assert said.count(workers.STARTED) > 1 and steps == list(range(1, 3 * epochs + 1))
     assert (_theta(folder) == _theta(whole)).all()
     assert read_json(folder / RESULT)["score"] == read_json(whole / RESULT)["score"]
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_with_its_last_words_and_the_others_finish(
     runs: Path, config: RunConfig, tmp_path: Path
 ) -> None:
@@ -107,29 +156,25 @@ def test_a_failure_is_reported_with_its_last_words_and_the_others_finish(
     assert (good / RESULT).exists()
 
 
+@pytest.mark.slow
 def test_a_second_launcher_waits_for_what_is_queued(runs: Path, config: RunConfig, tmp_path: Path) -> None:
     folders = _prepared(runs, config, 2)
     options, logs = SlurmOptions(PARAMETERS, concurrency=1), tmp_path / "logs"
-    first = threading.Thread(target=lambda: train_all(folders, options, logs))
-    first.start()
-    while not (logs / slurm.JOBS).exists():
-        time.sleep(0.1)
-    submitted = (logs / slurm.JOBS).read_text()
-    assert train_all(folders, options, logs) == {}
-    first.join()
-    assert (logs / slurm.JOBS).read_text() == submitted
+    with Launched(folders, options, logs) as first:
+        first.wait_until((logs / slurm.JOBS).exists)
+        submitted = (logs / slurm.JOBS).read_text()
+        assert train_all(folders, options, logs) == {}
+    assert first.failures == {} and (logs / slurm.JOBS).read_text() == submitted
+    assert [(folder / workers.LOG).read_text().count(workers.STARTED) for folder in folders] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_reported_and_a_further_call_finishes_it(runs: Path, config: RunConfig, tmp_path: Path) -> None:
     (folder,) = _prepared(runs, config, 1, epochs=150)
-    failures: dict = {}
     options = SlurmOptions(PARAMETERS)
-    launcher = threading.Thread(target=lambda: failures.update(train_all([folder], options, tmp_path / "logs")))
-    launcher.start()
-    while not metrics(folder):
-        time.sleep(0.2)
-    for process in training_processes(folder):
-        os.kill(process, signal.SIGKILL)
-    launcher.join()
-    assert set(failures) == {folder}
+    with Launched([folder], options, tmp_path / "logs") as launcher:
+        launcher.wait_until(lambda: metrics(folder))
+        for process in training_processes(folder):
+            os.kill(process, signal.SIGKILL)
+    assert set(launcher.failures) == {folder}
     assert train_all([folder], options, tmp_path / "logs") == {} and (folder / RESULT).exists()
