@@ -23,7 +23,6 @@ from experiments.plan import Sweep
 from experiments.protocol import sweep_folder
 from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
 from experiments.run import Run
-from experiments.workers import processes
 
 MEASURED = "doctor.json"
 SCORED_ROWS = 4
@@ -49,23 +48,25 @@ def kind(config: RunConfig) -> str:
     return digest({name: getattr(config, name) for name in KIND})
 
 
-def estimate(sweep: Sweep, runs: Path) -> str:
-    """Counts of runs, and memory and time as far as finished runs or `--doctor` have measured their kind."""
+def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
+    """Counts of runs, and memory and time as far as finished runs or `--doctor` have measured their kind.
+
+    at_once: how many runs the launcher trains at the same time; a stage ends before the next begins.
+    """
     lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells"]
     measured = _measured(sweep, runs)
-    total, unknown = 0.0, 0
+    seconds, unknown = 0.0, 0
     for stage, configs in runs_of(sweep).items():
         missing = [c for c in configs if not is_done(run_folder(runs, c.to_json()))]
         lines.append(f"{stage:8s} {len(configs):5d} runs, {len(configs) - len(missing)} done, {len(missing)} to train")
         known = [c for c in missing if kind(c) in measured]
-        total += sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
+        total = sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
+        seconds += total / max(1, min(at_once, len(known)))
         unknown += len(missing) - len(known)
-    device = sweep.settings.get("device", "cpu")
     if measured:
         peak = max(m["peak_bytes"] for m in measured.values())
-        at_once = processes(device)
-        lines.append(f"memory   {peak / 1e9:.1f} GB per run, {at_once} at once on this machine's launcher (measured)")
-        lines.append(f"time     {total / 3600 / at_once:.2f} h of training steps on this machine, scoring not counted")
+        lines.append(f"memory   {peak / 1e9:.1f} GB per run (measured), at most {at_once} at once")
+        lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
     if unknown:
         lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
     models = {config.model for config in runs_of(sweep)["confirm"]}

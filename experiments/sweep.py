@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from experiments import plan, preflight, protocol, sweep_report
+from experiments import plan, preflight, protocol, slurm, sweep_report
 from experiments.errors import ExperimentError
 from experiments.plan import Sweep
 from experiments.results import RUNS
-from experiments.workers import Processes, train_all
+from experiments.slurm import SlurmOptions
+from experiments.workers import Processes, processes, train_all
 from uniproj.errors import AdapterError, ProjectionError
 
 INTERRUPTED = 130
@@ -40,14 +41,19 @@ def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
     if launcher == "local":
         device, over = sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes)
         return lambda folders: train_all(folders, device, over)
-    from experiments import slurm
-
-    options = options_of(sweep, "slurm", slurm.SlurmOptions)
+    options = options_of(sweep, "slurm", SlurmOptions)
 
     def train(folders: Sequence[Path]) -> Mapping[Path, str]:
         return slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
 
     return train
+
+
+def at_once(sweep: Sweep, launcher: str) -> int:
+    """How many runs the launcher trains at the same time."""
+    if launcher == "local":
+        return processes(sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes))
+    return options_of(sweep, "slurm", SlurmOptions).concurrency
 
 
 def options_of(sweep: Sweep, launcher: str, kind: Callable[..., Options]) -> Options:
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Everything a sweep asks for; returns the exit status."""
     sweep = plan.read(args.file, args.overrides)
     if args.dry_run:
-        print(preflight.estimate(sweep, args.runs))
+        print(preflight.estimate(sweep, args.runs, at_once(sweep, args.launcher)))
         return 0
     if args.doctor:
         return preflight.doctor(sweep, args.runs)

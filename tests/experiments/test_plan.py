@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from experiments import plan, preflight
+from experiments import sweep as command
 from experiments.errors import ExperimentError
 from experiments.plan import CONF, read
+from experiments.results import write_json
 
 BASE = "settings: {{task: {task}, model: {model}, lr: 0.01, budget: 200}}\n"
 
@@ -105,6 +107,31 @@ def test_the_committed_sweeps_resolve(path: Path) -> None:
 
 def test_an_estimate_counts_what_is_missing(write, runs: Path) -> None:
     sweep = read(write("axes: {projection: [lora, unilora]}\ntune: {seeds: [0], lr: [0.1, 0.2]}\nseeds: [1, 2, 3]\n"))
-    text = preflight.estimate(sweep, runs)
+    text = preflight.estimate(sweep, runs, at_once=1)
     assert "tune         4 runs, 0 done, 4 to train" in text and "confirm      6 runs, 0 done, 6 to train" in text
     assert "not known for 10 runs: --doctor" in text and not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "at_once", "hours"),
+    [
+        ("local", "", 4, 1.0),
+        ("local", "local: {processes: 2}", 2, 2.0),
+        ("local", "local: {processes: 8}", 1, 4.0),
+        ("slurm", "", 8, 1.0),  # there are no more than four
+        ("slurm", "local: {processes: 2}, slurm: {concurrency: 2, processes: 8}", 2, 2.0),
+    ],
+)
+def test_an_estimate_follows_how_many_runs_the_launcher_trains_at_once(
+    launcher: str, options: str, at_once: int, hours: float, write, runs: Path, monkeypatch, capsys
+) -> None:
+    """Four runs of six steps of ten minutes, an hour each, on four cores."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    path = write(f"axes: {{projection: [lora, unilora]}}\nseeds: [1, 2]\nlauncher: {{{options}}}\n")
+    path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.01, epochs: 1"))
+    cost = {"seconds_per_step": 600.0, "peak_bytes": 2e9}
+    kinds = {preflight.kind(config) for config in preflight.runs_of(read(path))["confirm"]}
+    write_json(runs / "sweeps" / "mine" / preflight.MEASURED, dict.fromkeys(kinds, cost))
+    assert command.main([str(path), "--dry-run", "--launcher", launcher, "--runs", str(runs)]) == 0
+    out = capsys.readouterr().out
+    assert f"2.0 GB per run (measured), at most {at_once} at once" in out and f"{hours:.2f} h of training" in out

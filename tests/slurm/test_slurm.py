@@ -125,7 +125,7 @@ def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW_STEPS)
     # SLURM sends the signal up to half a minute early: the limit leaves time to load before it
-    epochs, limit = (10, {}) if how == "preemption" else (120, {"time": 2, "signal_delay_s": 30})
+    epochs, limit = (6, {}) if how == "preemption" else (60, {"time": 2, "signal_delay_s": 30})
     plugins = (str(tmp_path / "slow.py"),)
     long = replace(config, timing=False, epochs=epochs, evaluations=1, plugins=plugins)
     whole, folder = prepare(tmp_path / "whole", long.to_json()), prepare(runs, long.to_json())
@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
     assert "Requeued job" in log.read_text()
     said = (folder / workers.LOG).read_text()
     steps = [int(line.removeprefix("step ")) for line in said.splitlines() if line.startswith("step ")]
-    assert said.count(workers.STARTED) > 1 and steps == list(range(1, 3 * epochs + 1))
+    assert said.count(workers.STARTED) > 1 and steps == list(range(1, 6 * epochs + 1))
     assert (_theta(folder) == _theta(whole)).all()
     assert read_json(folder / RESULT)["score"] == read_json(whole / RESULT)["score"]
 
