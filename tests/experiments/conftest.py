@@ -1,5 +1,6 @@
 """A tiny BERT and a tiny Llama with real tokenizers, and a few rows of the real packaged data, as folders of a user."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def config(model: str, task: str) -> RunConfig:
     return resolve(
         {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.05, "timing": True}
     )
+
+
+@pytest.fixture
+def file(tmp_path: Path, task: str, model: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    settings = {"task": task, "model": model, "budget": 200, "epochs": 2, "evaluations": 2}
+    content = {
+        "settings": settings,
+        "axes": {"projection": ["lora", "unilora"]},
+        "tune": {"seeds": [0], "lr": [0.01, 0.05]},
+        "seeds": [1, 2],
+    }
+    path.write_text(json.dumps(content))
+    return path
 
 
 @pytest.fixture

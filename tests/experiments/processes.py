@@ -1,6 +1,18 @@
-"""Which processes train a run, told by their command lines."""
+"""Sweeps as processes of their own, and the processes that train their runs, told by their command lines."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def start_sweep(file: Path, runs: Path, *overrides: str, cwd: Path = ROOT, **options) -> subprocess.Popen:
+    """The command as a user starts it. options: those of Popen."""
+    command = [sys.executable, "-m", "experiments.sweep", str(file), *overrides, "--runs", str(runs)]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, **{**silent, **options})
 
 
 def training_processes(folder: Path) -> list[int]:

@@ -42,7 +42,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait=30
 MpiDefault=none
 NodeName=$NAME NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
 PartitionName=test Nodes=$NAME Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60

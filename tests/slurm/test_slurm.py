@@ -19,7 +19,7 @@ from experiments.results import RESULT, metrics, prepare, read_json
 from experiments.slurm import SlurmOptions, train_all
 from tests.experiments.processes import training_processes
 
-PARAMETERS = {"time": 5, "cpus_per_task": 1, "mem": "400M"}
+PARAMETERS = {"time": 30, "cpus_per_task": 1, "mem": "400M"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +64,11 @@ class Watch:
 
 
 class Launched:
-    """A launcher at work in a thread; leaving the block waits for its end."""
+    """A launcher at work in a thread; leaving the block waits for its end, an error in it cancels its jobs."""
 
     def __init__(self, folders: list[Path], options: SlurmOptions, logs: Path):
         self.failures: dict[Path, str] | None = None
-        self._thread = threading.Thread(target=self._run, args=(folders, options, logs))
+        self._thread = threading.Thread(target=self._run, args=(folders, options, logs), daemon=True)
 
     def _run(self, *asked) -> None:
         self.failures = train_all(*asked)
@@ -82,7 +82,9 @@ class Launched:
             assert self._thread.is_alive(), f"the launcher ended early: {self.failures}"
             time.sleep(0.1)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            subprocess.run(["scancel", "--me"], check=True)
         self._thread.join()
 
 
@@ -112,29 +114,35 @@ StopOnSignal.on_step_end = slow
 """
 
 
-def _preempt() -> None:
+def _preempt(_: str) -> None:
     """A job of the urgent partition takes the whole node."""
     subprocess.run(
         ["sbatch", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true"], check=True
     )
 
 
-@pytest.mark.parametrize("how", ["preemption", pytest.param("time limit", marks=pytest.mark.slow)])
+def _let_time_run_out(job: str) -> None:
+    """Once the run trains, however long it took to load, two minutes are left of its limit."""
+    subprocess.run(["scontrol", "update", f"JobId={job}", "EndTime=now+120seconds"], check=True)
+
+
+# epochs of six steps: both are stopped before their end
+@pytest.mark.parametrize(
+    ("stop", "epochs"), [(_preempt, 6), pytest.param(_let_time_run_out, 60, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
-    how: str, runs: Path, config: RunConfig, tmp_path: Path, monkeypatch
+    stop: Callable[[str], None], epochs: int, runs: Path, config: RunConfig, tmp_path: Path, monkeypatch
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW_STEPS)
-    # SLURM sends the signal up to half a minute early: the limit leaves time to load before it
-    epochs, limit = (6, {}) if how == "preemption" else (60, {"time": 2, "signal_delay_s": 30})
     plugins = (str(tmp_path / "slow.py"),)
     long = replace(config, timing=False, epochs=epochs, evaluations=1, plugins=plugins)
     whole, folder = prepare(tmp_path / "whole", long.to_json()), prepare(runs, long.to_json())
     monkeypatch.setattr(StopOnSignal, "on_step_end", StopOnSignal.on_step_end)  # what the plug-in replaces, put back
     assert train.main([str(whole)]) == 0
-    with Launched([folder], SlurmOptions({**PARAMETERS, **limit}), tmp_path / "logs") as launcher:
-        if how == "preemption":
-            launcher.wait_until(lambda: metrics(folder))
-            _preempt()
+    with Launched([folder], SlurmOptions(PARAMETERS), tmp_path / "logs") as launcher:
+        launcher.wait_until(lambda: metrics(folder))
+        (job,) = _states()
+        stop(job)
     assert launcher.failures == {}
     (log,) = (tmp_path / "logs").glob("*_log.out")
     assert "Requeued job" in log.read_text()
