@@ -1,5 +1,6 @@
 """Sweep files: which runs they ask for, and what is refused before anything is trained."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from experiments import plan, preflight
 from experiments import sweep as command
 from experiments.errors import ExperimentError
 from experiments.plan import CONF, read
-from experiments.results import write_json
+from experiments.results import digest, write_json
 
 BASE = "settings: {{task: {task}, model: {model}, lr: 0.01, budget: 200}}\n"
 
@@ -38,6 +39,18 @@ def test_axes_are_crossed_and_every_cell_has_the_same_trials(write) -> None:
         (s,) * 4 for s in (2, 3, 4)
     ]
     assert {c.lr for c in confirmed} == {0.5}
+
+
+def test_whatever_is_compared_can_be_an_axis(write) -> None:
+    axes = {
+        "projection": ["unilora", "fastfood"], "d": [64, 128], "r": [2, 4], "lr": [0.1, 0.2], "train_size": [32, 64],
+        "label_noise": [0.0, 0.1], "target_modules": [["query"], ["query", "value"]], "projection_seed": [7, 8],
+    }  # fmt: skip
+    sweep = read(write(f"axes: {json.dumps(axes)}\n"), ["~settings.budget", "~settings.lr"])
+    runs = [run for cell in sweep.cells() for run in sweep.confirmations(cell, {})]
+    assert len({digest(run.to_json()) for run in runs}) == 2 ** len(axes)
+    for name, values in axes.items():
+        assert sorted(getattr(run, name) for run in runs) == sorted(values * 2 ** (len(axes) - 1))
 
 
 def test_one_of_the_four_seeds_can_be_an_axis(write) -> None:
