@@ -122,8 +122,12 @@ def _preempt(_: str) -> None:
 
 
 def _let_time_run_out(job: str) -> None:
-    """Once the run trains, however long it took to load, two minutes are left of its limit."""
-    subprocess.run(["scontrol", "update", f"JobId={job}", "EndTime=now+120seconds"], check=True)
+    """Two minutes are left once the run trains, however long it took to load; after the requeue, as many as at first."""
+    update = ["scontrol", "update", f"JobId={job}"]
+    subprocess.run([*update, "EndTime=now+120seconds"], check=True)
+    while _states()[job] != "PENDING":
+        time.sleep(0.5)
+    subprocess.run([*update, f"TimeLimit={PARAMETERS['time']}"], check=True)
 
 
 # epochs of six steps: both are stopped before their end
