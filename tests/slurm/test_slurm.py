@@ -122,7 +122,7 @@ def _preempt(_: str) -> None:
 
 
 def _let_time_run_out(job: str) -> None:
-    """Two minutes are left once the run trains, however long it took to load; after the requeue, as many as at first."""
+    """Once the run trains, however long it took to load, two minutes are left; after the requeue, as many as before."""
     update = ["scontrol", "update", f"JobId={job}"]
     subprocess.run([*update, "EndTime=now+120seconds"], check=True)
     while _states()[job] != "PENDING":
