@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--task", default=Setting.task, help="a task of `experiments.tasks` that classifies text")
     options.add_argument("--data", default=Setting.data, help="hub, or a folder of data")
     options.add_argument("--rank", type=int, default=Setting.rank)
+    options.add_argument("--batch-size", type=int, default=Setting.batch_size, help="rows per batch")
+    options.add_argument("--max-length", type=int, default=Setting.max_length, help="tokens per row")
+    options.add_argument("--test-size", type=int, default=Setting.test_size, help="rows that a score is taken over")
     options.add_argument("--seed", type=int, default=Setting.seed, help="of P, the head and the order of rows")
 
 
@@ -63,7 +66,7 @@ def add_training(options: argparse.ArgumentParser, steps: int, what: str, traine
 
 def from_options(args: argparse.Namespace) -> Setting:
     """The setting of these options."""
-    return Setting(args.model, args.task, args.data, args.rank, seed=args.seed)
+    return Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
 
 
 def factor_name(block: Block) -> str:
