@@ -1,7 +1,7 @@
 """How few trained numbers do as well as LoRA: `python -m analysis.intrinsic_dimension RUNS`.
 
 d90: the smallest count of trained numbers that reaches 90 % of LoRA's gain (Li et al. 2018, arXiv 1804.08838, with
-LoRA in place of full training), from the records of a sweep over d.
+LoRA in place of full training), from the records of a sweep over d: run folders, or what `experiments.export` keeps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import command, style
+from analysis.records import RECORDS, read_sweep
 from experiments import results
 from experiments.errors import ExperimentError
 
@@ -27,6 +27,14 @@ GROUP = ["task", "model"]
 # What all runs of one task and model must share, or their scores are of different things.
 SHARED = ("metric", "data", "train_size", "test_size", "epochs", "max_length", "dtype", "label_noise", "base_dtype")
 SEEDS = ["projection_seed", "init_seed", "data_seed", "train_seed"]
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """A row per finished run of a folder of runs or of an exported sweep. Raises ExperimentError for neither."""
+    if not (folder / RECORDS).exists():
+        return results.load(folder)
+    runs = read_sweep(folder).runs
+    return runs[runs["failed"].isna()]
 
 
 def usable(records: pd.DataFrame) -> pd.DataFrame:
@@ -161,9 +169,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         place.set_xscale("log")
         place.set_xlabel("trained numbers without the head")
         place.set_ylabel("test score (fraction), mean and sd")
-        place.set_title(
-            f"{where[0]}, {where[1]}; n = {int(mine['n'].min())} to {int(mine['n'].max())} runs", loc="left"
-        )
+        counts = [str(n) for n in sorted({int(mine["n"].min()), int(mine["n"].max())})]
+        place.set_title(f"{where[0]}, {where[1]}; n = {' to '.join(counts)} runs", loc="left")
         place.legend(ncols=2)
     return figure
 
@@ -171,18 +178,22 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def parse() -> argparse.ArgumentParser:
     """The command line."""
     options = command.parser("intrinsic_dimension", (__doc__ or "").split(":")[0] + ".")
-    options.add_argument("runs", type=Path, help="a folder of runs, as a sweep leaves it")
+    options.add_argument("runs", type=Path, help="a folder of runs, or an exported sweep such as results/sweeps/NAME")
     return options
 
 
 def measure(args: argparse.Namespace) -> command.Tables:
     """The tables of a folder of runs; `--projections` leaves out others, never LoRA itself."""
-    records = results.load(args.runs)
+    records = read(args.runs)
     if args.projections:
         whole = records["trained"] == records["D"]
         records = records[records["projection"].isin(command.chosen(args)) | whole]
-    tables: dict[str, Any] = {"d90": d90(records), "curves": curves(usable(records))}
-    return tables
+    return summary(records)
+
+
+def summary(records: pd.DataFrame) -> command.Tables:
+    """The d90 of every method, and the curves they come from."""
+    return {"d90": d90(records), "curves": curves(usable(records))}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -110,7 +110,12 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         norms["mean"], place, xerr=[norms["mean"] - norms["least"], norms["largest"] - norms["mean"]],
         fmt="none", ecolor=colours,
     )  # fmt: skip
-    above.scatter(norms["mean"], place, c=colours, s=14, label=f"measured, n = {int(norms['n'].min())} batches")
+    # the markers are those of the losses below
+    for y, row in zip(place, norms.itertuples(), strict=True):
+        label = f"measured, n = {row.n} batches" if y == 0 else None
+        above.scatter(
+            row.mean, y, color=style.colour(row.projection), marker=style.marker(row.projection), s=14, label=label
+        )
     above.scatter(norms["random"], place, marker="|", color="#555555", s=40, label="sqrt(d / D)")
     above.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
     labels = [f"{row.projection}{'' if row.isometric else ' (not isometric)'}" for row in norms.itertuples()]
@@ -122,10 +127,12 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     losses = tables["losses"]
     for name, mine in losses[losses["direction"] == 0].groupby("projection", sort=False):
         below.plot(
-            mine["t"], mine["loss"], color=style.colour(name), marker=style.marker(name), label=name, linewidth=0.8
+            mine["t"], mine["loss"], color=style.colour(name), marker=style.marker(name), markersize=3, linewidth=0.8
         )
     below.set_xlabel("step along one direction (lengths of theta_D)")
-    below.set_ylabel("loss (nats per row)")
+    below.set_ylabel(f"loss (nats per row),\nn = {LOSS_BATCHES} batches")
+    sizes = [f"{int(norms[key].min()):,} to {int(norms[key].max()):,}" for key in ("D", "d")]
+    above.set_title(f"D = {sizes[0]}, d = {sizes[1]}", loc="left")
     return figure
 
 

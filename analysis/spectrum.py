@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis import command, style
-from analysis.columns import gram, loads
+from analysis.columns import csr, gram, loads
+from analysis.isometry.measure import MOST_EXACT
 from analysis.spaces import entries, layout, variants, vectors
+from experiments.errors import ExperimentError
 from uniproj import LoRALayout, Projection
 
 DRAWS = 4
@@ -30,17 +32,33 @@ def stable_rank(values: Tensor) -> float:
     return float((values**2).sum()) / top if top > 0 else 0.0
 
 
+def singular_values(P: Projection) -> tuple[Tensor, float]:
+    """(singular values of P, largest first, (d,) float64; largest |cosine| of two columns).
+
+    Columns that share no row are orthogonal: their lengths are the singular values, at any d. Raises ExperimentError
+    for other columns beyond d = 4096, where P^T P is not held.
+    """
+    if P.sparse:
+        M = csr(P)
+        shared = (M.T @ M).tocoo()
+        if not shared.data[shared.row != shared.col].any():
+            return torch.from_numpy(np.sqrt(np.sort(shared.diagonal())[::-1].copy())), 0.0
+    if P.d > MOST_EXACT:
+        raise ExperimentError(f"spectrum: d must be at most {MOST_EXACT} where columns overlap, got {P.d}. Lower --d.")
+    G = gram(P)
+    lengths = G.diagonal().clamp_min(0.0).sqrt()
+    cosines = (G - torch.diag(G.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
+    return torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt().flip(0), float(cosines.max())
+
+
 def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
-    """(singular values of P, largest first, (d,) float64; what they say).
+    """(`singular_values`, what they say).
 
     rank: values beyond 1e-7 of the largest (rounding of P^T P, from which they come); kappa: largest over least;
     column_coherence: largest |cosine| of two columns; row_coherence: D max_i ||row i||^2 / ||P||_F^2, 1 where all rows
     are equally long and D where one row has everything.
     """
-    G = gram(P)
-    values = torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt().flip(0)
-    lengths = G.diagonal().clamp_min(0.0).sqrt()
-    cosines = (G - torch.diag(G.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
+    values, coherence = singular_values(P)
     row_energy = loads(P).row_energy
     largest, least = float(values[0]), float(values[-1])
     return values, {
@@ -49,7 +67,7 @@ def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
         "kappa": largest / least if least > 1e-7 * largest else float("inf"),
         "rank": int((values > 1e-7 * largest).sum()),
         "stable_rank": stable_rank(values),
-        "column_coherence": float(cosines.max()),
+        "column_coherence": coherence,
         "row_coherence": float(P.D * row_energy.max() / row_energy.sum()),
     }
 
@@ -92,7 +110,11 @@ def spectrum(
         if entry.P is None:
             rows.append(entry.row())
             continue
-        values, facts = of_projection(entry.P)
+        try:
+            values, facts = of_projection(entry.P)
+        except ExperimentError as error:
+            rows.append({**entry.row(), "note": str(error)})
+            continue
         paired = {} if space.is_flat else of_factors(entry.P)
         rows.append({**entry.row(), **facts, **paired})
         places = np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))

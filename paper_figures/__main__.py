@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,19 +12,28 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import uniproj
-from analysis import style
+from analysis import intrinsic_dimension, landscape, spectrum, style
 from analysis.report import cards
 from experiments.errors import ExperimentError
 from experiments.results import write_text
 from paper_figures import comparison, published, tables
-from paper_figures.charts import cost, curves, differences, energy, fastfood, gram, scores, sizes
+from paper_figures.charts import cost, curves, differences, energy, fastfood, gram, parts, scores, sizes
 from paper_figures.comparison import Comparison
 from paper_figures.paper import COMPARISONS
-from paper_figures.sources import Results, Sweep
+from paper_figures.sources import NOT_RUN, Results, Sweep
 from paper_figures.table import Table
 
 OUT = Path(__file__).with_name("out")
 Product = Table | Figure
+# columns of the tables that an analysis's own picture needs
+SPECTRUM = {
+    "spectrum": ("projection", "variant", "D", "d", "delta_W_stable_rank"),
+    "values": ("projection", "variant", "place", "sigma"),
+}
+LANDSCAPE = {
+    "gradients": ("projection", "D", "d", "mean", "least", "largest", "random", "isometric", "n"),
+    "losses": ("projection", "direction", "t", "loss"),
+}
 
 
 class Book:
@@ -86,13 +95,41 @@ class Book:
 
     def against_d(self) -> Sequence[Product]:
         sweep = self.results.sweep("score_against_d")
-        found = tables.scan("score_against_d", "Score against d", "d", self.published, sweep)
+        title = "Score against d"
+        found = tables.scan("score_against_d", title, "trained", "trained numbers", self.published, sweep)
         return found, sizes.against_d(self.published, sweep)
 
     def against_r(self) -> Sequence[Product]:
         sweep = self.results.sweep("score_against_r")
-        found = tables.scan("score_against_r", "Score against the rank", "r", self.published, sweep)
+        found = tables.scan("score_against_r", "Score against the rank", "r", "r", self.published, sweep)
         return found, sizes.against_r(self.published, sweep)
+
+    def against_rows(self) -> Sequence[Product]:
+        sweep = self.results.sweep("score_against_rows")
+        title = "Score against the number of training rows"
+        found = tables.scan("score_against_rows", title, "train_size", "training rows", self.published, sweep)
+        return found, sizes.against_rows(sweep)
+
+    def intrinsic_dimension(self) -> Sequence[Product]:
+        sweep = self.results.sweep("score_against_d")
+        if sweep is None:
+            return tables.intrinsic(None), parts.missing(f"intrinsic dimension: {NOT_RUN}")
+        found = intrinsic_dimension.summary(sweep.finished)
+        return tables.intrinsic(found["d90"]), intrinsic_dimension.draw(found)
+
+    def spectrum(self) -> Sequence[Product]:
+        return [self._drawn("spectrum", spectrum.draw, SPECTRUM)]
+
+    def landscape(self) -> Sequence[Product]:
+        return [self._drawn("landscape", landscape.draw, LANDSCAPE)]
+
+    def _drawn(
+        self, name: str, draw: Callable[[Mapping[str, pd.DataFrame]], Figure], needed: Mapping[str, Sequence[str]]
+    ) -> Figure:
+        """The picture of an analysis from its committed tables."""
+        found = {key: self.results.table(f"{name}/{name}-{key}.csv", *columns) for key, columns in needed.items()}
+        at_hand = {key: table for key, table in found.items() if table is not None}
+        return draw(at_hand) if len(at_hand) == len(needed) else parts.missing(f"{name}: {NOT_RUN}")
 
     def training_cost(self) -> Sequence[Product]:
         return tables.training_cost(self.published, self.model), cost.training(self.published, self.model)
@@ -117,9 +154,11 @@ class Book:
         return {
             "properties": self.properties, "measured_properties": self.measured, **compared,
             "fastfood": self.fastfood, "ablations": self.ablations, "score_against_d": self.against_d,
-            "score_against_r": self.against_r, "training_cost": self.training_cost,
+            "score_against_r": self.against_r, "score_against_rows": self.against_rows,
+            "intrinsic_dimension": self.intrinsic_dimension, "training_cost": self.training_cost,
             "score_against_bytes": self.stored_bytes, "gram": self.gram, "bandwidth_floor": self.floor,
-            "captured_energy": self.energy, "learning_curves": self.learning_curves,
+            "captured_energy": self.energy, "spectrum": self.spectrum, "landscape": self.landscape,
+            "learning_curves": self.learning_curves,
         }  # fmt: skip
 
 

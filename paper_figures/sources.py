@@ -26,6 +26,12 @@ class Sweep:
     def cells(self) -> pd.DataFrame:
         return self._checked(scores.cells(self.records.runs))
 
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The runs that did not fail. Raises ExperimentError where a cell lacks a run."""
+        self._checked(self.cells)
+        return self.records.runs[self.records.runs["failed"].isna()]
+
     @cached_property
     def curves(self) -> pd.DataFrame:
         return scores.mean_curves(self.cells, self.records.curves)

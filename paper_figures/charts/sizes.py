@@ -117,3 +117,14 @@ def against_r(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
     axes[1].set_title(f"ours: {sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
     legend(figure, set(sweep.cells["projection"]))
     return figure
+
+
+def against_rows(sweep: Sweep | None) -> Figure:
+    """Score against the number of training rows, every method at one budget."""
+    if sweep is None:
+        return missing(f"score against training rows: {NOT_RUN}")
+    figure, (panel,) = panels(1, 1, 2.6, style.COLUMN)
+    against(panel, sweep.cells, "train_size", "training rows")
+    panel.set_title(f"{sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
+    legend(figure, set(sweep.cells["projection"]), 4)
+    return figure

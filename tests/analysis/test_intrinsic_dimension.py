@@ -12,6 +12,7 @@ import pytest
 
 from analysis.intrinsic_dimension import crossing, d90, main
 from experiments.errors import ExperimentError
+from tests.sweeps import write
 
 
 def _record(projection: str, trained: int, score: float, seed: int, **changes: Any) -> dict[str, Any]:
@@ -92,3 +93,13 @@ def test_the_command_reads_a_folder_of_runs(tmp_path: Path, capsys: pytest.Captu
     assert [row["projection"] for row in rows] == ["lora", "unilora"]
     assert (tmp_path / "out" / "intrinsic_dimension.png").stat().st_size > 10_000
     assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_an_exported_sweep_is_read_as_its_runs_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "failed": None, "adapter_sha256": row["folder"]} for row in _sweep(noise=0.01)]
+    wanted = d90(pd.DataFrame(rows)).set_index("projection").loc["unilora"]
+    lost = {**rows[1], "failed": "out of memory", "score": None, "folder": "runs/lost"}
+    write(tmp_path / "mine", pd.DataFrame([*rows, lost]))
+    assert main([str(tmp_path / "mine"), "--json", "--out", str(tmp_path / "out")]) == 0
+    (found,) = [row for row in json.loads(capsys.readouterr().out)["d90"] if row["projection"] == "unilora"]
+    assert (found["d90"], found["low"]) == pytest.approx((wanted["d90"], wanted["low"]))

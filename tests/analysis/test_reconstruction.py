@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_captured_energy_is_that_of_the_dense_projection(subject: Subject, lora)
     assert captured(target, found.theta_D) == pytest.approx(float((M.T @ target).norm() ** 2 / target.norm() ** 2))
     # the update is real: a trained B is not 0
     assert target.norm() > 0 and 0 < captured(target, found.theta_D) < 1
+
+
+def test_the_dense_energy_tells_a_wrong_fit_apart(subject: Subject, lora) -> None:
+    target = balanced(subject.layout, lora[0])
+    P, other = (build("unilora", {}, subject.layout, 256, seed).P for seed in (0, 1))
+    M = P.to_dense()
+    dense = float((M.T @ target).norm() ** 2 / target.norm() ** 2)
+    for wrong in (P(1.01 * fit(P, target).theta_d), fit(other, target).theta_D, fit(P, lora[0]).theta_D):
+        assert captured(target, wrong) != pytest.approx(dense)
 
 
 @pytest.mark.parametrize("name", uniproj.names())
@@ -132,7 +142,8 @@ def test_compressed_adapters_load_and_answer_as_the_reconstruction(
     P = build("unilora", {}, adapter.layout, 512).P
     target = balanced(adapter.layout, adapter.theta_D)
     reached = fit(P, target).theta_D
-    assert f'"captured_factor": {captured(target, reached):.6f}'[:-2] in capsys.readouterr().out
+    dense = (P.to_dense().T @ target).norm() ** 2 / target.norm() ** 2
+    assert json.loads(capsys.readouterr().out)["captured_factor"] == pytest.approx(float(dense), rel=1e-6)
     loaded = PeftModel.from_pretrained(subject._base(), str(tmp_path / "out")).eval()
     batch = subject.batches(1)[0]
     head = {name: p for name, p in loaded.named_parameters() if HEAD in name}

@@ -206,6 +206,17 @@ def test_the_page_is_one_file_and_the_same_each_time(report: Path, tmp_path: Pat
     assert outside == [] and "<!--" not in report.read_text()
 
 
+def test_committed_records_give_the_same_page_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a card takes a second
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora", "unilora"])
+    pages = [tmp_path / f"{name}.html" for name in ("one", "two")]
+    for page in pages:
+        assert main([str(Path(__file__).parents[2] / "results"), "--out", str(page)]) == 0
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    sweeps = [path.parent.name for path in Path(__file__).parents[2].glob("results/sweeps/*/records.csv")]
+    assert sweeps and all(f'"sweep":"{name}"' in pages[0].read_text() for name in sweeps)
+
+
 def test_nothing_to_report_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
     assert "Train something first" in capsys.readouterr().err and not (tmp_path / "report.html").exists()

@@ -9,7 +9,7 @@ import torch
 
 import uniproj
 from analysis.spaces import build, layout
-from analysis.spectrum import factors, main, of_factors, of_projection, stable_rank
+from analysis.spectrum import factors, main, of_factors, of_projection, spectrum, stable_rank
 from uniproj import LoRALayout
 
 SMALL = LoRALayout.from_shapes({f"layer.{i}.{m}": (12, 8) for i in range(3) for m in ("query", "value")}, r=2)
@@ -34,6 +34,20 @@ def test_values_and_coherence_are_the_dense_ones(name: str) -> None:
     rows = M.norm(dim=1) ** 2
     assert facts["row_coherence"] == pytest.approx(float(len(rows) * rows.max() / rows.sum()))
     assert facts["rank"] == int(torch.linalg.matrix_rank(M, rtol=1e-7))
+
+
+def test_columns_that_share_no_row_need_no_gram_matrix_and_others_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.spectrum.MOST_EXACT", 16)
+    monkeypatch.setattr("analysis.spectrum.gram", None)
+    table, curves = spectrum([("lora", {}), ("unilora_unnormalised", {}), ("gaussian", {})], SMALL, 24)
+    whole, loose, dense = table.to_dict("records")
+    assert whole["d"] == SMALL.D and (whole["sigma_min"], whole["sigma_max"]) == (1.0, 1.0)
+    # 240 rows on 24 columns
+    assert loose["sigma_max"] == pytest.approx(10**0.5) and loose["column_coherence"] == 0.0
+    assert dense["note"].endswith("got 24. Lower --d.") and set(curves["projection"]) == {
+        "lora",
+        "unilora_unnormalised",
+    }
 
 
 def test_a_redundant_method_says_so() -> None:
