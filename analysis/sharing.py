@@ -124,7 +124,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         place.set_yticks([0, len(table) - 1], ["first", "last"])
     if names:
         D = int(tables["columns"]["D"].max())
-        figure.supxlabel(f"coordinates of theta_d, in order; D = {D:,}", fontsize=7)
+        figure.supxlabel(f"coordinates of theta_d, in order; D = {D:,}, n = 1 seed", fontsize=7)
         figure.supylabel("layers, B and A", fontsize=7)
         figure.colorbar(image, ax=axes, shrink=0.5, label="share of a coordinate's squared entries")
     return figure

@@ -137,7 +137,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         above.plot(mine["place"], shown, color=style.colour(name), marker=style.marker(name), markevery=32, label=name)
     above.set_yscale("log")
     above.set_xlabel("place in the order, largest first (fraction of d)")
-    above.set_ylabel("singular value of P (no unit)")
+    above.set_ylabel("singular value of P (no unit, n = 1 seed)")
     figure.legend(*above.get_legend_handles_labels(), ncols=3, fontsize=5, loc="outside upper center")
     sizes = rows["d"].dropna()
     above.set_title(f"D = {int(rows['D'].max()):,}, d = {int(sizes.min()):,} to {int(sizes.max()):,}", loc="left")

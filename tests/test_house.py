@@ -89,3 +89,11 @@ def test_the_library_draws_nothing_from_a_global_generator() -> None:
     for path in sorted((ROOT / "uniproj").rglob("*.py")):
         text = path.read_text()
         assert not any(word in text for word in banned if not (word == "hash(" and "__hash__" in text)), path
+
+
+def test_analyses_take_every_projection_from_the_registry_and_name_none() -> None:
+    # LoRA itself is what others are compared with; the overhead has peers of single methods
+    own = [p for p in SOURCES if p.is_relative_to(ROOT / "analysis") and "overhead" not in p.parts]
+    for path in own:
+        constants = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert not (constants & set(names())) - {"lora"}, path

@@ -41,13 +41,13 @@ def _values(axes: Axes, rows: pd.DataFrame) -> None:
     for position, row in enumerate(rows.itertuples()):
         colour = style.colour(row.projection)
         ends = [max(row.sigma_min, 1e-3), row.sigma_max]
-        axes.plot(ends, [position] * 2, color=colour, marker="|", markersize=6, linewidth=2)
-    axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
+        axes.plot(ends, [position] * 2, color=colour, marker="o", markersize=3, linewidth=2)
+    axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     labels = [f"{row.variant}: {row.verdict}" for row in rows.itertuples()]
     axes.set_yticks(range(len(rows)), labels, fontsize=5)
     axes.invert_yaxis()
-    axes.set_xlabel("singular values of P, least to largest (no unit)")
+    axes.set_xlabel("singular values of P, least to largest (no unit, n = 1 seed)")
     axes.set_title(f"D = {_range(rows['D'])}, d = {_range(rows['d'])}", loc="left")
 
 

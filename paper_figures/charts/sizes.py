@@ -48,6 +48,10 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     metric = usable["metric"].iloc[0]
     axes.set_ylabel(f"{metric}, %" if metric == "accuracy" else f"{metric} x 100")
+    if metric == "accuracy":
+        # an interval of two runs may leave what the metric can be
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), min(high, 102))
     axes.set_xlabel(f"{label}, equal ones side by side\n(n = {seeds} seeds, 95 % interval)")
 
 

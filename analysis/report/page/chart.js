@@ -60,12 +60,17 @@ function budgetPanel(cells, x) {
   const [low, high] = [Math.min(...xs) / 1.6, Math.max(...xs) * 1.6];
   const log = linear(Math.log(low), Math.log(high), left + 8, width - right - 8);
   const across = (value) => log(Math.log(value));
-  const ends = usable.flatMap((c) => [c.score_low ?? c.score, c.score_high ?? c.score]).map((v) => 100 * v);
+  // an interval of two runs may leave what the metric can be: the picture does not
+  const least = usable[0].metric === "accuracy" ? 0 : -100;
+  const possible = (value) => Math.min(Math.max(100 * value, least), 100);
+  const ends = usable.flatMap((c) => [c.score_low ?? c.score, c.score_high ?? c.score]).map(possible);
   const margin = 0.06 * (Math.max(...ends) - Math.min(...ends)) || 1;
   const [floor, ceiling] = [Math.min(...ends) - margin, Math.max(...ends) + margin];
   const up = linear(floor, ceiling, height - bottom, top);
   const made = frame(`Score against ${x.label}`, across, up, logTicks(low, high), ticks(floor, ceiling), x.label, unit(usable[0].metric));
-  for (const [cell, px] of beside(usable, (c) => across(c[x.key]), left + 8, width - right - 8)) made.append(point(cell, px, up));
+  for (const [cell, px] of beside(usable, (c) => across(c[x.key]), left + 8, width - right - 8)) {
+    made.append(point(cell, px, (score) => up(possible(score))));
+  }
   return made;
 }
 
@@ -90,10 +95,10 @@ function point(cell, px, up) {
   const text = describe(cell);
   const made = drawn("g", { class: "point", tabindex: "0", role: "img", "aria-label": text, "data-projection": cell.projection });
   if (cell.score_low !== null) {
-    const [a, b] = [up(100 * cell.score_low), up(100 * cell.score_high)];
+    const [a, b] = [up(cell.score_low), up(cell.score_high)];
     made.append(drawn("line", { x1: px, x2: px, y1: a, y2: b, style: `stroke: ${colour(cell.projection)}; stroke-width: 1.5` }));
   }
-  made.append(shape(cell.projection, px, up(100 * cell.score), 4.5, cell.status !== "complete"));
+  made.append(shape(cell.projection, px, up(cell.score), 4.5, cell.status !== "complete"));
   const show = () => {
     const at = made.lastChild.getBoundingClientRect();
     showTip(text, at.right, at.top);
