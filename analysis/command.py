@@ -25,7 +25,7 @@ Tables = Mapping[str, pd.DataFrame]
 T = TypeVar("T")
 INTERRUPTED = 130
 DIGITS = 15
-# Rows of a table that is printed.
+# Rows of a table that is printed, and repeated in the JSON file.
 MOST_PRINTED = 120
 
 
@@ -80,7 +80,7 @@ def run(
 
 
 def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
-    """The files of one command, and what it prints."""
+    """The files of one command, and what it prints. Long tables, such as curves, are in their CSV file alone."""
     out: Path = args.out
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     everything = {
@@ -90,7 +90,8 @@ def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[T
     }
     for key, table in tables.items():
         write_text(out / f"{name}-{key}.csv", table.to_csv(index=False))
-    write_json(out / f"{name}.json", everything)
+    long = {key for key, table in tables.items() if len(table) > MOST_PRINTED}
+    write_json(out / f"{name}.json", {key: value for key, value in everything.items() if key not in long})
     with style.use():
         style.save(draw(tables), out / name)
     print(json.dumps(everything, indent=2) if args.json else as_text(tables))
@@ -107,6 +108,8 @@ def as_text(tables: Tables) -> str:
     """The tables for a terminal, four significant digits; curves and maps are left to the files."""
     with pd.option_context("display.width", 200, "display.max_columns", None, "display.max_colwidth", 60):
         shown = (
-            f"{key}\n{table.to_string(index=False, float_format='{:.4g}'.format)}" for key, table in tables.items()
+            f"{key}\n{table.to_string(index=False, float_format='{:.4g}'.format)}"
+            for key, table in tables.items()
+            if len(table) <= MOST_PRINTED
         )
         return "\n\n".join(shown) + "\n"

@@ -23,7 +23,8 @@ from uniproj import LoRALayout, Projection
 
 DRAWS = 4
 # Points of a curve that are kept: evenly spread over the order of the values.
-POINTS = 129
+POINTS = 33
+APART = 0.7
 
 
 def stable_rank(values: Tensor) -> float:
@@ -104,7 +105,7 @@ def of_factors(P: Projection) -> dict[str, float]:
 def spectrum(
     chosen: Sequence[tuple[str, Mapping[str, Any]]], space: LoRALayout, d: int, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(a row per projection and choice of hyperparameters, its singular values at up to 129 places of their order)."""
+    """(a row per projection and choice of hyperparameters, its singular values at up to 33 places of their order)."""
     rows, curves = [], []
     for entry in command.bar(entries(chosen, space, d, seed), "spectrum", len(chosen)):
         if entry.P is None:
@@ -130,11 +131,15 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     if not len(curves):
         return figure
     firsts = curves.drop_duplicates("projection")["variant"]
-    for variant in firsts:
+    for order, variant in enumerate(firsts):
         mine = curves[curves["variant"] == variant]
         name = mine["projection"].iloc[0]
         shown = mine["sigma"].clip(lower=1e-3)
-        above.plot(mine["place"], shown, color=style.colour(name), marker=style.marker(name), markevery=32, label=name)
+        # markers of equal lines stand beside each other, in parts of the diagonal
+        beside = (APART * order / len(firsts), APART)
+        above.plot(
+            mine["place"], shown, color=style.colour(name), marker=style.marker(name), markevery=beside, label=name
+        )
     above.set_yscale("log")
     above.set_xlabel("place in the order, largest first (fraction of d)")
     above.set_ylabel("singular value of P (no unit, n = 1 seed)")

@@ -60,7 +60,7 @@ def _isometry(row: Mapping[str, Any] | None) -> list[str]:
     coherence = "not measured" if pd.isna(row["coherence"]) else _small(row["coherence"])
     spread = f"{_small(row['sigma_min'])} to {_small(row['sigma_max'])}"
     return [
-        f"{row['D']:,} x {row['d']:,.0f}",
+        f"{row['D']:,.0f} x {row['d']:,.0f}",
         row["verdict"],
         f"{row['what']} = {_small(row['number'])}",
         spread,
@@ -72,7 +72,7 @@ def _sharing(row: Mapping[str, Any] | None) -> list[str]:
     if row is None or pd.isna(row["n_min"]):
         return [NOT_RUN] * 5
     return [
-        f"{row['D']:,} x {row['d']:,.0f}", f"{row['modules_per_column']:.3g}",
+        f"{row['D']:,.0f} x {row['d']:,.0f}", f"{row['modules_per_column']:.3g}",
         f"{row['n_min']:.0f} to {row['n_max']:.0f}", f"{row['row_min']:.0f} to {row['row_max']:.0f}",
         f"{100 * row['A_and_B']:.0f}",
     ]  # fmt: skip

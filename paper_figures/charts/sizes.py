@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis import scores, style
 from paper_figures.charts.parts import PUBLISHED, legend, missing, panels, point, say
@@ -79,6 +79,13 @@ def logarithmic(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def _only_at(axes: Axes, values: pd.Series) -> None:
+    """Ticks at the few values that were chosen, and no others."""
+    chosen = sorted(set(values))
+    axes.set_xticks(chosen, [f"{value:g}" for value in chosen])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def _short(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -118,6 +125,7 @@ def against_r(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
         say(axes[1], f"ours: {NOT_RUN}")
         return figure
     against(axes[1], sweep.cells, "r", "rank r")
+    _only_at(axes[1], sweep.cells["r"])
     axes[1].set_title(f"ours: {sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
     legend(figure, set(sweep.cells["projection"]))
     return figure
@@ -129,6 +137,7 @@ def against_rows(sweep: Sweep | None) -> Figure:
         return missing(f"score against training rows: {NOT_RUN}")
     figure, (panel,) = panels(1, 1, 2.6, style.COLUMN)
     against(panel, sweep.cells, "train_size", "training rows")
+    _only_at(panel, sweep.cells["train_size"])
     panel.set_title(f"{sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
     legend(figure, set(sweep.cells["projection"]), 4)
     return figure

@@ -199,6 +199,13 @@ def test_scans_of_rows_and_of_d_are_shown_with_their_d90(results: Path) -> None:
         Book(Results(results)).intrinsic_dimension()
 
 
+def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
+    (found,) = Book(Results(results)).measured()
+    rows = {row[0]: row for row in found.rows}
+    assert rows["unilora"][1:3] == ["4,096 x 1,024", "isometric"] and rows["unilora"][6] == "36,864 x 1,024"
+    assert not any("." in row[1] for row in found.rows)
+
+
 def test_pictures_of_analyses_are_drawn_from_their_tables_or_named_as_not_run(results: Path) -> None:
     for name in ("spectrum", "landscape"):
         shutil.rmtree(results / name, ignore_errors=True)
