@@ -131,8 +131,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         )
     below.set_xlabel("step along one direction (lengths of theta_D)")
     below.set_ylabel(f"loss (nats per row),\nn = {LOSS_BATCHES} batches")
-    sizes = [f"{int(norms[key].min()):,} to {int(norms[key].max()):,}" for key in ("D", "d")]
-    above.set_title(f"D = {sizes[0]}, d = {sizes[1]}", loc="left")
+    above.set_title(f"D = {style.span(norms['D'])}, d = {style.span(norms['d'])}", loc="left")
     return figure
 
 

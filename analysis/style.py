@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
 
 import uniproj
@@ -74,6 +75,12 @@ def colour(name: str) -> str:
 def marker(name: str) -> str:
     """Marker of a projection, which together with its colour is its own."""
     return MARKERS[(_position(name) or 0) % len(MARKERS)]
+
+
+def span(sizes: pd.Series) -> str:
+    """The least and the largest of these counts, as a title has them."""
+    low, high = int(sizes.min()), int(sizes.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 @contextmanager

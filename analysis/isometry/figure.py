@@ -48,12 +48,7 @@ def _values(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize=5)
     axes.invert_yaxis()
     axes.set_xlabel("singular values of P, least to largest (no unit, n = 1 seed)")
-    axes.set_title(f"D = {_range(rows['D'])}, d = {_range(rows['d'])}", loc="left")
-
-
-def _range(values: pd.Series) -> str:
-    low, high = int(values.min()), int(values.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    axes.set_title(f"D = {style.span(rows['D'])}, d = {style.span(rows['d'])}", loc="left")
 
 
 def _lengths(axes: Axes, rows: pd.DataFrame) -> None:
@@ -70,7 +65,7 @@ def _lengths(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=5)
     axes.invert_yaxis()
     axes.set_xlabel("||P(x - y)|| / ||x - y||: mean, least and largest")
-    axes.set_title(f"D = {_range(rows['D'].dropna())}, d = {_range(rows['d'].dropna())}", loc="left")
+    axes.set_title(f"D = {style.span(rows['D'].dropna())}, d = {style.span(rows['d'].dropna())}", loc="left")
     axes.legend(loc="upper right")
 
 

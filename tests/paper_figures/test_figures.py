@@ -220,6 +220,26 @@ def test_pictures_of_analyses_are_drawn_from_their_tables_or_named_as_not_run(re
         book.spectrum()
 
 
+def test_a_landscape_is_drawn_from_its_tables(results: Path) -> None:
+    norms = [
+        {"projection": name, "D": 4096, "d": 64, "mean": mean, "least": 0.1, "largest": 0.3, "random": 0.125,
+         "isometric": name == "unilora", "n": 4}
+        for name, mean in (("unilora", 0.2), ("vera", 0.15), ("nola", None))
+    ]  # fmt: skip
+    losses = [
+        {"projection": name, "direction": k, "t": t, "loss": 0.7}
+        for name in ("unilora", "vera") for k in range(2) for t in (-1, 0, 1)
+    ]  # fmt: skip
+    (results / "landscape").mkdir(exist_ok=True)
+    for key, rows in (("gradients", norms), ("losses", losses)):
+        pd.DataFrame(rows).to_csv(results / "landscape" / f"landscape-{key}.csv", index=False)
+    (figure,) = Book(Results(results)).landscape()
+    above, below = figure.axes
+    assert [text.get_text() for text in above.get_yticklabels()] == ["unilora", "vera (not isometric)"]
+    assert len(below.lines) == 2 and above.get_title(loc="left") == "D = 4,096, d = 64"
+    plt.close(figure)
+
+
 def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
     rows = [
         {"projection": name, "random": d / 36864, "factor": d / 36864, "delta_W": d / 40000, "fisher": None, "D": 36864}
