@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -70,8 +71,10 @@ def test_own_data_and_own_projection_join_as_the_docs_show(runs: Path, tmp_path:
     (tmp_path / "my_projection.py").write_text(own)
     shutil.copytree(task, tmp_path / "my_reviews")
     smaller = [f"settings.model={model}", "settings.budget=200", "settings.train_size=64", "~tune", "seeds=[1]"]
-    done = start_sweep(Path("mine.yaml"), runs, *smaller, "+settings.lr=0.05", "+settings.epochs=1", cwd=tmp_path)
-    assert done.wait() == 0
+    overrides = [*smaller, "+settings.lr=0.05", "settings.epochs=1"]
+    done = start_sweep(Path("mine.yaml"), runs, *overrides, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    said = done.communicate()[1]
+    assert done.returncode == 0, said
     found = load(runs)
     assert sorted(found["projection"]) == ["lora", "my_projection", "unilora"] and set(found["task"]) == {"my_reviews"}
     shared = found[found["projection"] != "lora"]
