@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from paper_figures.charts.parts import legend, missing, panels
@@ -32,5 +33,6 @@ def draw(sweeps: Sequence[Sweep]) -> Figure:
             f"optimiser step (mean of n = {int(part['seeds'].max())} runs;\nthicker: more trained numbers)"
         )
         panel.set_ylabel("training loss")
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     legend(figure, {name for _, _, part in shown for name in part["projection"]})
     return figure

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis import scores, style
-from paper_figures.charts.parts import PUBLISHED, legend, missing, panels, point, say
+from paper_figures.charts.parts import MISSING, PUBLISHED, legend, missing, panels, point, say
 from paper_figures.sources import NOT_RUN, Sweep, one_task
 
 # on a logarithmic axis, in decades: points nearer than this are set side by side
@@ -31,12 +31,16 @@ def stored(sweeps: Sequence[Sweep]) -> Figure:
 
 
 def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
-    """Complete cells of one task against a size; a method's points are joined."""
+    """Complete cells of one task against a size, others by name; a method's points are joined."""
     one_task(cells, label)
     usable = cells[(cells["status"] == scores.COMPLETE) & cells[key].notna()].sort_values(key)
     if usable.empty:
         say(axes, "no complete cell")
         return
+    lost = cells[cells["status"] != scores.COMPLETE]
+    for line, cell in enumerate(lost.itertuples()):
+        text = f"{cell.projection}: {cell.status}"
+        axes.annotate(text, (0.02, 0.98 - 0.07 * line), xycoords="axes fraction", va="top", fontsize=5.5, color=MISSING)
     places = _beside(usable[key])
     for name, own in usable.assign(x=places).groupby("projection", sort=True):
         for cell in own.itertuples():

@@ -199,6 +199,15 @@ def test_scans_of_rows_and_of_d_are_shown_with_their_d90(results: Path) -> None:
         Book(Results(results)).intrinsic_dimension()
 
 
+def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -> None:
+    own = table[table["task"] == TASKS[0]].copy()
+    own.loc[(own["projection"] == "vera") & (own["train_seed"] == 1), "did_not_train"] = "the loss rose"
+    write_sweep(results / "sweeps" / "score_against_rows", own)
+    _, figure = Book(Results(results)).against_rows()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["vera: did not train"]
+    plt.close(figure)
+
+
 def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
     (found,) = Book(Results(results)).measured()
     rows = {row[0]: row for row in found.rows}
