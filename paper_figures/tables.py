@@ -147,7 +147,8 @@ def intrinsic(d90: pd.DataFrame | None) -> Table:
     """d90 of each method, from `analysis.intrinsic_dimension`."""
     rows = [] if d90 is None else [
         [f"{row.task}, {row.model}", row.projection, _end(row.d90),
-         "not reached" if pd.isna(row.low) else f"{_end(row.low)} to {_end(row.high)}", f"{100 * row.reached:.0f}", str(row.sizes), str(row.seeds),
+         "not reached" if pd.isna(row.low) else f"{_end(row.low)} to {_end(row.high)}",
+         f"{100 * row.reached:.0f}", str(row.sizes), str(row.seeds),
          "yes" if row.smallest else "no"]
         for row in d90.itertuples()
     ]  # fmt: skip
