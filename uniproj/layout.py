@@ -101,10 +101,32 @@ class LoRALayout:
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
+    def to_json(self) -> str:
+        """The blocks in order, `[[module, factor, rows, columns], ...]`; `from_json` is its inverse."""
+        return json.dumps([[b.module, b.factor, *b.shape] for b in self.blocks], separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> LoRALayout:
+        """The layout that `to_json` wrote. Raises ProjectionError for anything else, and for modules out of order."""
+        try:
+            found = json.loads(text)
+            modules = [(B[0], B[2], A[3], B[3]) for B, A in zip(found[::2], found[1::2], strict=True)]
+            layout = cls.from_shapes({m: (out, in_) for m, out, in_, _ in modules}, {m: r for m, _, _, r in modules})
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise ProjectionError(f"LoRALayout: blocks must be pairs of B and A of each module, {error}.") from None
+        for given, block in zip(found, layout.blocks, strict=False):
+            if given != [block.module, block.factor, *block.shape]:
+                raise ProjectionError(
+                    f"LoRALayout: modules must be in natural order of their names, B before A: expected "
+                    f"{block.module}.{block.factor} {block.shape}, got {given}."
+                )
+        if layout.to_json() != text:
+            raise ProjectionError("LoRALayout: the text must be what to_json writes. Some block stands there twice.")
+        return layout
+
     @property
     def fingerprint(self) -> str:
-        text = json.dumps([[b.module, b.factor, *b.shape] for b in self.blocks], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def block(self, module: str, factor: Factor) -> Block:
         return self._index[module, factor]

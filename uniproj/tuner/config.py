@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 
+from uniproj.adapters.header import Header
 from uniproj.errors import AdapterError
 from uniproj.registry import get
 
@@ -52,7 +53,8 @@ class UniProjConfig(LoraConfig):
     projection: name of P (`uniproj.names()`); d: length of theta_d where the method leaves it free;
     projection_seed: seed of P; init_seed: seed of theta_d's start; projection_kwargs: hyperparameters of P.
     `lora_alpha` is `r` unless given, so the scale alpha / r is 1 (where no rank_pattern changes r).
-    `layout_fingerprint` and `projection_checksum` are read from a saved adapter and checked on loading; leave them out.
+    `layout_fingerprint`, `projection_checksum`, `format_version` and `remap` are those of a saved adapter; leave them out.
+    `header` is what the file says of itself, or None for a configuration that was not read from a file with one.
 
     Raises ProjectionError for an unknown projection and AdapterError for a LoRA variant that does not apply.
     """
@@ -65,6 +67,10 @@ class UniProjConfig(LoraConfig):
     projection_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Hyperparameters of P."})
     layout_fingerprint: str | None = field(default=None, metadata={"help": "Set on saving, checked on loading."})
     projection_checksum: str | None = field(default=None, metadata={"help": "Set on saving, checked on loading."})
+    format_version: int | None = field(default=None, metadata={"help": "Of the file, set on saving."})
+    remap: list[list[str]] | None = field(default=None, metadata={"help": "[old, new] parts of module names."})
+
+    header: ClassVar[Header | None] = None
 
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
@@ -90,7 +96,7 @@ class UniProjConfig(LoraConfig):
             json.dumps(self.projection_kwargs)
         except TypeError as error:
             raise AdapterError(f"UniProjConfig: projection_kwargs must be JSON, {error}.") from None
-        self._attached: dict[str, str | None] = {}
+        self._attached: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with fingerprint and checksum of the P that this configuration built last."""

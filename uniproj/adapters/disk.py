@@ -1,0 +1,67 @@
+"""Files read whole and replaced whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from uniproj.errors import AdapterError
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file. Raises AdapterError for a folder, a pipe, a device, or nothing at all."""
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):
+            raise AdapterError(f"{path}: must be a regular file, got a folder, pipe or device. Check the path.")
+        return path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{path}: must be a readable file, got {error.strerror or error}. Check the path.") from error
+
+
+def replace(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: each is the old one or the new one at any moment, never a part.
+
+    All are written under other names and flushed to the disk before the first takes its place, so a full disk or a
+    crash while writing leaves every old file as it was. Raises AdapterError where the disk refuses.
+    """
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
+    with _disk_errors(next(iter(contents))):
+        try:
+            for path, content in contents.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with parts[path].open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path, part in parts.items():
+                os.replace(part, path)
+            for folder in {path.parent for path in contents}:
+                _flush_names(folder)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(
+            f"{path}: must be writable, got {error.strerror or error}. What was saved there before is intact: free some "
+            "space or choose another folder, then save again."
+        ) from error
+
+
+def _flush_names(folder: Path) -> None:
+    """Make the renames last through a loss of power, where the system lets a folder be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,182 @@
+"""An adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, validated before anything uses them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+
+from uniproj.adapters import tensors as stored
+from uniproj.adapters.disk import read_bytes, replace
+from uniproj.adapters.header import FREE, Header
+from uniproj.errors import AdapterError, ProjectionError
+
+if TYPE_CHECKING:
+    from uniproj.tuner.config import UniProjConfig
+
+CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+KIND = "UNIPROJ"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """One adapter as it lies on disk. `header` is None for a file written before format 1."""
+
+    config: UniProjConfig
+    header: Header | None
+    tensors: dict[str, Tensor]
+
+    @property
+    def theta_d(self) -> Tensor:
+        """The trained vector, (d,), in the dtype in which it was saved."""
+        return self.tensors[stored.THETA_D]
+
+
+def read(folder: str | Path) -> SavedAdapter:
+    """The adapter in a folder, on the CPU, after every check that needs no model.
+
+    Raises AdapterError, which names the first thing that is not as it must be: a folder without the two files, or with
+    adapter_model.bin alone (opening one can run code, so it stays closed); a file that is no regular one, cut off or
+    altered; a header of a later format; a projection that is a path, unknown, or of another version; another
+    dtype, shape, NaN, inf; theta_d = 0 where c = 0; a configuration that says otherwise than the header.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    fields = _fields(folder / CONFIG)
+    where = str(folder / WEIGHTS)
+    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
+    header = Header.from_metadata(metadata, where)
+    if header is None:
+        return _read_without_header(folder, fields, tensors)
+    header.check_version(where)
+    stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
+    stored.check_numbers(tensors, header.projection)
+    _check_agreement(fields, header, folder)
+    stored.check_digest(tensors, metadata, where)
+    return SavedAdapter(_config(_merged(fields, header), folder, header), header, tensors)
+
+
+def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: UniProjConfig) -> None:
+    """Write both files of an adapter, or none: a crash or a full disk leaves those of before.
+
+    tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` for a learned P, and any heads by PEFT's names.
+    Raises AdapterError where the disk refuses.
+    """
+    noted = {**config.to_dict(), **_of_P(header)}
+    if noted.get("base_model_name_or_path") is None:
+        noted["base_model_name_or_path"] = header.base_model
+    weights = stored.serialise(tensors, header.to_metadata())
+    replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: config_text(noted).encode()})
+
+
+def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """The folder of an adapter: a local one as it is, else both files from the hub, in its cache."""
+    local = Path(model_id, subfolder) if subfolder else Path(model_id)
+    if local.exists():
+        return local
+    try:
+        found = [hf_hub_download(str(model_id), name, subfolder=subfolder, **hub) for name in (CONFIG, WEIGHTS)]
+    except Exception as error:  # offline, no such repository, no safetensors in it: a library with many kinds of error
+        raise AdapterError(
+            f"{model_id}: must be a folder or a repository with {CONFIG} and {WEIGHTS}, got {error}. Check the name."
+        ) from error
+    return Path(found[0]).parent
+
+
+def config_text(fields: Mapping[str, Any]) -> str:
+    """A configuration as it is saved; equal ones give equal text."""
+    # the first pattern that fits a module decides its rank, so the order within a field stays
+    plain = {key: sorted(v) if isinstance(v := fields[key], set) else v for key in sorted(fields)}
+    return json.dumps(plain, indent=2)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: must be a folder with {CONFIG} and {WEIGHTS}, got none. Check the path.")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
+    if missing and (folder / UNSAFE).exists():
+        raise AdapterError(
+            f"{folder}: must hold {WEIGHTS}, got {UNSAFE}, which can run code when it is opened and is not. "
+            "Save the adapter as safetensors."
+        )
+    if missing:
+        raise AdapterError(f"{folder}: must hold {CONFIG} and {WEIGHTS}, got no {missing[0]}. Check the path.")
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{path}: must be JSON, got {error}. Copy or download it again.") from None
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind != KIND:
+        raise AdapterError(f"{path}: peft_type must be {KIND}, got {kind!r}. It is an adapter of another method.")
+    for key in FREE - {"auto_mapping"}:
+        wanted = bool if key == "inference_mode" else str
+        if not isinstance(value := fields.get(key), (wanted, type(None))):
+            raise AdapterError(f"{path}: {key} must be {wanted.__name__} or null, got {value!r}. Correct it.")
+    return fields
+
+
+def _of_P(header: Header) -> dict[str, Any]:
+    """What a configuration says of P, as the header has it; d may also be left out there."""
+    return {
+        "format_version": header.format_version,
+        "projection": header.projection,
+        "projection_seed": header.projection_seed,
+        "projection_kwargs": header.projection_kwargs,
+        "layout_fingerprint": header.layout.fingerprint,
+        "projection_checksum": header.checksum,
+    }
+
+
+def _check_agreement(fields: Mapping[str, Any], header: Header, folder: Path) -> None:
+    of_P = _of_P(header) | ({} if fields.get("d") is None else {"d": header.d})
+    for key, wanted in {**of_P, **header.settings}.items():
+        if key not in fields or json.dumps(fields[key]) != json.dumps(wanted):
+            raise AdapterError(
+                f"{folder / CONFIG}: {key} must be {wanted!r} as in the header of {WEIGHTS}, got "
+                f"{fields.get(key, 'none')!r}. Restore it; to change a setting, load the configuration by "
+                "UniProjConfig.from_pretrained, set it there, and save the adapter anew."
+            )
+
+
+def _merged(fields: Mapping[str, Any], header: Header) -> dict[str, Any]:
+    """The configuration that the header describes; the file beside it adds where the base lies, and no more."""
+    free = {key: fields[key] for key in FREE if key in fields}
+    return {**header.settings, **_of_P(header), "d": fields.get("d"), "peft_type": KIND, **free}
+
+
+def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> SavedAdapter:
+    if fields.get("format_version") is not None:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: must hold a header in its metadata, as {CONFIG} says (format "
+            f"{fields['format_version']}), got none. Another tool rewrote the file: take the original."
+        )
+    config = _config(fields, folder, None)
+    theta_d = tensors.get(stored.THETA_D)
+    size = config.d if config.d is not None else 0 if theta_d is None else theta_d.numel()
+    stored.check_shapes(tensors, {stored.THETA_D: torch.Size([size])}, config.projection)
+    stored.check_numbers(tensors, config.projection)
+    return SavedAdapter(config, None, tensors)
+
+
+def _config(fields: dict[str, Any], folder: Path, header: Header | None) -> UniProjConfig:
+    from uniproj.tuner.config import UniProjConfig  # which imports this file, to validate what it loads
+
+    try:
+        config: UniProjConfig = UniProjConfig.from_peft_type(**UniProjConfig.check_kwargs(**fields))
+    except (AdapterError, ProjectionError) as error:
+        raise AdapterError(f"{folder / CONFIG}: {error}") from error
+    except Exception as error:  # whatever PEFT makes of a field of another type
+        raise AdapterError(f"{folder / CONFIG}: must be a configuration of {KIND}, got {error}. Restore it.") from error
+    config.header = header
+    return config

@@ -1,0 +1,268 @@
+"""`Header`: everything that makes P again, in the metadata of adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+import uniproj
+from uniproj.errors import AdapterError, ProjectionError
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.registry import build, get
+
+if TYPE_CHECKING:
+    from uniproj.tuner.config import UniProjConfig
+
+FORMAT_VERSION = 1
+PREFIX = "uniproj."
+# more than the Block list of any model; what unpacks to more was not written by us
+_UNPACKED = 2**24
+
+# what a configuration may say otherwise than the header: where the base lies, and how the adapter is used
+FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"})
+# what has a place of its own in the header
+_OF_P = frozenset(
+    {"projection", "projection_seed", "projection_kwargs", "d", "layout_fingerprint", "projection_checksum"}
+    | {"format_version", "peft_type"}
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the numbers of an adapter belong to.
+
+    `layout` has the module names of the base that the adapter was trained on. `checksum` is that of the fresh P, before
+    its own Parameters, if any, are trained. `settings` are the fields of the configuration that decide what the model
+    computes, beyond P: alpha, ranks, targets, heads. Two headers with equal `identity` have the same P.
+    """
+
+    projection: str
+    projection_version: int
+    projection_kwargs: dict[str, Any]
+    d: int
+    projection_seed: int
+    layout: LoRALayout
+    checksum: str
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_quantisation: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    library_version: str = uniproj.__version__
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(cls, config: UniProjConfig, projection: Projection, base: nn.Module | None = None) -> Header:
+        """The header of an adapter that `config` describes and `projection` makes.
+
+        base: its name, revision and quantisation are noted where the configuration has none.
+        """
+        of_base = getattr(base, "config", None)
+        return cls(
+            projection=config.projection,
+            projection_version=projection.version,
+            projection_kwargs=json.loads(json.dumps(config.projection_kwargs)),
+            d=projection.d,
+            projection_seed=config.projection_seed,
+            layout=projection.layout,
+            checksum=config.to_dict()["projection_checksum"] or projection.rebuild().checksum(),
+            base_model=config.base_model_name_or_path or getattr(base, "name_or_path", None) or None,
+            base_revision=config.revision or getattr(of_base, "_commit_hash", None),
+            base_quantisation=quantisation(of_base),
+            settings=settings(config.to_dict()),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes P, and nothing else."""
+        return {
+            "projection": self.projection,
+            "projection_version": self.projection_version,
+            "projection_kwargs": self.projection_kwargs,
+            "projection_seed": self.projection_seed,
+            "d": self.d,
+            "layout_fingerprint": self.layout.fingerprint,
+            "checksum": self.checksum,
+        }
+
+    def to_metadata(self) -> dict[str, str]:
+        """One line of text per field: JSON, or JSON packed by zlib and base64 for the long ones."""
+        lines = {f"{PREFIX}{f.name}": _FIELDS[f.name][0](getattr(self, f.name)) for f in fields(self)}
+        return {**lines, f"{PREFIX}layout_fingerprint": self.layout.fingerprint}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str = "adapter") -> Header | None:
+        """The header in a file's metadata, or None for a file without one, as uniproj wrote before format 1.
+
+        Raises AdapterError for a header of a later format, one that lacks a field or holds something else in it, and for
+        a Block list that is not the one of its fingerprint.
+        """
+        if not any(key.startswith(PREFIX) for key in metadata):
+            return None
+        _check_format(metadata, where)
+        values = {}
+        for f in fields(cls):
+            text = metadata.get(f"{PREFIX}{f.name}")
+            try:
+                values[f.name] = _FIELDS[f.name][1]("" if text is None else text)
+            except (ValueError, TypeError, zlib.error, RecursionError) as error:
+                raise AdapterError(
+                    f"{where}: the header's {f.name} must be what uniproj wrote, got "
+                    f"{'none' if text is None else repr(text[:40])} ({error}). The file was altered: copy or download it "
+                    "again."
+                ) from None
+        header = cls(**values)
+        saved, found = metadata.get(f"{PREFIX}layout_fingerprint"), header.layout.fingerprint
+        if saved != found:
+            raise AdapterError(
+                f"{where}: the header's Block list must have the fingerprint {str(saved)[:12]}.., got {found[:12]}... "
+                "The file was altered: copy or download it again."
+            )
+        return header
+
+    def check_version(self, where: str = "adapter") -> None:
+        """Raises AdapterError for a projection that this library does not know, or makes otherwise by now."""
+        try:
+            version = get(self.projection).version
+        except ProjectionError as error:
+            raise AdapterError(f"{where}: {error} {_remedy_for_name(self.projection)}") from None
+        if version != self.projection_version:
+            raise AdapterError(
+                f"{where}: {self.projection} must be of version {version}, as uniproj {uniproj.__version__} makes it, got "
+                f"version {self.projection_version}, another P. Install uniproj {self.library_version}, which wrote the file."
+            )
+
+    def build(self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter") -> Projection:
+        """P, on the CPU, checked against version and checksum.
+
+        base_weights: W (out, in) by the module names of `layout`, for methods made of them. Raises AdapterError for
+        another version or checksum, and for hyperparameters that the method refuses. A P whose Parameters lie on the
+        meta device (`low_cpu_mem_usage`) has no numbers to check yet.
+        """
+        self.check_version(where)
+        options = dict(self.projection_kwargs)
+        if get(self.projection).needs_base_weights:
+            if base_weights is None:
+                raise AdapterError(
+                    f"{where}: {self.projection} is made of the base model's weights, got none. Pass the base model."
+                )
+            options["base_weights"] = base_weights
+        try:
+            P = build(self.projection, layout=self.layout, d=self.d, seed=self.projection_seed, **options)
+        except (ProjectionError, TypeError, ValueError, ArithmeticError, KeyError) as error:
+            raise AdapterError(f"{where}: P cannot be made from its header: {error}") from error
+        if not any(p.is_meta for p in P.parameters()) and (found := P.checksum()) != self.checksum:
+            made_of = "other base weights" if base_weights is not None else "another P"
+            raise AdapterError(
+                f"{where}: P must have the checksum {self.checksum[:12]}.., got {found[:12]}..: {made_of}. Load the adapter "
+                f"on the base model (and dtype) it was trained on, with uniproj {self.library_version}, which wrote it."
+            )
+        return P
+
+    def difference(self, other: Header) -> str | None:
+        """The first entry of `identity` in which another P differs, as a clause, or None for the same P."""
+        for key, mine in self.identity.items():
+            if (theirs := other.identity[key]) != mine:
+                return f"{key} must be {_short(mine)}, got {_short(theirs)}"
+        return None
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that decide what the model computes, beyond P, as JSON gives them back."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return json.loads(json.dumps({key: value for key, value in plain.items() if key not in FREE | _OF_P}))
+
+
+def quantisation(config: Any) -> str | None:
+    """`bitsandbytes 4-bit nf4` and the like, from the base model's configuration; None for plain weights."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    given = dict(found) if isinstance(found, Mapping) else found.to_dict()
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method") or "quantised"))
+    bits = 4 if given.get("load_in_4bit") else 8 if given.get("load_in_8bit") else given.get("bits")
+    kind = given.get("bnb_4bit_quant_type") if given.get("load_in_4bit") else None
+    return " ".join([method, *([f"{bits}-bit"] if bits else []), *([str(kind)] if kind else [])])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:16]}..{text[-1]}"
+
+
+def _remedy_for_name(name: str) -> str:
+    if any(mark in name for mark in "/\\:") or name.endswith(".py"):
+        return "A file names a projection, never a path; code that an adapter brings along is not run."
+    return "Import or install the package that registers it."
+
+
+def _check_format(metadata: Mapping[str, str], where: str) -> None:
+    version = metadata.get(f"{PREFIX}format_version", "")
+    if version.isdecimal() and len(version) < 9 and int(version) > FORMAT_VERSION:
+        raise AdapterError(
+            f"{where}: the format must be at most {FORMAT_VERSION}, got {version} (written by uniproj "
+            f"{metadata.get(f'{PREFIX}library_version', 'of a later version')}). Install that version."
+        )
+
+
+def _pack(value: Any) -> str:
+    text = value.to_json() if isinstance(value, LoRALayout) else _dump(value)
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _unpack(text: str) -> str:
+    inflate = zlib.decompressobj()
+    unpacked = inflate.decompress(base64.b64decode(text, validate=True), _UNPACKED)
+    if not inflate.eof:
+        raise ValueError("cut off, or too long")
+    return unpacked.decode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _typed(*kinds: type) -> Callable[[str], Any]:
+    """A reader of JSON that takes these types alone (a bool is no int)."""
+
+    def read(text: str) -> Any:
+        value = json.loads(text)
+        if type(value) not in kinds:
+            raise TypeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
+        return value
+
+    return read
+
+
+def _natural_number(text: str) -> int:
+    value: int = _typed(int)(text)
+    if value < 0:
+        raise ValueError("below 0")
+    return value
+
+
+# how each field is written, and read
+_TEXT = (_dump, _typed(str))
+_NUMBER = (_dump, _natural_number)
+_MAYBE = (_dump, _typed(str, type(None)))
+_FIELDS: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+    "format_version": _NUMBER,
+    "library_version": _TEXT,
+    "projection": _TEXT,
+    "projection_version": _NUMBER,
+    "projection_kwargs": (_dump, _typed(dict)),
+    "d": _NUMBER,
+    "projection_seed": _NUMBER,
+    "layout": (_pack, lambda text: LoRALayout.from_json(_unpack(text))),
+    "checksum": _TEXT,
+    "base_model": _MAYBE,
+    "base_revision": _MAYBE,
+    "base_quantisation": _MAYBE,
+    "settings": (_pack, lambda text: _typed(dict)(_unpack(text))),
+}

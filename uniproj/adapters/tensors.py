@@ -1,0 +1,114 @@
+"""The tensors of an adapter: their bytes, their digest, and what must hold for each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from uniproj.errors import AdapterError
+from uniproj.projection import Projection
+from uniproj.registry import get
+
+THETA_D = "base_model.uniproj_theta_d"
+OF_P = "base_model.projections."
+DIGEST = "uniproj.sha256"
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, with the digest of all its content in its metadata; equal content gives equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole = {"format": "pt", **metadata}
+    data = safetensors.torch.save(plain, {**whole, DIGEST: digest(plain, whole)})
+    # the library writes the metadata in random order
+    start = _start(data)
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data[start:]
+
+
+def parse(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file. Raises AdapterError for anything else, and a digest that differs."""
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8 : _start(data)]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, struct.error) as error:
+        raise AdapterError(
+            f"{where}: must be a whole safetensors file, got {len(data)} bytes that are not ({error}). It is truncated or "
+            "altered: copy or download it again."
+        ) from error
+    return tensors, metadata
+
+
+def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
+    """Raises AdapterError unless tensors and metadata are those that were written."""
+    saved = metadata.get(DIGEST)
+    found = digest(tensors, {key: value for key, value in metadata.items() if key != DIGEST})
+    if saved != found:
+        raise AdapterError(
+            f"{where}: its content must have the SHA-256 {str(saved)[:12]}.. noted in it, got {found[:12]}... Some bytes "
+            "were altered: copy or download it again."
+        )
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the metadata and of names, dtypes, shapes and bytes of the tensors, in the order of the names."""
+    names = sorted(tensors)
+    index = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    found = hashlib.sha256(json.dumps([metadata, index], sort_keys=True).encode())
+    for name in names:
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def shapes_of(projection: Projection) -> dict[str, torch.Size]:
+    """The tensors that an adapter of this projection holds, by their names in the file."""
+    own = {f"{OF_P}{name}": p.shape for name, p in projection.named_parameters()}
+    return {THETA_D: torch.Size([projection.d]), **own}
+
+
+def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], projection: str) -> None:
+    """Raises AdapterError for a trained tensor that is missing or has another shape or no floating dtype."""
+    for name, shape in shapes.items():
+        found = tensors.get(name)
+        if found is None or found.shape != shape:
+            got = "none" if found is None else str(tuple(found.shape))
+            raise AdapterError(
+                f"{name}: the file must hold a tensor of shape {tuple(shape)}, got {got}. "
+                f"It is not an adapter of projection {projection!r} with this d, or it is truncated."
+            )
+        if found.dtype not in FLOATS:
+            raise AdapterError(
+                f"{name}: must be of dtype float32 (or float64, bfloat16, float16), got {found.dtype}. "
+                "Use another checkpoint."
+            )
+
+
+def check_numbers(tensors: Mapping[str, Tensor], projection: str, offset: bool | None = None) -> None:
+    """Raises AdapterError for a number that is not finite, and for theta_d = 0 where c = 0.
+
+    offset: whether P has a c, where that is known; else what its class says.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{name}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint."
+            )
+    may_be_zero = "linear" not in get(projection).claims if offset is None else offset
+    if not may_be_zero and not tensors[THETA_D].any():
+        raise AdapterError(
+            f"{THETA_D}: theta_d = 0 is a saddle (A = B = 0, gradient 0) that training never leaves. "
+            "Use an adapter that was trained, or a new one."
+        )
+
+
+def _start(data: bytes) -> int:
+    """Where the tensors begin: behind 8 bytes of length and the JSON of that length."""
+    return 8 + int(struct.unpack("<Q", data[:8])[0])
