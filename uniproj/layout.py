@@ -102,31 +102,32 @@ class LoRALayout:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
     def to_json(self) -> str:
-        """The blocks in order, `[[module, factor, rows, columns], ...]`; `from_json` is its inverse."""
-        return json.dumps([[b.module, b.factor, *b.shape] for b in self.blocks], separators=(",", ":"))
+        """The modules in order, `[[module, out, in, r], ...]`, each for its blocks B and A; inverse of `from_json`."""
+        rows = [[b.module, b.shape[0], a.shape[1], b.shape[1]] for b, a in self.pairs()]
+        return json.dumps(rows, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> LoRALayout:
         """The layout that `to_json` wrote. Raises ProjectionError for anything else, and for modules out of order."""
         try:
-            found = json.loads(text)
-            modules = [(B[0], B[2], A[3], B[3]) for B, A in zip(found[::2], found[1::2], strict=True)]
-            layout = cls.from_shapes({m: (out, in_) for m, out, in_, _ in modules}, {m: r for m, _, _, r in modules})
+            rows = [(str(m), out, in_, r) for m, out, in_, r in json.loads(text)]
+            layout = cls.from_shapes({m: (out, in_) for m, out, in_, _ in rows}, {m: r for m, _, _, r in rows})
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise ProjectionError(f"LoRALayout: blocks must be pairs of B and A of each module, {error}.") from None
-        for given, block in zip(found, layout.blocks, strict=False):
-            if given != [block.module, block.factor, *block.shape]:
+            raise ProjectionError(f"LoRALayout: modules must be rows [module, out, in, r], {error}.") from None
+        for found, expected in zip([row[0] for row in rows], layout.modules, strict=False):
+            if found != expected:
                 raise ProjectionError(
-                    f"LoRALayout: modules must be in natural order of their names, B before A: expected "
-                    f"{block.module}.{block.factor} {block.shape}, got {given}."
+                    f"LoRALayout: modules must stand once each, in natural order of their names: expected {expected}, "
+                    f"got {found}."
                 )
         if layout.to_json() != text:
-            raise ProjectionError("LoRALayout: the text must be what to_json writes. Some block stands there twice.")
+            raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
         return layout
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        text = json.dumps([[b.module, b.factor, *b.shape] for b in self.blocks], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def block(self, module: str, factor: Factor) -> Block:
         return self._index[module, factor]

@@ -65,7 +65,7 @@ def test_whole_life(kind: str, projection: str, tmp_path) -> None:
 def test_the_file_holds_the_trained_numbers_and_little_else(tmp_path) -> None:
     model = get_peft_model(base_model("llama"), config("llama", d=200))
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * 200 + 256
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * 200 + 4096
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "UNIPROJ"
     assert saved["layout_fingerprint"] == model.base_model.projections["default"].layout.fingerprint

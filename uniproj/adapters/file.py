@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.disk import read_bytes, replace
-from uniproj.adapters.header import FREE, Header
+from uniproj.adapters.header import FREE, PREFIX, Header
 from uniproj.errors import AdapterError, ProjectionError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KIND = "UNIPROJ"
+_FIRST_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,22 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
             f"{model_id}: must be a folder or a repository with {CONFIG} and {WEIGHTS}, got {error}. Check the name."
         ) from error
     return Path(found[0]).parent
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the weights in a folder begin as those of a uniproj adapter do."""
+    try:
+        with (folder / WEIGHTS).open("rb") as file:
+            return PREFIX.encode() in file.read(_FIRST_BYTES)
+    except OSError:
+        return False
+
+
+def is_template(folder: Path) -> bool:
+    """Whether a folder holds a configuration that never belonged to trained numbers."""
+    if (folder / WEIGHTS).exists() or (folder / UNSAFE).exists() or not (folder / CONFIG).exists():
+        return False
+    return _fields(folder / CONFIG).get("layout_fingerprint") is None
 
 
 def config_text(fields: Mapping[str, Any]) -> str:

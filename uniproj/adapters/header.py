@@ -40,7 +40,7 @@ class Header:
 
     `layout` has the module names of the base that the adapter was trained on. `checksum` is that of the fresh P, before
     its own Parameters, if any, are trained. `settings` are the fields of the configuration that decide what the model
-    computes, beyond P: alpha, ranks, targets, heads. Two headers with equal `identity` have the same P.
+    computes, beyond P: alpha, ranks, targets, heads.
     """
 
     projection: str
@@ -80,8 +80,10 @@ class Header:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes P, and nothing else."""
+        """What makes the updates s B A out of theta_d: two adapters with equal identities share P and scale."""
+        scale = {key: self.settings.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora")}
         return {
+            **scale,
             "projection": self.projection,
             "projection_version": self.projection_version,
             "projection_kwargs": self.projection_kwargs,
@@ -166,7 +168,7 @@ class Header:
         return P
 
     def difference(self, other: Header) -> str | None:
-        """The first entry of `identity` in which another P differs, as a clause, or None for the same P."""
+        """The first entry of `identity` in which `other` differs, as a clause, or None."""
         for key, mine in self.identity.items():
             if (theirs := other.identity[key]) != mine:
                 return f"{key} must be {_short(mine)}, got {_short(theirs)}"

@@ -18,6 +18,7 @@ from uniproj.registry import get
 
 THETA_D = "base_model.uniproj_theta_d"
 OF_P = "base_model.projections."
+HEADS = "base_model.model."
 DIGEST = "uniproj.sha256"
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -91,17 +92,17 @@ def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
             )
 
 
-def check_numbers(tensors: Mapping[str, Tensor], projection: str, offset: bool | None = None) -> None:
+def check_numbers(tensors: Mapping[str, Tensor], projection: str, has_offset: bool | None = None) -> None:
     """Raises AdapterError for a number that is not finite, and for theta_d = 0 where c = 0.
 
-    offset: whether P has a c, where that is known; else what its class says.
+    has_offset: whether P has a c, where that is known; else what its class says.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{name}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint."
             )
-    may_be_zero = "linear" not in get(projection).claims if offset is None else offset
+    may_be_zero = "linear" not in get(projection).claims if has_offset is None else has_offset
     if not may_be_zero and not tensors[THETA_D].any():
         raise AdapterError(
             f"{THETA_D}: theta_d = 0 is a saddle (A = B = 0, gradient 0) that training never leaves. "

@@ -1,11 +1,12 @@
 """The PEFT method `UNIPROJ`: any projection trains any model that PEFT's LoRA can adapt.
 
 Importing this package enters the method into PEFT's own dictionaries, so `get_peft_model`,
-`PeftModel.from_pretrained` and the Transformers `Trainer` know it.
+`PeftModel.from_pretrained` and the Transformers `Trainer` know it; `uniproj.tuner.files` takes over its files.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from uniproj.tuner import files
 from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
 from uniproj.tuner.convert import from_peft, to_peft
 from uniproj.tuner.distributed import shard_base
@@ -14,5 +15,6 @@ from uniproj.tuner.model import UniProjModel
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UniProjConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UniProjModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "uniproj_"
+files.install()
 
 __all__ = ["UniProjConfig", "UniProjModel", "from_peft", "shard_base", "to_peft"]

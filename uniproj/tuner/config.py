@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig
 
+from uniproj.adapters import file
+from uniproj.adapters.disk import replace
 from uniproj.adapters.header import Header
+from uniproj.adapters.remap import rename
 from uniproj.errors import AdapterError
 from uniproj.registry import get
 
@@ -71,6 +76,7 @@ class UniProjConfig(LoraConfig):
     remap: list[list[str]] | None = field(default=None, metadata={"help": "[old, new] parts of module names."})
 
     header: ClassVar[Header | None] = None
+    renames_heads: ClassVar[list[tuple[str, str]]] = []
 
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
@@ -101,3 +107,45 @@ class UniProjConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, with fingerprint and checksum of the P that this configuration built last."""
         return {**super().to_dict(), **self._attached}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        remap: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> UniProjConfig:
+        """The configuration of a saved adapter, after every check of its file that needs no model.
+
+        remap: {old: new} for modules of the base model that were renamed since; both are runs of whole components of
+        their names. Raises AdapterError for a file that is not what was saved (see `uniproj.adapters.file.read`).
+        """
+        hub, _, _ = cls._split_kwargs(kwargs)
+        folder = file.locate(pretrained_model_name_or_path, subfolder, **hub)
+        if file.is_template(folder):
+            return super().from_pretrained(str(folder))
+        config = file.read(folder).config
+        if remap:
+            if config.header is None:
+                raise AdapterError(
+                    f"{folder}: remap needs a file with the list of its modules, got one from before format 1. "
+                    "Load it on the base model it was trained on and save it again."
+                )
+            rows = list(remap.items())
+            rename(config, config.header.layout, rows)
+            config.renames_heads = rows  # type: ignore[misc]
+        return config
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write adapter_config.json, whole or not at all. Raises AdapterError beside an adapter_model.bin."""
+        folder = Path(save_directory)
+        if (folder / file.UNSAFE).exists():
+            raise AdapterError(
+                f"{folder}: must not hold {file.UNSAFE}, which uniproj never opens, as that can run code. "
+                "Remove it and save with safe_serialization=True."
+            )
+        fields = self.to_dict()
+        if (auto_mapping := kwargs.get("auto_mapping_dict")) is not None:
+            fields["auto_mapping"] = auto_mapping
+        replace({folder / file.CONFIG: file.config_text(fields).encode()})

@@ -12,13 +12,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
+from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta
 
 # anchored: a module of the base model may be called projections too
 _OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
@@ -82,14 +82,14 @@ class UniProjModel(LoraModel):
 
     def _attach(self, adapter_name: str) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
-        layers = self._layers(adapter_name)
+        layers = as_saved(self._layers(adapter_name), config, adapter_name)
         first = next(iter(layers.values()))
         is_trained = first.lora_A[adapter_name].weight.requires_grad
         projection = self._build(config, adapter_name, layers)
         device = _device(first)
         # low_cpu_mem_usage: new Parameters are on the meta device until the file is loaded into them
         projection._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-        _check_saved(config, projection)
+        check_saved(config, projection, self.model)
         self.projections[adapter_name] = projection
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
         source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
@@ -97,7 +97,7 @@ class UniProjModel(LoraModel):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
         _set_requires_grad([(p, is_trained) for p in source.trained()])
-        if not _on_meta(projection):
+        if not on_meta(projection):
             check_alive(layers, adapter_name, source)
         if config.layout_fingerprint is not None:
             self._being_loaded.add(adapter_name)
@@ -133,12 +133,10 @@ class UniProjModel(LoraModel):
         return layers
 
     def _build(self, config: UniProjConfig, adapter_name: str, layers: dict[str, LoraLayer]) -> Projection:
-        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        ranks = {name: layer.lora_A[adapter_name].out_features for name, layer in layers.items()}
         options = dict(config.projection_kwargs)
         if get(config.projection).needs_base_weights:
             options["base_weights"] = BaseWeights(layers)
-        layout = LoRALayout.from_shapes(shapes, ranks)
+        layout = layout_of(layers, adapter_name)
         return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
 
     # ---- forward ----------------------------------------------------------------------------------
@@ -209,7 +207,7 @@ class UniProjModel(LoraModel):
         name = re.escape(adapter_name)
         own = re.compile(rf"base_model\.(uniproj_theta_d\.{name}$|projections\.{name}\.)")
         wanted = {k: v for k, v in state_dict.items() if own.match(k)}
-        return {**wanted, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
+        return {**describe(model, config, adapter_name, wanted), **cls._get_learnable_bias_state_dict(model, state_dict, config)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -224,29 +222,13 @@ class UniProjModel(LoraModel):
         }
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
         try:
-            _check_tensors(tuner, adapter_name, mapped)
+            check_loaded(tuner, adapter_name, state_dict)
         except AdapterError:
             if adapter_name in tuner._being_loaded:  # attached for this file only; an older adapter stays
                 tuner._take_back(adapter_name)
             raise
         tuner._settle()
         return mapped
-
-
-def _check_saved(config: UniProjConfig, projection: Projection) -> None:
-    """Refuse a saved adapter on another architecture or another P; note what this P is for the next save."""
-    now = {"layout_fingerprint": projection.layout.fingerprint}
-    if not _on_meta(projection):
-        now["projection_checksum"] = projection.checksum()
-    for key, value in now.items():
-        saved = getattr(config, key)
-        if saved is not None and saved != value:
-            what = "modules, shapes or ranks" if key == "layout_fingerprint" else "P (method version or base weights)"
-            raise AdapterError(
-                f"{config.projection}: the adapter was trained with other {what}: its {key} is {saved[:12]}.., this "
-                f"model's is {value[:12]}... Load it on the base model (and dtype) it was trained on."
-            )
-    config._attached = {"projection_checksum": config.projection_checksum, **now}
 
 
 def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
@@ -258,29 +240,3 @@ def _device(layer: LoraLayer) -> torch.device:
     """Where theta_d and P live: with the first adapted layer, or on the CPU for a model on the meta device."""
     device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
     return torch.device("cpu") if device is None or device.type == "meta" else device
-
-
-def _on_meta(projection: Projection) -> bool:
-    return any(p.is_meta for p in projection.parameters())
-
-
-def _check_tensors(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a theta_d or a learned Parameter that is missing, misshapen, not finite, or a zero saddle."""
-    projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
-    wanted = {f"projections.{adapter_name}.{n}": p.shape for n, p in projection.named_parameters()}
-    wanted[f"uniproj_theta_d.{adapter_name}"] = torch.Size([projection.d])
-    for key, shape in wanted.items():
-        found = next((v for k, v in tensors.items() if k.endswith(key)), None)
-        if found is None or found.shape != shape:
-            got = "none" if found is None else str(tuple(found.shape))
-            raise AdapterError(
-                f"{key}: the file must hold a tensor of shape {tuple(shape)}, got {got}. "
-                f"It is not an adapter of projection {projection.name!r} with d={projection.d}, or it is truncated."
-            )
-        if not torch.isfinite(found).all():
-            raise AdapterError(f"{key}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
-        if key.startswith("uniproj_theta_d") and projection.offset is None and not found.any():
-            raise AdapterError(
-                f"{key}: theta_d = 0 is a saddle (A = B = 0, gradient 0) that training never leaves. "
-                "Use an adapter that was trained, or a new one."
-            )

@@ -1,0 +1,74 @@
+"""Does an adapter fit a model? The first difference between two layouts, and what to do about it."""
+
+from __future__ import annotations
+
+import warnings
+
+from uniproj.adapters.header import Header
+from uniproj.adapters.remap import Table, new_names, suggestion
+from uniproj.errors import AdapterError
+from uniproj.layout import LoRALayout
+
+
+def check_fit(header: Header, found: LoRALayout, table: Table = ()) -> dict[str, str]:
+    """{module of the saved layout: module of this model}.
+
+    found: the layout of the model's modules, under the model's names. Raises AdapterError with the first module that
+    is missing, renamed, left over, or of another shape or rank.
+    """
+    names = new_names(header.layout, table)
+    has, wants = _sizes(found), {names[m]: size for m, size in _sizes(header.layout).items()}
+    missing, extra = [m for m in wants if m not in has], [m for m in has if m not in wants]
+    said = f"{header.projection}: the adapter was trained with other modules, shapes or ranks: "
+    if missing:
+        raise AdapterError(said + _about_missing(missing, extra, wants, has))
+    if extra:
+        raise AdapterError(
+            f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. Load the adapter on "
+            f"{header.base_model or 'the base model it was trained on'}."
+        )
+    for module, size in wants.items():
+        if has[module] != size:
+            (out, in_, r), (out_now, in_now, r_now) = size, has[module]
+            what = "rank" if (out, in_) == (out_now, in_now) else "out, in"
+            pair = (r, r_now) if what == "rank" else (f"{out}, {in_}", f"{out_now}, {in_now}")
+            raise AdapterError(
+                f"{said}{module} must have ({what}) = ({pair[0]}), got ({pair[1]}). Load the adapter on "
+                f"{header.base_model or 'the base model it was trained on'}, with the ranks of its configuration."
+            )
+    return names
+
+
+def warn_of_another_base(header: Header, now: Header) -> None:
+    """One warning where the same architecture has another name, revision or quantisation than in training."""
+    pairs = {
+        "base model": (header.base_model, now.base_model),
+        "revision": (header.base_revision, now.base_revision),
+    }
+    changed = [f"{what} {old} (now {new})" for what, (old, new) in pairs.items() if old and new and old != new]
+    if header.base_quantisation != now.base_quantisation:
+        old, new = header.base_quantisation or "none", now.base_quantisation or "none"
+        changed.append(f"quantisation {old} (now {new})")
+    if changed:
+        warnings.warn(f"{header.projection}: the adapter was trained on {', '.join(changed)}.", stacklevel=2)
+
+
+def _sizes(layout: LoRALayout) -> dict[str, tuple[int, int, int]]:
+    """{module: (out, in, r)}."""
+    return {b.module: (b.shape[0], a.shape[1], b.shape[1]) for b, a in layout.pairs()}
+
+
+def _about_missing(missing: list[str], extra: list[str], wants: dict, has: dict) -> str:
+    first = missing[0]
+    row = suggestion(missing, extra) if extra else None
+    if row:
+        return (
+            f"{first} is missing, and {len(missing)} such modules seem to be renamed. If they are the same, load with "
+            f"remap={{{row[0]!r}: {row[1]!r}}} (on the command line --remap {row[0]}={row[1]})."
+        )
+    same = next((m for m in extra if has[m] == wants[first]), None)
+    hint = f", and has {same} of the same size, which the adapter does not know" if same else ""
+    return (
+        f"{first} is missing in this model{hint}. Load the adapter on the base model it was trained on, or, for renamed "
+        "modules, pass the table: remap={'old': 'new'} (on the command line --remap old=new)."
+    )

@@ -1,0 +1,94 @@
+"""What an adapter in a model and its file must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from uniproj.adapters import tensors as stored
+from uniproj.adapters.fit import check_fit, warn_of_another_base
+from uniproj.adapters.header import FORMAT_VERSION, Header
+from uniproj.errors import AdapterError
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.files import note, noted
+
+if TYPE_CHECKING:
+    from uniproj.tuner.model import UniProjModel
+
+
+def layout_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> LoRALayout:
+    """The layout of the modules that hold an adapter."""
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    ranks = {name: layer.lora_A[adapter_name].out_features for name, layer in layers.items()}
+    return LoRALayout.from_shapes(shapes, ranks)
+
+
+def as_saved(layers: dict[str, LoraLayer], config: UniProjConfig, adapter_name: str) -> dict[str, LoraLayer]:
+    """The adapted modules by the names under which P was made: those in the file, for an adapter out of one.
+
+    Raises AdapterError with the first module in which the model differs from the file.
+    """
+    if config.header is None:
+        return layers
+    names = check_fit(config.header, layout_of(layers, adapter_name), config.remap or [])
+    return {saved: layers[now] for saved, now in names.items()}
+
+
+def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) -> None:
+    """Refuse a saved adapter on another architecture or another P; note what this P is for the next save."""
+    now = {"layout_fingerprint": projection.layout.fingerprint}
+    if not on_meta(projection):
+        now["projection_checksum"] = projection.checksum()
+    for key, value in now.items():
+        saved = getattr(config, key)
+        if saved is not None and saved != value:
+            what = "modules, shapes or ranks" if key == "layout_fingerprint" else "P (method version or base weights)"
+            raise AdapterError(
+                f"{config.projection}: the adapter was trained with other {what}: its {key} is {saved[:12]}.., this "
+                f"model's is {value[:12]}... Load it on the base model (and dtype) it was trained on."
+            )
+    config._attached = {
+        "projection_checksum": config.projection_checksum,
+        "format_version": FORMAT_VERSION,
+        **now,
+    }
+    if config.header is not None:
+        warn_of_another_base(config.header, Header.of(config, projection, base))
+
+
+def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are missing, misshapen, not finite or a zero saddle, and those of another P or scale."""
+    projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
+    stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
+    stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
+    header, _ = noted(tensors)
+    if header is None:
+        return
+    config = tuner.peft_config[adapter_name]
+    if found := header.difference(Header.of(config, projection, tuner.model)):
+        raise AdapterError(
+            f"{projection.name}: the adapter {adapter_name!r} of this model must be as the file's: {found}. "
+            "Load the file under a new name, or with its own configuration."
+        )
+
+
+def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter, with a theta_d that tells those who write it what it belongs to."""
+    own = dict(tensors)
+    key = f"base_model.uniproj_theta_d.{adapter_name}"
+    if key in own:
+        # of its own storage: PEFT copies tensors that share one, and loses the note
+        own[key] = own[key].detach().clone()
+        tuner = model.base_model
+        note(own[key], Header.of(config, tuner.projections[adapter_name], tuner.model), config)
+    return own
+
+
+def on_meta(projection: Projection) -> bool:
+    """Whether P has no numbers yet (`low_cpu_mem_usage`)."""
+    return any(p.is_meta for p in projection.parameters())
