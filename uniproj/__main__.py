@@ -1,13 +1,15 @@
-"""`python -m uniproj list` and `python -m uniproj check NAME`."""
+"""`python -m uniproj list | check NAME | inspect PATH | verify PATH`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
-from uniproj.errors import ProjectionError
+from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
 from uniproj.testing import BatteryFailure, Check, check_projection, sample
@@ -74,20 +76,59 @@ def _print(name: str, variant: Any, shape: tuple[int, int], checks: list[Check])
         print(f"  {'ok  ' if c.passed else 'FAIL'} {c.name:32s} {c.value:<12.3e} {limit:16s} {c.note}")
 
 
+def _inspect(path: Path, as_json: bool) -> int:
+    from uniproj.adapters.inspect import describe, text  # PEFT and Transformers take seconds to import
+
+    found = describe(path)
+    print(json.dumps(found, indent=2) if as_json else text(found))
+    return 0
+
+
+def _verify(path: str, base: str | None, remap: list[tuple[str, str]], as_json: bool) -> int:
+    from uniproj.adapters.verify import verify
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        said = verify(path, base, dict(remap))
+    warned = [str(w.message) for w in caught if w.category is UserWarning]
+    if as_json:
+        print(json.dumps({"holds": said, "warnings": warned}, indent=2))
+    else:
+        print("\n".join([*said, *(f"warning: {text}" for text in warned)]))
+    return 0
+
+
+def _row(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals):
+        raise argparse.ArgumentTypeError(f"must be OLD=NEW, got {text!r}")
+    return old, new
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m uniproj", description="Projections of LoRA's parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="every projection: formula, d, claims, source")
+    listing.set_defaults(run=lambda args: _list(args.json))
     checking = commands.add_parser("check", help="run the battery on one projection and print what it measured")
     checking.add_argument("name")
     checking.add_argument("--seed", type=int, default=0)
-    for command in (listing, checking):
+    checking.set_defaults(run=lambda args: _check(args.name, args.seed, args.json))
+    inspecting = commands.add_parser("inspect", help="everything known of a saved adapter, without a model")
+    inspecting.add_argument("path", type=Path)
+    inspecting.set_defaults(run=lambda args: _inspect(args.path, args.json))
+    verifying = commands.add_parser("verify", help="rebuild a saved adapter's P, and say whether it fits a base model")
+    verifying.add_argument("path")
+    verifying.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
+    verifying.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
+    verifying.set_defaults(run=lambda args: _verify(args.path, args.base, args.remap, args.json))
+    for command in (listing, checking, inspecting, verifying):
         command.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:
-        return _list(args.json) if args.command == "list" else _check(args.name, args.seed, args.json)
-    except ProjectionError as error:
+        return int(args.run(args))
+    except (AdapterError, ProjectionError) as error:
         print(error, file=sys.stderr)
         return 2
 

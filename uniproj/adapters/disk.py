@@ -19,7 +19,9 @@ def read_bytes(path: Path) -> bytes:
             raise AdapterError(f"{path}: must be a regular file, got a folder, pipe or device. Check the path.")
         return path.read_bytes()
     except OSError as error:
-        raise AdapterError(f"{path}: must be a readable file, got {error.strerror or error}. Check the path.") from error
+        raise AdapterError(
+            f"{path}: must be a readable file, got {error.strerror or error}. Check the path."
+        ) from error
 
 
 def replace(contents: Mapping[Path, bytes]) -> None:
@@ -52,8 +54,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise AdapterError(
-            f"{path}: must be writable, got {error.strerror or error}. What was saved there before is intact: free some "
-            "space or choose another folder, then save again."
+            f"{path}: must be writable, got {error.strerror or error}. What was saved there before is intact: free "
+            "some space or choose another folder, then save again."
         ) from error
 
 

@@ -66,7 +66,7 @@ def read(folder: str | Path) -> SavedAdapter:
 def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: UniProjConfig) -> None:
     """Write both files of an adapter, or none: a crash or a full disk leaves those of before.
 
-    tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` for a learned P, and any heads by PEFT's names.
+    tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` of a learned P, and any heads by PEFT's names.
     Raises AdapterError where the disk refuses.
     """
     noted = {**config.to_dict(), **_of_P(header)}

@@ -69,6 +69,6 @@ def _about_missing(missing: list[str], extra: list[str], wants: dict, has: dict)
     same = next((m for m in extra if has[m] == wants[first]), None)
     hint = f", and has {same} of the same size, which the adapter does not know" if same else ""
     return (
-        f"{first} is missing in this model{hint}. Load the adapter on the base model it was trained on, or, for renamed "
-        "modules, pass the table: remap={'old': 'new'} (on the command line --remap old=new)."
+        f"{first} is missing in this model{hint}. Load the adapter on the base model it was trained on, or, for "
+        "renamed modules, pass the table: remap={'old': 'new'} (on the command line --remap old=new)."
     )

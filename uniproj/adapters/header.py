@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 PREFIX = "uniproj."
 # more than the Block list of any model; what unpacks to more was not written by us
 _UNPACKED = 2**24
+_ALTERED = "The file was altered: copy or download it again."
 
 # what a configuration may say otherwise than the header: where the base lies, and how the adapter is used
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"})
@@ -102,8 +103,8 @@ class Header:
     def from_metadata(cls, metadata: Mapping[str, str], where: str = "adapter") -> Header | None:
         """The header in a file's metadata, or None for a file without one, as uniproj wrote before format 1.
 
-        Raises AdapterError for a header of a later format, one that lacks a field or holds something else in it, and for
-        a Block list that is not the one of its fingerprint.
+        Raises AdapterError for a header of a later format, one that lacks a field or holds something else in it, and
+        for a Block list that is not the one of its fingerprint.
         """
         if not any(key.startswith(PREFIX) for key in metadata):
             return None
@@ -114,17 +115,16 @@ class Header:
             try:
                 values[f.name] = _FIELDS[f.name][1]("" if text is None else text)
             except (ValueError, TypeError, zlib.error, RecursionError) as error:
+                got = "none" if text is None else repr(text[:40])
                 raise AdapterError(
-                    f"{where}: the header's {f.name} must be what uniproj wrote, got "
-                    f"{'none' if text is None else repr(text[:40])} ({error}). The file was altered: copy or download it "
-                    "again."
+                    f"{where}: the header's {f.name} must be what uniproj wrote, got {got} ({error}). {_ALTERED}"
                 ) from None
         header = cls(**values)
         saved, found = metadata.get(f"{PREFIX}layout_fingerprint"), header.layout.fingerprint
         if saved != found:
             raise AdapterError(
                 f"{where}: the header's Block list must have the fingerprint {str(saved)[:12]}.., got {found[:12]}... "
-                "The file was altered: copy or download it again."
+                f"{_ALTERED}"
             )
         return header
 
@@ -136,8 +136,8 @@ class Header:
             raise AdapterError(f"{where}: {error} {_remedy_for_name(self.projection)}") from None
         if version != self.projection_version:
             raise AdapterError(
-                f"{where}: {self.projection} must be of version {version}, as uniproj {uniproj.__version__} makes it, got "
-                f"version {self.projection_version}, another P. Install uniproj {self.library_version}, which wrote the file."
+                f"{where}: {self.projection} must be of version {version}, as uniproj {uniproj.__version__} makes it, "
+                f"got version {self.projection_version}, another P. Install uniproj {self.library_version}, which wrote it."
             )
 
     def build(self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter") -> Projection:
@@ -162,7 +162,7 @@ class Header:
         if not any(p.is_meta for p in P.parameters()) and (found := P.checksum()) != self.checksum:
             made_of = "other base weights" if base_weights is not None else "another P"
             raise AdapterError(
-                f"{where}: P must have the checksum {self.checksum[:12]}.., got {found[:12]}..: {made_of}. Load the adapter "
+                f"{where}: P must have the checksum {self.checksum[:12]}.., got {found[:12]}..: {made_of}. Load it "
                 f"on the base model (and dtype) it was trained on, with uniproj {self.library_version}, which wrote it."
             )
         return P

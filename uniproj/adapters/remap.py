@@ -29,7 +29,7 @@ def renamed(name: str, table: Table) -> str:
 
 
 def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
-    """{name in the layout: name now}. Raises AdapterError for a row that fits no module, and for two of one new name."""
+    """{name in the layout: name now}. Raises AdapterError for a row that fits no module, and for one name twice."""
     now = {module: module for module in layout.modules}
     for row in table:
         if len(row) != 2 or not row[0] or not all(isinstance(part, str) for part in row):
@@ -37,8 +37,8 @@ def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
         after = {module: renamed(name, [row]) for module, name in now.items()}
         if after == now:
             raise AdapterError(
-                f"remap: {row[0]!r} must be a run of whole components of a saved module's name, got none that has it; the "
-                f"first is {next(iter(now.values()))}. Correct the table."
+                f"remap: {row[0]!r} must be a run of whole components of a saved module's name, got none that has it; "
+                f"the first is {next(iter(now.values()))}. Correct the table."
             )
         now = after
     for first, second in pairwise(sorted(now.values())):

@@ -42,8 +42,8 @@ def parse(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = json.loads(data[8 : _start(data)]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, struct.error) as error:
         raise AdapterError(
-            f"{where}: must be a whole safetensors file, got {len(data)} bytes that are not ({error}). It is truncated or "
-            "altered: copy or download it again."
+            f"{where}: must be a whole safetensors file, got {len(data)} bytes that are not ({error}). It is "
+            "truncated or altered: copy or download it again."
         ) from error
     return tensors, metadata
 
@@ -54,8 +54,8 @@ def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], whe
     found = digest(tensors, {key: value for key, value in metadata.items() if key != DIGEST})
     if saved != found:
         raise AdapterError(
-            f"{where}: its content must have the SHA-256 {str(saved)[:12]}.. noted in it, got {found[:12]}... Some bytes "
-            "were altered: copy or download it again."
+            f"{where}: its content must have the SHA-256 {str(saved)[:12]}.. noted in it, got {found[:12]}... Some "
+            "bytes were altered: copy or download it again."
         )
 
 

@@ -58,7 +58,7 @@ class UniProjConfig(LoraConfig):
     projection: name of P (`uniproj.names()`); d: length of theta_d where the method leaves it free;
     projection_seed: seed of P; init_seed: seed of theta_d's start; projection_kwargs: hyperparameters of P.
     `lora_alpha` is `r` unless given, so the scale alpha / r is 1 (where no rank_pattern changes r).
-    `layout_fingerprint`, `projection_checksum`, `format_version` and `remap` are those of a saved adapter; leave them out.
+    `layout_fingerprint`, `projection_checksum`, `format_version` and `remap` are a saved adapter's; leave them out.
     `header` is what the file says of itself, or None for a configuration that was not read from a file with one.
 
     Raises ProjectionError for an unknown projection and AdapterError for a LoRA variant that does not apply.

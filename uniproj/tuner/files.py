@@ -1,7 +1,7 @@
 """Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.adapters`, every other one by PEFT.
 
-PEFT has no hook for the format of a file, so importing `uniproj.tuner` stands a thin wrapper in the place of four of its
-functions. Each looks whether the adapter is ours, and else calls the original.
+PEFT has no hook for the format of a file, so importing `uniproj.tuner` stands a thin wrapper in the place of four of
+its functions. Each looks whether the adapter is ours, and else calls the original.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _load_peft_weights(
     return tensors
 
 
-def _set_peft_model_state_dict(model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any) -> Any:
+def _set_peft_model_state_dict(
+    model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any
+) -> Any:
     config = model.peft_config[adapter_name]
     if str(config.peft_type) == file.KIND and config.renames_heads:
         tensors = {_new_key(key, config.renames_heads): tensor for key, tensor in tensors.items()}

@@ -207,7 +207,10 @@ class UniProjModel(LoraModel):
         name = re.escape(adapter_name)
         own = re.compile(rf"base_model\.(uniproj_theta_d\.{name}$|projections\.{name}\.)")
         wanted = {k: v for k, v in state_dict.items() if own.match(k)}
-        return {**describe(model, config, adapter_name, wanted), **cls._get_learnable_bias_state_dict(model, state_dict, config)}
+        return {
+            **describe(model, config, adapter_name, wanted),
+            **cls._get_learnable_bias_state_dict(model, state_dict, config),
+        }
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -1,0 +1,96 @@
+"""`python -m uniproj verify PATH`: is P still the one that was trained on, and does the adapter fit a base model?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from uniproj.adapters import tensors as stored
+from uniproj.adapters.file import locate, read
+from uniproj.adapters.fit import check_fit, warn_of_another_base
+from uniproj.adapters.header import Header, quantisation
+from uniproj.adapters.remap import rename
+from uniproj.errors import AdapterError
+from uniproj.layout import LoRALayout
+from uniproj.registry import get
+from uniproj.tuner.config import UniProjConfig
+
+_HEADS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] | None = None) -> list[str]:
+    """What was checked of a saved adapter, a sentence each.
+
+    base: name or folder of a model, of which only the configuration is loaded. Raises AdapterError for what does not hold.
+    """
+    saved = read(locate(path))
+    header, said = saved.header, [f"{path}: the file is as it was written"]
+    if header is None:
+        raise AdapterError(
+            f"{path}: verify needs a file with a header, got one from before format 1. Load it on the base model it was "
+            "trained on and save it again."
+        )
+    if get(header.projection).needs_base_weights:
+        said.append(
+            f"P is made of the base model's weights: its checksum {header.checksum[:12]}.. is checked on loading"
+        )
+    else:
+        P = header.build(where=str(path))
+        stored.check_shapes(saved.tensors, stored.shapes_of(P), header.projection)
+        stored.check_numbers(saved.tensors, header.projection, has_offset=P.offset is not None)
+        said.append(f"P {P.shape} of {header.projection} has its checksum {header.checksum[:12]}..")
+    table = list((remap or {}).items())
+    if table:
+        rename(saved.config, header.layout, table)
+    if base is not None:
+        names = check_fit(header, layout_on(base, saved.config), saved.config.remap or [])
+        found = AutoConfig.from_pretrained(base)
+        now = {"base_model": base, "base_revision": getattr(found, "_commit_hash", None)}
+        warn_of_another_base(header, dataclasses.replace(header, base_quantisation=quantisation(found), **now))
+        said.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
+    return said
+
+
+def layout_on(base: str, config: UniProjConfig) -> LoRALayout:
+    """The layout that a configuration gives on a model of which only the configuration is loaded, on the meta device.
+
+    Raises AdapterError for a model that cannot be made from its configuration, or has none of the target modules.
+    """
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+    shared = {k: v for k, v in shared.items() if k not in ("peft_type", "runtime_config")}
+    try:
+        model: Any = LoraModel(_on_meta(base, config), LoraConfig(**shared), "default", low_cpu_mem_usage=True)
+    except Exception as error:  # neither Transformers nor PEFT has one kind of error for this
+        raise AdapterError(
+            f"{base}: must be a model with the adapter's target modules, got {error}. Check the name, or pass --remap."
+        ) from error
+    layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, LoraLayer)}
+    return LoRALayout.from_shapes(
+        {name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+        {name: layer.r["default"] for name, layer in layers.items()},
+    )
+
+
+def _on_meta(base: str, config: UniProjConfig) -> nn.Module:
+    found = AutoConfig.from_pretrained(base)
+    task = str(getattr(config.task_type, "value", config.task_type))
+    named = getattr(transformers, (found.architectures or ["AutoModel"])[0], AutoModel)
+    with torch.device("meta"):
+        if task in _HEADS:
+            return getattr(transformers, _HEADS[task]).from_config(found)
+        return AutoModel.from_config(found) if named is AutoModel else named(found)
