@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import uniproj
@@ -21,9 +20,9 @@ from analysis.reconstruction.table import GAUGE_LIMIT, GAUGE_NOTE
 from experiments import models, plugins
 from experiments.errors import ExperimentError
 from uniproj import AdapterError, Projection, ProjectionError
+from uniproj.adapters import file
 from uniproj.tuner import UniProjConfig
 
-WEIGHTS = "adapter_model.safetensors"
 # What the two kinds of configuration share; the modules are named one by one.
 SHARED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 # Set after the adapter is attached: on bare layers they would have no meaning.
@@ -110,8 +109,9 @@ def save(model: PeftModel, adapter: LoRAAdapter, out: Path) -> None:
         setattr(config, key, getattr(adapter.config, key))
     model.save_pretrained(str(out))
     if adapter.other:
-        tensors = load_file(out / WEIGHTS)
-        save_file({**tensors, **{name: t.contiguous() for name, t in adapter.other.items()}}, out / WEIGHTS)
+        saved = file.read(out)
+        assert saved.header is not None
+        file.write(out, {**saved.tensors, **adapter.other}, saved.header, saved.config)
 
 
 def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:

@@ -57,16 +57,16 @@ def read(folder: str | Path) -> SavedAdapter:
         return _read_without_header(folder, fields, tensors)
     header.check_version(where)
     stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
-    stored.check_numbers(tensors, header.projection)
     _check_agreement(fields, header, folder)
     stored.check_digest(tensors, metadata, where)
+    stored.check_numbers(tensors, header.projection)
     return SavedAdapter(_config(_merged(fields, header), folder, header), header, tensors)
 
 
 def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: UniProjConfig) -> None:
     """Write both files of an adapter, or none: a crash or a full disk leaves those of before.
 
-    tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` of a learned P, and any heads by PEFT's names.
+    tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` of a learned P, and heads by PEFT's names.
     Raises AdapterError where the disk refuses.
     """
     noted = {**config.to_dict(), **_of_P(header)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
-from uniproj.adapters.header import Header
+from uniproj.adapters.header import Header, quantisation
 from uniproj.adapters.remap import Table, new_names, suggestion
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
@@ -39,15 +40,19 @@ def check_fit(header: Header, found: LoRALayout, table: Table = ()) -> dict[str,
     return names
 
 
-def warn_of_another_base(header: Header, now: Header) -> None:
-    """One warning where the same architecture has another name, revision or quantisation than in training."""
+def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None:
+    """One warning where the same architecture has another name, revision or quantisation than in training.
+
+    of_base: the model's configuration.
+    """
     pairs = {
-        "base model": (header.base_model, now.base_model),
-        "revision": (header.base_revision, now.base_revision),
+        "base model": (header.base_model, name),
+        "revision": (header.base_revision, getattr(of_base, "_commit_hash", None)),
     }
+    quantised = quantisation(of_base)
     changed = [f"{what} {old} (now {new})" for what, (old, new) in pairs.items() if old and new and old != new]
-    if header.base_quantisation != now.base_quantisation:
-        old, new = header.base_quantisation or "none", now.base_quantisation or "none"
+    if header.base_quantisation != quantised:
+        old, new = header.base_quantisation or "none", quantised or "none"
         changed.append(f"quantisation {old} (now {new})")
     if changed:
         warnings.warn(f"{header.projection}: the adapter was trained on {', '.join(changed)}.", stacklevel=2)

@@ -137,7 +137,7 @@ class Header:
         if version != self.projection_version:
             raise AdapterError(
                 f"{where}: {self.projection} must be of version {version}, as uniproj {uniproj.__version__} makes it, "
-                f"got version {self.projection_version}, another P. Install uniproj {self.library_version}, which wrote it."
+                f"got version {self.projection_version}, another P. Install uniproj {self.library_version}."
             )
 
     def build(self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter") -> Projection:

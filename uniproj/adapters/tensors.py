@@ -40,7 +40,16 @@ def parse(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(data)
         metadata = json.loads(data[8 : _start(data)]).get("__metadata__") or {}
-    except (SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, struct.error) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AssertionError,
+        RuntimeError,
+        OverflowError,
+        struct.error,
+    ) as error:
         raise AdapterError(
             f"{where}: must be a whole safetensors file, got {len(data)} bytes that are not ({error}). It is "
             "truncated or altered: copy or download it again."
@@ -98,7 +107,8 @@ def check_numbers(tensors: Mapping[str, Tensor], projection: str, has_offset: bo
     has_offset: whether P has a c, where that is known; else what its class says.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        known = tensor if tensor.dtype in FLOATS else tensor.float()  # 8-bit floats know no isfinite
+        if tensor.is_floating_point() and not torch.isfinite(known).all():
             raise AdapterError(
                 f"{name}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint."
             )

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModel
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.file import locate, read
 from uniproj.adapters.fit import check_fit, warn_of_another_base
-from uniproj.adapters.header import Header, quantisation
 from uniproj.adapters.remap import rename
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
@@ -36,19 +35,18 @@ _HEADS = {
 def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] | None = None) -> list[str]:
     """What was checked of a saved adapter, a sentence each.
 
-    base: name or folder of a model, of which only the configuration is loaded. Raises AdapterError for what does not hold.
+    base: name or folder of a model, of which only the configuration is loaded. Raises AdapterError for the first
+    thing that does not hold.
     """
     saved = read(locate(path))
     header, said = saved.header, [f"{path}: the file is as it was written"]
     if header is None:
         raise AdapterError(
-            f"{path}: verify needs a file with a header, got one from before format 1. Load it on the base model it was "
-            "trained on and save it again."
+            f"{path}: verify needs a file with a header, got one from before format 1. Load it on the base model it "
+            "was trained on and save it again."
         )
     if get(header.projection).needs_base_weights:
-        said.append(
-            f"P is made of the base model's weights: its checksum {header.checksum[:12]}.. is checked on loading"
-        )
+        said.append(f"P is made of the base weights: its checksum {header.checksum[:12]}.. is checked on loading")
     else:
         P = header.build(where=str(path))
         stored.check_shapes(saved.tensors, stored.shapes_of(P), header.projection)
@@ -59,9 +57,7 @@ def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] |
         rename(saved.config, header.layout, table)
     if base is not None:
         names = check_fit(header, layout_on(base, saved.config), saved.config.remap or [])
-        found = AutoConfig.from_pretrained(base)
-        now = {"base_model": base, "base_revision": getattr(found, "_commit_hash", None)}
-        warn_of_another_base(header, dataclasses.replace(header, base_quantisation=quantisation(found), **now))
+        warn_of_another_base(header, base, AutoConfig.from_pretrained(base))
         said.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
     return said
 

@@ -58,7 +58,7 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
         **now,
     }
     if config.header is not None:
-        warn_of_another_base(config.header, Header.of(config, projection, base))
+        warn_of_another_base(config.header, getattr(base, "name_or_path", None), getattr(base, "config", None))
 
 
 def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
