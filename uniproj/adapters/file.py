@@ -169,7 +169,7 @@ def _check_agreement(fields: Mapping[str, Any], header: Header, folder: Path) ->
 def _merged(fields: Mapping[str, Any], header: Header) -> dict[str, Any]:
     """The configuration that the header describes; the file beside it adds where the base lies, and no more."""
     free = {key: fields[key] for key in FREE if key in fields}
-    return {**header.settings, **_of_P(header), "d": fields.get("d"), "peft_type": KIND, **free}
+    return {**header.settings, **_of_P(header), "d": header.d, "peft_type": KIND, **free}
 
 
 def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> SavedAdapter:

@@ -74,7 +74,7 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     index = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     found = hashlib.sha256(json.dumps([metadata, index], sort_keys=True).encode())
     for name in names:
-        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import LoraConfig
 
@@ -75,9 +75,6 @@ class UniProjConfig(LoraConfig):
     format_version: int | None = field(default=None, metadata={"help": "Of the file, set on saving."})
     remap: list[list[str]] | None = field(default=None, metadata={"help": "[old, new] parts of module names."})
 
-    header: ClassVar[Header | None] = None
-    renames_heads: ClassVar[list[tuple[str, str]]] = []
-
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = self.r
@@ -102,6 +99,8 @@ class UniProjConfig(LoraConfig):
             json.dumps(self.projection_kwargs)
         except TypeError as error:
             raise AdapterError(f"UniProjConfig: projection_kwargs must be JSON, {error}.") from None
+        self.header: Header | None = None
+        self.renames_heads: list[tuple[str, str]] = []  # rows of `remap` that the file does not know yet
         self._attached: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +133,7 @@ class UniProjConfig(LoraConfig):
                 )
             rows = list(remap.items())
             rename(config, config.header.layout, rows)
-            config.renames_heads = rows  # type: ignore[misc]
+            config.renames_heads = rows
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

@@ -1,0 +1,99 @@
+"""A crash or a full disk while an adapter is written leaves the one of before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.adapters.saved import save
+from uniproj import AdapterError
+from uniproj.adapters import disk, file
+
+FILES = (file.CONFIG, file.WEIGHTS)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("call", "error"), [("fsync", errno.ENOSPC), ("replace", errno.EIO)])
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_disk_that_refuses_leaves_the_old_file(folder: Path, monkeypatch, call: str, error: int, nth: int) -> None:
+    before, original, calls = _contents(folder), getattr(os, call), []
+
+    def refuse(*args):
+        calls.append(args)
+        if len(calls) > nth:
+            raise OSError(error, os.strerror(error))
+        return original(*args)
+
+    monkeypatch.setattr(disk.os, call, refuse)
+    with pytest.raises(AdapterError, match="What was saved there before is intact"):
+        save(folder, "fastfood")
+    monkeypatch.undo()
+    now = _contents(folder)
+    assert now.keys() == before.keys()
+    if call == "fsync" or nth == 0:
+        assert now == before and file.read(folder).config.projection == "unilora"
+    else:  # between the two renames: each file is whole, and the pair is refused rather than mixed
+        assert now[file.CONFIG] == before[file.CONFIG]
+        with pytest.raises(AdapterError, match="as in the header"):
+            file.read(folder)
+
+
+def test_a_file_that_may_not_grow_leaves_the_old_one(folder: Path) -> None:
+    """The operating system itself refuses bytes beyond 1 kB, as it does on a full disk."""
+    before = _contents(folder)
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "from pathlib import Path; from uniproj.adapters.disk import replace;"
+        f"replace({{Path({str(folder / file.WEIGHTS)!r}): bytes(5000), Path({str(folder / file.CONFIG)!r}): b'x'}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and "What was saved there before is intact" in done.stderr
+    assert _contents(folder) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small], capture_output=True).returncode:
+        pytest.skip("no mounts here")
+    try:
+        save(small)
+        before = _contents(small)
+        (small / "ballast").write_bytes(bytes(4096))
+        with pytest.raises(AdapterError, match="No space left on device"):
+            disk.replace({small / file.WEIGHTS: bytes(12_000)})
+        (small / "ballast").unlink()
+        assert _contents(small) == before
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_process_killed_while_writing_leaves_the_old_file(folder: Path, moment: str) -> None:
+    before = _contents(folder)
+    code = (
+        "import os, signal; from pathlib import Path; from uniproj.adapters.disk import replace;"
+        f"{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        f"replace({{Path({str(folder / file.WEIGHTS)!r}): b'new', Path({str(folder / file.CONFIG)!r}): b'new'}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    assert done.returncode == -9
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+    save(folder, "fastfood")  # what the killed process left behind disturbs nobody
+    assert file.read(folder).config.projection == "fastfood"

@@ -1,0 +1,229 @@
+"""Saved adapters and models that differ from those they were trained on: renamed, resized, another base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from tests.adapters.saved import reconfigure
+from tests.tuner.models import base_model, batch, config, train_steps
+from uniproj import AdapterError
+from uniproj.adapters import file
+from uniproj.tuner import UniProjConfig
+
+
+class Renamed(nn.Module):
+    """A Llama whose `self_attn` became `attention`, whose `layers` became `blocks`, or whose head got another name."""
+
+    def __init__(self, *renames: tuple[str, str]):
+        super().__init__()
+        inner = base_model("llama")
+        self.config, self.inner = inner.config, inner
+        for old, new in renames:
+            for module in list(inner.modules()):
+                if old in module._modules:
+                    module._modules[new] = module._modules.pop(old)
+                    alias = property(lambda self, new=new: self._modules[new])  # for the forward, which is as before
+                    module.__class__ = type(type(module).__name__, (type(module),), {old: alias})
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+def _trained(folder: Path, projection: str = "unilora", **fields) -> PeftModel:
+    """An adapter on Renamed() under the original names, moved off its start."""
+    model = get_peft_model(Renamed(), config("llama", projection, task_type=None, **fields))
+    train_steps(model, "llama", 2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch("llama")).logits
+
+
+@pytest.mark.parametrize("projection", ["unilora", "lora_xs"])
+def test_a_remap_table_heals_renamed_modules(projection: str, tmp_path: Path) -> None:
+    d = None if projection == "lora_xs" else 60
+    fields = (
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 12}} if projection == "unilora" else {}
+    )
+    trained = _trained(tmp_path, projection, d=d, **fields)
+    renames = ("self_attn", "attention"), ("q_proj", "query")
+    with pytest.raises(AdapterError, match=r"Target modules|is missing"):
+        PeftModel.from_pretrained(Renamed(*renames), tmp_path)
+    table = {"self_attn": "attention", "q_proj": "query"}
+    healed = PeftModel.from_pretrained(Renamed(*renames), tmp_path, remap=table)
+    assert torch.equal(_logits(healed), _logits(trained))
+    scaling = healed.base_model.model.inner.model.layers[0].attention.query.scaling["default"]
+    assert scaling == trained.base_model.model.inner.model.layers[0].self_attn.q_proj.scaling["default"]
+
+    healed.save_pretrained(tmp_path / "again")  # the table is kept, and so is the list of the saved names
+    again = PeftModel.from_pretrained(Renamed(*renames), tmp_path / "again")
+    assert torch.equal(_logits(again), _logits(trained))
+    headers = [file.read(folder).header for folder in (tmp_path, tmp_path / "again")]
+    assert headers[0].layout == headers[1].layout
+    third = PeftModel.from_pretrained(
+        Renamed(("self_attn", "mixer"), ("q_proj", "query")), tmp_path / "again", remap={"attention": "mixer"}
+    )
+    assert torch.equal(_logits(third), _logits(trained))
+
+
+def test_a_renamed_head_moves_with_its_module(tmp_path: Path) -> None:
+    trained = _trained(tmp_path, modules_to_save=["lm_head"])
+    base = Renamed(("lm_head", "output"), ("layers", "blocks"))
+    healed = PeftModel.from_pretrained(base, tmp_path, remap={"layers": "blocks", "lm_head": "output"})
+    assert torch.equal(_logits(healed), _logits(trained))
+
+
+def test_the_first_renamed_module_and_the_table_are_named(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    base = Renamed(("self_attn", "attention"))
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj is missing.* --remap self_attn=attention"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == names
+
+
+@pytest.mark.parametrize(
+    ("remap", "message"),
+    [
+        ({"nothing": "x"}, "remap: 'nothing' must be a run of whole components"),
+        ({"attn": "x"}, "remap: 'attn' must be a run of whole components"),
+        ({"q_proj": "v_proj"}, "must get a name of its own"),
+        ({"": "x"}, "must be a pair old=new"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, remap, message: str) -> None:
+    _trained(tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        UniProjConfig.from_pretrained(tmp_path, remap=remap)
+
+
+def _resized(**sizes) -> nn.Module:
+    settings = base_model("llama").config.to_dict() | sizes
+    return type(base_model("llama"))(type(base_model("llama").config).from_dict(settings))
+
+
+def test_the_first_difference_of_another_architecture_is_named(tmp_path: Path) -> None:
+    get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj is missing in this model"):
+        PeftModel.from_pretrained(_resized(num_hidden_layers=1), tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"layers\.0\.mlp\.down_proj must have \(out, in\) = \(32, 48\), got \(32, 40\)"
+    ):
+        PeftModel.from_pretrained(_resized(intermediate_size=40), tmp_path)
+
+
+def test_another_rank_is_named(tmp_path: Path) -> None:
+    get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
+    chosen = UniProjConfig.from_pretrained(tmp_path)
+    chosen.r = 2
+    with pytest.raises(AdapterError, match=r"down_proj must have \(rank\) = \(4\), got \(2\)"):
+        PeftModel.from_pretrained(base_model("llama"), tmp_path, config=chosen)
+
+
+def test_another_base_of_the_same_architecture_warns_once_with_both_names(tmp_path: Path) -> None:
+    base = base_model("llama")
+    base.config._name_or_path = base.name_or_path = "first/base"
+    get_peft_model(base, config("llama")).save_pretrained(tmp_path)
+    other = base_model("llama")
+    other.config._name_or_path = other.name_or_path = "second/base"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(other, tmp_path)
+    said = [str(w.message) for w in caught if "was trained on" in str(w.message)]
+    assert len(said) == 1 and "first/base (now second/base)" in said[0]
+
+
+def test_a_file_of_another_P_is_not_loaded_into_an_adapter(tmp_path: Path) -> None:
+    """As the Trainer loads a checkpoint: into the adapter that is there, by its name."""
+    for name, fields in (("seed", {"projection_seed": 5}), ("scale", {"lora_alpha": 16})):
+        get_peft_model(base_model("llama"), config("llama", **fields)).save_pretrained(tmp_path / name)
+    model = get_peft_model(base_model("llama"), config("llama")).eval()
+    before = _logits(model)
+    with pytest.raises(AdapterError, match="projection_seed must be 5, got 0"):
+        model.load_adapter(tmp_path / "seed", "default")
+    with pytest.raises(AdapterError, match="lora_alpha must be 16, got 4"):
+        model.load_adapter(tmp_path / "scale", "default")
+    assert torch.equal(_logits(model), before)
+
+
+def test_a_foreign_configuration_beside_our_weights_is_refused(tmp_path: Path) -> None:
+    get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
+    model = get_peft_model(base_model("llama"), config("llama"))
+    for text in ('{"peft_type": "LORA"}', "{", "[]"):
+        (tmp_path / file.CONFIG).write_text(text)
+        for load in (
+            lambda: PeftModel.from_pretrained(base_model("llama"), tmp_path),
+            lambda: model.load_adapter(tmp_path, "default"),
+        ):
+            with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+                load()
+
+
+def test_an_adapter_that_can_run_code_is_neither_opened_nor_written(tmp_path: Path, monkeypatch) -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    with pytest.raises(AdapterError, match=r"must not hold adapter_model\.bin.*safe_serialization=True"):
+        model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    model.save_pretrained(tmp_path / "safe")
+    shutil.copy(tmp_path / "safe" / file.CONFIG, tmp_path / "bin" / file.CONFIG)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    for load in (
+        lambda: PeftModel.from_pretrained(base_model("llama"), tmp_path / "bin"),
+        lambda: model.load_adapter(tmp_path / "bin", "default"),
+    ):
+        with pytest.raises(AdapterError, match=r"got adapter_model\.bin, which can run code"):
+            load()
+
+
+def test_files_from_before_the_header_load_on_a_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = get_peft_model(base_model("llama"), config("llama")).eval()
+    model.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / file.WEIGHTS), tmp_path / file.WEIGHTS, metadata={"format": "pt"})
+    reconfigure(tmp_path, format_version=None)
+    again = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+    with pytest.raises(AdapterError, match="remap needs a file with the list of its modules"):
+        UniProjConfig.from_pretrained(tmp_path, remap={"self_attn": "attention"})
+    with pytest.raises(AdapterError, match=r"modules, shapes or ranks"):
+        PeftModel.from_pretrained(_resized(num_hidden_layers=1), tmp_path)
+
+
+def test_a_configuration_without_weights_is_a_template(tmp_path: Path) -> None:
+    config("llama").save_pretrained(tmp_path)
+    assert UniProjConfig.from_pretrained(tmp_path).d == 60
+    get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
+    (tmp_path / file.WEIGHTS).unlink()
+    with pytest.raises(AdapterError, match=r"got no adapter_model\.safetensors"):
+        UniProjConfig.from_pretrained(tmp_path)
+
+
+def test_the_order_of_patterns_is_kept(tmp_path: Path) -> None:
+    """PEFT takes the first pattern that fits: sorted, the second of these would hide the first."""
+    fields = {"alpha_pattern": {"self_attn.v_proj": 8, ".*v_proj": 2}}
+    model = get_peft_model(base_model("llama"), config("llama", **fields)).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    assert again.base_model.model.model.layers[0].self_attn.v_proj.scaling["default"] == 2.0
+    assert torch.equal(_logits(again), _logits(model))
+
+
+def test_adapters_of_peft_are_saved_and_loaded_as_before(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base_model("llama"), lora).eval()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / file.CONFIG).read_text())["peft_type"] == "LORA"
+    assert torch.equal(_logits(PeftModel.from_pretrained(base_model("llama"), tmp_path)), _logits(model))
+    model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert torch.equal(_logits(PeftModel.from_pretrained(base_model("llama"), tmp_path / "bin")), _logits(model))
