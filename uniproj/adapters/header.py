@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 import uniproj
+from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -82,9 +84,9 @@ class Header:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the updates s B A out of theta_d: two adapters with equal identities share P and scale."""
-        scale = {key: self.settings.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora")}
+        scales = list(self.scales.values())
         return {
-            **scale,
+            "scale": scales[0] if len(set(scales)) == 1 else scales,
             "projection": self.projection,
             "projection_version": self.projection_version,
             "projection_kwargs": self.projection_kwargs,
@@ -93,6 +95,18 @@ class Header:
             "layout_fingerprint": self.layout.fingerprint,
             "checksum": self.checksum,
         }
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """s of every module, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
+        patterns, found = self.settings.get("alpha_pattern") or {}, {}
+        names = new_names(self.layout, self.settings.get("remap") or [])
+        for b, _ in self.layout.pairs():
+            r = b.shape[1]
+            fitting = get_pattern_key(patterns.keys(), names[b.module])
+            alpha = patterns.get(fitting, self.settings.get("lora_alpha", r))
+            found[b.module] = alpha / (r**0.5 if self.settings.get("use_rslora") else r)
+        return found
 
     def to_metadata(self) -> dict[str, str]:
         """One line of text per field: JSON, or JSON packed by zlib and base64 for the long ones."""

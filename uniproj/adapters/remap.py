@@ -29,18 +29,11 @@ def renamed(name: str, table: Table) -> str:
 
 
 def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
-    """{name in the layout: name now}. Raises AdapterError for a row that fits no module, and for one name twice."""
-    now = {module: module for module in layout.modules}
+    """{name in the layout: name now}. Raises AdapterError for a row that is no pair, and for two of one new name."""
     for row in table:
         if len(row) != 2 or not row[0] or not all(isinstance(part, str) for part in row):
             raise AdapterError(f"remap: each row must be a pair old=new of parts of names, got {row!r}. Correct it.")
-        after = {module: renamed(name, [row]) for module, name in now.items()}
-        if after == now:
-            raise AdapterError(
-                f"remap: {row[0]!r} must be a run of whole components of a saved module's name, got none that has it; "
-                f"the first is {next(iter(now.values()))}. Correct the table."
-            )
-        now = after
+    now = {module: renamed(module, table) for module in layout.modules}
     for first, second in pairwise(sorted(now.values())):
         if first == second:
             raise AdapterError(f"remap: every module must get a name of its own, got {first} twice. Correct the table.")
@@ -50,10 +43,12 @@ def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
 def rename(config: UniProjConfig, layout: LoRALayout, table: Table) -> None:
     """Make a configuration fit the renamed modules: each one is named in full, with its rank and alpha.
 
-    `layout` has the names of the saved P; the rows of `table` follow those that `config.remap` holds already.
+    `layout` has the names of the saved P; the rows of `table` follow those that `config.remap` holds already. Raises
+    AdapterError for a row that fits no module.
     """
     before = new_names(layout, config.remap or [])
     now = new_names(layout, [*(config.remap or []), *table])
+    _check_used(table, [*before.values(), *(config.modules_to_save or [])])
     ranks = {now[b.module]: b.shape[1] for b, _ in layout.pairs()}
     if config.alpha_pattern:
         patterns = config.alpha_pattern
@@ -65,6 +60,17 @@ def rename(config: UniProjConfig, layout: LoRALayout, table: Table) -> None:
     if config.modules_to_save:
         config.modules_to_save = [renamed(name, table) for name in config.modules_to_save]
     config.remap = [*(config.remap or []), *(list(row) for row in table)]
+
+
+def _check_used(table: Table, names: list[str]) -> None:
+    for row in table:
+        after = [renamed(name, [row]) for name in names]
+        if after == names:
+            raise AdapterError(
+                f"remap: {row[0]!r} must be a run of whole components of a saved module's name, got none that has it; "
+                f"the first is {names[0]}. Correct the table."
+            )
+        names = after
 
 
 def suggestion(missing: Iterable[str], extra: Iterable[str]) -> tuple[str, str] | None:
