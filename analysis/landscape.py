@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis import command, style, subject
-from analysis.isometry.measure import acts_as_isometry
 from analysis.spaces import Entry, defaults, entries, vectors
 from analysis.subject import Batch, Head, Subject
 from analysis.training import Trained, train
 from uniproj import Projection
+from uniproj.claims import acts_as_isometry
 
 DIRECTIONS, POINTS, BATCHES, LOSS_BATCHES = 2, 9, 4, 2
 # Length of the farthest step, in lengths of theta_D.

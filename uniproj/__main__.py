@@ -1,4 +1,4 @@
-"""`python -m uniproj list | check NAME | inspect PATH | verify PATH`."""
+"""`python -m uniproj list | check NAME | inspect PATH | verify PATH | export PATH OUT | import PATH OUT`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from uniproj.adapters import commands as exchange
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     verifying.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
     verifying.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
     verifying.set_defaults(run=lambda args: _verify(args.path, args.base, args.remap, args.json))
-    for command in (listing, checking, inspecting, verifying):
+    for command in (listing, checking, inspecting, verifying, *exchange.add_to(commands)):
         command.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:

@@ -12,7 +12,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from uniproj.kernels.random import uniform
+from uniproj.kernels.random import normal, uniform
 from uniproj.projection import Projection
 
 TOLERANCE = 1e-10
@@ -155,3 +155,10 @@ def isometry_error(P: Projection) -> float:
         E[torch.arange(len(columns)), columns] = 1.0
         worst = max(worst, float((P.rmatvec(P.matvec(E)) - E).abs().max()))
     return worst
+
+
+@torch.no_grad()
+def acts_as_isometry(P: Projection) -> bool:
+    """(P^T P - I) x = 0 for a random x, but for rounding; of probability 0 for any P that is not isometric."""
+    x = normal(0, "isometry.one", P.d).double().to(P.device)
+    return bool((P.rmatvec(P.matvec(x)) - x).norm() <= TOLERANCE * x.norm())

@@ -81,13 +81,6 @@ def exact(P: Projection) -> Deviation:
 
 
 @torch.no_grad()
-def acts_as_isometry(P: Projection) -> bool:
-    """(P^T P - I) x = 0 for a random x, but for rounding; of probability 0 for any P that is not isometric."""
-    x = vectors("isometry.one", 1, P.d)[0].to(P.device)
-    return bool((P.rmatvec(P.matvec(x)) - x).norm() <= TOLERANCE * x.norm())
-
-
-@torch.no_grad()
 def probed(P: Projection, probes: int = PROBES) -> Deviation:
     """From products with P and P^T alone, O(d + D) memory.
 

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from analysis.command import bar
-from analysis.reconstruction.fit import balanced, captured, captured_delta_W, fit
 from analysis.spaces import Entry, build
 from analysis.subject import Head, Subject
+from uniproj.adapters.compress import GAUGE_LIMIT, GAUGE_NOTE
+from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
 
 # Rows whose own gradients make the Fisher information.
 FISHER_ROWS = 64
-# A captured energy that moves by more than this with the gauge is marked.
-GAUGE_LIMIT = 0.01
-GAUGE_NOTE = "depends on the gauge (A c, B / c)"
 
 
 def fisher(subject: Subject, theta_D: Tensor, head: Head) -> Tensor:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 import uniproj
 from analysis import compress
-from analysis.reconstruction import balanced, captured, captured_delta_W, fit, read, reconstruct
+from analysis.reconstruction import reconstruct
 from analysis.spaces import build, defaults
 from analysis.subject import HEAD, Setting, Subject, factor_name
 from analysis.training import train_lora
 from uniproj import AdapterError, LoRALayout
+from uniproj.adapters.lora import read
+from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
 
 SMALL = LoRALayout.from_shapes({"layer.0.query": (12, 8), "layer.1.query": (12, 8)}, r=4)
 
@@ -161,8 +163,8 @@ def test_compressed_adapters_load_and_answer_as_the_reconstruction(
 def test_a_projection_made_of_base_weights_needs_the_model(folder: Path, tmp_path: Path, capsys) -> None:
     asked = [str(folder), str(tmp_path / "out"), "--projection", "lora_xs"]
     assert compress.main(asked) == 2
-    assert "Pass --model" in capsys.readouterr().err
-    assert compress.main([*asked, "--model", "minilm"]) == 0
+    assert "Pass --base" in capsys.readouterr().err
+    assert compress.main([*asked, "--base", "minilm"]) == 0
 
 
 def test_what_is_no_plain_lora_is_refused(folder: Path, tmp_path: Path) -> None:

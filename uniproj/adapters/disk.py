@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def replace(contents: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: each is the old one or the new one at any moment, never a part.
+def replace(contents: Mapping[Path, bytes | Iterable[bytes]]) -> None:
+    """Write files that belong together, whole or piece by piece: each is the old one or the new one, never a part.
 
     All are written under other names and flushed to the disk before the first takes its place, so a full disk or a
     crash while writing leaves every old file as it was. Raises AdapterError where the disk refuses.
@@ -36,7 +36,7 @@ def replace(contents: Mapping[Path, bytes]) -> None:
             for path, content in contents.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with parts[path].open("wb") as file:
-                    file.write(content)
+                    file.writelines([content] if isinstance(content, bytes) else content)
                     file.flush()
                     os.fsync(file.fileno())
             for path, part in parts.items():

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
+from uniproj.adapters import base as bases
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.file import locate, read
 from uniproj.adapters.fit import check_fit, warn_of_another_base
@@ -22,14 +20,6 @@ from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.registry import get
 from uniproj.tuner.config import UniProjConfig
-
-_HEADS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] | None = None) -> list[str]:
@@ -70,7 +60,9 @@ def layout_on(base: str, config: UniProjConfig) -> LoRALayout:
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
     shared = {k: v for k, v in shared.items() if k not in ("peft_type", "runtime_config")}
     try:
-        model: Any = LoraModel(_on_meta(base, config), LoraConfig(**shared), "default", low_cpu_mem_usage=True)
+        model: Any = LoraModel(
+            bases.load(base, config, weights=False), LoraConfig(**shared), "default", low_cpu_mem_usage=True
+        )
     except Exception as error:  # neither Transformers nor PEFT has one kind of error for this
         raise AdapterError(
             f"{base}: must be a model with the adapter's target modules, got {error}. Check the name, or pass --remap."
@@ -80,13 +72,3 @@ def layout_on(base: str, config: UniProjConfig) -> LoRALayout:
         {name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
         {name: layer.r["default"] for name, layer in layers.items()},
     )
-
-
-def _on_meta(base: str, config: UniProjConfig) -> nn.Module:
-    found = AutoConfig.from_pretrained(base)
-    task = str(getattr(config.task_type, "value", config.task_type))
-    named = getattr(transformers, (found.architectures or ["AutoModel"])[0], AutoModel)
-    with torch.device("meta"):
-        if task in _HEADS:
-            return getattr(transformers, _HEADS[task]).from_config(found)
-        return AutoModel.from_config(found) if named is AutoModel else named(found)

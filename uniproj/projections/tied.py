@@ -177,6 +177,7 @@ class VeRA(SharedFactors):
 
     Maths:  B^l = diag(lambda_b^l) B_hat[:out], A^l = diag(lambda_d^l) A_hat[:, :in]; kaiming-uniform draws,
             A_hat ~ U(+-sqrt(6 / in_max)), B_hat ~ U(+-sqrt(6 / r)). Starts at lambda_b = 0, lambda_d = 0.1.
+    Draw:   "philox" as everywhere here, or "peft": the matrices of PEFT's VERA for projection_prng_key = seed.
     Claims: orthogonal, not isometric: E P^T P = 2 I, badly conditioned at small r.
     Source: Kopiczko et al. 2023, VeRA, arXiv 2310.11454, section 3; PEFT's VERA.
     """
@@ -185,12 +186,26 @@ class VeRA(SharedFactors):
     d_formula = "sum(out + r)"
     source = "arXiv 2310.11454"
     claims = frozenset({"linear", "orthogonal", "local"})
+    variants = ({}, {"draw": "peft"})
 
-    def __init__(self, layout: LoRALayout, seed: int = 0, d_initial: float = 0.1):
+    def __init__(self, layout: LoRALayout, seed: int = 0, d_initial: float = 0.1, draw: str = "philox"):
         if d_initial == 0.0:
             raise ProjectionError(f"{self.name}: d_initial must not be 0: with lambda_b = 0 too no gradient is left.")
-        self.d_initial = d_initial  # read by the draw inside super().__init__
+        if draw not in ("philox", "peft"):
+            raise ProjectionError(f"{self.name}: draw must be 'philox' or 'peft', got {draw!r}.")
+        self.d_initial, self.draw = d_initial, draw  # read by the draw inside super().__init__
         super().__init__(layout, seed, "uv", [0] * len(layout.modules))
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        if self.draw == "philox":
+            return super()._draw()
+        generator = torch.Generator().manual_seed(self.seed)
+        flat = {}
+        for side in reversed(self.sides):  # A before B, as PEFT does
+            ((h, w),) = side.sizes
+            bound = 3.0**0.5 * (2.0**0.5 / w**0.5)
+            flat[side.factor] = torch.empty(h * w).uniform_(-bound, bound, generator=generator).double()
+        return flat["B"], flat["A"]
 
     def _scaler_init(self, letter: str) -> float:
         return self.d_initial if letter == "u" else 1.0

@@ -25,7 +25,7 @@ class UniLoRA(Partition):
     Index:  assignment="balanced": a keyed permutation mod d, n_j in {floor(D/d), ceil(D/d)};
             "iid": index[i] uniform on [0, d) as in the paper's text (columns may stay empty: an error);
             "peft": the indices of PEFT's UNILORA for proj_seed = seed, with its modules in `module_order`
-            (its order of registration), A before B.
+            (its order of registration; names, or their positions in the layout), A before B.
     Start:  theta_d ~ U(-0.02, 0.02).
     Source: Li et al. 2025, Uni-LoRA, arXiv 2506.00799, section 3.
     """
@@ -43,7 +43,7 @@ class UniLoRA(Partition):
         d: int,
         seed: int = 0,
         assignment: str = "balanced",
-        module_order: Sequence[str] | None = None,
+        module_order: Sequence[str] | Sequence[int] | None = None,
     ):
         self.check_d(layout, d)
         if assignment == "balanced":
@@ -59,7 +59,7 @@ class UniLoRA(Partition):
             self.claims = self.claims | {"uniform"}
 
 
-def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[str] | None) -> Tensor:
+def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[str] | Sequence[int] | None) -> Tensor:
     """PEFT's balanced shuffle (peft.tuners.unilora.model.generate_index), moved into the order of the layout."""
     rng = np.random.default_rng(seed)
     dealt = np.repeat(np.arange(d), layout.D // d)
@@ -67,8 +67,10 @@ def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[st
         dealt = np.concatenate([dealt, rng.choice(d, size=remaining, replace=False)])
     rng.shuffle(dealt)
     shuffled = torch.from_numpy(dealt)
-    order = list(layout.modules if module_order is None else module_order)
-    if sorted(order) != sorted(layout.modules):
+    modules = layout.modules
+    given = modules if module_order is None else module_order
+    order = [modules[m] if isinstance(m, int) and 0 <= m < len(modules) else str(m) for m in given]
+    if sorted(order) != sorted(modules):
         raise ProjectionError(f"unilora: module_order must list every module once: {list(layout.modules)}.")
     blocks = sorted(layout.blocks, key=lambda b: (order.index(b.module), b.factor))
     index, taken = torch.empty(layout.D, dtype=torch.long), 0

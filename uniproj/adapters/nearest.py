@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 
-from analysis.columns import csr
-from analysis.isometry.measure import acts_as_isometry
-from uniproj import LoRALayout, Projection
+from uniproj.claims import acts_as_isometry
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
 
 # LSMR stops at this relative residual; a learned P takes this many steps of Adam at this rate.
 ACCURACY, MOST_ITERATIONS = 1e-10, 1000
@@ -57,8 +58,8 @@ def _solve(P: Projection, rest: Tensor, weights: Tensor | None) -> Tensor:
     w = np.ones(P.D) if weights is None else weights.double().sqrt().numpy()
     scale = np.ones(P.d)
     if P.sparse:
-        M = csr(P)
-        lengths = np.sqrt(M.multiply(M).T @ w**2)
+        rows, columns, values = (part.detach().cpu().numpy() for part in P.entries())
+        lengths = np.sqrt(np.bincount(columns, (w[rows] * values) ** 2, minlength=P.d))
         scale[lengths > 0] = 1.0 / lengths[lengths > 0]
     weighted = LinearOperator(  # type: ignore[call-arg]
         P.shape,
@@ -108,7 +109,7 @@ def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> 
     return 1.0 - float((w * (target - reached) ** 2).sum() / (w * target**2).sum())
 
 
-def captured_delta_W(layout: LoRALayout, scales: dict[str, float], target: Tensor, reached: Tensor) -> float:
+def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Tensor, reached: Tensor) -> float:
     """The same of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>."""
     wanted, found = layout.split(target.double()), layout.split(reached.double())
     lost = whole = 0.0

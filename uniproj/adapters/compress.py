@@ -1,0 +1,77 @@
+"""Any LoRA as one vector: the nearest theta_d of a projection, and what of the LoRA is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from uniproj.adapters import base as bases
+from uniproj.adapters.lora import LoRAAdapter
+from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.adapters.trained import Trained
+from uniproj.errors import AdapterError
+from uniproj.registry import build, get
+from uniproj.tuner.config import UniProjConfig
+
+# A captured energy that moves by more than this with the gauge is marked.
+GAUGE_LIMIT = 0.01
+GAUGE_NOTE = "depends on the gauge (A c, B / c)"
+# what belongs to LoRA's own start
+_OF_LORA = {"peft_type", "init_lora_weights", "loftq_config", "runtime_config"}
+
+
+def compress(
+    adapter: LoRAAdapter,
+    projection: str,
+    d: int | None,
+    seed: int,
+    options: Mapping[str, Any],
+    base: str | nn.Module | None,
+) -> tuple[Trained, dict[str, Any]]:
+    """A uniproj adapter whose theta_D is nearest to the balanced one of a LoRA, and its quality.
+
+    base: the model that the adapter belongs to (or its name), for projections that are made of its weights; any other
+    projection needs the shapes alone. Raises ProjectionError or AdapterError where the projection refuses them.
+    """
+    needed: dict[str, Any] = {}
+    if get(projection).needs_base_weights:
+        if base is None:
+            raise AdapterError(
+                f"compress: {projection} is made of the base weights, which a LoRA folder does not hold. Pass --base."
+            )
+        model = bases.load(base, adapter.config, weights=True)
+        needed["base_weights"] = bases.Weights(model, {name: name for name in adapter.layout.modules})
+    P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
+    target = balanced(adapter.layout, adapter.theta_D)
+    with torch.no_grad():
+        unbalanced = captured(adapter.theta_D.double(), fit(P.rebuild(), adapter.theta_D).theta_D)
+    found = fit(P, target)
+    # as it will be read: theta_d in float32
+    with torch.no_grad():
+        reached = P(found.theta_d.float().double())
+    factor = captured(target, reached)
+    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - _OF_LORA
+    config = UniProjConfig(
+        projection=projection,
+        d=d,
+        projection_seed=seed,
+        projection_kwargs=dict(options),
+        **{name: getattr(adapter.config, name) for name in names},
+    )
+    return Trained(P, found.theta_d.float(), config, P.layout, adapter.scales, adapter.other), {
+        "projection": projection,
+        "method": found.method,
+        "D": P.D,
+        "d": P.d,
+        "trained": P.trained,
+        "random": P.d / P.D,
+        "captured_factor": factor,
+        "captured_as_trained": unbalanced,
+        "captured_delta_W": captured_delta_W(adapter.layout, adapter.scales, target, reached),
+        "note": GAUGE_NOTE if abs(factor - unbalanced) > GAUGE_LIMIT else "",
+    }

@@ -1,0 +1,80 @@
+"""Adapters out of uniproj and into it: `export` and `import_adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from uniproj.adapters import lora, peft_folder, peft_formats, vllm
+from uniproj.adapters.commands import FORMATS
+from uniproj.adapters.compress import compress
+from uniproj.adapters.trained import Trained
+from uniproj.errors import AdapterError
+
+
+def export(
+    source: str | Path | PeftModel,
+    out: str | Path,
+    to: str = "lora",
+    rank: int | None = None,
+    base: str | nn.Module | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Write a uniproj adapter (a folder, or the one of a live model) as an adapter of PEFT, with the same updates.
+
+    to: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm", LoRA under vLLM's rules,
+    padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of that projection. base: the
+    base model or its name, where P is made of its weights, and for "tinylora".
+
+    Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
+    """
+    if to not in FORMATS:
+        raise AdapterError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}.")
+    if rank is not None and to not in ("lora", "vllm"):
+        raise AdapterError(
+            f"export: rank must be left out for {to}, which has the adapter's, got {rank}. Export to lora."
+        )
+    trained = Trained.of_model(source, adapter_name) if isinstance(source, PeftModel) else Trained.of_file(source, base)
+    if to == "vllm":
+        vllm.write(trained.lora(), Path(out), rank)
+    elif to == "lora":
+        lora.write(trained.lora(), Path(out), rank)
+    else:
+        peft_formats.write(trained, to.upper(), Path(out))
+
+
+def import_adapter(
+    path: str | Path,
+    out: str | Path,
+    projection: str | None = None,
+    d: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    base: str | nn.Module | None = None,
+) -> dict[str, Any]:
+    """Write an adapter of PEFT (LORA, UNILORA, VERA, VBLORA, TINYLORA) as a uniproj adapter; returns what it is.
+
+    Without `projection` the updates stay the same: P is PEFT's own where its seed makes it again, else the identity
+    (`lora`, D numbers). With it they are the nearest that this projection has at `d`; the energy that is lost is among
+    what is returned. base: the base model or its name, for all but LORA, and for projections made of its weights.
+
+    Raises AdapterError or ProjectionError; what lay in `out` then stays as it was.
+    """
+    path = Path(path)
+    if peft_folder.peft_type(path) == "LORA":
+        adapter, native = lora.read(path), None
+    else:
+        native = peft_formats.read(path, base)
+        adapter = native.lora()
+    if native is None or projection is not None:
+        trained, report = compress(adapter, projection or "lora", d, seed, options or {}, base)
+        report["lost_energy"] = 1.0 - report["captured_delta_W"]
+    else:
+        P = native.projection
+        trained, report = native, {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
+    trained.save(out)
+    return report

@@ -1,0 +1,93 @@
+"""A folder as PEFT writes it for any of its methods: a configuration and a safetensors file."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from uniproj.adapters import tensors as stored
+from uniproj.adapters.disk import read_bytes, replace
+from uniproj.adapters.file import CONFIG, UNSAFE, WEIGHTS, config_text
+from uniproj.errors import AdapterError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def read(folder: Path, kinds: Sequence[str]) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """(configuration, tensors by PEFT's names) of an adapter of one of these PEFT types, on the CPU.
+
+    Raises AdapterError for a missing file, another PEFT type, a pickle, which stays closed, a file that is cut off, and
+    numbers that are not finite.
+    """
+    kind = peft_type(folder)
+    if kind not in kinds:
+        raise AdapterError(f"{folder}: must hold an adapter of PEFT type {' or '.join(kinds)}, got {kind}.")
+    if not (folder / WEIGHTS).is_file():
+        got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
+        raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG}: must be a configuration of PEFT, got {error}. Restore it.") from error
+    tensors, _ = stored.parse(read_bytes(folder / WEIGHTS), str(folder / WEIGHTS))
+    if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise AdapterError(f"{folder}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
+    return config, tensors
+
+
+def peft_type(folder: Path) -> str:
+    """The PEFT type that the configuration in a folder names. Raises AdapterError for a folder without one."""
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder}: must be a folder with {CONFIG}, got none. Check the path.")
+    try:
+        fields = json.loads(read_bytes(folder / CONFIG))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{folder / CONFIG}: must be JSON, got {error}. Copy or download it again.") from None
+    return str(fields.get("peft_type")) if isinstance(fields, dict) else "none"
+
+
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    index: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[Tensor],
+) -> None:
+    """Write both files, or none; `tensors` come one at a time, in the order of `index` (dtype and shape by name).
+
+    Raises AdapterError where the disk refuses; what was there before stays.
+    """
+    replace({folder / WEIGHTS: _safetensors(index, tensors), folder / CONFIG: config_text(config).encode()})
+
+
+def _safetensors(index: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """The pieces of a safetensors file: 8 bytes of length, JSON of that length, the bytes of every tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in index.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor, (dtype, shape) in zip(tensors, index.values(), strict=True):
+        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape)
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]

@@ -1,0 +1,133 @@
+"""`Trained`: P, theta_d and what belongs to them, apart from any model; from a file, from a model, into a file."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from uniproj.adapters import base as bases
+from uniproj.adapters import file
+from uniproj.adapters.header import Header
+from uniproj.adapters.lora import LoRAAdapter, ranks, scales
+from uniproj.adapters.remap import new_names
+from uniproj.adapters.tensors import OF_P, THETA_D
+from uniproj.errors import AdapterError
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.registry import build, get
+from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.model import UniProjModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """theta_d (d,) and P with its Parameters as trained; layout: P's, with the names that the modules have in the base
+    model now; scales: s of delta W = s B A by these names; other: heads and the like, by PEFT's names; order: the
+    modules in the base model's order of registration, where it is known."""
+
+    projection: Projection
+    theta_d: Tensor
+    config: UniProjConfig
+    layout: LoRALayout
+    scales: Mapping[str, float]
+    other: Mapping[str, Tensor]
+    order: tuple[str, ...] | None = None
+
+    @classmethod
+    def of_file(cls, folder: str | Path, base: str | nn.Module | None = None) -> Trained:
+        """A saved adapter. Raises AdapterError for a bad file, and where P cannot be made without the base model.
+
+        base: the base model (or its name), for a P that is made of its weights, and for a file without a header.
+        """
+        saved = file.read(file.locate(folder))
+        needs_weights = get(saved.config.projection).needs_base_weights
+        if base is None and (needs_weights or saved.header is None):
+            why = (
+                f"{saved.config.projection} is made of its weights"
+                if needs_weights
+                else "the file was written before format 1 and does not list its modules"
+            )
+            raise AdapterError(f"{folder}: the base model must be given, as {why}. Pass --base.")
+        model = None if base is None else bases.load(base, saved.config, needs_weights)
+        shapes = None if model is None else bases.linear_modules(model, saved.config)
+        if saved.header is not None:
+            names = new_names(saved.header.layout, saved.config.remap or [])
+            weights = bases.Weights(model, names) if needs_weights and model is not None else None
+            P = saved.header.build(weights, str(folder))
+        else:
+            assert shapes is not None and model is not None
+            weights = bases.Weights(model, {name: name for name in shapes}) if needs_weights else None
+            P = _built(saved.config, shapes, weights, folder)
+        tensors = dict(saved.tensors)
+        theta_d = tensors.pop(THETA_D).float()
+        own = {name.removeprefix(OF_P): tensors.pop(name) for name in list(tensors) if name.startswith(OF_P)}
+        P.load_state_dict(own)
+        order = None if shapes is None else tuple(shapes)
+        layout = _as_named_now(P.layout, saved.config)
+        return cls(P, theta_d, saved.config, layout, scales(saved.config, layout), tensors, order)
+
+    @classmethod
+    def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Trained:
+        """A live adapter; P is the model's own. Raises AdapterError for another PEFT type."""
+        tuner = model.base_model
+        if not isinstance(tuner, UniProjModel) or adapter_name not in tuner.projections:
+            raise AdapterError(
+                f"export: the model must hold a uniproj adapter {adapter_name!r}, got {sorted(model.peft_config)} of "
+                f"{type(tuner).__name__}. Pass adapter_name=."
+            )
+        P: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        theta_d = state[THETA_D].detach().float().to(P.device)
+        other = {
+            name: tensor.detach().cpu()
+            for name, tensor in state.items()
+            if name != THETA_D and not name.startswith(OF_P)
+        }
+        modules = tuner.model.named_modules()
+        layers = {name: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
+        scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
+        config = model.peft_config[adapter_name]
+        return cls(P, theta_d, config, _as_named_now(P.layout, config), scaling, other, tuple(layers))
+
+    @torch.no_grad()
+    def lora(self) -> LoRAAdapter:
+        """The same updates as LoRA's A and B, in float32 as the model computes them."""
+        theta_D = self.projection(self.theta_d).cpu()
+        return LoRAAdapter(self.layout, theta_D, self.scales, self.config, self.other)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a uniproj adapter, theta_d and Parameters in float32. Raises AdapterError where the disk refuses."""
+        own = {f"{OF_P}{name}": p.detach().float() for name, p in self.projection.named_parameters()}
+        tensors = {THETA_D: self.theta_d.float(), **own, **self.other}
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        file.write(folder, tensors, Header.of(config, self.projection), config)
+
+
+def _as_named_now(layout: LoRALayout, config: UniProjConfig) -> LoRALayout:
+    names = new_names(layout, config.remap or [])
+    return LoRALayout([dataclasses.replace(block, module=names[block.module]) for block in layout.blocks])
+
+
+def _built(
+    config: UniProjConfig, shapes: Mapping[str, tuple[int, int]], weights: bases.Weights | None, folder: str | Path
+) -> Projection:
+    """P of a file without a header, on the modules of its base model."""
+    options = {**config.projection_kwargs, **({} if weights is None else {"base_weights": weights})}
+    layout = LoRALayout.from_shapes(shapes, ranks(config, shapes))
+    P = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
+    found = (layout.fingerprint, P.checksum())
+    if (config.layout_fingerprint, config.projection_checksum) != found:
+        raise AdapterError(
+            f"{folder}: the base model must have the modules, shapes and weights that the adapter was trained on, got "
+            f"layout {found[0][:12]}.. and P {found[1][:12]}... Pass the base model (and dtype) of the adapter."
+        )
+    return P
