@@ -42,9 +42,10 @@ def read(folder: Path) -> LoRAAdapter:
     Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, factors of layers that are
     not linear, a factor without its pair, and numbers that are not finite.
     """
-    config, tensors = peft_folder.read(folder, ("LORA",))
+    config = peft_folder.read_config(folder, ("LORA",))
     if changed := [name for name in _REFUSED if getattr(config, name, None)]:
         raise AdapterError(f"{folder}: the update must be s B A, got {', '.join(changed)}. Take a plain LoRA.")
+    tensors = peft_folder.read_tensors(folder)
     found = {name: match for name in tensors if (match := _FACTOR.fullmatch(name))}
     factors = {(m["module"], m["factor"]): tensors[name].double() for name, m in found.items()}
     modules = {module for module, _ in factors}

@@ -32,26 +32,30 @@ _DTYPES = {
 }
 
 
-def read(folder: Path, kinds: Sequence[str]) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """(configuration, tensors by PEFT's names) of an adapter of one of these PEFT types, on the CPU.
-
-    Raises AdapterError for a missing file, another PEFT type, a pickle, which stays closed, a file that is cut off, and
-    numbers that are not finite.
-    """
+def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:
+    """The configuration of an adapter of one of these PEFT types. Raises AdapterError for a missing file and others."""
     kind = peft_type(folder)
     if kind not in kinds:
         raise AdapterError(f"{folder}: must hold an adapter of PEFT type {' or '.join(kinds)}, got {kind}.")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG}: must be a configuration of PEFT, got {error}. Restore it.") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter by PEFT's names, on the CPU.
+
+    Raises AdapterError for a missing file, for adapter_model.bin alone, which stays closed, for a file that is cut off,
+    and for numbers that are not finite.
+    """
     if not (folder / WEIGHTS).is_file():
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
         raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{folder / CONFIG}: must be a configuration of PEFT, got {error}. Restore it.") from error
     tensors, _ = stored.parse(read_bytes(folder / WEIGHTS), str(folder / WEIGHTS))
     if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise AdapterError(f"{folder}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
-    return config, tensors
+    return tensors
 
 
 def peft_type(folder: Path) -> str:

@@ -92,7 +92,8 @@ def read(folder: Path, base: str | nn.Module | None) -> Trained:
     base: the base model (its configuration is enough but for TINYLORA). Raises AdapterError without it, and for tensors
     that do not fit it.
     """
-    config, tensors = peft_folder.read(folder, tuple(CONFIGS))
+    config = peft_folder.read_config(folder, tuple(CONFIGS))
+    tensors = peft_folder.read_tensors(folder)
     kind = peft_folder.peft_type(folder)
     if base is None:
         raise AdapterError(
