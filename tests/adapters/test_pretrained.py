@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,22 @@ from uniproj import get
 from uniproj.adapters.exchange import export, import_adapter
 from uniproj.tuner import UniProjConfig
 
-BASES: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
-    "minilm": (lambda: models.load_classifier(models.Base("minilm"), 2, None, seed=0), ["query", "value"], "SEQ_CLS"),
-    "smollm2": (lambda: models.load_causal(models.Base("smollm2")), ["q_proj", "v_proj", "down_proj"], "CAUSAL_LM"),
-}
+TARGETS = {"minilm": ["query", "value"], "smollm2": ["q_proj", "v_proj", "down_proj"]}
+TASKS = {"minilm": "SEQ_CLS", "smollm2": "CAUSAL_LM"}
 TEXTS = ["A quiet film that stays with you.", "Two hours I would like to have back.", "Why is the sky blue?"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-each_base = pytest.mark.parametrize("name", BASES)
+each_base = pytest.mark.parametrize("name", TARGETS)
+
+
+@cache
+def _original(name: str) -> nn.Module:
+    base = models.Base(name)
+    return models.load_causal(base) if name == "smollm2" else models.load_classifier(base, 2, None, seed=0)
+
+
+def _base(name: str) -> nn.Module:
+    return copy.deepcopy(_original(name))
 
 
 @torch.no_grad()
@@ -44,10 +53,9 @@ def _moved(model: PeftModel) -> PeftModel:
 
 
 def _ours(name: str, projection: str) -> PeftModel:
-    load, targets, task = BASES[name]
     d = 2000 if get(projection).free_d else None
-    config = UniProjConfig(projection=projection, d=d, r=4, lora_alpha=8, target_modules=targets, task_type=task)
-    return _moved(get_peft_model(load(), config))
+    places = {"target_modules": TARGETS[name], "task_type": TASKS[name]}
+    return _moved(get_peft_model(_base(name), UniProjConfig(projection=projection, d=d, r=4, lora_alpha=8, **places)))
 
 
 def _reported(what: str, found: Tensor, wanted: Tensor) -> None:
@@ -58,15 +66,14 @@ def _reported(what: str, found: Tensor, wanted: Tensor) -> None:
 @each_base
 @pytest.mark.parametrize("projection", ["unilora", "fastfood", "vera", "vblora", "lora_xs"])
 def test_lora(name: str, projection: str, tmp_path: Path) -> None:
-    load = BASES[name][0]
     model = _ours(name, projection)
     wanted = _logits(model, name)
-    assert difference(wanted, _logits(load(), name)) > 1e3 * SAME  # else equal logits say nothing
+    assert difference(wanted, _logits(_base(name), name)) > 1e3 * SAME  # else equal logits say nothing
     model.save_pretrained(str(tmp_path / "ours"))
-    base = load() if get(projection).needs_base_weights else None
+    base = _base(name) if get(projection).needs_base_weights else None
     for rank in (None, 16):
         export(tmp_path / "ours", tmp_path / f"lora-{rank}", rank=rank, base=base)
-        again = PeftModel.from_pretrained(load(), str(tmp_path / f"lora-{rank}")).eval()
+        again = PeftModel.from_pretrained(_base(name), str(tmp_path / f"lora-{rank}")).eval()
         _reported(f"{name} {projection} to LoRA, rank {rank}", _logits(again, name), wanted)
 
 
@@ -76,15 +83,14 @@ def test_lora(name: str, projection: str, tmp_path: Path) -> None:
     [("unilora", "unilora"), ("unilora_local", "unilora"), ("vera", "vera"), ("vblora", "vblora")],
 )
 def test_pefts_methods(name: str, projection: str, method: str, tmp_path: Path) -> None:
-    load = BASES[name][0]
     model = _ours(name, projection)
     wanted = _logits(model, name)
     model.save_pretrained(str(tmp_path / "ours"))
     export(tmp_path / "ours", tmp_path / "theirs", to=method)
-    theirs = PeftModel.from_pretrained(load(), str(tmp_path / "theirs")).eval()
+    theirs = PeftModel.from_pretrained(_base(name), str(tmp_path / "theirs")).eval()
     _reported(f"{name} {projection} to {method}", _logits(theirs, name), wanted)
-    report = import_adapter(tmp_path / "theirs", tmp_path / "back", base=load())
-    back = PeftModel.from_pretrained(load(), str(tmp_path / "back")).eval()
+    report = import_adapter(tmp_path / "theirs", tmp_path / "back", base=_base(name))
+    back = PeftModel.from_pretrained(_base(name), str(tmp_path / "back")).eval()
     assert report["projection"] == projection
     _reported(f"{name} {method} to {projection}", _logits(back, name), wanted)
 
@@ -94,11 +100,11 @@ def test_pefts_methods(name: str, projection: str, method: str, tmp_path: Path) 
     "config", [UniLoraConfig(theta_d_length=2000), VeraConfig(r=16), VBLoRAConfig(num_vectors=30, vector_length=64)]
 )
 def test_what_peft_made(name: str, config: UniLoraConfig | VeraConfig | VBLoRAConfig, tmp_path: Path) -> None:
-    load, config.target_modules, config.task_type = BASES[name]
-    model = _moved(get_peft_model(load(), config))
+    config.target_modules, config.task_type = TARGETS[name], TASKS[name]
+    model = _moved(get_peft_model(_base(name), config))
     wanted = _logits(model, name)
     model.save_pretrained(str(tmp_path / "theirs"))
-    report = import_adapter(tmp_path / "theirs", tmp_path / "ours", base=load())
-    ours = PeftModel.from_pretrained(load(), str(tmp_path / "ours")).eval()
+    report = import_adapter(tmp_path / "theirs", tmp_path / "ours", base=_base(name))
+    ours = PeftModel.from_pretrained(_base(name), str(tmp_path / "ours")).eval()
     assert report["d"] < report["D"]
     _reported(f"{name} {config.peft_type.value} in", _logits(ours, name), wanted)
