@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from uniproj.errors import AdapterError
 from uniproj.projection import Projection
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One theta_d per row of the batch: row i uses thetas[rows[i]]. thetas (K, d), rows (n,) int64."""
+
+    thetas: Tensor
+    rows: Tensor
 
 
 class FactorSource:
@@ -20,16 +30,18 @@ class FactorSource:
 
     dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would
     cast each of them to it. held: within a forward of the whole model, which began with a refresh, no layer asks again.
+    mixture: while it is set, its vectors stand for theta_d, and every factor has one matrix per row of the batch.
     """
 
     dtype: torch.dtype | None = None
     held: bool = False
+    mixture: Mixture | None = None
 
     def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str):
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
         self._views: Mapping[int, Tensor] = {}
-        self._used: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]] = []
+        self._used: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
         self._snapshot: list[Tensor] = []
 
     @property
@@ -38,6 +50,13 @@ class FactorSource:
 
     def trained(self) -> list[nn.Parameter]:
         return [self._theta_ds[self._name], *self.projection.parameters()]
+
+    def _theta(self) -> Tensor:
+        return self._theta_ds[self._name] if self.mixture is None else self.mixture.thetas
+
+    def _inputs(self) -> list[Tensor]:
+        """What theta_D is made of."""
+        return [self._theta(), *self.projection.parameters()]
 
     def refresh(self) -> None:
         """Bring theta_D up to date: always when a gradient is wanted, else only if a trained number changed."""
@@ -66,25 +85,26 @@ class FactorSource:
         return any(view.requires_grad for view in islice(self._views.values(), 1))
 
     def _output_dtype(self) -> torch.dtype:
-        theta_d = self._theta_ds[self._name]
-        if torch.is_autocast_enabled(theta_d.device.type):
-            return torch.get_autocast_dtype(theta_d.device.type)
-        return self.dtype or theta_d.dtype
+        theta = self._theta()
+        if torch.is_autocast_enabled(theta.device.type):
+            return torch.get_autocast_dtype(theta.device.type)
+        return self.dtype or theta.dtype
 
     def _wants_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.trained())
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self._inputs())
 
     def _changed(self) -> bool:
         # by value: an edit through `.data` leaves the version counter as it was
-        pairs = list(zip_longest(self.trained(), self._snapshot))
+        pairs = list(zip_longest(self._inputs(), self._snapshot))
         return not all(
             old is not None and old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
             for new, old in pairs
         )
 
-    def _in_use(self) -> list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]]:
-        """Every trained Parameter with its version and its place, where another one may stand later."""
-        places = [(self._theta_ds._parameters, self._name)]
+    def _in_use(self) -> list[tuple[Mapping[str, Tensor | None], str, Tensor, int]]:
+        """Every tensor of `_inputs` with its version and its place, where another one may stand later."""
+        mixed = None if self.mixture is None else {self._name: self.mixture.thetas}
+        places: list[tuple[Mapping[str, Tensor | None], str]] = [(mixed or self._theta_ds._parameters, self._name)]
         places += [(module._parameters, key) for module in self.projection.modules() for key in module._parameters]
         return [(held, key, p, p._version) for held, key in places if (p := held[key]) is not None]
 
@@ -104,16 +124,18 @@ class FactorSource:
             with torch.inference_mode(False), torch.no_grad():
                 self._views = self._split()
                 if not torch.compiler.is_compiling():
-                    self._snapshot = [p.detach().clone() for p in self.trained()]
+                    self._snapshot = [p.detach().clone() for p in self._inputs()]
         if not torch.compiler.is_compiling():
             self._used = self._in_use()
 
     def _split(self) -> dict[int, Tensor]:
-        theta_D = self.projection(self._theta_ds[self._name], self._output_dtype())
+        theta_D = self.projection(self._theta(), self._output_dtype())
+        if self.mixture is not None:
+            theta_D = theta_D.index_select(0, self.mixture.rows)
         return dict(enumerate(self.projection.layout.split(theta_D)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": [], "held": False}
+        return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": [], "held": False, "mixture": None}
 
 
 class Factor(nn.Module):
@@ -138,7 +160,18 @@ class Factor(nn.Module):
         return iter(self._source.trained())
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.device))
+        """x (..., in) -> (..., out). In a mixed batch x (n, ..., in), and row i has a weight of its own."""
+        weight = self.weight.to(x.device)
+        if weight.ndim == 2:
+            return nn.functional.linear(x, weight)
+        if x.ndim < 3 or len(x) != len(weight):
+            module = self._source.projection.layout.blocks[self._slot].module
+            raise AdapterError(
+                f"mixed: {module} must get (rows of the batch, tokens, features) = ({len(weight)}, .., "
+                f"{self.in_features}), got {tuple(x.shape)}. Pass one entry of rows per row of the batch (per beam in "
+                "a beam search), and adapt no layer that sees tokens without a batch axis."
+            )
+        return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, view of theta_D"

@@ -1,0 +1,85 @@
+"""What a bank must know of an adapter: its tuner, its header, its vector, and that it has no other numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from uniproj.adapters.header import Header
+from uniproj.errors import AdapterError
+from uniproj.tuner import UniProjConfig, UniProjModel
+
+# fields that decide what a theta_d does to a layer, beside P
+_SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# fields by which an adapter trains more than theta_d, and their value where it does not
+_MORE = {"modules_to_save": None, "bias": "none", "trainable_token_indices": None}
+
+
+def tuner_of(model: nn.Module, where: str) -> UniProjModel:
+    """The UniProjModel inside a PeftModel, or the model itself. Raises AdapterError for any other model."""
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, UniProjModel):
+        raise AdapterError(
+            f"{where}: the model must hold a uniproj adapter, got a {type(tuner).__name__}. "
+            "Attach one with get_peft_model and a UniProjConfig."
+        )
+    return tuner
+
+
+def active_adapter(tuner: UniProjModel, where: str) -> str:
+    """The name of the one active adapter. Raises AdapterError if there are several, or none."""
+    active = list(tuner.active_adapters)
+    if len(active) != 1:
+        raise AdapterError(f"{where}: one adapter must be active, got {active}. Call set_adapter with one name first.")
+    return str(active[0])
+
+
+def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
+    """The header of an attached adapter. Raises AdapterError if it trains numbers beside theta_d."""
+    projection: Any = tuner.projections[adapter_name]
+    header = Header.of(tuner.peft_config[adapter_name], projection, tuner.model)
+    check_alone(header, [name for name, _ in projection.named_parameters()])
+    return header
+
+
+def check_alone(header: Header, other: Iterable[str]) -> None:
+    """Refuse an adapter with trained numbers beside theta_d: Parameters of P, or copies of modules of the base."""
+    if learned := sorted(other):
+        raise AdapterError(
+            f"bank: {header.projection} must have no numbers of its own, got the learned {', '.join(learned)[:80]}: a "
+            "bank holds the theta_d of one fixed P. Save such adapters one by one, with save_pretrained."
+        )
+    more = [key for key, absent in _MORE.items() if (header.settings.get(key) or absent) != absent]
+    if more:
+        raise AdapterError(
+            f"bank: an adapter must train theta_d alone, got {more[0]} = {header.settings[more[0]]!r}. "
+            "Save adapters with a head of their own one by one, with save_pretrained."
+        )
+
+
+def check_same(mine: Header, other: Header, what: str) -> None:
+    """Refuse an adapter of another P, or of another scale alpha / r, and name the first difference."""
+    difference = mine.difference(other)
+    for key in _SCALE:
+        if difference is None and mine.settings.get(key) != other.settings.get(key):
+            difference = f"{key} must be {mine.settings.get(key)!r}, got {other.settings.get(key)!r}"
+    if difference is not None:
+        raise AdapterError(f"bank: {what} must have the bank's P: {difference}. Keep one bank per P and base model.")
+
+
+def config_of(header: Header) -> UniProjConfig:
+    """The configuration that a header describes."""
+    of_P = {
+        "projection": header.projection,
+        "d": header.d,
+        "projection_seed": header.projection_seed,
+        "projection_kwargs": header.projection_kwargs,
+        "base_model_name_or_path": header.base_model,
+        "revision": header.base_revision,
+    }
+    fields = UniProjConfig.check_kwargs(**header.settings, **of_P, peft_type="UNIPROJ")
+    config: UniProjConfig = UniProjConfig.from_peft_type(**fields)
+    return config

@@ -1,0 +1,75 @@
+"""Mixed batches: every row of a batch with a theta_d of its own, through one pass over the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from uniproj.bank.attached import active_adapter, tuner_of
+from uniproj.errors import AdapterError
+from uniproj.tuner import UniProjModel
+from uniproj.tuner.factors import Mixture
+
+
+@contextmanager
+def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
+    """Within the block, row i of every batch uses thetas[rows[i]] in place of the theta_d of the active adapter.
+
+    thetas (K, d) float; rows (n,) integers in [0, K), n the rows of the batch as the model sees it (times the beams of
+    a beam search). The K vectors are projected together, once per forward in training and once in all without
+    gradients; each layer is then one batched product with factors (n, rows, columns). A row of zeros is the base model
+    where c = 0. With `thetas` a Parameter this trains K users at once on one frozen base: call backward within the
+    block. Layers must see the batch as their first axis.
+
+    Raises AdapterError for tensors of other shapes, several active adapters, or an adapter that is merged or disabled;
+    within the block, for a batch of another size and for a layer that gets tokens without a batch axis.
+    """
+    tuner = tuner_of(model, "mixed")
+    name = active_adapter(tuner, "mixed")
+    _check_in_use(tuner)
+    source = tuner._sources[name]
+    d, device = source.projection.d, tuner.uniproj_theta_d[name].device
+    if thetas.ndim != 2 or thetas.shape[1] != d or not len(thetas) or not thetas.is_floating_point():
+        raise AdapterError(
+            f"mixed: thetas must be floats of shape (K, d) = (K, {d}), got {thetas.dtype} of shape "
+            f"{tuple(thetas.shape)}. Stack one theta_d of this model's projection per user."
+        )
+    index = torch.as_tensor(rows)
+    if (
+        index.ndim != 1
+        or not len(index)
+        or index.is_floating_point()
+        or not 0 <= index.min() <= index.max() < len(thetas)
+    ):
+        raise AdapterError(
+            f"mixed: rows must be integers in [0, K) = [0, {len(thetas)}), one per row of the batch, got "
+            f"{index.tolist()}. Name the row of thetas that each row of the batch uses."
+        )
+    if thetas.is_inference():
+        # such a tensor has no version, by which a change is seen
+        with torch.inference_mode(False):
+            thetas = thetas.clone()
+    before = source.mixture
+    source.mixture = Mixture(thetas.to(device), index.to(device, torch.int64))
+    source.install({})
+    try:
+        yield
+    finally:
+        source.mixture = before
+        source.install({})
+
+
+def _check_in_use(tuner: UniProjModel) -> None:
+    """Raises AdapterError where factors would not reach the output."""
+    layers = [module for module in tuner.modules() if isinstance(module, LoraLayer)]
+    off = [what for what in ("merged", "disable_adapters") if any(getattr(layer, what) for layer in layers)]
+    if off:
+        raise AdapterError(
+            f"mixed: the adapter must be enabled and not merged, got {off[0]} layers. "
+            "Call unmerge_adapter, or leave disable_adapter, first."
+        )
