@@ -170,11 +170,9 @@ def test_blocks_nest_and_an_error_inside_leaves_the_model_as_it_was() -> None:
             with mixed(model, thetas, [1, 1, 1]):
                 assert not torch.equal(model(**inputs).logits, outer)
             assert torch.equal(model(**inputs).logits, outer)
-        with pytest.raises(
-            AdapterError, match=r"rows of the batch, tokens, features\) = \(2, \.\., 32\), got \(3, 9, 32\)"
-        ):
-            with mixed(model, thetas, [0, 1]):
-                model(**inputs)
+        message = r"rows of the batch, tokens, features\) = \(2, \.\., 32\), got \(3, 9, 32\)"
+        with pytest.raises(AdapterError, match=message), mixed(model, thetas, [0, 1]):
+            model(**inputs)
         assert torch.equal(model(**inputs).logits, plain)
 
 
@@ -218,18 +216,21 @@ def test_what_cannot_be_mixed_is_refused() -> None:
     for message, arguments in refused.items():
         with pytest.raises(AdapterError, match=message), mixed(model, *arguments):
             pass
-    with model.disable_adapter(), pytest.raises(AdapterError, match="enabled and not merged"):
-        with mixed(model, thetas, ROWS):
-            pass
+    with (
+        model.disable_adapter(),
+        pytest.raises(AdapterError, match="enabled and not merged"),
+        mixed(model, thetas, ROWS),
+    ):
+        pass
     model.merge_adapter()
     with pytest.raises(AdapterError, match="got merged layers"), mixed(model, thetas, ROWS):
         pass
     model.unmerge_adapter()
     model.add_adapter("other", config("llama"))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(AdapterError, match=r"one adapter must be active, got \['default', 'other'\]"):
-        with mixed(model, thetas, ROWS):
-            pass
+    message = r"one adapter must be active, got \['default', 'other'\]"
+    with pytest.raises(AdapterError, match=message), mixed(model, thetas, ROWS):
+        pass
     lora = get_peft_model(base_model("llama"), LoraConfig(r=2, target_modules=TARGETS["llama"]))
     with pytest.raises(AdapterError, match="must hold a uniproj adapter, got a LoraModel"), mixed(lora, thetas, ROWS):
         pass
