@@ -1,0 +1,76 @@
+"""What a token costs in a batch whose rows use adapters of different users: ours against PEFT's `adapter_names=`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from analysis.bank import turns
+from uniproj.bank import AdapterBank, mixed
+
+PROMPT = 8
+
+
+def measure(
+    model: PeftModel, bank: AdapterBank, peer: PeftModel, users: list[str], new_tokens: int, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows in s per decoded token of the whole batch (one row per user), and their ratios to PEFT's LoRA.
+
+    Reading the users' vectors and projecting them counts as ours; peer holds one LoRA adapter per user in memory, under
+    the same names. `base` is the model without any adapter, `one adapter` the same batch with one for all rows.
+    """
+    inputs = _prompt(len(users), model)
+
+    def generate(each: PeftModel, **more: Any) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                each.generate(**inputs, **_settings(new_tokens), **more)
+
+        return run
+
+    def ours() -> None:
+        with mixed(model, *bank.batch(users)):
+            generate(model)()
+
+    def base() -> None:
+        with model.disable_adapter():
+            generate(model)()
+
+    seconds = turns.measure(
+        {
+            "bank: mixed": ours,
+            "LoRA: adapter_names": generate(peer, adapter_names=users),
+            "base": base,
+            "bank: one adapter": generate(model),
+        },
+        rounds,
+        per=new_tokens,
+    )
+    return {
+        "seconds": turns.rows(seconds),
+        "ratios": [turns.ratio(seconds, "LoRA: adapter_names", name) for name in ("bank: mixed", "base")],
+    }
+
+
+def refusal(peer: PeftModel) -> str:
+    """What PEFT says of a mixed batch with this method."""
+    try:
+        with torch.no_grad():
+            peer.generate(**_prompt(2, peer), **_settings(1), adapter_names=[peer.active_adapter, "__base__"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+def _prompt(rows: int, model: PeftModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _settings(new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}

@@ -1,0 +1,66 @@
+"""Records of the parts to files: JSON each, and one table of all in Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.provenance import provenance
+from experiments.results import read_json, write_json, write_text
+
+TARGETS = (
+    "10,000 adapters of d = 23,040 in at most 1.05 times their bytes, opened in under 1 s; a switch at N = 10,000 in "
+    "at most 1.1 times that at N = 10, and at most 0.5 times PEFT's load and set_adapter of a LoRA; a token of a mixed "
+    "batch of 16 users at least 2 times faster than with `adapter_names=`; in the soak no adapter lost or torn, and no "
+    "read blocked for 1 s."
+)
+
+
+def save(out: Path, part: str, args: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """The record of one part, with the load of the machine at its end: others' work shows in times on the clock."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "scratch", "parts")}
+    load = dict(zip(("1 min", "5 min", "15 min"), os.getloadavg(), strict=True))
+    write_json(
+        out / f"{part}.json", {"settings": settings, "provenance": provenance("cpu"), "load_average": load, **found}
+    )
+
+
+def write(out: Path) -> str:
+    """The table of the parts that were measured, written and returned."""
+    texts = ["# Banks of adapters, measured", f"Asked for: {TARGETS}"]
+    for part in ("bank", "mixed", "soak"):
+        if (out / f"{part}.json").exists():
+            texts += _part(part, read_json(out / f"{part}.json"))
+    text = "\n\n".join(texts) + "\n"
+    write_text(out / "bank.md", text)
+    return text
+
+
+def _part(part: str, record: Mapping[str, Any]) -> list[str]:
+    where, hardware = record["provenance"], record["provenance"]["hardware"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "peft", "transformers"))
+    origin = (
+        f"{hardware['device']}, {hardware['cores']} cores, {hardware['threads']} threads, load average "
+        f"{record['load_average']['5 min']:.1f}; {versions}; commit {where['commit']}; {where['finished']}."
+    )
+    tables = [f"{key}:\n\n{_table(value)}" for key, value in record.items() if isinstance(value, list)]
+    notes = [f"{key}: {value}" for key, value in record.items() if isinstance(value, str)]
+    return [f"## {part}", origin, *tables, *notes]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    table = pd.DataFrame(rows)
+    cells = [list(table.columns), ["---"] * len(table.columns)]
+    cells += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:,.0f}" if value == int(value) and abs(value) > 99 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
