@@ -47,9 +47,10 @@ def _die(*_: object) -> None:
 STEPS = {
     "before the file has grown": (os, "posix_fallocate"),
     "between growth and header": (os, "pwrite"),
+    "before new slots are entered": (Change, "add_free"),
     "before a slot is written": (Slots, "write"),
-    "before the names change": (Change, "put"),
-    "after the old name is gone": (Change, "add_free"),
+    "before the old name goes": (Change, "remove"),
+    "between the old name and the new": (Change, "put"),
 }
 
 
@@ -151,7 +152,7 @@ def test_readers_wait_for_no_writer(bank: AdapterBank) -> None:
 
 def test_writers_wait_for_each_other_and_say_so_when_it_takes_too_long(bank: AdapterBank, monkeypatch) -> None:
     monkeypatch.setattr("uniproj.bank.index._PATIENCE", 0.05)
-    with bank._index.change(), pytest.raises(AdapterError, match="database is locked.*wait for another writer"):
+    with bank._index.change(), pytest.raises(AdapterError, match=r"database is locked.*wait for another writer"):
         AdapterBank(bank.folder).add("c", vector(3))
     bank.add("c", vector(3))
 
