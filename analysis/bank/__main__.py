@@ -27,6 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
     parser.add_argument("--base", default="smollm2", help="base model (smollm2)")
     parser.add_argument("--adapters", type=int, default=10_000, help="of the largest bank")
+    parser.add_argument("--d", type=int, default=23_040, help="length of theta_d")
     parser.add_argument("--users", type=int, default=16, help="rows of a mixed batch, each with an adapter of its own")
     parser.add_argument("--new-tokens", type=int, default=32, help="that a mixed batch decodes")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every alternative, at least 6")
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Room and switching, on banks of 10, 100, .. adapters with q and v adapted."""
-    shape = models.Shape(args.base, "q, v")
+    shape = models.Shape(args.base, "q, v", args.d)
     model = models.ours(shape)
     sizes = sorted({*(10**k for k in range(1, len(str(args.adapters - 1)))), args.adapters})
     banks = {n: AdapterBank.create(scratch / f"{n}", model) for n in sizes}
@@ -83,14 +84,14 @@ def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"seconds": [], "ratios": []}
     users = [f"user-{k}" for k in range(args.users)]
     for targets in models.TARGETS:
-        shape = models.Shape(args.base, targets)
+        shape = models.Shape(args.base, targets, args.d)
         model = models.ours(shape)
         bank = AdapterBank.create(scratch / targets, model)
         storage.fill(bank, args.users)
         rows = batches.measure(model, bank, models.lora(shape, users), users, args.new_tokens, args.rounds)
         for key, of_shape in rows.items():
             found[key] += [{"targets": targets, **row} for row in of_shape]
-    return {**found, "unilora": batches.refusal(models.unilora(models.Shape(args.base, "q, v")))}
+    return {**found, "unilora": batches.refusal(models.unilora(models.Shape(args.base, "q, v", args.d)))}
 
 
 def _soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ TARGETS: dict[str, list[str]] = {
     "q, v": ["q_proj", "v_proj"],
     "all linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-RANK, D_SMALL = 4, 23_040
+RANK = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Shape:
 
     base: str
     targets: str
-    d: int = D_SMALL
+    d: int
     rank: int = RANK
 
     @property
