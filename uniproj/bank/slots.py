@@ -13,6 +13,8 @@ import numpy as np
 
 from uniproj.errors import AdapterError
 
+# bytes of the number with which a safetensors file begins: the length of its header
+_LENGTH = 8
 _PAGE = 4096
 TENSOR = "theta_d"
 # a file grows by this part of itself at least, so that few writes have to wait for it
@@ -32,10 +34,10 @@ class Slots:
     def __init__(self, path: Path):
         self.path = path
         with path.open("rb") as file:
-            length = file.read(8)
-            self._start = 8 + struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+            length = file.read(_LENGTH)
+            self._start = _LENGTH + struct.unpack("<Q", length)[0] if len(length) == _LENGTH else 0
             # a foreign length may be anything, so no more is read than the file can hold
-            text = file.read(max(0, min(self._start, path.stat().st_size) - 8))
+            text = file.read(max(0, min(self._start, path.stat().st_size) - _LENGTH))
         try:
             header = json.loads(text)
             dtype, self.d = header[TENSOR]["dtype"], int(header[TENSOR]["shape"][1])
@@ -50,11 +52,11 @@ class Slots:
     def create(cls, path: Path, d: int, metadata: Mapping[str, str]) -> Slots:
         """A new file with one empty slot."""
         rest = f'"__metadata__":{json.dumps(dict(metadata))}}}'.encode()
-        pad = -(8 + len(_shape(d, 1)) + len(rest)) % _PAGE
+        pad = -(_LENGTH + len(_shape(d, 1)) + len(rest)) % _PAGE
         header = _shape(d, 1) + rest + b" " * pad
         with path.open("xb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + 4 * d)
+            file.truncate(_LENGTH + len(header) + 4 * d)
             _to_disk(file)
         return cls(path)
 
@@ -79,24 +81,21 @@ class Slots:
     def reserve(self, slots: int) -> int:
         """Make room for this many slots, or for 1/32 more than there are, and say how many there are then.
 
-        A full disk raises OSError and leaves the file as it was.
+        New slots are holes: a disk without room for them refuses when they are written.
         """
         before = len(self)
         after = before if slots <= before else max(slots, before + before // _GROWTH)
+        shape = _shape(self.d, after)
         with self.path.open("r+b") as file:
-            descriptor, shape = file.fileno(), _shape(self.d, after)
-            if after == before and os.pread(descriptor, len(shape), 8) == shape:
+            file.seek(_LENGTH)
+            if after == before and file.read(len(shape)) == shape:
                 return after
-            try:
-                os.posix_fallocate(descriptor, 0, self._end(after))
-            except OSError:
-                os.ftruncate(descriptor, self._end(before))
-                raise
-            # a crash may have left a part of a slot
-            os.ftruncate(descriptor, self._end(after))
+            # also where a crash left a part of a slot
+            os.ftruncate(file.fileno(), self._end(after))
             # of a fixed length and within the first page, so that it is written whole
-            os.pwrite(descriptor, shape, 8)
-            os.fdatasync(descriptor)
+            file.seek(_LENGTH)
+            file.write(shape)
+            _to_disk(file)
         return after
 
     def _end(self, slots: int) -> int:
@@ -121,4 +120,5 @@ def _shape(d: int, slots: int) -> bytes:
 
 def _to_disk(file: BinaryIO) -> None:
     file.flush()
-    os.fdatasync(file.fileno())
+    # not every system can leave out the time of the change
+    getattr(os, "fdatasync", os.fsync)(file.fileno())
