@@ -91,7 +91,10 @@ def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         rows = batches.measure(model, bank, models.lora(shape, users), users, args.new_tokens, args.rounds)
         for key, of_shape in rows.items():
             found[key] += [{"targets": targets, **row} for row in of_shape]
-    return {**found, "unilora": batches.refusal(models.unilora(models.Shape(args.base, "q, v", args.d)))}
+    return {
+        **found,
+        "adapter_names with UNILORA": batches.mixes(models.unilora(models.Shape(args.base, "q, v", args.d))),
+    }
 
 
 def _soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

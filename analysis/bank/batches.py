@@ -56,14 +56,16 @@ def measure(
     }
 
 
-def refusal(peer: PeftModel) -> str:
-    """What PEFT says of a mixed batch with this method."""
-    try:
-        with torch.no_grad():
-            peer.generate(**_prompt(2, peer), **_settings(1), adapter_names=[peer.active_adapter, "__base__"])
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "works"
+def mixes(peer: PeftModel) -> str:
+    """What PEFT makes of a batch of which one row asks for the adapter and the other for the base."""
+    inputs = _prompt(2, peer)
+    with torch.no_grad():
+        with_adapter = peer(**inputs).logits
+        try:
+            found = peer(**inputs, adapter_names=[peer.active_adapter, "__base__"]).logits
+        except Exception as error:
+            return f"refused: {type(error).__name__}: {error}"
+    return "ignored: both rows have the adapter" if torch.equal(found, with_adapter) else "mixed"
 
 
 def _prompt(rows: int, model: PeftModel) -> dict[str, Tensor]:

@@ -56,7 +56,9 @@ def test_every_part_is_recorded(out) -> None:
         "bank of 30 / UNILORA: load_adapter and set_adapter",
         "bank of 30 / LoRA: hotswap_adapter",
     }
-    assert {row["targets"] for row in mixed["ratios"]} == {"q, v", "all linear"} and mixed["unilora"] != "works"
+    assert {row["targets"] for row in mixed["ratios"]} == {"q, v", "all linear"}
+    # PEFT 0.21 says nothing and gives every row the adapter
+    assert mixed["adapter_names with UNILORA"].split(":")[0] in ("ignored", "refused")
     for row in [*ratios.values(), *mixed["ratios"]]:
         assert 0 < row["clock_low"] <= row["clock"] <= row["clock_high"] < math.inf
     assert soak["rows"][0]["operations"] >= 80

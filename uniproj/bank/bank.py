@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from uniproj.adapters import file as adapter_file
+from uniproj.adapters.fit import warn_of_another_base
 from uniproj.adapters.header import Header
 from uniproj.adapters.tensors import THETA_D
 from uniproj.bank.attached import active_adapter, check_alone, check_same, config_of, header_of, tuner_of
@@ -130,6 +131,9 @@ class AdapterBank:
         projection = tuner.projections[adapter_name]
         if projection not in self._fitting:
             check_same(self.header, header_of(tuner, adapter_name), "the model's adapter")
+            warn_of_another_base(
+                self.header, getattr(tuner.model, "name_or_path", None), getattr(tuner.model, "config", None)
+            )
             self._fitting.add(projection)
         theta = self.get(name)
         with torch.no_grad():
