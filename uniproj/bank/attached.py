@@ -8,12 +8,11 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from uniproj.adapters.fit import check_fit
 from uniproj.adapters.header import Header
 from uniproj.errors import AdapterError
 from uniproj.tuner import UniProjConfig, UniProjModel
 
-# fields that decide what a theta_d does to a layer, beside P
-_SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 # fields by which an adapter trains more than theta_d, and their value where it does not
 _MORE = {"modules_to_save": None, "bias": "none", "trainable_token_indices": None}
 
@@ -61,13 +60,13 @@ def check_alone(header: Header, other: Iterable[str]) -> None:
 
 
 def check_same(mine: Header, other: Header, what: str) -> None:
-    """Refuse an adapter of another P, or of another scale alpha / r, and name the first difference."""
+    """Refuse an adapter of another P, scale or layout, and name the first difference."""
     difference = mine.difference(other)
-    for key in _SCALE:
-        if difference is None and mine.settings.get(key) != other.settings.get(key):
-            difference = f"{key} must be {mine.settings.get(key)!r}, got {other.settings.get(key)!r}"
-    if difference is not None:
-        raise AdapterError(f"bank: {what} must have the bank's P: {difference}. Keep one bank per P and base model.")
+    if difference is None:
+        return
+    if difference.startswith("layout_fingerprint"):
+        check_fit(mine, other.layout)
+    raise AdapterError(f"bank: {what} must have the bank's P: {difference}. Keep one bank per P and base model.")
 
 
 def config_of(header: Header) -> UniProjConfig:
