@@ -12,7 +12,8 @@ from torch import Tensor
 from analysis.bank import turns
 from uniproj.bank import AdapterBank, mixed
 
-PROMPT = 8
+# one token, so that every pass over the model decodes one token per row
+PROMPT = 1
 
 
 def measure(

@@ -65,10 +65,12 @@ class Journal:
     def reading(self) -> Iterator[None]:
         """Time a read."""
         scheduled, clock = _scheduled(), time.perf_counter()
-        yield
-        seconds = time.perf_counter() - clock
-        blocked = max(0.0, seconds - (_scheduled() - scheduled))
-        _append(self._times, np.array([seconds, blocked], dtype="<f4").tobytes())
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - clock
+            blocked = max(0.0, seconds - (_scheduled() - scheduled))
+            _append(self._times, np.array([seconds, blocked], dtype="<f4").tobytes())
 
     def reads(self) -> np.ndarray:
         """(n, 2) seconds: on the clock, and blocked."""

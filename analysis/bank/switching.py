@@ -28,9 +28,14 @@ def measure(
     chance = random.Random(0)
 
     def select(count: int, times: int) -> Callable[[], None]:
+        last = 0
+
         def switch() -> None:
+            nonlocal last
             for _ in range(times):
-                banks[count].select(model, f"user-{chance.randrange(count)}")
+                # never the one that is in use, for which nothing is projected
+                last = (last + 1 + chance.randrange(count - 1)) % count
+                banks[count].select(model, f"user-{last}")
 
         return switch
 

@@ -129,10 +129,16 @@ class FactorSource:
             self._used = self._in_use()
 
     def _split(self) -> dict[int, Tensor]:
-        theta_D = self.projection(self._theta(), self._output_dtype())
-        if self.mixture is not None:
-            theta_D = theta_D.index_select(0, self.mixture.rows)
-        return dict(enumerate(self.projection.layout.split(theta_D)))
+        return dict(enumerate(self.projection.layout.split(self._theta_D())))
+
+    def _theta_D(self) -> Tensor:
+        """(D,), or in a mixed batch (n, D); a vector that serves several rows is projected once."""
+        dtype, mixture = self._output_dtype(), self.mixture
+        if mixture is None:
+            return self.projection(self._theta(), dtype)
+        if len(mixture.rows) <= len(mixture.thetas):
+            return self.projection(mixture.thetas.index_select(0, mixture.rows), dtype)
+        return self.projection(mixture.thetas, dtype).index_select(0, mixture.rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": [], "held": False, "mixture": None}
