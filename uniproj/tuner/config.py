@@ -24,7 +24,10 @@ class _PeftType(str):
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 PEFT_TYPE = _PeftType("UNIPROJ")

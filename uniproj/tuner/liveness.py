@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -26,10 +27,10 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: Fact
     try:
         for name in kinds.values():
             layer = layers[name]
-            if _weight(layer).device.type == "meta" or layer.merged:
-                continue
-            factors = {slot: _random_factor(source, slot, _weight(layer).device) for slot in slots[name]}
-            with torch.inference_mode(False), torch.enable_grad():
+            with align_module_device(layer.get_base_layer()), torch.inference_mode(False), torch.enable_grad():
+                if _weight(layer).device.type == "meta" or layer.merged:
+                    continue
+                factors = {slot: _random_factor(source, slot, _weight(layer).device) for slot in slots[name]}
                 source.install(factors)
                 change = _adapter_output(layer, adapter_name)
                 alive = change.requires_grad and bool(change.any())

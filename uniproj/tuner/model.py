@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
@@ -18,7 +18,10 @@ from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
+from uniproj.tuner.merging import check_merge
+from uniproj.tuner.quantised import dequantised, keep_unpacked
 from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta
+from uniproj.tuner.targets import adapted_layers, refuse_copy
 
 # anchored: a module of the base model may be called projections too
 _OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
@@ -32,7 +35,8 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         layer = self._layers[name]
-        W = dequantize_module_weight(layer.get_base_layer()).detach()
+        with align_module_device(layer.get_base_layer()):
+            W = dequantised(layer.get_base_layer()).detach()
         return W.T if layer.fan_in_fan_out else W
 
     def __iter__(self) -> Iterator[str]:
@@ -69,20 +73,21 @@ class UniProjModel(LoraModel):
                 model.register_forward_pre_hook(self._project_active),
                 model.register_forward_hook(self._let_go, always_call=True),
             ]
+        asked = self.peft_config[adapter_name].target_modules
         theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
         try:
             # P makes every A and B, so those that PEFT draws here may stay on the meta device
             super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
-            self._attach(adapter_name)
+            self._attach(adapter_name, asked)
         except Exception:
             self._take_back(adapter_name)
             raise
         finally:
             _set_requires_grad(theirs)
 
-    def _attach(self, adapter_name: str) -> None:
+    def _attach(self, adapter_name: str, asked: Iterable[str] | str | None) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
-        layers = as_saved(self._layers(adapter_name), config, adapter_name)
+        layers = as_saved(adapted_layers(self.model, adapter_name, asked), config, adapter_name)
         first = next(iter(layers.values()))
         is_trained = first.lora_A[adapter_name].weight.requires_grad
         projection = self._build(config, adapter_name, layers)
@@ -92,11 +97,13 @@ class UniProjModel(LoraModel):
         check_saved(config, projection, self.model)
         self.projections[adapter_name] = projection
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
+        refuse_copy(self.peft_config, self.uniproj_theta_d, adapter_name)
         source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
         _set_requires_grad([(p, is_trained) for p in source.trained()])
+        keep_unpacked(self.model)
         if not on_meta(projection):
             check_alive(layers, adapter_name, source)
         if config.layout_fingerprint is not None:
@@ -118,19 +125,6 @@ class UniProjModel(LoraModel):
         else:
             self._unload_and_optionally_merge(merge=False)
             _set_requires_grad(self._before_first)
-
-    def _layers(self, adapter_name: str) -> dict[str, LoraLayer]:
-        found = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
-        layers = {}
-        for name, layer in found.items():
-            if adapter_name in layer.r:
-                if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
-                    raise AdapterError(
-                        f"{name}: uniproj adapts linear layers, got {type(layer.get_base_layer()).__name__}. "
-                        "Leave it out of target_modules, or train it whole with modules_to_save."
-                    )
-                layers[name] = layer
-        return layers
 
     def _build(self, config: UniProjConfig, adapter_name: str, layers: dict[str, LoraLayer]) -> Projection:
         options = dict(config.projection_kwargs)
@@ -179,8 +173,19 @@ class UniProjModel(LoraModel):
         for source in self._sources.values():
             source.refresh()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's merge. Raises AdapterError where the merged model would be another one (`merging.check_merge`)."""
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        self._check_merge_allowed()
+        check_merge(self.model, adapter_names or self.active_adapters)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge(kwargs.get("adapter_names"))
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model

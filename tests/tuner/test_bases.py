@@ -1,0 +1,272 @@
+"""Quantised and odd bases: the adapter learns, or the attach refuses; a merge says what it loses, or refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from tests.tuner.models import base_model, batch, config, train_steps
+from uniproj import AdapterError
+from uniproj.tuner import UniProjConfig
+from uniproj.tuner.quantised import dequantised
+
+KINDS = {
+    "8bit": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4 double bf16": {
+        "load_in_4bit": True,
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "nf4 stored in bf16": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+}
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("base")
+    base = base_model("llama")
+    with torch.no_grad():
+        base.lm_head.weight.mul_(3.0)
+    base.save_pretrained(path)
+    return str(path)
+
+
+def _base(folder: str, kind: str | None = None) -> LlamaForCausalLM:
+    if kind is None:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    quantisation = BitsAndBytesConfig(**KINDS[kind])
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map="cpu")
+
+
+def _dequantised(folder: str, kind: str) -> LlamaForCausalLM:
+    """The weights that a quantised base stands for, in an ordinary model."""
+    quantised, plain = _base(folder, kind), _base(folder)
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.weight.data = dequantised(quantised.get_submodule(name)).detach().float()
+    return plain
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch("llama")["input_ids"]).logits
+
+
+def _theta_d(model: PeftModel) -> nn.Parameter:
+    return model.base_model.uniproj_theta_d["default"]
+
+
+def _scaled(base: nn.Module, by: float, **fields) -> PeftModel:
+    model = get_peft_model(base, config("llama", **fields)).eval()
+    with torch.no_grad():
+        _theta_d(model).mul_(by)
+    return model
+
+
+def _gradient(model: PeftModel) -> torch.Tensor:
+    model.zero_grad()
+    model(**batch("llama")).loss.backward()
+    return _theta_d(model).grad.clone()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_trains_as_the_weights_it_stands_for(kind: str, folder: str, tmp_path) -> None:
+    model, plain = (get_peft_model(b, config("llama")) for b in (_base(folder, kind), _dequantised(folder, kind)))
+    # 8-bit layers quantise their input too, and bfloat16 layers round it
+    assert torch.cosine_similarity(_gradient(model.train()), _gradient(plain.train()), dim=0) > 0.98
+    losses = train_steps(model, "llama")
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(_base(folder, kind), tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+    with again.disable_adapter():
+        assert torch.equal(_logits(again), _logits(_scaled(_base(folder, kind), 1.0).unload()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_leaves_a_quantised_base_trainable(kind: str, folder: str) -> None:
+    model = get_peft_model(_base(folder, kind), config("llama"))
+    before = _gradient(model.train())
+    _logits(model.eval())
+    assert torch.equal(_gradient(model.train()), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: str) -> None:
+    model = _scaled(_base(folder, kind), 100.0)
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    wanted, changes = {}, {}
+    for name, layer in layers.items():
+        changes[name] = layer.get_delta_weight("default").detach().float()
+        wanted[name] = dequantised(layer.get_base_layer()).detach().float() + changes[name]
+    with pytest.warns(UserWarning, match="merge: quantising the base again moves") as warned:
+        model.merge_adapter()
+    told = [float(str(w.message).split(" by ")[1].split()[0]) for w in warned if "quantising" in str(w.message)]
+    errors = sum(
+        (dequantised(layer.get_base_layer()).float() - wanted[name]).square().sum() for name, layer in layers.items()
+    )
+    drift = math.sqrt(errors / sum(change.square().sum() for change in changes.values()))
+    assert told == [pytest.approx(drift, abs=0.006)]
+    assert 0.0 < drift < 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by", [0.01, 1.0])
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_merging_what_the_grid_would_swallow_is_refused(kind: str, way: str, by: float, folder: str) -> None:
+    model = _scaled(_base(folder, kind), by)
+    before = _logits(model)
+    with pytest.raises(AdapterError, match=r"must keep s B A, got weights that are \d.* times its norm away"):
+        getattr(model, way)()
+    assert torch.equal(_logits(model), before)
+
+
+def test_merging_measures_the_adapters_that_are_named(folder: str) -> None:
+    model = _scaled(_base(folder, "8bit"), 0.1)
+    model.add_adapter("large", config("llama", init_seed=3))
+    with torch.no_grad():
+        model.base_model.uniproj_theta_d["large"].mul_(100.0)
+    with pytest.raises(AdapterError, match="must keep s B A"):
+        model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="again moves"):
+        model.merge_adapter(["large"])
+    assert model.base_model.model.model.layers[0].mlp.down_proj.merged_adapters == ["large"]
+
+
+def test_an_unquantised_merge_says_nothing(folder: str, recwarn) -> None:
+    _scaled(_base(folder), 1.0).merge_adapter()
+    assert not [w for w in recwarn if "merge:" in str(w.message)]
+
+
+def test_four_bit_weights_in_the_form_for_inference_are_refused(folder: str) -> None:
+    base = _base(folder, "nf4")
+    base.model.layers[1].self_attn.o_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.o_proj: a 4-bit weight must have the form in which"):
+        get_peft_model(base, config("llama"))
+    assert not any("lora" in name for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_singular_factors_of_a_quantised_base_are_those_of_the_weights_it_stands_for(kind: str, folder: str) -> None:
+    fields = {"projection": "lora_xs", "d": None}
+    ours, plain = (_scaled(b, 1.0, **fields) for b in (_base(folder, kind), _dequantised(folder, kind)))
+    with torch.no_grad():
+        _theta_d(ours).fill_(0.3), _theta_d(plain).fill_(0.3)
+    delta, expected = (
+        m.base_model.model.model.layers[1].mlp.down_proj.get_delta_weight("default") for m in (ours, plain)
+    )
+    torch.testing.assert_close(delta, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merging_into_half_precision_loses_a_rounding_of_the_weights(dtype: torch.dtype) -> None:
+    model = _scaled(base_model("llama").to(dtype), 1.0)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    wanted = layer.base_layer.weight.detach().double() + layer.get_delta_weight("default").detach().double()
+    merged = model.merge_and_unload().model.layers[0].mlp.down_proj.weight.double()
+    assert ((merged - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + 1e-6).all()
+
+
+# ---- layers ------------------------------------------------------------------------------------------
+
+
+def _mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4))
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "message"),
+    [
+        (_mixtral, ["q_proj", "w1", "w2", "w3"], "got 'w1', which is none. Leave it out; experts"),
+        (_mixtral, ["q_proj", "gate_up_proj"], "got 'gate_up_proj', which is none"),
+        (_Attention, ["attention"], "attention: uniproj adapts linear layers, got MultiheadAttention"),
+        (_Attention, ["out_proj"], r"attention\.out_proj: .*passes the adapter by"),
+    ],
+    ids=["former experts", "fused experts", "attention", "output projection"],
+)
+def test_targets_that_peft_passes_over_or_that_do_not_call_themselves(base, targets, message: str) -> None:
+    model = base()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(AdapterError, match=message):
+        get_peft_model(model, UniProjConfig(d=8, r=2, target_modules=targets))
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_target_parameters_set_behind_the_configuration_are_refused() -> None:
+    settings = UniProjConfig(d=8, r=2, target_modules=["q_proj"])
+    settings.target_parameters = ["experts.gate_up_proj"]
+    with pytest.raises(AdapterError, match="got the parameter 'gate_up_proj' of MixtralExperts"):
+        get_peft_model(_mixtral(), settings)
+
+
+def _tied() -> nn.Module:
+    base = base_model("llama")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    return base
+
+
+def test_a_merge_that_would_change_a_tied_embedding_is_refused() -> None:
+    model = get_peft_model(_tied(), config("llama", target_modules=["q_proj", "lm_head"])).eval()
+    before = _logits(model)
+    with pytest.raises(
+        AdapterError, match=r"the weight of lm_head must be its own, got one that is model\.embed_tokens"
+    ):
+        model.merge_and_unload()
+    assert torch.equal(_logits(model), before)
+    beside = get_peft_model(_tied(), config("llama")).eval()
+    before = _logits(beside)
+    torch.testing.assert_close(_logits(beside.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_a_trained_adapter_by_its_configuration_is_refused() -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    model.add_adapter("same start", model.peft_config["default"])
+    train_steps(model, "llama", 1)
+    with pytest.raises(AdapterError, match="'ref' must have a configuration of its own, got that of 'default'"):
+        model.add_adapter("ref", model.peft_config["default"])
+    assert list(model.peft_config) == ["default", "same start"]
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+
+
+# ---- device_map --------------------------------------------------------------------------------------
+
+PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+
+
+@pytest.mark.parametrize("projection", ["unilora", "lora_xs"])
+def test_layers_on_disk_are_probed_trained_and_merged_as_those_in_memory(
+    projection: str, folder: str, tmp_path
+) -> None:
+    places = {**PLACES, "model.layers.1": "disk", "lm_head": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    fields = {"projection": projection, "d": None if projection == "lora_xs" else 60}
+    only_disk = {"target_modules": r".*layers\.1\..*(q_proj|down_proj)"}
+    model, whole = (_scaled(base, 1.0, **fields, **only_disk) for base in (offloaded, _base(folder)))
+    assert any(p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        _theta_d(model).fill_(0.1), _theta_d(whole).fill_(0.1)
+    torch.testing.assert_close(_gradient(model), _gradient(whole), rtol=1e-4, atol=1e-6)
+    expected = _logits(whole)
+    torch.testing.assert_close(_logits(model), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dead_layer_on_disk_is_refused(folder: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(LoraLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x))
+    places = {**PLACES, "model.layers.1": "disk", "lm_head": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    with pytest.raises(AdapterError, match="its A and B must move the output of Linear layers"):
+        get_peft_model(offloaded, config("llama", target_modules=r".*layers\.1\.mlp\.down_proj"))

@@ -1,0 +1,89 @@
+"""What a merge would do to the base weights, found out before it is done."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from accelerate.utils import align_module_device
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from uniproj.errors import AdapterError
+from uniproj.tuner.quantised import dequantised
+
+# of the adapter's own change; at 1 the bare base weights are as near as the merged ones
+MOST_DRIFT = 0.9
+
+
+def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Warn of the drift of a merge into quantised layers. Changes nothing.
+
+    Raises AdapterError where quantising again would swallow the adapters (a drift of MOST_DRIFT or more), and for a
+    weight that another module uses too and that would change there.
+    """
+    layers = _to_merge(model, adapters)
+    _refuse_shared(model, layers)
+    drift = merge_drift(model, adapters)
+    if drift >= MOST_DRIFT:
+        raise AdapterError(
+            f"merge: quantising the base again must keep s B A, got weights that are {drift:.2f} times its norm away "
+            "(1: as far as without the adapter). Load the base unquantised, attach the adapter and merge there."
+        )
+    if drift:
+        warnings.warn(
+            f"merge: quantising the base again moves the weights by {drift:.2f} times the norm of s B A. Load the "
+            "base unquantised, attach the adapter and merge there to keep all of it.",
+            stacklevel=2,
+        )
+
+
+def merge_drift(model: nn.Module, adapters: Sequence[str]) -> float:
+    """||W' - (W + s B A)|| / ||s B A|| over all quantised layers, W' the weight that a merge of `adapters` leaves.
+
+    Frobenius norms; 0 where no layer is quantised. Every layer is merged by PEFT on a copy of its own.
+    """
+    moves = [move for layer in _to_merge(model, adapters).values() for move in _moves(layer, adapters)]
+    changed = sum(change for _, change in moves)
+    return math.sqrt(sum(error for error, _ in moves) / changed) if changed else 0.0
+
+
+def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {n: m for n, m in layers.items() if set(adapters) & set(m.lora_A) - set(m.merged_adapters)}
+
+
+def _refuse_shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        others = [user for user in users.get(id(layer.get_base_layer().weight), []) if not user.startswith(f"{name}.")]
+        if others:
+            raise AdapterError(
+                f"merge: the weight of {name} must be its own, got one that is {others[0]} too and would change there. "
+                "Keep the adapter unmerged, or untie the two before attaching it."
+            )
+
+
+@torch.no_grad()
+def _moves(layer: LoraLayer, adapters: Sequence[str]) -> Iterator[tuple[float, float]]:
+    """Squared norms of W' - (W + s B A) and of s B A, for a quantised layer."""
+    base = layer.get_base_layer()
+    with align_module_device(base):
+        W = dequantised(base)
+        if W is base.weight:
+            return
+        names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
+        delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, torch.float64)
+        twin = copy.copy(layer)
+        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base)}
+        twin.merged_adapters = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin.merge(adapter_names=names)
+        error = dequantised(twin.get_base_layer()).double() - (W.double() + delta)
+        yield float(error.square().sum()), float(delta.square().sum())

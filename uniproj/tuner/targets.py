@@ -1,0 +1,66 @@
+"""What a new adapter can be attached to, and beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from uniproj.errors import AdapterError
+
+
+def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
+    """The layers that PEFT wrapped for an adapter, by name. asked: the target_modules that the user wrote.
+
+    Raises AdapterError for a layer that is not linear or does not call itself, and for a name in `asked` that
+    no wrapped layer bears: PEFT passes over both in silence.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = {name: layer for name, layer in found.items() if adapter_name in layer.r}
+    for name, layer in layers.items():
+        if kind := _not_linear(layer, adapter_name):
+            raise AdapterError(
+                f"{name}: uniproj adapts linear layers, got {kind}. "
+                "Leave it out of target_modules, or train it whole with modules_to_save."
+            )
+    for target in sorted(asked or ()) if not isinstance(asked, str) else ():
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise AdapterError(
+                f"target_modules: every name must be that of an adapted linear layer, got {target!r}, which is none. "
+                "Leave it out; experts that are one parameter in this model need PEFT's LoraConfig."
+            )
+    return layers
+
+
+def _not_linear(layer: LoraLayer, adapter_name: str) -> str:
+    """What keeps a layer from being adapted, or nothing."""
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return f"the parameter {layer.parameter_name!r} of {type(base).__name__}"
+    if isinstance(layer, MultiheadAttention):
+        return type(base).__name__
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "the output projection of nn.MultiheadAttention, which uses its weight and passes the adapter by"
+    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+        return type(base).__name__
+    return ""
+
+
+def refuse_copy(configs: Mapping[str, object], theta_ds: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Raise AdapterError for an adapter that may be meant as the copy of a trained one, and would not be one.
+
+    TRL makes its frozen reference so: a new adapter with the configuration object of the trained one, into which it
+    copies the Parameters whose name has the adapter's name inside. theta_d is not among them.
+    """
+    for name, config in configs.items():
+        same = config is configs[adapter_name] and name != adapter_name and name in theta_ds
+        if same and not torch.equal(theta_ds[name], theta_ds[adapter_name]):
+            raise AdapterError(
+                f"add_adapter: {adapter_name!r} must have a configuration of its own, got that of {name!r}, which "
+                "is trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); in TRL pass ref_model, or "
+                "merge the trained adapter and pass peft_config."
+            )
