@@ -1,0 +1,1 @@
+"""What a user of PEFT, Transformers, TRL and Accelerate can do with a uniproj adapter, found out by doing it."""

@@ -1,0 +1,66 @@
+"""What works with PEFT and its neighbours: `python -m analysis.capabilities` does it all and writes the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from analysis.capabilities import (  # noqa: F401  (each registers its probes, in the order of the page)
+    accelerating,
+    adapters,
+    bases,
+    formats,
+    quantised,
+    settings,
+    trainer,
+    trl_trainers,
+)  # isort: skip
+from analysis.capabilities.probe import PROBES, Outcome, Probe, run
+from analysis.capabilities.table import markdown
+from experiments.provenance import device_name
+from experiments.results import write_text
+
+PAGE = Path("docs/capabilities.md")
+
+
+def chosen(words: Sequence[str]) -> list[Probe]:
+    """The probes whose section or name holds one of the words; all of them without words."""
+    return [probe for probe in PROBES if not words or any(w in f"{probe.section} {probe.name}" for w in words)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 done, 1 where a capability is answered with "no", 2 where no probe is chosen."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.capabilities", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("words", nargs="*", help="probe only what holds one of these words, and print it")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page that is written when everything is probed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    probes = chosen(args.words)
+    if not probes:
+        print(f"capabilities: a probe must hold one of {args.words}, got none. Leave the words out.", file=sys.stderr)
+        return 2
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
+    outcomes = [run(probe) for probe in tqdm(probes, unit="probe", disable=not sys.stderr.isatty())]
+    if not args.words:
+        write_text(args.out, markdown(outcomes, device_name("cpu")))
+    print(json.dumps([asdict(o) for o in outcomes], indent=2) if args.json else _lines(outcomes))
+    return int(any(outcome.answer == "no" for outcome in outcomes))
+
+
+def _lines(outcomes: Sequence[Outcome]) -> str:
+    return "\n".join(f"{o.answer:8s}{o.name}{': ' if o.remark else ''}{o.remark}" for o in outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Tiny models of real architectures, a batch for them, and what probes ask of an adapter again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from analysis.capabilities.probe import check
+from uniproj.tuner import UniProjConfig
+
+VOCABULARY, WIDTH, D = 64, 32, 60
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+IDS = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+ROUNDING = 1e-4
+
+
+def make(architecture: type, config: Any) -> Any:
+    """A model with the same weights on every call, large enough that an adapter shows; in eval mode."""
+    torch.manual_seed(0)
+    model = architecture(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model.eval()
+
+
+def llama(**options: Any) -> PreTrainedModel:
+    return make(LlamaForCausalLM, LlamaConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, **options))
+
+
+def bert() -> PreTrainedModel:
+    return make(BertForSequenceClassification, BertConfig(**SIZES, intermediate_size=64, num_labels=3))
+
+
+def saved_llama(folder: Path, **options: Any) -> str:
+    """The folder of a base model, as a user would download it."""
+    llama(**options).save_pretrained(folder / "base")
+    return str(folder / "base")
+
+
+def config(**fields: Any) -> UniProjConfig:
+    common: dict[str, Any] = {"r": 4, "d": D, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    return UniProjConfig(**{**common, **fields})
+
+
+def adapted(base: nn.Module | None = None, **fields: Any) -> Any:
+    """A base model (the small Llama) with an adapter."""
+    return get_peft_model(llama() if base is None else base, config(**fields))  # type: ignore[arg-type]
+
+
+def trained(base: nn.Module | None = None, **fields: Any) -> Any:
+    """The same after a few steps, in eval mode."""
+    model = adapted(base, **fields)
+    steps(model)
+    return model.eval()
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def theta_d(model: Any, name: str = "default") -> nn.Parameter:
+    return model.base_model.uniproj_theta_d[name]
+
+
+def gradient(model: Any, ids: Tensor = IDS) -> Tensor:
+    """Of the loss on theta_d."""
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    grad = theta_d(model).grad
+    check(grad is not None and grad.any(), "theta_d received no gradient")
+    return grad.clone()
+
+
+def steps(model: nn.Module, count: int = 3, lr: float = 0.05) -> list[float]:
+    """A few steps of Adam on one batch; the losses, which must fall."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(count):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    check(losses[-1] < losses[0], f"the loss did not fall: {losses}")
+    return losses
+
+
+def saved(folder: Path, base: nn.Module | None = None, **fields: Any) -> tuple[Path, Tensor]:
+    """A trained adapter in a folder, and its logits."""
+    model = trained(base, **fields)
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter", logits(model)
+
+
+def same(left: Tensor, right: Tensor, what: str, tolerance: float = 0.0) -> None:
+    """Equal to the last bit, or within a tolerance relative to the largest entry."""
+    far = (left.float() - right.float()).abs().max() / right.float().abs().max()
+    check(far <= tolerance, f"{what}: differs by {far:.1e}")
+
+
+def moved(left: Tensor, right: Tensor, what: str) -> None:
+    check(not torch.allclose(left, right, rtol=1e-4, atol=1e-4), f"{what}: nothing changed")
+
+
+def drift(merged: Tensor, adapter: Tensor, bare: Tensor) -> float:
+    """How far logits are off after merging, in units of what the adapter changes of them."""
+    return float((merged - adapter).float().norm() / (adapter - bare).float().norm())
+
+
+def life(base: nn.Module, call: Callable[[nn.Module], Tensor], **fields: Any) -> str:
+    """Attach to an architecture: the output moves, theta_d gets a gradient, merging keeps the output."""
+    with torch.no_grad():
+        before = call(base)
+    model = adapted(base, **fields)
+    with torch.no_grad():
+        theta_d(model).mul_(20.0)
+    model.eval()
+    output = call(model)
+    output.float().square().sum().backward()
+    check(theta_d(model).grad is not None and theta_d(model).grad.any(), "theta_d received no gradient")
+    moved(output.detach(), before, "output")
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        same(call(merged), output.detach(), "output after merging", ROUNDING)
+    modules = len(model.base_model.projections["default"].layout.modules) if isinstance(model, PeftModel) else 0
+    return f"{modules} modules"
