@@ -13,27 +13,29 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from analysis.capabilities import (  # noqa: F401  (each registers its probes, in the order of the page)
-    accelerating,
-    adapters,
-    bases,
-    formats,
-    quantised,
-    settings,
-    trainer,
-    trl_trainers,
-)  # isort: skip
+from analysis.capabilities import accelerating, adapters, bases, formats, quantised, settings, trainer, trl_trainers
 from analysis.capabilities.probe import PROBES, Outcome, Probe, run
 from analysis.capabilities.table import markdown
 from experiments.provenance import device_name
 from experiments.results import write_text
 
 PAGE = Path("docs/capabilities.md")
+SECTIONS = (
+    adapters.PEFT,
+    settings.SETTINGS,
+    bases.BASES,
+    quantised.QUANTISED,
+    trainer.TRANSFORMERS,
+    trl_trainers.TRL,
+    accelerating.ACCELERATE,
+    formats.FORMATS,
+)
 
 
 def chosen(words: Sequence[str]) -> list[Probe]:
-    """The probes whose section or name holds one of the words; all of them without words."""
-    return [probe for probe in PROBES if not words or any(w in f"{probe.section} {probe.name}" for w in words)]
+    """The probes whose section or name holds one of the words; all of them without words. In the page's order."""
+    ordered = sorted(PROBES, key=lambda probe: SECTIONS.index(probe.section))
+    return [probe for probe in ordered if not words or any(w in f"{probe.section} {probe.name}" for w in words)]
 
 
 def main(argv: list[str] | None = None) -> int:

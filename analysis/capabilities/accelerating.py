@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -103,7 +103,7 @@ def _worker(rank: int, folder: str, way: str) -> None:
 
 
 def _two_processes(folder: Path, way: str) -> None:
-    mp.spawn(_worker, (str(folder), way), nprocs=2)
+    spawn(_worker, (str(folder), way), nprocs=2)
     alone = adapted()
     steps(alone)
     for rank in range(2):

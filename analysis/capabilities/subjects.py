@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from analysis.capabilities.probe import check
+from analysis.capabilities.probe import Wrong, check
 from uniproj.tuner import UniProjConfig
 
 VOCABULARY, WIDTH, D = 64, 32, 60
@@ -75,9 +75,14 @@ def gradient(model: Any, ids: Tensor = IDS) -> Tensor:
     """Of the loss on theta_d."""
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
+    return _received(model).clone()
+
+
+def _received(model: Any) -> Tensor:
     grad = theta_d(model).grad
-    check(grad is not None and grad.any(), "theta_d received no gradient")
-    return grad.clone()
+    if grad is None or not grad.any():
+        raise Wrong("theta_d received no gradient")
+    return grad
 
 
 def steps(model: nn.Module, count: int = 3, lr: float = 0.05) -> list[float]:
@@ -126,7 +131,7 @@ def life(base: nn.Module, call: Callable[[nn.Module], Tensor], **fields: Any) ->
     model.eval()
     output = call(model)
     output.float().square().sum().backward()
-    check(theta_d(model).grad is not None and theta_d(model).grad.any(), "theta_d received no gradient")
+    _received(model)
     moved(output.detach(), before, "output")
     merged = model.merge_and_unload()
     with torch.no_grad():

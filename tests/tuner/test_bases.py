@@ -241,6 +241,15 @@ def test_a_copy_of_a_trained_adapter_by_its_configuration_is_refused() -> None:
     model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
 
 
+@pytest.mark.parametrize("projection", ["unilora", "fastfood"])
+def test_ddp_is_told_to_leave_every_buffer_of_P_alone(projection: str) -> None:
+    model = get_peft_model(base_model("llama"), config("llama", projection))
+    train_steps(model, "llama", 2)  # Uni-LoRA makes one of its buffers at the first use
+    inside = {name for name, _ in model.named_buffers() if ".projections." in name}
+    assert inside and inside <= set(model._ddp_params_and_buffers_to_ignore)
+    assert not any("rotary" in name or "theta_d" in name for name in model._ddp_params_and_buffers_to_ignore)
+
+
 # ---- device_map --------------------------------------------------------------------------------------
 
 PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}

@@ -70,7 +70,7 @@ def _case(kind: str, wrapped: str, projection: str, checkpointing: str | None) -
     alone = _model(kind, projection, None)
     parallel: nn.Module = model
     if wrapped == "ddp":
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model)
     else:
         shard_base(model)
     losses = torch.tensor(_train(parallel, kind, slice(rank * ROWS // world, (rank + 1) * ROWS // world)))

@@ -166,6 +166,13 @@ class UniProjModel(LoraModel):
             if adapter_name in holder:
                 del holder[adapter_name]
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """P's buffers, by their names in a PeftModel: by their seed they are equal on every process, and not all of
+        them have a dtype that DDP can exchange, as it would before each forward."""
+        modules = self.projections.named_modules(prefix="base_model.projections")
+        return [f"{name}.{key}" for name, module in modules for key in module._buffers]
+
     # ---- merging ----------------------------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:

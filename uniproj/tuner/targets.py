@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from uniproj.errors import AdapterError
@@ -50,7 +50,7 @@ def _not_linear(layer: LoraLayer, adapter_name: str) -> str:
     return ""
 
 
-def refuse_copy(configs: Mapping[str, object], theta_ds: Mapping[str, Tensor], adapter_name: str) -> None:
+def refuse_copy(configs: Mapping[str, object], theta_ds: nn.ParameterDict, adapter_name: str) -> None:
     """Raise AdapterError for an adapter that may be meant as the copy of a trained one, and would not be one.
 
     TRL makes its frozen reference so: a new adapter with the configuration object of the trained one, into which it
@@ -60,7 +60,7 @@ def refuse_copy(configs: Mapping[str, object], theta_ds: Mapping[str, Tensor], a
         same = config is configs[adapter_name] and name != adapter_name and name in theta_ds
         if same and not torch.equal(theta_ds[name], theta_ds[adapter_name]):
             raise AdapterError(
-                f"add_adapter: {adapter_name!r} must have a configuration of its own, got that of {name!r}, which "
-                "is trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); in TRL pass ref_model, or "
-                "merge the trained adapter and pass peft_config."
+                f"add_adapter: {adapter_name!r} must have a configuration of its own, got that of {name!r}, which is "
+                "trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); to TRL, pass a merged copy of "
+                "the model as ref_model, or merge the adapter and pass peft_config."
             )
