@@ -61,6 +61,6 @@ def refuse_copy(configs: Mapping[str, object], theta_ds: nn.ParameterDict, adapt
         if same and not torch.equal(theta_ds[name], theta_ds[adapter_name]):
             raise AdapterError(
                 f"add_adapter: {adapter_name!r} must have a configuration of its own, got that of {name!r}, which is "
-                "trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); to TRL, pass a merged copy of "
-                "the model as ref_model, or merge the adapter and pass peft_config."
+                "trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); to TRL, pass a merged copy "
+                "of the model as ref_model, or merge the adapter and pass peft_config."
             )
