@@ -16,6 +16,8 @@ from uniproj.__main__ import main
 from uniproj.adapters import file
 from uniproj.tuner import UniProjConfig
 
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -24,7 +26,7 @@ def place(tmp_path_factory) -> Path:
     base().save_pretrained(place / "base")
     for projection in ("unilora", "lora_xs"):
         config = UniProjConfig(
-            projection=projection, d=40 if get(projection).free_d else None, r=4, target_modules="all-linear"
+            projection=projection, d=40 if get(projection).free_d else None, r=4, target_modules=LINEAR
         )
         get_peft_model(base(), config).save_pretrained(place / projection)
     return place
