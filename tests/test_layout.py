@@ -78,3 +78,31 @@ def test_split_is_one_autograd_node() -> None:
 def test_errors(make, message: str) -> None:
     with pytest.raises(ProjectionError, match=message):
         make()
+
+
+def test_a_layout_survives_its_json() -> None:
+    layout = LoRALayout.from_shapes(
+        {"h.10.v": (3, 5), "h.2.q": (7, 4), "h.2.a": (2, 2)}, {"h.10.v": 1, "h.2.q": 2, "h.2.a": 3}
+    )
+    assert layout.to_json() == '[["h.2.a",2,2,3],["h.2.q",7,4,2],["h.10.v",3,5,1]]'
+    assert LoRALayout.from_json(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[["h.10.v",3,5,1],["h.2.q",7,4,2]]', r"expected h\.2\.q, got h\.10\.v"),
+        ('[["a",2,2,1],["a",2,2,1]]', "must be as to_json writes it"),
+        ('[["a",2,2,true]]', "must be as to_json writes it"),
+        ('[["a",2,2]]', "must be rows"),
+        ('[["a",2,2,0]]', "sizes and rank of at least 1"),
+        ('[["a",2,2.5,1]]', "must be rows"),
+        ("[", "must be rows"),
+        ("[" * 100_000, "must be rows"),
+        ("[]", "at least one block"),
+        ("3", "must be rows"),
+    ],
+)
+def test_what_is_no_layout_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ProjectionError, match=message):
+        LoRALayout.from_json(text)

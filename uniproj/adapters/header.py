@@ -86,13 +86,13 @@ class Header:
         """What makes the updates s B A out of theta_d: two adapters with equal identities share P and scale."""
         scales = list(self.scales.values())
         return {
-            "scale": scales[0] if len(set(scales)) == 1 else scales,
             "projection": self.projection,
             "projection_version": self.projection_version,
             "projection_kwargs": self.projection_kwargs,
             "projection_seed": self.projection_seed,
             "d": self.d,
             "layout_fingerprint": self.layout.fingerprint,
+            "scale": scales[0] if len(set(scales)) == 1 else scales,
             "checksum": self.checksum,
         }
 
@@ -185,8 +185,17 @@ class Header:
         """The first entry of `identity` in which `other` differs, as a clause, or None."""
         for key, mine in self.identity.items():
             if (theirs := other.identity[key]) != mine:
+                if key == "scale":
+                    key, mine, theirs = self._setting_of_the_scale(other, mine, theirs)
                 return f"{key} must be {_short(mine)}, got {_short(theirs)}"
         return None
+
+    def _setting_of_the_scale(self, other: Header, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
+        """The setting that makes two scales differ, and its two values; the scales themselves where several do it."""
+        for key in ("lora_alpha", "use_rslora", "alpha_pattern"):
+            if self.settings.get(key) != other.settings.get(key):
+                return key, self.settings.get(key), other.settings.get(key)
+        return "scale", mine, theirs
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
