@@ -15,7 +15,7 @@ import uniproj
 from tests.adapters.saved import HEAD, LAYOUT, edit_weights, parts, reconfigure, relabel, rewrite, save
 from uniproj import AdapterError, LoRALayout, names
 from uniproj.adapters import file
-from uniproj.adapters.header import FREE, Header, _pack, quantisation
+from uniproj.adapters.header import FREE, Header, _pack, quantisation, settings
 from uniproj.adapters.tensors import THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig
@@ -93,11 +93,11 @@ def test_the_file_is_at_most_4_kB_larger_than_what_was_trained(kind: str, tmp_pa
     layout = _large(kind)
     short = sorted({module.split(".", 4)[-1] for module in layout.modules})
     config = UniProjConfig(d=23_040, r=4, target_modules=short, base_model_name_or_path="an-organisation/a-base-model")
-    header = Header("unilora", 2, {}, 23_040, 0, layout, "0" * 64, "an-organisation/a-base-model", "0" * 40, None)
+    # digits that do not pack, as those of a real revision and checksum
+    checksum, revision = hashlib.sha256(b"P").hexdigest(), hashlib.sha1(b"base").hexdigest()
+    name, all_settings = "an-organisation/a-base-model", settings(config.to_dict())
+    header = Header("unilora", 2, {}, 23_040, 0, layout, checksum, name, revision, None, all_settings)
     file.write(tmp_path, {THETA_D: torch.ones(23_040)}, header, config)
-    assert (tmp_path / file.WEIGHTS).stat().st_size <= 4 * 23_040 + 4096
-    full = Header.of(config, uniproj.build("unilora", layout=layout, d=23_040)) if kind == "smollm" else header
-    file.write(tmp_path, {THETA_D: torch.ones(23_040)}, full, config)
     assert (tmp_path / file.WEIGHTS).stat().st_size <= 4 * 23_040 + 4096
 
 
