@@ -1,9 +1,9 @@
 """The bank: what goes in comes out, one entry at a time and in one file; what does not belong is refused."""
 
-import json
 import os
 import sqlite3
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
-from uniproj.bank import AdapterBank, interpolate, mean
+from uniproj.bank import AdapterBank
 
 D = 60
 
@@ -153,6 +153,14 @@ def test_models_and_saved_adapters_go_in_and_exports_come_out(model: PeftModel, 
     assert torch.equal(again.get("x"), theta_d)
 
 
+def test_another_base_of_the_same_architecture_is_a_warning(bank: AdapterBank) -> None:
+    bank.add("a", vector(1))
+    other, bank.header = _model(), replace(bank.header, base_model="org/trained-on-this")
+    other.base_model.model.name_or_path = "org/another"
+    with pytest.warns(UserWarning, match=r"trained on base model org/trained-on-this \(now org/another\)"):
+        bank.select(other, "a")
+
+
 def test_an_adapter_of_another_p_is_refused_with_the_first_difference(bank: AdapterBank) -> None:
     same_P = r"must have the bank's P: "
     others = {
@@ -282,30 +290,7 @@ def test_threads_and_forked_processes_use_one_bank(bank: AdapterBank) -> None:
     assert torch.equal(bank.get("0"), vector(500))
 
 
-def test_the_mean_of_vectors_misses_the_mean_of_updates_by_their_covariance(model: PeftModel) -> None:
-    P = model.base_model.projections["default"]
-    thetas = torch.stack([vector(i) for i in range(3)]).double()
-    B, A = P.layout.split(P(thetas))[:2]
-    B_mean, A_mean = P.layout.split(P(mean(thetas)))[:2]
-    covariance = ((B - B.mean(0)) @ (A - A.mean(0))).mean(0)
-    torch.testing.assert_close(B_mean @ A_mean, (B @ A).mean(0) - covariance)
-    assert covariance.norm() > 0.1 * (B @ A).mean(0).norm()
-
-
-def test_interpolation_meets_its_ends_and_moves_in_a_line() -> None:
-    a, b = vector(0), vector(1)
-    assert torch.equal(interpolate(a, b, 0.0), a) and torch.equal(interpolate(a, b, 1.0), b)
-    torch.testing.assert_close(interpolate(a, b, 0.25), torch.lerp(a, b, 0.25))
-    torch.testing.assert_close(mean(torch.stack([a, b])), interpolate(a, b, 0.5))
-    assert mean(torch.stack([a, b])).dtype == torch.float32
-    with pytest.raises(AdapterError, match="vectors of one length"):
-        interpolate(a, b[1:], 0.5)
-    with pytest.raises(AdapterError, match=r"shape \(K, d\) with K >= 1, got \(60,\)"):
-        mean(a)
-
-
 def test_no_sql_is_made_of_names(bank: AdapterBank) -> None:
     bank.add("x'); DROP TABLE adapters; --", vector(0))
     with sqlite3.connect(bank.folder / "index.sqlite") as connection:
         assert connection.execute("SELECT name FROM adapters").fetchall() == [("x'); DROP TABLE adapters; --",)]
-    assert json.dumps(bank.names())
