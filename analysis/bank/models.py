@@ -66,5 +66,6 @@ def theta(seed: int, d: int) -> Tensor:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, as they lie on the disk."""
-    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below a folder: of their blocks on the disk, or their lengths where these are more (holes)."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(max(512 * each.st_blocks, each.st_size) for each in found)
