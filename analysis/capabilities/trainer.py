@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -137,7 +138,8 @@ def _(folder: Path) -> None:
             for operation in operations:
                 (uploaded / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
 
-    with patch("transformers.utils.hub.hf_api", Hub):
+    card = patch("transformers.utils.hub.create_and_tag_model_card", return_value=ModelCard("---\n---\n"))
+    with card, patch("transformers.utils.hub.hf_api", Hub):
         model.push_to_hub("someone/adapter")
     same(logits(PeftModel.from_pretrained(llama(), uploaded)), logits(model), "logits")
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from analysis.capabilities.__main__ import chosen, main
 from analysis.capabilities.probe import Outcome, Probe, Wrong, check, run
@@ -35,10 +37,7 @@ def _raise(error: Exception):
 
 
 def _of_peft(folder: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-
-    get_peft_model(nn.Sequential(nn.ReLU()), LoraConfig(target_modules=["0"]))
+    get_peft_model(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
 
 
 @pytest.mark.parametrize(
