@@ -6,12 +6,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
+from analysis.reconstruction.figure import edge
 from paper_figures.charts.parts import legend, missing, panels, say
 from paper_figures.sources import NOT_RUN
 
 METRICS = {"factor": "factors", "delta_W": "delta W", "fisher": "Fisher-weighted"}
-# an energy at or below it lies on the lower edge of the logarithmic axis
-LEAST = 1e-3
 
 
 def draw(energy: pd.DataFrame | None) -> Figure:
@@ -25,16 +24,17 @@ def draw(energy: pd.DataFrame | None) -> Figure:
         if rows.empty:
             say(panel, NOT_RUN)
             continue
+        least = edge(rows[key])
         for name, own in rows.sort_values("random").groupby("projection"):
             colour, marker = style.colour(name), style.marker(name)
-            shown = own[key].clip(lower=LEAST)
+            shown = own[key].clip(lower=least)
             panel.plot(own["random"], shown, markersize=3, linewidth=0.9, color=colour, marker=marker)
         ends = [rows["random"].min(), 1.0]
         panel.plot(ends, ends, color="#555555", linestyle="--", linewidth=0.8)
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.set_ylim(LEAST * 0.8, 1.4)
+        panel.set_ylim(least * 0.8, 1.4)
         panel.set_xlabel("d / D (dashed: a random subspace;\nn = 1 adapter, no interval)")
-    axes[0].set_ylabel(f"captured energy\n(fraction, D = {int(energy['D'].iloc[0]):,})")
+    axes[0].set_ylabel(f"captured energy, 0 or less: lower edge\n(fraction, D = {int(energy['D'].iloc[0]):,})")
     legend(figure, set(energy["projection"]))
     return figure
