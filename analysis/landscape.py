@@ -112,10 +112,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     )  # fmt: skip
     # the markers are those of the losses below
     for y, row in zip(place, norms.itertuples(), strict=True):
-        label = f"measured, n = {row.n} batches" if y == 0 else None
-        above.scatter(
-            row.mean, y, color=style.colour(row.projection), marker=style.marker(row.projection), s=14, label=label
-        )
+        look = {"color": style.colour(row.projection), "marker": style.marker(row.projection)}
+        above.scatter(row.mean, y, s=14, **look)
+    above.scatter([], [], s=14, color="#555555", label=f"measured, n = {int(norms['n'].min())} batches")
     above.scatter(norms["random"], place, marker="|", color="#555555", s=40, label="sqrt(d / D)")
     above.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
     labels = [f"{row.projection}{'' if row.isometric else ' (not isometric)'}" for row in norms.itertuples()]
@@ -129,7 +128,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         below.plot(
             mine["t"], mine["loss"], color=style.colour(name), marker=style.marker(name), markersize=3, linewidth=0.8
         )
-    below.set_xlabel("step along one direction (lengths of theta_D)")
+    below.set_xlabel("step along one direction\n(lengths of theta_D)")
     below.set_ylabel(f"loss (nats per row),\nn = {LOSS_BATCHES} batches")
     above.set_title(f"D = {style.span(norms['D'])}, d = {style.span(norms['d'])}", loc="left")
     return figure
