@@ -297,3 +297,18 @@ def test_weights_of_another_method_are_refused(folder: Path, tmp_path: Path) -> 
     shutil.copy(tmp_path / "other" / file.WEIGHTS, folder / file.WEIGHTS)
     with pytest.raises(AdapterError, match="projection must be 'fastfood' as in the header"):
         file.read(folder)
+
+
+def test_a_repository_of_the_hub_is_read_from_its_cache(folder: Path, monkeypatch) -> None:
+    asked = []
+
+    def download(repository: str, name: str, subfolder: str | None = None, **options) -> str:
+        asked.append((repository, name, subfolder, options))
+        return str(folder / name)
+
+    monkeypatch.setattr(file, "hf_hub_download", download)
+    assert file.locate("an/adapter", subfolder="best", revision="v2") == folder
+    assert asked == [("an/adapter", name, "best", {"revision": "v2"}) for name in (file.CONFIG, file.WEIGHTS)]
+    monkeypatch.setattr(file, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(AdapterError, match=r"an/adapter: must be a folder or a repository .* got offline"):
+        file.locate("an/adapter")

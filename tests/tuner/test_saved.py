@@ -227,3 +227,30 @@ def test_adapters_of_peft_are_saved_and_loaded_as_before(tmp_path: Path) -> None
     assert torch.equal(_logits(PeftModel.from_pretrained(base_model("llama"), tmp_path)), _logits(model))
     model.save_pretrained(tmp_path / "bin", safe_serialization=False)
     assert torch.equal(_logits(PeftModel.from_pretrained(base_model("llama"), tmp_path / "bin")), _logits(model))
+
+
+def test_the_header_notes_the_base_it_was_trained_on(tmp_path: Path) -> None:
+    base = base_model("llama")
+    base.name_or_path, base.config._commit_hash = "an/organisation", "abc123"
+    get_peft_model(base, config("llama")).save_pretrained(tmp_path)
+    header = file.read(tmp_path).header
+    assert (header.base_model, header.base_revision, header.base_quantisation) == ("an/organisation", "abc123", None)
+    again = base_model("llama")
+    again.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.warns(UserWarning, match=r"quantisation none \(now bitsandbytes 8-bit\)"):
+        PeftModel.from_pretrained(again, tmp_path)
+
+
+def test_a_full_disk_under_save_pretrained_leaves_the_old_adapter(tmp_path: Path, monkeypatch) -> None:
+    model = get_peft_model(base_model("llama"), config("llama")).eval()
+    model.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in (file.CONFIG, file.WEIGHTS)}
+    train_steps(model, "llama")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("uniproj.adapters.disk.os.fsync", full)
+    with pytest.raises(AdapterError, match="got No space left on device. What was saved there before is intact"):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
