@@ -1,16 +1,10 @@
 """Processes read and write one bank while they are killed: nothing is lost, torn or blocked."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from analysis.bank.soak import prepare, run, token_of, vector
 from uniproj.bank import AdapterBank
-
-RECORD = Path(__file__).parents[2] / "results" / "bank" / "soak.json"
 
 
 def test_a_short_soak(tmp_path) -> None:
@@ -47,11 +41,3 @@ def test_a_lost_adapter_is_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(AdapterBank, "delete", forget_another_too)
     with pytest.raises(AssertionError, match=r"lost|must hold the name"):
         run(prepare(tmp_path, 800, d=64, processes=4, seed=0), kills_per_second=10)
-
-
-def test_the_committed_soak_did_what_the_readme_says() -> None:
-    record = json.loads(RECORD.read_text())
-    (row,) = record["rows"]
-    assert row["operations"] >= 100_000 and row["processes"] == 4 and row["kills"] > 20
-    assert row["read_blocked_most_seconds"] < 1
-    assert np.isfinite(row["seconds"])
