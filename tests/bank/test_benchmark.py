@@ -73,5 +73,5 @@ def test_the_table_holds_every_ratio(out) -> None:
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys) -> None:
-    assert command.main(["--parts", "mixed", "--base", "no-such-model", "--out", str(tmp_path)]) == 2
-    assert "must be one of" in capsys.readouterr().err
+    assert command.main(["--parts", "mixed", "--base", "none.gguf", "--out", str(tmp_path)]) == 2
+    assert "must be a GGUF file, got none" in capsys.readouterr().err
