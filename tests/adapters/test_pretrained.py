@@ -1,4 +1,4 @@
-"""Export and import on pretrained models: the logits stay, to 1e-6 of the largest."""
+"""Export and import on pretrained models: the logits stay, but for the rounding of float32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, UniLoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments import models
@@ -69,11 +70,11 @@ def _ours(name: str, projection: str) -> PeftModel:
 
 
 def _same_logits(what: str, name: str, found: nn.Module, wanted: nn.Module) -> None:
-    """To 1e-6 of the largest logit, or in float32 to the rounding of two orders of summation, layer after layer."""
-    for dtype, limit in ((torch.float32, 5 * SAME), (torch.float64, SAME)):
+    """But for the rounding of other orders of summation, up to 30 layers deep (Llama's norms are float32 in both)."""
+    for dtype in (torch.float32, torch.float64):
         measured = difference(_logits(found.to(dtype), name), _logits(wanted.to(dtype), name))
         print(f"\n{name} {what}, {str(dtype).removeprefix('torch.')}: {measured:.2e}")
-        assert measured <= limit
+        assert measured <= 5 * SAME
 
 
 def _loaded(name: str, folder: Path) -> PeftModel:
@@ -89,8 +90,13 @@ def test_lora(name: str, projection: str, tmp_path: Path) -> None:
     base = _base(name) if get(projection).needs_base_weights else None
     export(tmp_path / "ours", tmp_path / "lora", base=base)
     assert difference(_logits(_loaded(name, tmp_path / "lora"), name), wanted) <= SAME
-    # zeros change no sum, but the order in which a wider product is summed up
     export(tmp_path / "ours", tmp_path / "padded", rank=16, base=base)
+    narrow, wide = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("lora", "padded"))
+    for key in (key for key in narrow if "lora_" in key):
+        (rows, columns), whole = narrow[key].shape, wide[key]
+        assert 16 in whole.shape and torch.equal(whole[:rows, :columns], narrow[key])
+        assert not whole[rows:].any() and not whole[:, columns:].any()
+    # zeros change no sum, but the order in which a wider product is summed up
     _same_logits(f"{projection} to LoRA of rank 16", name, _loaded(name, tmp_path / "padded"), model)
 
 
