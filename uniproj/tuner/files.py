@@ -73,7 +73,7 @@ def _set_peft_model_state_dict(
     model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any
 ) -> Any:
     config = model.peft_config[adapter_name]
-    if str(config.peft_type) == file.KIND and config.renames_heads:
+    if config.peft_type == file.KIND and config.renames_heads:
         tensors = {_new_key(key, config.renames_heads): tensor for key, tensor in tensors.items()}
         config.renames_heads = []
     return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)

@@ -73,7 +73,9 @@ class UniProjModel(LoraModel):
                 model.register_forward_pre_hook(self._project_active),
                 model.register_forward_hook(self._let_go, always_call=True),
             ]
-        asked = self.peft_config[adapter_name].target_modules
+        config = self.peft_config[adapter_name]
+        # the header of a saved adapter lists its modules one by one
+        asked = None if config.header is not None else config.target_modules
         theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
         try:
             # P makes every A and B, so those that PEFT draws here may stay on the meta device
