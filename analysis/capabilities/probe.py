@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
 import traceback
@@ -20,6 +21,8 @@ LIBRARIES = {"peft": "PEFT", "transformers": "Transformers", "trl": "TRL", "acce
 # what these libraries raise, with a sentence, where they do not take part
 _REFUSALS = (ValueError, TypeError, NotImplementedError)
 LONGEST = 400
+# Transformers repeats other errors with all their lines, which name the folders of a machine
+_TRACE = ": Traceback (most recent call last)"
 
 Action = Callable[[Path], str | None]
 
@@ -69,7 +72,8 @@ def check(holds: object, otherwise: str) -> None:
 
 def run(probe: Probe) -> Outcome:
     """Do it, in silence and in a folder of its own; nothing it raises gets out, but an interrupt."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    # offloading to disk leaves files in the working folder
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
@@ -85,7 +89,7 @@ def run(probe: Probe) -> Outcome:
 
 def _judge(error: Exception) -> tuple[str, str]:
     """A refusal is a sentence of uniproj's, or one that PEFT and its neighbours raise themselves."""
-    sentence = " ".join(str(error).split()) or type(error).__name__
+    sentence = " ".join(str(error).split()).partition(_TRACE)[0] or type(error).__name__
     if isinstance(error, AdapterError | ProjectionError):
         return REFUSES, sentence
     if isinstance(error, Wrong):
