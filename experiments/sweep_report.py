@@ -84,7 +84,9 @@ def _differences(differences: pd.DataFrame) -> str:
     shown["difference"] = shown["difference"].map(lambda v: f"{100 * v:+.1f}")
     for name, label in (("t", "t over seeds"), ("seeds", "bootstrap over seeds"), ("rows", "bootstrap over rows")):
         low, high = differences[f"{name}_low"], differences[f"{name}_high"]
-        shown[label] = [f"[{100 * a:+.1f}, {100 * b:+.1f}]" for a, b in zip(low, high, strict=True)]
+        shown[label] = [
+            "-" if math.isnan(a) else f"[{100 * a:+.1f}, {100 * b:+.1f}]" for a, b in zip(low, high, strict=True)
+        ]
     return shown.to_string(index=False)
 
 
