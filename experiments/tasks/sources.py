@@ -13,9 +13,11 @@ import pandas as pd
 from experiments.errors import ExperimentError
 
 HUB = "hub"
+# of these, "12" is a text and no number
+WRITTEN = ("prompt", "completion", "answer", "text")
 FORMATS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
-    ".jsonl": partial(pd.read_json, lines=True),
-    ".tsv": partial(pd.read_csv, sep="\t"),
+    ".jsonl": partial(pd.read_json, lines=True, dtype=False, convert_dates=False),
+    ".tsv": partial(pd.read_csv, sep="\t", dtype=dict.fromkeys(WRITTEN, str)),
     ".parquet": pd.read_parquet,
 }
 MOST_HELD_OUT = 1000

@@ -39,6 +39,17 @@ def test_a_folder_of_files(tmp_path, suffix: str) -> None:
     assert text_columns(rows, "x") == ("premise", "hypothesis")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".tsv"])
+def test_texts_that_look_like_numbers_stay_texts(tmp_path, suffix: str) -> None:
+    rows = pd.DataFrame({"prompt": ["1 + 1", "2024-01-01"], "completion": ["02", "3.0"]})
+    path = tmp_path / f"train{suffix}"
+    if suffix == ".tsv":
+        rows.to_csv(path, sep="\t", index=False)
+    else:
+        rows.to_json(path, orient="records", lines=True)
+    pd.testing.assert_frame_equal(read_file(tmp_path, "train"), rows)
+
+
 def test_float_labels_are_a_regression(tmp_path) -> None:
     rows = pd.DataFrame({"text": ["a", "b", "c"], "label": [0.5, -1.0, 2.0]})
     for split in tasks.SPLITS:
