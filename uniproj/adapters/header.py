@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 import uniproj
+from uniproj.adapters.patterns import of_module, scale
 from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
@@ -99,13 +99,12 @@ class Header:
     @property
     def scales(self) -> dict[str, float]:
         """s of every module, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
-        patterns, found = self.settings.get("alpha_pattern") or {}, {}
-        names = new_names(self.layout, self.settings.get("remap") or [])
+        given, found = self.settings, {}
+        names = new_names(self.layout, given.get("remap") or [])
         for b, _ in self.layout.pairs():
             r = b.shape[1]
-            fitting = get_pattern_key(patterns.keys(), names[b.module])
-            alpha = patterns.get(fitting, self.settings.get("lora_alpha", r))
-            found[b.module] = alpha / (r**0.5 if self.settings.get("use_rslora") else r)
+            alpha = of_module(given.get("alpha_pattern"), names[b.module], given.get("lora_alpha", r))
+            found[b.module] = scale(alpha, r, given.get("use_rslora"))
         return found
 
     def to_metadata(self) -> dict[str, str]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from uniproj.adapters import peft_folder
+from uniproj.adapters.patterns import of_module, scale
 from uniproj.errors import AdapterError
 from uniproj.layout import Block, LoRALayout
 
@@ -98,18 +98,15 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
 
 def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
     """The rank of every module, with the pattern that fits its name."""
-    patterns = config.rank_pattern or {}
-    return {module: patterns.get(get_pattern_key(list(patterns), module), config.r) for module in modules}
+    return {module: of_module(config.rank_pattern, module, config.r) for module in modules}
 
 
 def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
     """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
-    patterns = config.alpha_pattern or {}
     found = {}
     for _, block in layout.pairs():
-        alpha = patterns.get(get_pattern_key(list(patterns), block.module), config.lora_alpha)
-        r = rank or block.shape[0]
-        found[block.module] = alpha / (r**0.5 if config.use_rslora else r)
+        alpha = of_module(config.alpha_pattern, block.module, config.lora_alpha)
+        found[block.module] = scale(alpha, rank or block.shape[0], config.use_rslora)
     return found
 
 
@@ -117,8 +114,8 @@ def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
     names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type"}
     settings: dict[str, Any] = {name: getattr(adapter.config, name) for name in names} | {"inference_mode": True}
     if rank is not None:
-        scale = next(iter(adapter.scales.values()))
-        settings |= {"r": rank, "lora_alpha": max(1, round(scale * rank))}
+        first = next(iter(adapter.scales.values()))
+        settings |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
         settings |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return LoraConfig(**settings)
 

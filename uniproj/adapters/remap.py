@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from peft.utils.other import get_pattern_key
-
+from uniproj.adapters.patterns import of_module
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 
@@ -51,8 +50,7 @@ def rename(config: UniProjConfig, layout: LoRALayout, table: Table) -> None:
     _check_used(table, [*before.values(), *(config.modules_to_save or [])])
     ranks = {now[b.module]: b.shape[1] for b, _ in layout.pairs()}
     if config.alpha_pattern:
-        patterns = config.alpha_pattern
-        alphas = {now[m]: patterns.get(get_pattern_key(patterns.keys(), before[m]), config.lora_alpha) for m in now}
+        alphas = {now[m]: of_module(config.alpha_pattern, before[m], config.lora_alpha) for m in now}
         config.alpha_pattern = {re.escape(m): alpha for m, alpha in alphas.items() if alpha != config.lora_alpha}
     config.rank_pattern = {re.escape(module): r for module, r in ranks.items() if r != config.r}
     config.target_modules = set(now.values())
