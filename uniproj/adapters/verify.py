@@ -20,6 +20,7 @@ from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.registry import get
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.saved import layout_of
 
 
 def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] | None = None) -> list[str]:
@@ -68,7 +69,4 @@ def layout_on(base: str, config: UniProjConfig) -> LoRALayout:
             f"{base}: must be a model with the adapter's target modules, got {error}. Check the name, or pass --remap."
         ) from error
     layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, LoraLayer)}
-    return LoRALayout.from_shapes(
-        {name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
-        {name: layer.r["default"] for name, layer in layers.items()},
-    )
+    return layout_of(layers, "default")
