@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from uniproj.errors import AdapterError
 
@@ -22,6 +24,15 @@ def read_bytes(path: Path) -> bytes:
         raise AdapterError(
             f"{path}: must be a readable file, got {error.strerror or error}. Check the path."
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises AdapterError for a file that cannot be read or is none."""
+    text = read_bytes(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: must be JSON, got {error}. Copy or download it again.") from None
 
 
 def replace(contents: Mapping[Path, bytes | Iterable[bytes]]) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import read_bytes, replace
+from uniproj.adapters.disk import read_bytes, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
 from uniproj.errors import AdapterError, ProjectionError
 
@@ -127,12 +127,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{path}: must be JSON, got {error}. Copy or download it again.") from None
+    fields = read_json(path)
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != KIND:
         raise AdapterError(f"{path}: peft_type must be {KIND}, got {kind!r}. It is an adapter of another method.")

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import read_bytes, replace
+from uniproj.adapters.disk import read_bytes, read_json, replace
 from uniproj.adapters.file import CONFIG, UNSAFE, WEIGHTS, config_text
 from uniproj.errors import AdapterError
 
@@ -62,10 +62,7 @@ def peft_type(folder: Path) -> str:
     """The PEFT type that the configuration in a folder names. Raises AdapterError for a folder without one."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder}: must be a folder with {CONFIG}, got none. Check the path.")
-    try:
-        fields = json.loads(read_bytes(folder / CONFIG))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder / CONFIG}: must be JSON, got {error}. Copy or download it again.") from None
+    fields = read_json(folder / CONFIG)
     return str(fields.get("peft_type")) if isinstance(fields, dict) else "none"
 
 
