@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import transformers
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from uniproj.errors import AdapterError
+from uniproj.tuner.quantised import BaseWeights
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -25,22 +25,9 @@ _CLASSES = {
 }
 
 
-class Weights(Mapping[str, Tensor]):
-    """W (out, in) of modules of a base model, dequantised one at a time; names: theirs in a layout -> in the base."""
-
-    def __init__(self, base: nn.Module, names: Mapping[str, str]):
-        self._base, self._names = base, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        module = self._base.get_submodule(self._names[name])
-        W: Tensor = dequantize_module_weight(module).detach()
-        return W.T if isinstance(module, Conv1D) else W
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def weights_of(base: nn.Module, names: Mapping[str, str]) -> BaseWeights:
+    """W (out, in) of modules of a base model; names: theirs in a layout -> in the base."""
+    return BaseWeights({name: base.get_submodule(module) for name, module in names.items()})
 
 
 def load(base: str | nn.Module, config: PeftConfig, weights: bool) -> nn.Module:

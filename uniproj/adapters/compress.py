@@ -45,7 +45,7 @@ def compress(
                 f"compress: {projection} is made of the base weights, which a LoRA folder does not hold. Pass --base."
             )
         model = bases.load(base, adapter.config, weights=True)
-        needed["base_weights"] = bases.Weights(model, {name: name for name in adapter.layout.modules})
+        needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
     target = balanced(adapter.layout, adapter.theta_D)
     with torch.no_grad():

@@ -105,7 +105,7 @@ def read(folder: Path, base: str | nn.Module | None) -> Trained:
     own = {name: tensor for name, tensor in tensors.items() if f".{kind.lower()}_" in name}
     with bases.quietly():
         P, theta_d = from_peft(_filled(folder, config, kind, shapes, own))
-    weights = bases.Weights(model, {name: name for name in shapes}) if kind == "TINYLORA" else None
+    weights = bases.weights_of(model, {name: name for name in shapes}) if kind == "TINYLORA" else None
     found = native(kind, config, P, theta_d, tuple(shapes), weights)
     other = {name: tensor for name, tensor in tensors.items() if name not in own}
     settings = {

@@ -25,6 +25,7 @@ from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.model import UniProjModel
+from uniproj.tuner.quantised import BaseWeights
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Trained:
         shapes = None if model is None else bases.linear_modules(model, saved.config)
         if saved.header is not None:
             names = new_names(saved.header.layout, saved.config.remap or [])
-            weights = bases.Weights(model, names) if needs_weights and model is not None else None
+            weights = bases.weights_of(model, names) if needs_weights and model is not None else None
             P = saved.header.build(weights, str(folder))
         else:
             assert shapes is not None and model is not None
-            weights = bases.Weights(model, {name: name for name in shapes}) if needs_weights else None
+            weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None
             P = _built(saved.config, shapes, weights, folder)
         tensors = dict(saved.tensors)
         theta_d = tensors.pop(THETA_D).float()
@@ -118,7 +119,7 @@ def _as_named_now(layout: LoRALayout, config: UniProjConfig) -> LoRALayout:
 
 
 def _built(
-    config: UniProjConfig, shapes: Mapping[str, tuple[int, int]], weights: bases.Weights | None, folder: str | Path
+    config: UniProjConfig, shapes: Mapping[str, tuple[int, int]], weights: BaseWeights | None, folder: str | Path
 ) -> Projection:
     """P of a file without a header, on the modules of its base model."""
     options = {**config.projection_kwargs, **({} if weights is None else {"base_weights": weights})}

@@ -25,7 +25,7 @@ from uniproj.projections.svd import TinyLoRA
 from uniproj.projections.tied import VeRA
 from uniproj.projections.unilora import UniLoRA
 from uniproj.projections.vblora import VBLoRA
-from uniproj.tuner.model import BaseWeights
+from uniproj.tuner.quantised import BaseWeights
 
 _EXACT = 1e-10
 _FLOAT32 = 1e-6  # frozen numbers this close are the same draw at float32 precision
@@ -262,9 +262,8 @@ def _vblora_pairs(adapter: _Adapter, P: VBLoRA, theta_d: Tensor) -> Iterator[_Pa
 
 def _build_tinylora(adapter: _Adapter) -> TinyLoRA:
     config = adapter.config
-    P = TinyLoRA(
-        adapter.layout, BaseWeights(adapter.layers), config.projection_seed, adapter.shared("u"), config.weight_tying
-    )
+    weights = BaseWeights({name: layer.get_base_layer() for name, layer in adapter.layers.items()})
+    P = TinyLoRA(adapter.layout, weights, config.projection_seed, adapter.shared("u"), config.weight_tying)
     P.group = [int(adapter.tensor(module, "_tinylora_v_key")) for module in adapter.layout.modules]
     for i in range(len(P.ranks)):
         setattr(P, f"P_{i}", P.get_buffer(f"P_{i}").double())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
@@ -19,31 +18,12 @@ from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
-from uniproj.tuner.quantised import dequantised, keep_unpacked
+from uniproj.tuner.quantised import BaseWeights, keep_unpacked
 from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta
 from uniproj.tuner.targets import adapted_layers, refuse_copy
 
 # anchored: a module of the base model may be called projections too
 _OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
-
-
-class BaseWeights(Mapping[str, Tensor]):
-    """W (out, in) of every adapted module, dequantised one at a time."""
-
-    def __init__(self, layers: Mapping[str, LoraLayer]):
-        self._layers = layers
-
-    def __getitem__(self, name: str) -> Tensor:
-        layer = self._layers[name]
-        with align_module_device(layer.get_base_layer()):
-            W = dequantised(layer.get_base_layer()).detach()
-        return W.T if layer.fan_in_fan_out else W
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
 
 class UniProjModel(LoraModel):
@@ -131,7 +111,7 @@ class UniProjModel(LoraModel):
     def _build(self, config: UniProjConfig, adapter_name: str, layers: dict[str, LoraLayer]) -> Projection:
         options = dict(config.projection_kwargs)
         if get(config.projection).needs_base_weights:
-            options["base_weights"] = BaseWeights(layers)
+            options["base_weights"] = BaseWeights({name: layer.get_base_layer() for name, layer in layers.items()})
         layout = layout_of(layers, adapter_name)
         return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
 

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 
+from accelerate.utils import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from uniproj.errors import AdapterError
+
+
+class BaseWeights(Mapping[str, Tensor]):
+    """W (out, in) of linear modules of a base model, by any names, dequantised one at a time wherever they lie."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        self._modules = modules
+
+    def __getitem__(self, name: str) -> Tensor:
+        module = self._modules[name]
+        with align_module_device(module):
+            W = dequantised(module).detach()
+        return W.T if isinstance(module, Conv1D) else W
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 def keep_unpacked(model: nn.Module) -> None:
