@@ -76,6 +76,12 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, con
     replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: config_text(noted).encode()})
 
 
+def config_of(header: Header, where: str | Path) -> UniProjConfig:
+    """The configuration that a header describes, for an adapter that has no configuration file yet."""
+    base = {"base_model_name_or_path": header.base_model, "revision": header.base_revision}
+    return _config(_merged(base, header), Path(where), header)
+
+
 def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
     """The folder of an adapter: a local one as it is, else both files from the hub, in its cache."""
     local = Path(model_id, subfolder) if subfolder else Path(model_id)

@@ -11,7 +11,7 @@ from torch import nn
 from uniproj.adapters.fit import check_fit
 from uniproj.adapters.header import Header
 from uniproj.errors import AdapterError
-from uniproj.tuner import UniProjConfig, UniProjModel
+from uniproj.tuner import UniProjModel
 
 # fields by which an adapter trains more than theta_d, and their value where it does not
 _MORE = {"modules_to_save": None, "bias": "none", "trainable_token_indices": None}
@@ -67,18 +67,3 @@ def check_same(mine: Header, other: Header, what: str) -> None:
     if difference.startswith("layout_fingerprint"):
         check_fit(mine, other.layout)
     raise AdapterError(f"bank: {what} must have the bank's P: {difference}. Keep one bank per P and base model.")
-
-
-def config_of(header: Header) -> UniProjConfig:
-    """The configuration that a header describes."""
-    of_P = {
-        "projection": header.projection,
-        "d": header.d,
-        "projection_seed": header.projection_seed,
-        "projection_kwargs": header.projection_kwargs,
-        "base_model_name_or_path": header.base_model,
-        "revision": header.base_revision,
-    }
-    fields = UniProjConfig.check_kwargs(**header.settings, **of_P, peft_type="UNIPROJ")
-    config: UniProjConfig = UniProjConfig.from_peft_type(**fields)
-    return config

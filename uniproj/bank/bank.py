@@ -19,7 +19,7 @@ from uniproj.adapters import file as adapter_file
 from uniproj.adapters.fit import warn_of_another_base
 from uniproj.adapters.header import Header
 from uniproj.adapters.tensors import THETA_D
-from uniproj.bank.attached import active_adapter, check_alone, check_same, config_of, header_of, tuner_of
+from uniproj.bank.attached import active_adapter, check_alone, check_same, header_of, tuner_of
 from uniproj.bank.index import Change, Entry, Index
 from uniproj.bank.slots import Slots
 from uniproj.errors import AdapterError
@@ -142,7 +142,8 @@ class AdapterBank:
 
     def export(self, name: str, folder: str | Path) -> None:
         """Write one adapter as a folder of its own, which `PeftModel.from_pretrained` loads."""
-        adapter_file.write(folder, {THETA_D: self.get(name)}, self.header, config_of(self.header))
+        config = adapter_file.config_of(self.header, folder)
+        adapter_file.write(folder, {THETA_D: self.get(name)}, self.header, config)
 
     # ---- writing ----------------------------------------------------------------------------------
 
