@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
 
 from uniproj.adapters import base as bases
-from uniproj.adapters.lora import LoRAAdapter
+from uniproj.adapters.lora import LoRAAdapter, lora_settings
 from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
 from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
@@ -22,7 +20,7 @@ from uniproj.tuner.config import UniProjConfig
 GAUGE_LIMIT = 0.01
 GAUGE_NOTE = "depends on the gauge (A c, B / c)"
 # what belongs to LoRA's own start
-_OF_LORA = {"peft_type", "init_lora_weights", "loftq_config", "runtime_config"}
+_OF_LORA = {"init_lora_weights", "loftq_config"}
 
 
 def compress(
@@ -55,13 +53,13 @@ def compress(
     with torch.no_grad():
         reached = P(found.theta_d.float().double())
     factor = captured(target, reached)
-    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - _OF_LORA
+    settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in _OF_LORA}
     config = UniProjConfig(
         projection=projection,
         d=d,
         projection_seed=seed,
         projection_kwargs=dict(options),
-        **{name: getattr(adapter.config, name) for name in names},
+        **settings,
     )
     return Trained(P, found.theta_d.float(), config, P.layout, adapter.scales, adapter.other), {
         "projection": projection,

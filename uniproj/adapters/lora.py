@@ -96,6 +96,12 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
     peft_folder.write(folder, config.to_dict(), index, tensors())
 
 
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
+    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
+    return {name: getattr(config, name) for name in names}
+
+
 def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
     """The rank of every module, with the pattern that fits its name."""
     return {module: of_module(config.rank_pattern, module, config.r) for module in modules}
@@ -111,8 +117,7 @@ def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> d
 
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
-    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type"}
-    settings: dict[str, Any] = {name: getattr(adapter.config, name) for name in names} | {"inference_mode": True}
+    settings = lora_settings(adapter.config) | {"inference_mode": True}
     if rank is not None:
         first = next(iter(adapter.scales.values()))
         settings |= {"r": rank, "lora_alpha": max(1, round(first * rank))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from uniproj.adapters import base as bases
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.file import locate, read
 from uniproj.adapters.fit import check_fit, warn_of_another_base
+from uniproj.adapters.lora import lora_settings
 from uniproj.adapters.remap import rename
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
@@ -58,11 +58,12 @@ def layout_on(base: str, config: UniProjConfig) -> LoRALayout:
 
     Raises AdapterError for a model that cannot be made from its configuration, or has none of the target modules.
     """
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
-    shared = {k: v for k, v in shared.items() if k not in ("peft_type", "runtime_config")}
     try:
         model: Any = LoraModel(
-            bases.load(base, config, weights=False), LoraConfig(**shared), "default", low_cpu_mem_usage=True
+            bases.load(base, config, weights=False),
+            LoraConfig(**lora_settings(config)),
+            "default",
+            low_cpu_mem_usage=True,
         )
     except Exception as error:  # neither Transformers nor PEFT has one kind of error for this
         raise AdapterError(
