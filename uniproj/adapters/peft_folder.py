@@ -53,8 +53,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
         raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
     tensors, _ = stored.parse(read_bytes(folder / WEIGHTS), str(folder / WEIGHTS))
-    if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise AdapterError(f"{folder}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
+    for tensor in tensors.values():
+        stored.check_finite(tensor, str(folder))
     return tensors
 
 

@@ -107,17 +107,20 @@ def check_numbers(tensors: Mapping[str, Tensor], projection: str, has_offset: bo
     has_offset: whether P has a c, where that is known; else what its class says.
     """
     for name, tensor in tensors.items():
-        known = tensor if tensor.dtype in FLOATS else tensor.float()  # 8-bit floats know no isfinite
-        if tensor.is_floating_point() and not torch.isfinite(known).all():
-            raise AdapterError(
-                f"{name}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint."
-            )
+        check_finite(tensor, name)
     may_be_zero = "linear" not in get(projection).claims if has_offset is None else has_offset
     if not may_be_zero and not tensors[THETA_D].any():
         raise AdapterError(
             f"{THETA_D}: theta_d = 0 is a saddle (A = B = 0, gradient 0) that training never leaves. "
             "Use an adapter that was trained, or a new one."
         )
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raises AdapterError for a number that is NaN or inf."""
+    known = tensor if tensor.dtype in FLOATS else tensor.float()  # 8-bit floats know no isfinite
+    if tensor.is_floating_point() and not torch.isfinite(known).all():
+        raise AdapterError(f"{where}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
 
 
 def _start(data: bytes) -> int:
