@@ -87,6 +87,14 @@ class DistributedTrainer(Trainer):
             self._order.resumed = torch.load(state, weights_only=True)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A loss that is the mean over its own batch on any number of processes, not over the batches of all."""
+        averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = averaged
+
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Nothing: `shard_base` averages the gradients, also with gloo."""
 
