@@ -8,7 +8,7 @@ from uniproj.bank import AdapterBank
 
 
 def test_a_short_soak(tmp_path) -> None:
-    found = run(prepare(tmp_path, 800, d=1100, processes=4, seed=0), kills_per_second=10)
+    found = run(prepare(tmp_path, 800, d=1100, processes=4, seed=0), kills_per_second=120)
     # a write in which its process was killed may have happened and is done, or not and is done again
     assert found["operations"] >= 800 and found["kills"] > 2
     assert found["read_blocked_most_seconds"] < 1
@@ -40,4 +40,4 @@ def test_a_lost_adapter_is_found(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(AdapterBank, "delete", forget_another_too)
     with pytest.raises(AssertionError, match=r"lost|must hold the name"):
-        run(prepare(tmp_path, 800, d=64, processes=4, seed=0), kills_per_second=10)
+        run(prepare(tmp_path, 800, d=64, processes=4, seed=0), kills_per_second=120)
