@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from peft import load_peft_weights, set_peft_model_state_dict
 
 from experiments.errors import ExperimentError
 from experiments.families.causal import CausalModel
-from experiments.outcome import ADAPTER
-from experiments.results import is_done, write_text
+from experiments.outcome import load_trained
+from experiments.results import write_text
 from experiments.run import Run
 from experiments.tasks.instruction import mt_bench
 
@@ -54,12 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, help="only the first so many of the 80")
     args = parser.parse_args(argv)
     try:
-        if not is_done(args.folder):
-            raise ExperimentError(
-                f"mt_bench: {args.folder} must be a finished run, got no result.json. Train it first."
-            )
-        run = Run.load(args.folder)
-        set_peft_model_state_dict(run.model, load_peft_weights(str(args.folder / ADAPTER), device="cpu"))
+        run = load_trained(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
     except ExperimentError as error:
         print(error, file=sys.stderr)

@@ -14,13 +14,23 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from experiments.results import write_text
+from experiments.errors import ExperimentError
+from experiments.results import is_done, write_text
 from experiments.run import HEAD, Run
 from uniproj.projection import Projection
 
 # Fraction of the initial loss that a run must gain on rows it was trained on.
 LEAST_GAIN = 0.01
 ADAPTER = "adapter"
+
+
+def load_trained(folder: Path, caller: str) -> Run:
+    """A finished run with the numbers it trained. Raises ExperimentError, in the name of `caller`, for another."""
+    if not is_done(folder):
+        raise ExperimentError(f"{caller}: {folder} must be a finished run, got no result.json. Train it first.")
+    run = Run.load(folder)
+    set_peft_model_state_dict(run.model, load_peft_weights(str(folder / ADAPTER), device="cpu"))
+    return run
 
 
 def validations(run: Run) -> dict[str, Any]:

@@ -92,7 +92,10 @@ def commonsense(data: str) -> Task:
         return _rows(carve(TRAIN.read("train", data), split))
 
     tests = sum(test.source.rows[test.split] for test in TESTS.values())
-    return Task("commonsense", "causal", read, judge=_is_right, published={**TRAIN.rows, "test": tests})
+    published = {**TRAIN.rows, "test": tests}
+    # a data folder holds these as prompts, not in the columns of the hub
+    harness = dict.fromkeys(name.replace("social_i_qa", "social_iqa") for name in TESTS)
+    return Task("commonsense", "causal", read, judge=_is_right, published=published, harness=harness)
 
 
 def _test_rows(name: str, data: str) -> pd.DataFrame:

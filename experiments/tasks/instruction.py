@@ -23,7 +23,7 @@ def alpaca(data: str) -> Task:
         return _ifeval_rows(data) if split == "test" else _rows(carve(ALPACA.read("train", data), split))
 
     published = {"train": ALPACA.rows["train"], "test": IFEVAL.rows["train"]}
-    return Task("alpaca", "causal", read, judge=follows, published=published)
+    return Task("alpaca", "causal", read, judge=follows, published=published, harness={"ifeval": IFEVAL})
 
 
 def _rows(rows: pd.DataFrame) -> pd.DataFrame:

@@ -23,7 +23,7 @@ def gsm8k(data: str) -> Task:
         rows = _gsm8k_rows(GSM8K.read("test" if split == "test" else "train", data))
         return rows if split == "test" else carve(rows, split)
 
-    return Task("gsm8k", "causal", read, judge=_is_right, published=GSM8K.rows)
+    return Task("gsm8k", "causal", read, judge=_is_right, published=GSM8K.rows, harness={"gsm8k": GSM8K})
 
 
 def metamath(data: str) -> Task:
@@ -37,7 +37,8 @@ def metamath(data: str) -> Task:
         return pd.concat([school, contest], ignore_index=True)
 
     published = {**METAMATH.rows, "test": GSM8K.rows["test"] + MATH500.rows["test"]}
-    return Task("metamath", "causal", read, judge=_is_right, published=published)
+    harness = {"gsm8k": GSM8K, "hendrycks_math500": None}
+    return Task("metamath", "causal", read, judge=_is_right, published=published, harness=harness)
 
 
 def _is_right(text: str, row: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from experiments.tasks.rows import checked
+from experiments.tasks.sources import Source
 
 SPLITS = ("train", "validation", "test")
 
@@ -37,6 +38,8 @@ class Task:
     metrics: the first one ranks; the others are reported beside it.
     judge: for "causal", whether a generated text is right for its row.
     published: rows per split as the data set's authors state them.
+    harness: lm-evaluation-harness's tasks on the same data, each with the source whose files in a data folder have the
+        columns that it reads, or None where only the hub has them.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     judge: Callable[[str, Mapping[str, Any]], bool] | None = None
     published: Mapping[str, int] = field(default_factory=dict)
+    harness: Mapping[str, Source | None] = field(default_factory=dict)
 
     def split(self, name: str) -> pd.DataFrame:
         """The checked rows of a split. Raises ExperimentError for unusable columns or values."""

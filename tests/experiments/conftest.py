@@ -1,8 +1,10 @@
 """A tiny BERT and a tiny Llama with real tokenizers, and a few rows of the real packaged data, as folders of a user."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
+import nltk
 import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -10,6 +12,10 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from experiments import tasks
 from experiments.config import RunConfig, resolve
 from experiments.models import load_tokenizer
+
+# a package that carries NLTK's sentence splitter, which is otherwise downloaded
+NLTK = importlib.metadata.distribution("llama-index-core").locate_file("llama_index/core/_static/nltk_cache")
+nltk.data.path.append(str(NLTK))
 
 
 @pytest.fixture(scope="session")

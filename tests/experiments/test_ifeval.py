@@ -1,16 +1,9 @@
 """IFEval's checks through lm-evaluation-harness, on responses whose verdict is plain to see."""
 
-import importlib.metadata
-
-import nltk
 import pytest
 
 from experiments import tasks
 from experiments.ifeval import follows
-
-# a package that carries NLTK's sentence splitter, which is otherwise downloaded
-NLTK = importlib.metadata.distribution("llama-index-core").locate_file("llama_index/core/_static/nltk_cache")
-nltk.data.path.append(str(NLTK))
 
 
 def _row(**kwargs) -> dict:

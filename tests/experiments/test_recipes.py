@@ -1,10 +1,8 @@
 """The paper's recipes and the tasks they use, on small models and a few rows of the real data: all but their size."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 
-import nltk
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,9 +15,6 @@ from experiments.results import load
 from experiments.tasks.commonsense import TESTS
 
 FEW = 12
-# a package that carries NLTK's sentence splitter, which is otherwise downloaded
-NLTK = importlib.metadata.distribution("llama-index-core").locate_file("llama_index/core/_static/nltk_cache")
-nltk.data.path.append(str(NLTK))
 
 
 @pytest.fixture(scope="session")
