@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import threading
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -109,6 +110,23 @@ def test_select_is_one_copy_and_one_projection(monkeypatch, bank: AdapterBank) -
             assert torch.equal(model(**batch("llama")).logits, expected[name])
         assert len(calls) == count
     assert model.base_model.uniproj_theta_d["default"] is theta_d and theta_d.requires_grad
+
+
+def test_a_larger_bank_takes_no_more_to_select_from(model: PeftModel, bank: AdapterBank) -> None:
+    def most_allocated() -> int:
+        opened = AdapterBank(bank.folder)
+        opened.select(model, "3")
+        tracemalloc.start()
+        try:
+            opened.select(model, "7")
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    bank.add_many((f"{i}", vector(i)) for i in range(10))
+    few = most_allocated()
+    bank.add_many((f"{i}", vector(i)) for i in range(10, 4000))
+    assert most_allocated() < few + 4 * D  # less than one vector more, of 3,990
 
 
 def test_select_compiles_nothing_again(bank: AdapterBank) -> None:
