@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.adapters.saved import joined, parts, save
 from uniproj import AdapterError
@@ -123,8 +125,7 @@ def _settled(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in FREE}
 
 
-def _fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
-    r = random.Random(seed)
+def _fuzz(folder: Path, rounds: int) -> dict[str, int]:
     written = []
     for i, projection in enumerate(("unilora", "vblora", "sparse")):
         save(folder / str(i), projection)
@@ -132,7 +133,10 @@ def _fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
         contents = {name: (folder / str(i) / name).read_bytes() for name in MUTATIONS}
         written.append((folder / str(i), read, contents))
     counts = {"refused": 0, "exact": 0}
-    for _ in range(rounds):
+
+    @settings(max_examples=rounds, database=None)
+    @given(st.randoms(use_true_random=False))
+    def mutate(r: random.Random) -> None:
         place, read, contents = r.choice(written)
         name = r.choice([file.WEIGHTS, file.WEIGHTS, file.CONFIG])
         mutated = r.choice(MUTATIONS[name])(r, contents[name])
@@ -151,16 +155,18 @@ def _fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
             counts["exact"] += 1
         finally:
             (place / name).write_bytes(contents[name])
+
+    mutate()
     return counts
 
 
 def test_a_mutated_file_is_refused_or_exact(tmp_path: Path) -> None:
-    counts = _fuzz(tmp_path, seed=0, rounds=2_000)
-    assert counts["refused"] > 1_000 and counts["exact"] > 50  # neither answer is given to everything
+    counts = _fuzz(tmp_path, rounds=1_000)
+    assert counts["refused"] > 500 and counts["exact"] > 25  # neither answer is given to everything
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_mutated_files(tmp_path: Path) -> None:
-    counts = _fuzz(tmp_path, seed=1, rounds=100_000)
+    counts = _fuzz(tmp_path, rounds=100_000)
     print(counts)
-    assert sum(counts.values()) == 100_000 and counts["exact"] > 2_500
+    assert sum(counts.values()) >= 100_000 and counts["exact"] > 2_500

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.tuner.models import TARGETS, base_model, batch, config
 from uniproj import AdapterError
@@ -158,6 +159,25 @@ def test_bfloat16_autocast_and_quantised_dtypes_follow_the_tuner() -> None:
     with torch.no_grad(), mixed(model, _thetas(model), ROWS), torch.autocast("cpu", dtype=torch.bfloat16):
         model(**inputs)
         assert A.weight.dtype == torch.bfloat16 and A.weight.shape == (3, 4, 32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_share_a_quantised_base(bits: int, tmp_path) -> None:
+    base_model("llama").save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, device_map="cpu")
+    model, inputs = get_peft_model(base, config("llama")).eval(), _inputs("llama")
+    thetas, alone = _thetas(model), []
+    with torch.no_grad():
+        with mixed(model, thetas, ROWS):
+            found = model(**inputs).logits
+        for theta in thetas:
+            _use(model, theta)
+            alone.append(model(**inputs).logits)
+    wanted = torch.stack([alone[user][row] for row, user in enumerate(ROWS)])
+    other = torch.stack([alone[1 - user][row] for row, user in enumerate(ROWS)])
+    # 8-bit layers round activations too, in which a last bit can move a whole step
+    assert (found - wanted).abs().max() < {4: 1e-3, 8: 0.1}[bits] * (found - other).abs().max()
 
 
 def test_blocks_nest_and_an_error_inside_leaves_the_model_as_it_was() -> None:
