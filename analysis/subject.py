@@ -197,4 +197,4 @@ class Subject:
         logits = torch.cat(answers)
         predicted = logits[:, 0] if self._labels == 1 else logits.argmax(1)
         scored = pd.DataFrame({"label": rows["label"].to_numpy(), "prediction": predicted.numpy()})
-        return self.task.scores(scored)[self.task.metric]
+        return self.task.score(scored)

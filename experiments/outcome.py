@@ -75,7 +75,7 @@ def _scores(run: Run, which: str) -> dict[str, Any]:
     return {
         "score": scores[run.task.metric],
         "scores": scores,
-        "groups": {name: finite(run.task.scores(part.drop(columns="group"))[run.task.metric]) for name, part in groups},
+        "groups": {name: finite(run.task.score(part.drop(columns="group"))) for name, part in groups},
         "majority": finite(_majority(run, predictions)),
         "rows": len(predictions),
     }
@@ -86,7 +86,7 @@ def _majority(run: Run, predictions: pd.DataFrame) -> float:
     labels = predictions["label"]
     if run.task.family == "causal" or labels.dtype.kind == "f":
         return 0.0
-    return run.task.scores(predictions.assign(prediction=labels.mode()[0]))[run.task.metric]
+    return run.task.score(predictions.assign(prediction=labels.mode()[0]))
 
 
 def theta_change(run: Run) -> float:

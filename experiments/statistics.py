@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataF
     """
     usable = records[records["failed"].isna() & records["did_not_train"].isna()]
     found = []
+    # the reference's runs are in every pair
+    redrawn = cache(_redrawn)
     for where, group in usable.groupby(list(by), sort=False, dropna=False) if by else [((), usable)]:
         base = _largest(group[group["projection"] == reference])
         others = group[group["projection"] != reference]
@@ -66,7 +69,7 @@ def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataF
             if len(both):
                 point = dict(zip(by, where if isinstance(where, tuple) else (where,), strict=True))
                 size = {"trained": int(rows["trained"].iloc[0]), "reference": reference}
-                found.append({**point, "projection": projection, **size, **_difference(both)})
+                found.append({**point, "projection": projection, **size, **_difference(both, redrawn)})
     return pd.DataFrame(found)
 
 
@@ -74,11 +77,11 @@ def _largest(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["trained"] == rows["trained"].max()]
 
 
-def _difference(both: pd.DataFrame) -> dict[str, Any]:
+def _difference(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> dict[str, Any]:
     differences = (both["score"].astype(float) - both["score_base"].astype(float)).to_numpy()
     t_low, t_high = t_interval(differences)
     seeds_low, seeds_high = bootstrap(len(differences), lambda i: differences[i].mean())
-    rows_low, rows_high = _over_rows(both)
+    rows_low, rows_high = _over_rows(both, redrawn)
     return {
         "pairs": len(differences),
         "difference": differences.mean(),
@@ -103,27 +106,30 @@ def bootstrap(n: int, statistic: Callable[[np.ndarray], float], resamples: int =
     """Percentile interval of a statistic of n indices drawn with replacement; NaN for fewer than two."""
     if n < 2:
         return float("nan"), float("nan")
-    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
-    low, high = np.quantile([statistic(drawn) for drawn in draws], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return _interval([statistic(drawn) for drawn in _draws(n, resamples)])
 
 
-def _over_rows(both: pd.DataFrame) -> tuple[float, float]:
+def _over_rows(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> tuple[float, float]:
     """The seeds as they are, the test rows redrawn: the same rows for both methods."""
-    pairs = [(_predictions(a), _predictions(b)) for a, b in zip(both["folder"], both["folder_base"], strict=True)]
-    first = both.iloc[0]
-    task = tasks.get(first["task"], first["data"])
-
-    def mean_difference(chosen: np.ndarray) -> float:
-        return float(
-            np.mean(
-                [task.scores(a.iloc[chosen])[task.metric] - task.scores(b.iloc[chosen])[task.metric] for a, b in pairs]
-            )
-        )
-
-    return bootstrap(len(pairs[0][0]), mean_difference)
+    task, data = both["task"].iloc[0], both["data"].iloc[0]
+    ours, base = (
+        np.mean([redrawn(f, task, data) for f in both[column]], axis=0) for column in ("folder", "folder_base")
+    )
+    return _interval(ours - base)
 
 
-def _predictions(folder: str) -> pd.DataFrame:
+def _redrawn(folder: str, name: str, data: str) -> np.ndarray:
+    """Scores of a run on its test rows, redrawn with replacement: (RESAMPLES,), the same rows in every run."""
     rows = pd.read_csv(Path(folder) / "predictions-last.csv")
-    return rows[[column for column in ("label", "prediction", "group") if column in rows]]
+    rows = rows[[column for column in ("label", "prediction", "group") if column in rows]]
+    task = tasks.get(name, data)
+    return np.array([task.score(rows.iloc[chosen]) for chosen in _draws(len(rows), RESAMPLES)])
+
+
+def _draws(n: int, resamples: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(n, size=(resamples, n))
+
+
+def _interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

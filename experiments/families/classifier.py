@@ -23,7 +23,7 @@ class Classifier(Family):
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         def compute(output: EvalPrediction) -> dict[str, float]:
-            return {"score": self.task.scores(_predicted(output))[self.task.metric]}
+            return {"score": self.task.score(_predicted(output))}
 
         return compute
 
