@@ -7,6 +7,7 @@ import random
 import pandas as pd
 
 from experiments.config import RunConfig
+from experiments.errors import ExperimentError
 from experiments.tasks import Task
 
 # what a row must answer, and what belongs to it
@@ -34,6 +35,23 @@ def with_noise(rows: pd.DataFrame, fraction: float, seed: int) -> pd.DataFrame:
 def training_rows(rows: pd.DataFrame, config: RunConfig) -> pd.DataFrame:
     """The rows a run trains on, of all that its task has."""
     return with_noise(draw(rows, config.train_size, config.data_seed), config.label_noise, config.data_seed)
+
+
+def check_classes(task: Task, config: RunConfig, rows: pd.DataFrame) -> None:
+    """Raises ExperimentError where the training rows hold one class alone, or a scored split one that they lack."""
+    if "label" not in rows or rows["label"].dtype.kind == "f":
+        return
+    if rows["label"].nunique() < 2:
+        raise ExperimentError(
+            f"{task.name}/train: labels must be of two classes or more, got {rows['label'].iloc[0]} alone. Add rows of "
+            "another class, or write the labels as floats for a regression."
+        )
+    for split in ("validation", "test") if config.score_on == "test" else ("validation",):
+        if (largest := task.split(split)["label"].max()) > rows["label"].max():
+            raise ExperimentError(
+                f"{task.name}/{split}: classes must occur in the training rows, which end at {rows['label'].max()}, "
+                f"got {largest}. Add rows of it to train, or drop it here."
+            )
 
 
 def scored_rows(task: Task, config: RunConfig, split: str) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,29 +72,29 @@ def _lock(sweep: Sweep, runs: Path, trials: Mapping[str, Sequence[RunConfig]], a
 
 
 def _choose(sweep: Sweep, cell: Cell, runs: Path, trials: Sequence[RunConfig]) -> dict[str, Any]:
-    tuned = sweep.tuned()
+    assert sweep.tune is not None
+    points = [{key: getattr(trial, key) for key in sweep.tuned()} for trial in trials]
     records = pd.DataFrame([row(run_folder(runs, trial.to_json())) for trial in trials])
-    records["point"] = [tuple(record[key] for key in tuned) for record in records.to_dict("records")]
+    records["point"] = [json.dumps(point) for point in points]
     means = records.groupby("point", sort=False)["validation_best"].mean()
     stuck = set(records.loc[records["did_not_train"].notna(), "point"])
     trained = means.drop([point for point in means.index if point in stuck]).dropna()
     # where nothing trained, the confirming runs will say so: a cell is never left out
-    means = means if trained.empty else trained
-    best = means.idxmax() if records["higher_is_better"].iloc[0] else means.idxmin()
-    grid = [record["point"] for record in records.to_dict("records")]
+    means = means.fillna(0.0) if trained.empty else trained
+    best = json.loads(means.idxmax() if records["higher_is_better"].iloc[0] else means.idxmin())
     return {
         "cell": cell,
         "cell_digest": digest(cell),
         "trained": not trained.empty,
-        "chosen": dict(zip(tuned, best, strict=True)),
+        "chosen": best,
         # a better setting may lie outside what was tried
-        "at_edge": [key for i, key in enumerate(tuned) if best[i] in (grid[0][i], grid[-1][i])],
-        "trials": [_trial(record, tuned) for record in records.to_dict("records")],
+        "at_edge": [k for k, v in best.items() if len(sweep.tune[k]) > 1 and v in (points[0][k], points[-1][k])],
+        "trials": [{**p, **_trial(record)} for p, record in zip(points, records.to_dict("records"), strict=True)],
     }
 
 
-def _trial(record: Mapping[str, Any], tuned: Sequence[str]) -> dict[str, Any]:
-    kept = (*tuned, "train_seed", "validation", "validation_best", "did_not_train")
+def _trial(record: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("train_seed", "validation", "validation_best", "did_not_train")
     values = {key: None if pd.isna(record[key]) else record[key] for key in kept}
     return {**values, "seconds": record["cost"]["seconds"]}
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from experiments import families, plugins, tasks
 from experiments.callbacks import MetricsLog, StopOnSignal
 from experiments.config import RunConfig
-from experiments.data import scored_rows, training_rows
+from experiments.data import check_classes, scored_rows, training_rows
 from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
 from experiments.models import target_modules
@@ -49,6 +49,7 @@ class Run:
         task = tasks.get(config.task, config.data)
         family = families.get(task.family)(config, task)
         rows = task.split("train")
+        check_classes(task, config, rows)
         model = attach(config, family, rows)
         trainer = DistributedTrainer(
             model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -53,28 +54,33 @@ def _cell(group: pd.DataFrame, seeds: int) -> dict[str, Any]:
 def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataFrame:
     """Differences of each cell to the reference, seed by seed, within cells that agree in the columns `by`.
 
-    Where the reference has several sizes there, its largest stands for it: a choice that reads no score. Columns: mean
-    difference; its t interval and bootstrap interval over seeds; its bootstrap interval over test rows. Pairs of which
-    a run is missing or did not train are left out: `pairs` counts the rest.
+    Where the reference has several cells there, the first of its largest size stands for it: a choice that reads no
+    score. Columns: the cell; mean difference; its t interval and bootstrap interval over seeds; its bootstrap interval
+    over test rows. Pairs of which a run is missing or did not train are left out: `pairs` counts the rest.
     """
     usable = records[records["failed"].isna() & records["did_not_train"].isna()]
+    # lists of modules as texts, by which pandas can group
+    usable = usable.assign(
+        **{key: usable[key].map(lambda v: json.dumps(v) if isinstance(v, list) else v) for key in by}
+    )
     found = []
     # the reference's runs are in every pair
     redrawn = cache(_redrawn)
     for where, group in usable.groupby(list(by), sort=False, dropna=False) if by else [((), usable)]:
         base = _largest(group[group["projection"] == reference])
         others = group[group["projection"] != reference]
-        for (projection, _), rows in others.groupby(["projection", "cell"], sort=False):
+        for (projection, cell), rows in others.groupby(["projection", "cell"], sort=False):
             both = rows.merge(base, on=SEEDS, suffixes=("", "_base"))
             if len(both):
                 point = dict(zip(by, where if isinstance(where, tuple) else (where,), strict=True))
                 size = {"trained": int(rows["trained"].iloc[0]), "reference": reference}
-                found.append({**point, "projection": projection, **size, **_difference(both, redrawn)})
+                found.append({**point, "projection": projection, "cell": cell, **size, **_difference(both, redrawn)})
     return pd.DataFrame(found)
 
 
 def _largest(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["trained"] == rows["trained"].max()]
+    rows = rows[rows["trained"] == rows["trained"].max()]
+    return rows[rows["cell"] == rows["cell"].iloc[0]] if len(rows) else rows
 
 
 def _difference(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> dict[str, Any]:

@@ -37,9 +37,13 @@ def reference(sweep: Sweep, records: pd.DataFrame) -> str:
 
 
 def pairing(sweep: Sweep) -> list[str]:
-    """Columns in which two compared runs agree: all that vary but the projection, and the budget LoRA does not have."""
-    varied = {key for case in sweep.cases for key in case} | set(sweep.axes)
-    return sorted(varied - {"projection", "hyperparameters", "budget", "d", "r", "lr", "head_lr"} - set(sweep.tuned()))
+    """Columns in which two compared runs agree: all that vary but the projection, its sizes and its own rates.
+
+    Rates are a method's own where they were tuned or belong to a case, and the same for all along an axis.
+    """
+    own = {"lr", "head_lr"} | set(sweep.tuned())
+    varied = {key for case in sweep.cases for key in case} - own | set(sweep.axes)
+    return sorted(varied - {"projection", "hyperparameters", "budget", "d", "r"})
 
 
 def flat(records: pd.DataFrame) -> pd.DataFrame:
@@ -53,13 +57,18 @@ def as_text(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataF
     """The tables for a terminal, with what their numbers mean."""
     parts = [f"Sweep {sweep.name}: {len(summary)} cells, seeds {list(sweep.seeds)}", _cells(sweep, summary)]
     if len(differences):
-        parts += ["Paired differences to the reference, in points (95 % intervals)", _differences(differences)]
+        parts += ["Paired differences to the reference, in points (95 % intervals)", _differences(summary, differences)]
     return "\n\n".join([*parts, "\n".join(_notes(sweep, folder, records, summary))]) + "\n"
 
 
+def _asked(summary: pd.DataFrame) -> pd.DataFrame:
+    """What makes each cell another one, by the cell's digest."""
+    asked = summary.set_index("cell").filter(regex=r"^cell\.")
+    return asked.rename(columns=lambda key: key.removeprefix("cell."))
+
+
 def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
-    asked = [key for key in summary.columns if key.startswith("cell.")]
-    shown = summary[asked].rename(columns=lambda key: key.removeprefix("cell."))
+    shown = _asked(summary).reset_index(drop=True)
     shown = shown.assign(
         metric=summary["metric"],
         last=[_percent(r.score, r.score_sd) for r in summary.itertuples()],
@@ -79,9 +88,10 @@ def _percent(mean: float, sd: float) -> str:
     return "-" if math.isnan(mean) else f"{100 * mean:.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
 
 
-def _differences(differences: pd.DataFrame) -> str:
-    shown = differences.drop(columns=[c for c in differences if c.endswith(("_low", "_high"))])
-    shown["difference"] = shown["difference"].map(lambda v: f"{100 * v:+.1f}")
+def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
+    shown = _asked(summary).loc[differences["cell"]].reset_index(drop=True)
+    shown = shown.assign(**{key: differences[key] for key in ("trained", "reference", "pairs")})
+    shown["difference"] = differences["difference"].map(lambda v: f"{100 * v:+.1f}")
     for name, label in (("t", "t over seeds"), ("seeds", "bootstrap over seeds"), ("rows", "bootstrap over rows")):
         low, high = differences[f"{name}_low"], differences[f"{name}_high"]
         shown[label] = [

@@ -56,7 +56,7 @@ def _check_values(rows: pd.DataFrame, who: str, what: str) -> None:
 
 
 def _check_labels(labels: pd.Series, who: str) -> None:
-    if not pd.api.types.is_numeric_dtype(labels):
+    if not pd.api.types.is_numeric_dtype(labels) or pd.api.types.is_bool_dtype(labels):
         raise ExperimentError(
             f"{who}: labels must be integers (classes) or floats (regression), got {labels.iloc[0]!r}. "
             "Number the classes from 0."

@@ -15,9 +15,23 @@ from experiments.errors import ExperimentError
 HUB = "hub"
 # of these, "12" is a text and no number
 WRITTEN = ("prompt", "completion", "answer", "text")
+
+
+def read_tsv(path: Path) -> pd.DataFrame:
+    """One row per line under a header; only an empty field is a missing value, "NA" is a text.
+
+    Raises ValueError where a quote joins lines: a stray one would swallow rows.
+    """
+    rows = pd.read_csv(path, sep="\t", dtype=dict.fromkeys(WRITTEN, str), keep_default_na=False, na_values=[""])
+    lines = sum(bool(line.strip()) for line in path.read_text().split("\n")) - 1
+    if len(rows) != lines:
+        raise ValueError(f"{lines} lines make {len(rows)} rows, since a quote opens a field that goes on")
+    return rows
+
+
 FORMATS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
     ".jsonl": partial(pd.read_json, lines=True, dtype=False, convert_dates=False),
-    ".tsv": partial(pd.read_csv, sep="\t", dtype=dict.fromkeys(WRITTEN, str)),
+    ".tsv": read_tsv,
     ".parquet": pd.read_parquet,
 }
 MOST_HELD_OUT = 1000
@@ -86,5 +100,10 @@ def carve(rows: pd.DataFrame, split: str) -> pd.DataFrame:
     """ "train" or "validation" of published training rows: a tenth of them, at most 1000, is the validation split."""
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
+    if len(rows) < 10:
+        raise ExperimentError(
+            f"tasks: a tenth of the training rows is held out for validation, got {len(rows)} rows. Add rows, at least "
+            "10, or a validation file."
+        )
     held_out = min(MOST_HELD_OUT, len(rows) // 10)
     return rows.iloc[order[:held_out] if split == "validation" else order[held_out:]]

@@ -98,3 +98,17 @@ def test_a_run_that_failed_or_did_not_train_is_shown_and_never_paired(records: p
     assert table.loc["lora", "status"] == "complete" and table.loc["lora", "score"] == pytest.approx(0.5)
     assert table.loc["unilora", "status"] == "incomplete" and table.loc["unilora", "seeds"] == 2
     assert table.loc["unilora", "did_not_train"] == 1
+
+
+def test_cells_that_are_the_same_runs_of_the_reference_count_once(records: pd.DataFrame) -> None:
+    """A budget is nothing to LoRA: with two of them it has two cells of the same runs."""
+    again = records[records["projection"] == "lora"].assign(cell="lora at another budget")
+    (row,) = paired(pd.concat([records, again]), [], "lora").to_dict("records")
+    (once,) = paired(records, [], "lora").to_dict("records")
+    assert row == once and row["pairs"] == 3 and row["cell"] == "unilora"
+
+
+def test_lists_of_modules_pair(records: pd.DataFrame) -> None:
+    asked = [["query"]] * len(records)
+    (row,) = paired(records.assign(target_modules=asked), ["target_modules"], "lora").to_dict("records")
+    assert row["pairs"] == 3 and row["target_modules"] == '["query"]'

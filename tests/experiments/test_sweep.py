@@ -10,7 +10,7 @@ import pytest
 
 from experiments import sweep, tasks, train
 from experiments.protocol import LOCK
-from experiments.results import RESULT, load, read_json
+from experiments.results import CONFIG, RESULT, load, read_json, write_json
 from tests.experiments.processes import start_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -121,3 +121,32 @@ def test_tuning_never_reads_the_test_split(file: Path, runs: Path, monkeypatch) 
     monkeypatch.setattr(tasks.Task, "split", guarded)
     here = protocol.tune(plan.read(file), runs, lambda folders: {f: "failed" for f in folders if train.main([str(f)])})
     assert len(here) == 2
+
+
+def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(file: Path, runs: Path) -> None:
+    """Lists, null and a single value; where every trial diverged the first one is taken, at no edge of one value."""
+    from experiments import plan, protocol
+
+    tuned = ["tune.lr=[0.01]", "+tune.target_modules=[[query],[query,value]]", "+tune.alpha=[null,8]"]
+    asked = plan.read(file, [*tuned, "axes.projection=[unilora]"])
+
+    def diverged(folders) -> dict[Path, str]:
+        for folder in folders:
+            result = {"config": read_json(folder / CONFIG), "score": None, "did_not_train": "nan", "validation": None}
+            more = {"validation_best": None, "higher_is_better": True, "cost": {"seconds": 1.0}}
+            write_json(folder / RESULT, {**result, **more})
+        return {}
+
+    (chosen,) = protocol.tune(asked, runs, diverged).values()
+    assert chosen == {"lr": 0.01, "target_modules": ["query"], "alpha": None}
+    (choice,) = read_json(protocol.sweep_folder(runs, asked) / LOCK)["choices"]
+    assert choice["at_edge"] == ["target_modules", "alpha"] and not choice["trained"]
+
+
+def test_rates_along_an_axis_are_compared_at_the_same_rate(file: Path) -> None:
+    from experiments import plan, sweep_report
+
+    assert sweep_report.pairing(plan.read(file)) == []  # tuned
+    assert sweep_report.pairing(plan.read(file, ["~tune", "+axes.lr=[0.01,0.05]"])) == ["lr"]
+    own = "+cases=[{lr:0.01},{lr:0.05}]"
+    assert sweep_report.pairing(plan.read(file, ["~tune", own])) == []

@@ -9,6 +9,8 @@ from experiments.config import resolve
 from experiments.errors import ExperimentError
 from experiments.families import adapted_shapes
 from experiments.models import load_tokenizer, source
+from experiments.results import prepare
+from experiments.run import Run
 from experiments.tasks.rows import text_columns
 from experiments.tasks.sources import read_file
 from uniproj import ProjectionError
@@ -126,3 +128,30 @@ def test_glue_scores_on_the_published_validation_split_and_holds_out_part_of_tra
     published["train"].pop()
     with pytest.raises(ExperimentError, match=r"must have 2,490 rows in 'train' as published, got 2,489"):
         tasks.get("glue/rte").split("train")
+
+
+def test_a_stray_quote_does_not_swallow_rows(tmp_path) -> None:
+    lines = ["text\tlabel", '"Great, I said.\t1', "Dull.\t0", 'Long."\t0', "NA\t1"]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ExperimentError, match="4 lines make 2 rows, since a quote"):
+        read_file(tmp_path, "train")
+    (tmp_path / "train.tsv").write_text("\n".join(line.replace('"', "") for line in lines))
+    assert read_file(tmp_path, "train")["text"].tolist() == ["Great, I said.", "Dull.", "Long.", "NA"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"train": [0] * 12}, "two classes or more, got 0 alone"),
+        ({"train": [0, 1] * 6, "test": [0, 2]}, "test: classes must occur in the training rows, which end at 1, got 2"),
+        ({"train": [True, False] * 6}, "integers"),
+        ({"train": [0, 1] * 3}, "at least 10, or a validation file"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_said_before_training(labels, message: str, tmp_path, model: str) -> None:
+    for split, values in {"test": [0, 1], **labels}.items():
+        rows = pd.DataFrame({"text": [f"text {i}" for i in range(len(values))], "label": values})
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    config = resolve({"task": str(tmp_path), "model": model, "projection": "unilora", "d": 8, "seed": 0, "lr": 0.1})
+    with pytest.raises(ExperimentError, match=message):
+        Run.load(prepare(tmp_path / "runs", config.to_json()))
