@@ -279,3 +279,16 @@ def test_a_dead_layer_on_disk_is_refused(folder: str, tmp_path, monkeypatch) -> 
     offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
     with pytest.raises(AdapterError, match="its A and B must move the output of Linear layers"):
         get_peft_model(offloaded, config("llama", target_modules=r".*layers\.1\.mlp\.down_proj"))
+
+
+def test_a_base_may_call_its_modules_as_the_tuner_does() -> None:
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projections = nn.ModuleList([nn.Linear(8, 8)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.projections[0](x)
+
+    model = get_peft_model(Base(), UniProjConfig(r=2, d=8, target_modules=["projections.0"]))
+    assert model(torch.ones(2, 8)).shape == (2, 8) and _theta_d(model).shape == (8,)

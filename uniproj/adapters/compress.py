@@ -16,6 +16,7 @@ from uniproj.errors import AdapterError
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 
+IDENTITY = "lora"
 # A captured energy that moves by more than this with the gauge is marked.
 GAUGE_LIMIT = 0.01
 GAUGE_NOTE = "depends on the gauge (A c, B / c)"
@@ -45,12 +46,13 @@ def compress(
         model = bases.load(base, adapter.config, weights=True)
         needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
-    target = balanced(adapter.layout, adapter.theta_D)
-    with torch.no_grad():
-        unbalanced = captured(adapter.theta_D.double(), fit(P.rebuild(), adapter.theta_D).theta_D)
+    # the identity loses nothing, and keeps A and B to the bit
+    target = adapter.theta_D.double() if projection == IDENTITY else balanced(adapter.layout, adapter.theta_D)
+    as_trained = fit(P.rebuild(), adapter.theta_D)
     found = fit(P, target)
     # as it will be read: theta_d in float32
     with torch.no_grad():
+        unbalanced = captured(adapter.theta_D.double(), as_trained.theta_D)
         reached = P(found.theta_d.float().double())
     factor = captured(target, reached)
     settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in _OF_LORA}

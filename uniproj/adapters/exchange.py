@@ -11,7 +11,7 @@ from torch import nn
 
 from uniproj.adapters import lora, peft_folder, peft_formats, vllm
 from uniproj.adapters.commands import FORMATS
-from uniproj.adapters.compress import compress
+from uniproj.adapters.compress import IDENTITY, compress
 from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
 
@@ -71,7 +71,7 @@ def import_adapter(
         native = peft_formats.read(path, base)
         adapter = native.lora()
     if native is None or projection is not None:
-        trained, report = compress(adapter, projection or "lora", d, seed, options or {}, base)
+        trained, report = compress(adapter, projection or IDENTITY, d, seed, options or {}, base)
         report["lost_energy"] = 1.0 - report["captured_delta_W"]
     else:
         P = native.projection

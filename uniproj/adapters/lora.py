@@ -21,6 +21,8 @@ from uniproj.layout import Block, LoRALayout
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # Variants of LoRA whose update is not s B A.
 _REFUSED = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication")
+# Starts of A and B for which PEFT changes the base weights too, on every loading.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,19 @@ class LoRAAdapter:
 def read(folder: Path) -> LoRAAdapter:
     """The adapter in a folder of PEFT's LORA, theta_D in float64.
 
-    Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, factors of layers that are
+    Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and other starts for
+    which PEFT changes the base weights, factors of layers that are
     not linear, a factor without its pair, and numbers that are not finite.
     """
     config = peft_folder.read_config(folder, ("LORA",))
     if changed := [name for name in _REFUSED if getattr(config, name, None)]:
         raise AdapterError(f"{folder}: the update must be s B A, got {', '.join(changed)}. Take a plain LoRA.")
+    if str(config.init_lora_weights).startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{folder}: the base weights must be those that were pretrained, got init_lora_weights = "
+            f"{config.init_lora_weights!r}, for which PEFT changes them. Save it anew by PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+        )
     tensors = peft_folder.read_tensors(folder)
     found = {name: match for name in tensors if (match := _FACTOR.fullmatch(name))}
     factors = {(m["module"], m["factor"]): tensors[name].double() for name, m in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,8 @@ class UniProjModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
-        if not hasattr(self, "projections"):
+        # hasattr would ask the base model too, which may call a module projections
+        if "_sources" not in self.__dict__:
             if any(isinstance(module, LoraLayer) for module in model.modules()):
                 raise AdapterError(
                     "get_peft_model: the base model must hold no adapter yet, got one with LoRA layers. "
@@ -53,7 +55,10 @@ class UniProjModel(LoraModel):
                 model.register_forward_pre_hook(self._project_active),
                 model.register_forward_hook(self._let_go, always_call=True),
             ]
-        config = self.peft_config[adapter_name]
+        given = self.peft_config[adapter_name]
+        twins = [name for name, other in self.peft_config.items() if other is given and name != adapter_name]
+        # what is saved must describe this P, whatever becomes of the caller's object
+        config = self.peft_config[adapter_name] = copy.deepcopy(given)
         # the header of a saved adapter lists its modules one by one
         asked = None if config.header is not None else config.target_modules
         theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
@@ -61,6 +66,7 @@ class UniProjModel(LoraModel):
             # P makes every A and B, so those that PEFT draws here may stay on the meta device
             super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
             self._attach(adapter_name, asked)
+            refuse_copy(twins, self.uniproj_theta_d, adapter_name)
         except Exception:
             self._take_back(adapter_name)
             raise
@@ -79,7 +85,6 @@ class UniProjModel(LoraModel):
         check_saved(config, projection, self.model)
         self.projections[adapter_name] = projection
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
-        refuse_copy(self.peft_config, self.uniproj_theta_d, adapter_name)
         source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A

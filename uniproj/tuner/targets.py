@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -50,15 +50,15 @@ def _not_linear(layer: LoraLayer, adapter_name: str) -> str:
     return ""
 
 
-def refuse_copy(configs: Mapping[str, object], theta_ds: nn.ParameterDict, adapter_name: str) -> None:
+def refuse_copy(twins: Iterable[str], theta_ds: nn.ParameterDict, adapter_name: str) -> None:
     """Raise AdapterError for an adapter that may be meant as the copy of a trained one, and would not be one.
 
-    TRL makes its frozen reference so: a new adapter with the configuration object of the trained one, into which it
-    copies the Parameters whose name has the adapter's name inside. theta_d is not among them.
+    twins: the adapters whose configuration object it was given. TRL makes its frozen reference so: a new adapter with
+    the configuration object of the trained one, into which it copies the Parameters whose name has the adapter's name
+    inside. theta_d is not among them.
     """
-    for name, config in configs.items():
-        same = config is configs[adapter_name] and name != adapter_name and name in theta_ds
-        if same and not torch.equal(theta_ds[name], theta_ds[adapter_name]):
+    for name in twins:
+        if not torch.equal(theta_ds[name], theta_ds[adapter_name]):
             raise AdapterError(
                 f"add_adapter: {adapter_name!r} must have a configuration of its own, got that of {name!r}, which is "
                 "trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); to TRL, pass a merged copy "
