@@ -42,7 +42,7 @@ class Block:
 def _natural(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """Sort key in which layer 2 comes before layer 10; the name itself breaks ties such as 1 and 01."""
     parts = re.findall(r"\d+|\D+", name)
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts), name
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts), name
 
 
 class LoRALayout:

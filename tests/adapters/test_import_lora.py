@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+import torch
+from peft import LoraConfig, UniLoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from tests.adapters.tools import loaded, logits
+from tests.adapters.tools import fields_of, loaded, logits
 from tests.tuner.models import TARGETS, base_model, train_steps
 from uniproj import AdapterError
 from uniproj.adapters.exchange import export, import_adapter
@@ -46,3 +48,55 @@ def test_starts_that_change_the_base_are_refused(start: str, tmp_path: Path) -> 
     with pytest.raises(AdapterError, match=f"init_lora_weights = '{start}'.*path_initial_model_for_weight_conversion"):
         import_adapter(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": None}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern must map patterns"),
+        ({"alpha_pattern": [1]}, "alpha_pattern must map patterns"),
+        ({"alpha_pattern": {"q": "x"}}, r"alpha_pattern\['q'\] must be a finite number"),
+    ],
+)
+def test_a_scale_that_is_none_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = _lora(tmp_path / "lora")
+    (folder / "adapter_config.json").write_text(json.dumps(fields_of(folder) | fields))
+    with pytest.raises(AdapterError, match=message):
+        import_adapter(folder, tmp_path / "ours")
+
+
+def test_heads_of_odd_dtypes_and_numbers_beyond_float32(tmp_path: Path) -> None:
+    folder = _lora(tmp_path / "lora")
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    head = "base_model.model.lm_head.weight"
+    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.uint16):
+        save_file({**tensors, head: torch.ones(64, 32).to(dtype)}, weights)
+        import_adapter(folder, tmp_path / "ours")
+        export(tmp_path / "ours", tmp_path / "back")
+        assert load_file(tmp_path / "back" / weights.name)[head].dtype == dtype
+    name, factor = next(iter(tensors.items()))
+    save_file({**tensors, name: factor.double() * 1e300}, weights)
+    with pytest.raises(AdapterError, match="finite"):
+        import_adapter(folder, tmp_path / "far")
+    assert not (tmp_path / "far").exists()
+
+
+def test_the_place_and_the_arguments_are_checked(tmp_path: Path) -> None:
+    folder = _lora(tmp_path / "lora")
+    import_adapter(folder, tmp_path / "ours")
+    for both in (folder, tmp_path / "ours"):
+        with pytest.raises(AdapterError, match="must be another folder"):
+            (import_adapter if both is folder else export)(both, str(both))
+    model = get_peft_model(base_model("llama"), UniLoraConfig(target_modules=TARGETS["llama"], theta_d_length=64))
+    model.save_pretrained(str(tmp_path / "unilora"))
+    with pytest.raises(AdapterError, match="projection to compress into"):
+        import_adapter(tmp_path / "unilora", tmp_path / "out", d=7, base=base_model("llama"))
+    with pytest.raises(AdapterError, match="got Linear"):
+        export(torch.nn.Linear(2, 2), tmp_path / "out")  # type: ignore[arg-type]
+    for function in (export, import_adapter):
+        with pytest.raises(AdapterError, match="must be a folder"):
+            function("x" * 300, tmp_path / "out")

@@ -228,6 +228,6 @@ def test_bad_imports_are_refused(tmp_path: Path) -> None:
     (tmp_path / "theirs" / WEIGHTS).rename(tmp_path / "theirs" / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"got adapter_model\.bin, which can run code"):
         import_adapter(tmp_path / "theirs", out, base=base_model("llama"))
-    with pytest.raises(AdapterError, match="must hold an adapter of PEFT type UNILORA or VERA"):
+    with pytest.raises(AdapterError, match="must hold an adapter of PEFT type LORA or UNILORA or VERA"):
         import_adapter(saved(get_peft_model(base_model("llama"), config("llama")), tmp_path / "ours"), out)
     assert not out.exists()

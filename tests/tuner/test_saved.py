@@ -270,3 +270,15 @@ def test_a_file_says_what_was_trained_whatever_becomes_of_the_configuration(betw
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(**batch("llama")).logits, model(**batch("llama")).logits)
+
+
+def test_a_configuration_of_another_P_is_told_by_its_field(tmp_path: Path) -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    train_steps(model, "llama")
+    model.save_pretrained(tmp_path)
+    other = UniProjConfig.from_pretrained(tmp_path)
+    other.projection_seed = 5
+    with pytest.raises(AdapterError, match="projection_seed must be 0 as in the adapter's file, got 5"):
+        PeftModel.from_pretrained(base_model("llama"), tmp_path, config=other)
+    with pytest.raises(AdapterError, match="remap must be a dict"):
+        PeftModel.from_pretrained(base_model("llama"), tmp_path, remap=[("a", "b")])

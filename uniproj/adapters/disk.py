@@ -8,9 +8,18 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from uniproj.errors import AdapterError
+
+
+def exists(path: Path) -> bool:
+    """Whether something lies there; a name that the system cannot look up is no place."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_bytes(path: Path) -> bytes:
@@ -41,7 +50,7 @@ def replace(contents: Mapping[Path, bytes | Iterable[bytes]]) -> None:
     All are written under other names and flushed to the disk before the first takes its place, so a full disk or a
     crash while writing leaves every old file as it was. Raises AdapterError where the disk refuses.
     """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}") for path in contents}
     with _disk_errors(next(iter(contents))):
         try:
             for path, content in contents.items():

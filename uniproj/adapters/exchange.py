@@ -32,13 +32,22 @@ def export(
 
     Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
     """
+    _refuse_in_place(source, out)
     if to not in FORMATS:
         raise AdapterError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}.")
     if rank is not None and to not in ("lora", "vllm"):
         raise AdapterError(
             f"export: rank must be left out for {to}, which has the adapter's, got {rank}. Export to lora."
         )
-    trained = Trained.of_model(source, adapter_name) if isinstance(source, PeftModel) else Trained.of_file(source, base)
+    if isinstance(source, PeftModel):
+        trained = Trained.of_model(source, adapter_name)
+    elif isinstance(source, str | Path):
+        trained = Trained.of_file(source, base)
+    else:
+        raise AdapterError(
+            f"export: the source must be a PeftModel or the folder of an adapter, got {type(source).__name__}. "
+            "Pass the PeftModel itself, not what wraps it."
+        )
     if to == "vllm":
         vllm.write(trained.lora(), Path(out), rank)
     elif to == "lora":
@@ -65,6 +74,8 @@ def import_adapter(
     Raises AdapterError or ProjectionError; what lay in `out` then stays as it was.
     """
     path = Path(path)
+    _refuse_in_place(path, out)
+    peft_folder.read_config(path, ("LORA", *peft_formats.CONFIGS))
     if peft_folder.peft_type(path) == "LORA":
         adapter, native = lora.read(path), None
     else:
@@ -73,8 +84,18 @@ def import_adapter(
     if native is None or projection is not None:
         trained, report = compress(adapter, projection or IDENTITY, d, seed, options or {}, base)
         report["lost_energy"] = 1.0 - report["captured_delta_W"]
+    elif d is not None or seed or options:
+        raise AdapterError(
+            "import: d, seed and options are those of a projection to compress into, got no projection. Name one, or "
+            "leave them out."
+        )
     else:
         P = native.projection
         trained, report = native, {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
     trained.save(out)
     return report
+
+
+def _refuse_in_place(source: object, out: str | Path) -> None:
+    if isinstance(source, str | Path) and Path(source).absolute() == Path(out).absolute():
+        raise AdapterError(f"{out}: must be another folder than the one that is read, whose numbers would be lost.")

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import read_bytes, read_json, replace
+from uniproj.adapters.disk import exists, read_bytes, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
 from uniproj.errors import AdapterError, ProjectionError
 
@@ -85,7 +85,7 @@ def config_of(header: Header, where: str | Path) -> UniProjConfig:
 def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
     """The folder of an adapter: a local one as it is, else both files from the hub, in its cache."""
     local = Path(model_id, subfolder) if subfolder else Path(model_id)
-    if local.exists():
+    if exists(local):
         return local
     try:
         found = [hf_hub_download(str(model_id), name, subfolder=subfolder, **hub) for name in (CONFIG, WEIGHTS)]
@@ -107,7 +107,7 @@ def is_ours(folder: Path) -> bool:
 
 def is_template(folder: Path) -> bool:
     """Whether a folder holds a configuration that never belonged to trained numbers."""
-    if (folder / WEIGHTS).exists() or (folder / UNSAFE).exists() or not (folder / CONFIG).exists():
+    if exists(folder / WEIGHTS) or exists(folder / UNSAFE) or not exists(folder / CONFIG):
         return False
     return _fields(folder / CONFIG).get("layout_fingerprint") is None
 
@@ -120,7 +120,7 @@ def config_text(fields: Mapping[str, Any]) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise AdapterError(f"{folder}: must be a folder with {CONFIG} and {WEIGHTS}, got none. Check the path.")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
     if missing and (folder / UNSAFE).exists():
@@ -162,8 +162,8 @@ def _check_agreement(fields: Mapping[str, Any], header: Header, folder: Path) ->
         if key not in fields or json.dumps(fields[key]) != json.dumps(wanted):
             raise AdapterError(
                 f"{folder / CONFIG}: {key} must be {wanted!r} as in the header of {WEIGHTS}, got "
-                f"{fields.get(key, 'none')!r}. Restore it; to change a setting, load the configuration by "
-                "UniProjConfig.from_pretrained, set it there, and save the adapter anew."
+                f"{fields.get(key, 'none')!r}. Restore it; to change what leaves the updates as they are, such as "
+                "lora_dropout, pass a changed UniProjConfig.from_pretrained as config= and save the adapter anew."
             )
 
 

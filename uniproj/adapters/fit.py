@@ -68,12 +68,14 @@ def _about_missing(missing: list[str], extra: list[str], wants: dict, has: dict)
     row = suggestion(missing, extra) if extra else None
     if row:
         return (
-            f"{first} is missing, and {len(missing)} such modules seem to be renamed. If they are the same, load with "
-            f"remap={{{row[0]!r}: {row[1]!r}}} (on the command line --remap {row[0]}={row[1]})."
+            f"{first} is missing, and {len(missing)} such modules seem to be renamed. If they are the same, load by "
+            f"PeftModel.from_pretrained with remap={{{row[0]!r}: {row[1]!r}}} (on the command line --remap "
+            f"{row[0]}={row[1]})."
         )
     same = next((m for m in extra if has[m] == wants[first]), None)
     hint = f", and has {same} of the same size, which the adapter does not know" if same else ""
     return (
         f"{first} is missing in this model{hint}. Load the adapter on the base model it was trained on, or, for "
-        "renamed modules, pass the table: remap={'old': 'new'} (on the command line --remap old=new)."
+        "renamed modules, pass PeftModel.from_pretrained the table remap={'old': 'new'} (on the command line --remap "
+        "old=new)."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def read(folder: Path) -> LoRAAdapter:
     """The adapter in a folder of PEFT's LORA, theta_D in float64.
 
     Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and other starts for
-    which PEFT changes the base weights, factors of layers that are
+    which PEFT changes the base weights, an alpha that is no number, factors of layers that are
     not linear, a factor without its pair, and numbers that are not finite.
     """
     config = peft_folder.read_config(folder, ("LORA",))
@@ -54,6 +55,7 @@ def read(folder: Path) -> LoRAAdapter:
             f"{config.init_lora_weights!r}, for which PEFT changes them. Save it anew by PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
         )
+    _check_scale(config, folder)
     tensors = peft_folder.read_tensors(folder)
     found = {name: match for name in tensors if (match := _FACTOR.fullmatch(name))}
     factors = {(m["module"], m["factor"]): tensors[name].double() for name, m in found.items()}
@@ -103,6 +105,27 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
         yield from adapter.other.values()
 
     peft_folder.write(folder, config.to_dict(), index, tensors())
+
+
+def _check_scale(config: LoraConfig, folder: Path) -> None:
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, Mapping | None) or any(not _is_regex(key) for key in pattern or {}):
+            raise AdapterError(f"{folder}: {name} must map patterns of names to numbers, got {pattern!r}. Correct it.")
+    values = {
+        "lora_alpha": config.lora_alpha,
+        **{f"{n}[{k!r}]": v for n, p in patterns.items() for k, v in (p or {}).items()},
+    }
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
+            raise AdapterError(f"{folder}: {name} must be a finite number other than 0, got {value!r}. Correct it.")
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
 
 
 def lora_settings(config: LoraConfig) -> dict[str, Any]:

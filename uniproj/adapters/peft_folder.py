@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import read_bytes, read_json, replace
+from uniproj.adapters.disk import exists, read_bytes, read_json, replace
 from uniproj.adapters.file import CONFIG, UNSAFE, WEIGHTS, config_text
 from uniproj.errors import AdapterError
 
@@ -23,10 +23,16 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -60,7 +66,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def peft_type(folder: Path) -> str:
     """The PEFT type that the configuration in a folder names. Raises AdapterError for a folder without one."""
-    if not (folder / CONFIG).is_file():
+    if not exists(folder / CONFIG) or not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder}: must be a folder with {CONFIG}, got none. Check the path.")
     fields = read_json(folder / CONFIG)
     return str(fields.get("peft_type")) if isinstance(fields, dict) else "none"

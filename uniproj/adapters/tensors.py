@@ -120,7 +120,7 @@ def check_finite(tensor: Tensor, where: str) -> None:
     """Raises AdapterError for a number that is NaN or inf."""
     known = tensor if tensor.dtype in FLOATS else tensor.float()  # 8-bit floats know no isfinite
     if tensor.is_floating_point() and not torch.isfinite(known).all():
-        raise AdapterError(f"{where}: all numbers must be finite, the file holds NaN or inf. Use another checkpoint.")
+        raise AdapterError(f"{where}: all numbers must be finite, got NaN or inf. Use another checkpoint.")
 
 
 def _start(data: bytes) -> int:

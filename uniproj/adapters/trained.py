@@ -18,7 +18,7 @@ from uniproj.adapters import file
 from uniproj.adapters.header import Header
 from uniproj.adapters.lora import LoRAAdapter, ranks, scales
 from uniproj.adapters.remap import new_names
-from uniproj.adapters.tensors import OF_P, THETA_D
+from uniproj.adapters.tensors import OF_P, THETA_D, check_finite
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -105,9 +105,14 @@ class Trained:
         return LoRAAdapter(self.layout, theta_D, self.scales, self.config, self.other)
 
     def save(self, folder: str | Path) -> None:
-        """Write a uniproj adapter, theta_d and Parameters in float32. Raises AdapterError where the disk refuses."""
+        """Write a uniproj adapter, theta_d and Parameters in float32.
+
+        Raises AdapterError for numbers beyond float32, and where the disk refuses.
+        """
         own = {f"{OF_P}{name}": p.detach().float() for name, p in self.projection.named_parameters()}
         tensors = {THETA_D: self.theta_d.float(), **own, **self.other}
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"{folder}: {name}, as it would be saved")
         config = copy.copy(self.config)
         config.inference_mode = True
         file.write(folder, tensors, Header.of(config, self.projection), config)

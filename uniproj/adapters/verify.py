@@ -65,6 +65,8 @@ def layout_on(base: str, config: UniProjConfig) -> LoRALayout:
             "default",
             low_cpu_mem_usage=True,
         )
+    except AdapterError:
+        raise
     except Exception as error:  # neither Transformers nor PEFT has one kind of error for this
         raise AdapterError(
             f"{base}: must be a model with the adapter's target modules, got {error}. Check the name, or pass --remap."

@@ -129,6 +129,8 @@ class UniProjConfig(LoraConfig):
             return super().from_pretrained(str(folder))
         config = file.read(folder).config
         if remap:
+            if not isinstance(remap, Mapping):
+                raise AdapterError(f"{folder}: remap must be a dict {{old: new}}, got {remap!r}. Write it as one.")
             if config.header is None:
                 raise AdapterError(
                     f"{folder}: remap needs a file with the list of its modules, got one from before format 1. "

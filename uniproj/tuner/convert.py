@@ -202,6 +202,8 @@ def _build_unilora(adapter: _Adapter) -> UniLoRA:
     config = adapter.config
     P = UniLoRA(adapter.layout, config.theta_d_length, config.proj_seed, "peft", list(adapter.layers))
     index, scales = per_row("unilora_indices"), per_row("unilora_scales").double()
+    if index.min() < 0 or index.max() >= P.d:
+        raise AdapterError(f"from_peft: indices must lie in [0, {P.d}), got others. Copy or download the file again.")
     redealt = not torch.equal(index, P.index.long())
     scale = torch.zeros_like(P.scale).index_put_((index,), scales)
     odd = (scale[index] != scales).nonzero().flatten()

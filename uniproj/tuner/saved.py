@@ -41,6 +41,12 @@ def as_saved(layers: dict[str, LoraLayer], config: UniProjConfig, adapter_name: 
 
 def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) -> None:
     """Refuse a saved adapter on another architecture or another P; note what this P is for the next save."""
+    for key in ("projection", "projection_seed", "projection_kwargs") if config.header is not None else ():
+        if getattr(config, key) != (saved := getattr(config.header, key)):
+            raise AdapterError(
+                f"{config.projection}: {key} must be {saved!r} as in the adapter's file, got {getattr(config, key)!r}. "
+                "theta_d belongs to that P: leave it, or train anew."
+            )
     now = {"layout_fingerprint": projection.layout.fingerprint}
     if not on_meta(projection):
         now["projection_checksum"] = projection.checksum()
