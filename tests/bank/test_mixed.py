@@ -238,12 +238,12 @@ def test_what_cannot_be_mixed_is_refused() -> None:
             pass
     with (
         model.disable_adapter(),
-        pytest.raises(AdapterError, match="enabled and not merged"),
+        pytest.raises(AdapterError, match="mixed: the adapter must be enabled"),
         mixed(model, thetas, ROWS),
     ):
         pass
     model.merge_adapter()
-    with pytest.raises(AdapterError, match="got merged layers"), mixed(model, thetas, ROWS):
+    with pytest.raises(AdapterError, match="mixed: the adapter must not be merged"), mixed(model, thetas, ROWS):
         pass
     model.unmerge_adapter()
     model.add_adapter("other", config("llama"))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from uniproj.adapters.fit import check_fit
@@ -34,6 +35,17 @@ def active_adapter(tuner: UniProjModel, where: str) -> str:
     if len(active) != 1:
         raise AdapterError(f"{where}: one adapter must be active, got {active}. Call set_adapter with one name first.")
     return str(active[0])
+
+
+def layers_of(tuner: UniProjModel, adapter_name: str) -> list[LoraLayer]:
+    """The layers that hold an adapter."""
+    return [m for m in tuner.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+
+
+def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
+    """Raises AdapterError where other factors would not reach the output, and would be subtracted by an unmerge."""
+    if any(layer.merged for layer in layers):
+        raise AdapterError(f"{where}: the adapter must not be merged, got merged layers. Call unmerge_adapter first.")
 
 
 def header_of(tuner: UniProjModel, adapter_name: str) -> Header:

@@ -9,17 +9,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.adapters import file as adapter_file
 from uniproj.adapters.fit import warn_of_another_base
 from uniproj.adapters.header import Header
 from uniproj.adapters.tensors import THETA_D
-from uniproj.bank.attached import active_adapter, check_alone, check_same, header_of, tuner_of
+from uniproj.bank.attached import (
+    active_adapter,
+    check_alone,
+    check_same,
+    header_of,
+    layers_of,
+    refuse_merged,
+    tuner_of,
+)
 from uniproj.bank.index import Change, Entry, Index
 from uniproj.bank.slots import Slots
 from uniproj.errors import AdapterError
@@ -58,7 +67,8 @@ class AdapterBank:
             )
         self.header = header
         self._index = Index(self.folder / INDEX)
-        self._fitting: WeakSet[nn.Module] = WeakSet()
+        # P of each model that fits -> its layers, for which no second selection walks the model
+        self._fitting: WeakKeyDictionary[nn.Module, WeakSet[LoraLayer]] = WeakKeyDictionary()
         if (known := self._index.slots()) > len(self._slots):
             raise AdapterError(
                 f"bank: {self.folder / VECTORS} must have {known} slots, got {len(self._slots)}: it is cut off, or "
@@ -125,7 +135,10 @@ class AdapterBank:
         return self.get_many(list(once)), torch.tensor([once[name] for name in names])
 
     def select(self, model: nn.Module, name: str) -> None:
-        """Let the active adapter of a model be this one: a copy of d numbers into its theta_d and one projection."""
+        """Let the active adapter of a model be this one: a copy of d numbers into its theta_d and one projection.
+
+        The adapter may be disabled, but not merged.
+        """
         tuner = tuner_of(model, "bank.select")
         adapter_name = active_adapter(tuner, "bank.select")
         projection = tuner.projections[adapter_name]
@@ -134,7 +147,8 @@ class AdapterBank:
             warn_of_another_base(
                 self.header, getattr(tuner.model, "name_or_path", None), getattr(tuner.model, "config", None)
             )
-            self._fitting.add(projection)
+            self._fitting[projection] = WeakSet(layers_of(tuner, adapter_name))
+        refuse_merged(self._fitting[projection], "bank.select")
         theta = self.get(name)
         with torch.no_grad():
             tuner.uniproj_theta_d[adapter_name].copy_(theta)

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.bank.attached import active_adapter, tuner_of
+from uniproj.bank.attached import active_adapter, layers_of, refuse_merged, tuner_of
 from uniproj.errors import AdapterError
-from uniproj.tuner import UniProjModel
 from uniproj.tuner.factors import Mixture
 
 
@@ -31,7 +29,10 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
     """
     tuner = tuner_of(model, "mixed")
     name = active_adapter(tuner, "mixed")
-    _check_in_use(tuner)
+    layers = layers_of(tuner, name)
+    refuse_merged(layers, "mixed")
+    if any(layer.disable_adapters for layer in layers):
+        raise AdapterError("mixed: the adapter must be enabled, got disabled layers. Leave disable_adapter first.")
     source = tuner._sources[name]
     d, device = source.projection.d, tuner.uniproj_theta_d[name].device
     if thetas.ndim != 2 or thetas.shape[1] != d or not len(thetas) or not thetas.is_floating_point():
@@ -62,14 +63,3 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
     finally:
         source.mixture = before
         source.install({})
-
-
-def _check_in_use(tuner: UniProjModel) -> None:
-    """Raises AdapterError where factors would not reach the output."""
-    layers = [module for module in tuner.modules() if isinstance(module, LoraLayer)]
-    off = [what for what in ("merged", "disable_adapters") if any(getattr(layer, what) for layer in layers)]
-    if off:
-        raise AdapterError(
-            f"mixed: the adapter must be enabled and not merged, got {off[0]} layers. "
-            "Call unmerge_adapter, or leave disable_adapter, first."
-        )

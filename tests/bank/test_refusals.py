@@ -1,0 +1,117 @@
+"""What does not belong in a bank, or is no bank any more, is refused in one sentence."""
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from tests.bank.models import D, adapted, vector
+from tests.tuner.models import base_model, config
+from uniproj import AdapterError
+from uniproj.bank import AdapterBank
+
+
+def test_an_adapter_of_another_p_is_refused_with_the_first_difference(bank: AdapterBank) -> None:
+    same_P = r"must have the bank's P: "
+    others = {
+        same_P + 'projection must be "unilora", got "fastfood"': {"projection": "fastfood"},
+        same_P + "projection_seed must be 0, got 1": {"projection_seed": 1},
+        same_P + "d must be 60, got 50": {"d": 50},
+        same_P + "projection_kwargs must be": {"projection_kwargs": {"assignment": "iid"}, "d": 8},
+        same_P + "lora_alpha must be 4, got 8": {"lora_alpha": 8},
+        same_P + "use_rslora must be false, got true": {"use_rslora": True},
+        r"with other modules, shapes or ranks: .*layers\.0\.mlp\.down_proj": {"target_modules": ["q_proj", "v_proj"]},
+        r"layers\.0\.mlp\.down_proj must have \(rank\) = \(4\), got \(2\)": {"r": 2, "lora_alpha": 4},
+    }
+    for message, fields in others.items():
+        other = adapted(**fields)
+        for use in (lambda o=other: bank.add("x", o), lambda o=other: bank.select(o, "y")):
+            with pytest.raises(AdapterError, match=message):
+                use()
+    assert bank.names() == []
+
+
+def test_adapters_with_numbers_of_their_own_are_refused(bank: AdapterBank, tmp_path) -> None:
+    learned = get_peft_model(base_model("llama"), config("llama", "vblora", None))
+    with pytest.raises(AdapterError, match="vblora must have no numbers of its own, got the learned logits"):
+        AdapterBank.create(tmp_path / "x", learned)
+    head = get_peft_model(base_model("bert"), config("bert"))
+    with pytest.raises(AdapterError, match="must train theta_d alone, got modules_to_save"):
+        AdapterBank.create(tmp_path / "x", head)
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_input_is_one_sentence(bank: AdapterBank, model: PeftModel, tmp_path) -> None:
+    bank.add("a", vector(0))
+    refused = {
+        r"'a' must be a new name": lambda: bank.add("a", vector(1)),
+        r"must hold the name 'b', got none": lambda: bank.replace("b", vector(1)),
+        r"must hold the name 'c', got none": lambda: bank.delete("c"),
+        r"must hold the name 'd', got none": lambda: bank.get("d"),
+        r"must hold the name 'e', got none": lambda: bank.select(model, "e"),
+        r"shape \(d,\) = \(60,\), got torch.float32 of shape \(59,\)": lambda: bank.add("b", vector(0)[1:]),
+        r"got torch.int64 of shape \(60,\)": lambda: bank.add("b", torch.ones(60, dtype=torch.int64)),
+        r"theta_d of 'b' must be finite": lambda: bank.add("b", vector(0) / 0),
+        r"at least one letter, got ''": lambda: bank.add("", vector(0)),
+        r"at least one letter, got 3": lambda: bank.add(3, vector(0)),  # type: ignore[arg-type]
+        r"at least one name is needed": lambda: bank.batch([]),
+        r"must not exist yet": lambda: AdapterBank.create(bank.folder, model),
+        r"must be a folder that can be read": lambda: AdapterBank(tmp_path / "none"),
+        r"must hold a uniproj adapter, got a Linear": lambda: bank.select(nn.Linear(2, 2), "a"),
+    }
+    for message, use in refused.items():
+        with pytest.raises(AdapterError, match=message):
+            use()
+    assert bank.names() == ["a"] and torch.equal(bank.get("a"), vector(0))
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "another file", "header", "no index", "no database", "bits"])
+def test_a_damaged_bank_is_an_error_and_not_an_adapter(damage: str, bank: AdapterBank) -> None:
+    bank.add_many({f"{i}": vector(i) for i in range(5)})
+    bank.close()
+    vectors, index = bank.folder / "theta_d.safetensors", bank.folder / "index.sqlite"
+    content = vectors.read_bytes()
+    if damage == "cut":
+        vectors.write_bytes(content[: -4 * D - 1])
+    elif damage == "emptied":
+        vectors.write_bytes(b"")
+    elif damage == "another file":
+        vectors.write_bytes(b"\xff" * 5000)
+    elif damage == "header":
+        vectors.write_bytes(content.replace(b'"F32"', b'"F16"'))
+    elif damage == "no index":
+        index.unlink()
+    elif damage == "no database":
+        index.write_bytes(b"nothing" * 1000)
+    else:
+        flipped = np.frombuffer(vector(3).numpy().tobytes(), np.uint8)
+        place = content.index(flipped.tobytes()) + 17
+        vectors.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    if damage == "bits":
+        again = AdapterBank(bank.folder)
+        assert torch.equal(again.get("2"), vector(2))
+        with pytest.raises(AdapterError, match="numbers of '3' must be those that were written"):
+            again.get("3")
+        again.replace("3", vector(3))
+        assert torch.equal(again.get("3"), vector(3))
+    else:
+        with pytest.raises(AdapterError, match=r"[Bb]ring|check"):
+            AdapterBank(bank.folder).get("3")
+    assert not index.exists() or damage != "no index"  # opening makes no new one
+
+
+def test_a_merged_adapter_is_not_selected_into_and_a_disabled_one_is(bank: AdapterBank) -> None:
+    model = adapted()
+    bank.add_many({"a": vector(1), "b": vector(2)})
+    weight = model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight
+    before = weight.clone()
+    bank.select(model, "a")
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match=r"bank.select: the adapter must not be merged.*Call unmerge_adapter"):
+        bank.select(model, "b")
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight, before)
+    with model.disable_adapter():
+        bank.select(model, "b")
+    assert torch.equal(model.base_model.uniproj_theta_d["default"], vector(2))
