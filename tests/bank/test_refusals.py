@@ -53,6 +53,7 @@ def test_bad_input_is_one_sentence(bank: AdapterBank, model: PeftModel, tmp_path
         r"shape \(d,\) = \(60,\), got torch.float32 of shape \(59,\)": lambda: bank.add("b", vector(0)[1:]),
         r"got torch.int64 of shape \(60,\)": lambda: bank.add("b", torch.ones(60, dtype=torch.int64)),
         r"theta_d of 'b' must be finite": lambda: bank.add("b", vector(0) / 0),
+        r"theta_d of 'c' must be finite in float32": lambda: bank.add("c", vector(0).double() * 1e39),
         r"at least one letter, got ''": lambda: bank.add("", vector(0)),
         r"at least one letter, got 3": lambda: bank.add(3, vector(0)),  # type: ignore[arg-type]
         r"at least one name is needed": lambda: bank.batch([]),

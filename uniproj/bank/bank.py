@@ -211,9 +211,12 @@ class AdapterBank:
                 f"bank: theta_d of {name!r} must be floats of shape (d,) = ({self.header.d},), got {source.dtype} of "
                 f"shape {tuple(source.shape)}. Pass the vector of an adapter of this bank's P."
             )
-        if not torch.isfinite(source).all():
-            raise AdapterError(f"bank: theta_d of {name!r} must be finite, got NaN or inf. Use another checkpoint.")
-        return source.detach().to("cpu", torch.float32, copy=True).numpy()
+        row = source.detach().to("cpu", torch.float32, copy=True)
+        if not torch.isfinite(row).all():
+            raise AdapterError(
+                f"bank: theta_d of {name!r} must be finite in float32, got NaN or inf. Use another checkpoint."
+            )
+        return row.numpy()
 
     def _entry(self, name: str) -> Entry:
         entry = self._index.find(name)
