@@ -140,6 +140,18 @@ def test_k_users_trained_at_once_are_k_users_trained_alone(kind: str, checkpoint
         torch.testing.assert_close(together[user], theta_d, rtol=1e-4, atol=1e-5)
 
 
+def test_training_refuses_reentrant_checkpointing() -> None:
+    model = _model().train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    thetas = _thetas(model)
+    with mixed(model, thetas, ROWS):
+        model(**batch("llama")).loss.backward()  # vectors that are not trained have no graph
+    message = r"`mixed` .*need the non-reentrant kind.*\"use_reentrant\": False"
+    with mixed(model, nn.Parameter(thetas), ROWS), pytest.raises(AdapterError, match=message):
+        model(**batch("llama"))
+
+
 def test_two_steps_within_one_block() -> None:
     model = _model().train()
     thetas = nn.Parameter(_thetas(model))

@@ -131,10 +131,12 @@ class UniProjModel(LoraModel):
             self._settle()
         if self._adapters_enabled:
             for name in self.active_adapters:
-                if torch.is_grad_enabled() and (self._sources[name].projection.learned or several_processes()):
+                source = self._sources[name]
+                walked_once = source.projection.learned or source.mixture is not None or several_processes()
+                if walked_once and source._wants_grad():
                     refuse_reentrant(model)
-                self._sources[name].refresh()
-                self._sources[name].held = not torch.compiler.is_compiling()
+                source.refresh()
+                source.held = not torch.compiler.is_compiling()
 
     def _let_go(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
