@@ -208,6 +208,17 @@ def test_blocks_nest_and_an_error_inside_leaves_the_model_as_it_was() -> None:
         assert torch.equal(model(**inputs).logits, plain)
 
 
+def test_a_mixture_is_not_merged() -> None:
+    model = _model()
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    before = weight.clone()
+    with mixed(model, _thetas(model), ROWS):
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(AdapterError, match=r"merge: .*got a block of `mixed`.*Leave the block"):
+                merge()
+    assert torch.equal(weight, before)
+
+
 class _TokensWithoutABatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -175,6 +175,11 @@ class UniProjModel(LoraModel):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
+        if any(source.mixture is not None for source in self._sources.values()):
+            raise AdapterError(
+                "merge: all rows of a batch must have one theta_d, got a block of `mixed`, where each has its own. "
+                "Leave the block, and merge the adapter that bank.select sets."
+            )
         self._check_merge_allowed()
         check_merge(self.model, adapter_names or self.active_adapters)
 
