@@ -255,6 +255,11 @@ def test_what_cannot_be_mixed_is_refused() -> None:
         r"got \[-1\]": (thetas, [-1]),
         r"got \[0\.5\]": (thetas, [0.5]),
         r"got \[\]": (thetas, []),
+        r"got 'abc'\. Name the row": (thetas, "abc"),
+        r"got None\. Name the row": (thetas, None),
+        r"got \[\[0\], \[0, 1\]\]\. Name the row": (thetas, [[0], [0, 1]]),
+        r"got \[1j\]\. Name the row": (thetas, [1j]),
+        r"thetas must be one tensor of shape \(K, d\) = \(K, 60\), got a list\. Pass torch.stack": (list(thetas), [0]),
     }
     for message, arguments in refused.items():
         with pytest.raises(AdapterError, match=message), mixed(model, *arguments):

@@ -13,6 +13,8 @@ from uniproj.bank.attached import active_adapter, layers_of, refuse_merged, tune
 from uniproj.errors import AdapterError
 from uniproj.tuner.factors import Mixture
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @contextmanager
 def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
@@ -35,22 +37,17 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
         raise AdapterError("mixed: the adapter must be enabled, got disabled layers. Leave disable_adapter first.")
     source = tuner._sources[name]
     d, device = source.projection.d, tuner.uniproj_theta_d[name].device
+    if not isinstance(thetas, Tensor):
+        raise AdapterError(
+            f"mixed: thetas must be one tensor of shape (K, d) = (K, {d}), got a {type(thetas).__name__}. "
+            "Pass torch.stack of the vectors, or bank.get_many(names)."
+        )
     if thetas.ndim != 2 or thetas.shape[1] != d or not len(thetas) or not thetas.is_floating_point():
         raise AdapterError(
             f"mixed: thetas must be floats of shape (K, d) = (K, {d}), got {thetas.dtype} of shape "
             f"{tuple(thetas.shape)}. Stack one theta_d of this model's projection per user."
         )
-    index = torch.as_tensor(rows)
-    if (
-        index.ndim != 1
-        or not len(index)
-        or index.is_floating_point()
-        or not 0 <= index.min() <= index.max() < len(thetas)
-    ):
-        raise AdapterError(
-            f"mixed: rows must be integers in [0, K) = [0, {len(thetas)}), one per row of the batch, got "
-            f"{index.tolist()}. Name the row of thetas that each row of the batch uses."
-        )
+    index = _indices(rows, len(thetas))
     if thetas.is_inference():
         # such a tensor has no version, by which a change is seen
         with torch.inference_mode(False):
@@ -63,3 +60,17 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
     finally:
         source.mixture = before
         source.install({})
+
+
+def _indices(rows: Any, users: int) -> Tensor:
+    """rows as a tensor (n,) of integers in [0, users)."""
+    try:
+        index = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):  # whatever is no array of numbers
+        index = torch.empty(0)
+    if index.ndim != 1 or not len(index) or index.dtype not in _INTEGERS or not 0 <= index.min() <= index.max() < users:
+        raise AdapterError(
+            f"mixed: rows must be integers in [0, K) = [0, {users}), one per row of the batch, got {rows!r:.80}. "
+            "Name the row of thetas that each row of the batch uses."
+        )
+    return index
