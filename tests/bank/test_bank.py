@@ -199,6 +199,16 @@ def test_threads_and_forked_processes_use_one_bank(bank: AdapterBank) -> None:
     assert torch.equal(bank.get("0"), vector(500))
 
 
+def test_a_relative_folder_is_that_of_the_opening(bank: AdapterBank, tmp_path, monkeypatch) -> None:
+    bank.add("a", vector(1))
+    monkeypatch.chdir(tmp_path)
+    opened = AdapterBank("bank")
+    monkeypatch.chdir("/")
+    opened.add("b", vector(2))
+    opened.close()
+    assert opened.names() == ["a", "b"] and torch.equal(AdapterBank(opened.folder).get("b"), vector(2))
+
+
 def test_no_sql_is_made_of_names(bank: AdapterBank) -> None:
     bank.add("x'); DROP TABLE adapters; --", vector(0))
     with sqlite3.connect(bank.folder / "index.sqlite") as connection:

@@ -58,6 +58,9 @@ def test_bad_input_is_one_sentence(bank: AdapterBank, model: PeftModel, tmp_path
         r"at least one letter, got 3": lambda: bank.add(3, vector(0)),  # type: ignore[arg-type]
         r"at least one name is needed": lambda: bank.batch([]),
         r"must not exist yet": lambda: AdapterBank.create(bank.folder, model),
+        r"\S must not exist yet, got one": lambda: AdapterBank.create(".", model),
+        r"/\S* must not exist yet, got one": lambda: AdapterBank.create("", model),
+        r"folder must be a path, got a int": lambda: AdapterBank(5),  # type: ignore[arg-type]
         r"must be a folder that can be read": lambda: AdapterBank(tmp_path / "none"),
         r"must hold a uniproj adapter, got a Linear": lambda: bank.select(nn.Linear(2, 2), "a"),
     }

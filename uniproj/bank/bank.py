@@ -57,7 +57,8 @@ class AdapterBank:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        # absolute: a process may change its working directory
+        self.folder = _path(folder)
         with _disk(self.folder):
             self._slots = Slots(self.folder / VECTORS)
         header = Header.from_metadata(self._slots.metadata, str(self.folder / VECTORS))
@@ -78,7 +79,7 @@ class AdapterBank:
     @classmethod
     def create(cls, folder: str | Path, source: nn.Module | str | Path) -> AdapterBank:
         """A new, empty bank for the P of a model's active adapter, or of a saved adapter."""
-        folder = Path(folder)
+        folder = _path(folder)
         header, _ = _read(source)
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         with _disk(folder):
@@ -247,6 +248,12 @@ def _read(source: nn.Module | str | Path) -> tuple[Header, Tensor]:
         )
     check_alone(saved.header, sorted(set(saved.tensors) - {THETA_D}))
     return saved.header, saved.theta_d
+
+
+def _path(folder: str | Path) -> Path:
+    if not isinstance(folder, str | Path):
+        raise AdapterError(f"bank: folder must be a path, got a {type(folder).__name__}. Pass a str or a Path.")
+    return Path(folder).absolute()
 
 
 def _checked(name: str) -> str:
