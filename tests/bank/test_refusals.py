@@ -119,3 +119,20 @@ def test_a_merged_adapter_is_not_selected_into_and_a_disabled_one_is(bank: Adapt
     with model.disable_adapter():
         bank.select(model, "b")
     assert torch.equal(model.base_model.uniproj_theta_d["default"], vector(2))
+
+
+@pytest.mark.parametrize("name", ["\udcff", "", 3, None, ["a"], b"a"])
+def test_what_is_no_text_is_no_name(name, bank: AdapterBank, model: PeftModel) -> None:
+    bank.add("a", vector(0))
+    uses = (
+        lambda: bank.add(name, vector(1)),
+        lambda: bank.replace(name, vector(1)),
+        lambda: bank.get(name),
+        lambda: bank.batch([name]),
+        lambda: bank.select(model, name),
+        lambda: bank.delete(name),
+    )
+    for use in uses:
+        with pytest.raises(AdapterError, match="a name must be valid text of at least one letter"):
+            use()
+    assert name not in bank and bank.names() == ["a"]

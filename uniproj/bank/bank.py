@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TypeGuard
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -104,7 +105,7 @@ class AdapterBank:
         return self._index.count()
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._index.find(name) is not None
+        return _is_name(name) and self._index.find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -132,7 +133,7 @@ class AdapterBank:
 
     def batch(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(thetas (K, d), rows (n,)) for `mixed`, so that row i of a batch uses names[i]; each vector is read once."""
-        once = {name: position for position, name in enumerate(dict.fromkeys(names))}
+        once = {name: position for position, name in enumerate(dict.fromkeys(map(_checked, names)))}
         return self.get_many(list(once)), torch.tensor([once[name] for name in names])
 
     def select(self, model: nn.Module, name: str) -> None:
@@ -164,7 +165,7 @@ class AdapterBank:
 
     def add(self, name: str, source: Source) -> None:
         """Keep a new adapter: a vector (d,), the active adapter of a model, or a saved adapter's folder."""
-        self.add_many({name: source})
+        self.add_many([(name, source)])
 
     def add_many(self, adapters: Mapping[str, Source] | Iterable[tuple[str, Source]]) -> None:
         """Keep new adapters, all of them or none; of an iterable no more than 256 vectors are held at a time."""
@@ -175,14 +176,14 @@ class AdapterBank:
 
     def replace(self, name: str, source: Source) -> None:
         """Give a name that is held other numbers; who reads it meanwhile gets the old ones or the new ones, whole."""
-        row = self._vector(source, name)
+        row = self._vector(source, _checked(name))
         with _disk(self.folder), self._index.change() as change:
             self._put(change, [(name, row)], replacing=True)
 
     def delete(self, name: str) -> None:
         """Forget an adapter; its slot serves the next one."""
         with self._index.change() as change:
-            if not change.remove(name):
+            if not change.remove(_checked(name)):
                 raise self._unknown(name)
 
     def close(self) -> None:
@@ -220,7 +221,7 @@ class AdapterBank:
         return row.numpy()
 
     def _entry(self, name: str) -> Entry:
-        entry = self._index.find(name)
+        entry = self._index.find(_checked(name))
         if entry is None:
             raise self._unknown(name)
         return entry
@@ -256,9 +257,14 @@ def _path(folder: str | Path) -> Path:
     return Path(folder).absolute()
 
 
+def _is_name(name: object) -> TypeGuard[str]:
+    # a lone surrogate is no text that a database could hold
+    return isinstance(name, str) and name != "" and name.encode(errors="replace").decode() == name
+
+
 def _checked(name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise AdapterError(f"bank: a name must be a text of at least one letter, got {name!r}. Choose another.")
+    if not _is_name(name):
+        raise AdapterError(f"bank: a name must be valid text of at least one letter, got {name!r:.80}. Choose another.")
     return name
 
 
