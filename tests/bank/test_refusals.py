@@ -61,6 +61,14 @@ def test_bad_input_is_one_sentence(bank: AdapterBank, model: PeftModel, tmp_path
         r"\S must not exist yet, got one": lambda: AdapterBank.create(".", model),
         r"/\S* must not exist yet, got one": lambda: AdapterBank.create("", model),
         r"folder must be a path, got a int": lambda: AdapterBank(5),  # type: ignore[arg-type]
+        r"source of P must be a model or the folder of a saved adapter, got a int": (
+            lambda: AdapterBank.create(tmp_path / "x", 5)  # type: ignore[arg-type]
+        ),
+        r"'b' must be a tensor \(d,\), a model or .*got a ndarray.*torch.as_tensor": (
+            lambda: bank.add("b", vector(0).numpy())  # type: ignore[arg-type]
+        ),
+        r"got a list\. .*torch.as_tensor": lambda: bank.replace("a", [1.0] * D),  # type: ignore[arg-type]
+        r"got a NoneType": lambda: bank.add("b", None),  # type: ignore[arg-type]
         r"must be a folder that can be read": lambda: AdapterBank(tmp_path / "none"),
         r"must hold a uniproj adapter, got a Linear": lambda: bank.select(nn.Linear(2, 2), "a"),
     }

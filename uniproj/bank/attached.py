@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
+from uniproj.adapters import file as adapter_file
 from uniproj.adapters.fit import check_fit
 from uniproj.adapters.header import Header
+from uniproj.adapters.tensors import THETA_D
 from uniproj.errors import AdapterError
 from uniproj.tuner import UniProjModel
 
@@ -54,6 +57,27 @@ def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
     header = Header.of(tuner.peft_config[adapter_name], projection, tuner.model)
     check_alone(header, [name for name, _ in projection.named_parameters()])
     return header
+
+
+def read_adapter(source: Any, what: str, kinds: str) -> tuple[Header, Tensor]:
+    """Header and theta_d of a model's active adapter, or of a folder. what, kinds: for the error of another type."""
+    if isinstance(source, nn.Module):
+        tuner = tuner_of(source, "bank")
+        adapter_name = active_adapter(tuner, "bank")
+        return header_of(tuner, adapter_name), tuner.uniproj_theta_d[adapter_name]
+    if not isinstance(source, str | Path):
+        raise AdapterError(
+            f"bank: {what} must be {kinds} or the folder of a saved adapter, got a {type(source).__name__}. "
+            "Numbers go into bank.add by torch.as_tensor(numbers)."
+        )
+    saved = adapter_file.read(source)
+    if saved.header is None:
+        raise AdapterError(
+            f"bank: {source} must hold a header of its P, got a file of an earlier format. "
+            "Load it with PeftModel.from_pretrained and pass the model."
+        )
+    check_alone(saved.header, sorted(set(saved.tensors) - {THETA_D}))
+    return saved.header, saved.theta_d
 
 
 def check_alone(header: Header, other: Iterable[str]) -> None:

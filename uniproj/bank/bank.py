@@ -23,10 +23,10 @@ from uniproj.adapters.header import Header
 from uniproj.adapters.tensors import THETA_D
 from uniproj.bank.attached import (
     active_adapter,
-    check_alone,
     check_same,
     header_of,
     layers_of,
+    read_adapter,
     refuse_merged,
     tuner_of,
 )
@@ -81,7 +81,7 @@ class AdapterBank:
     def create(cls, folder: str | Path, source: nn.Module | str | Path) -> AdapterBank:
         """A new, empty bank for the P of a model's active adapter, or of a saved adapter."""
         folder = _path(folder)
-        header, _ = _read(source)
+        header, _ = read_adapter(source, "the source of P", "a model")
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         with _disk(folder):
             if folder.exists():
@@ -206,7 +206,7 @@ class AdapterBank:
 
     def _vector(self, source: Source, name: str) -> np.ndarray:
         if not isinstance(source, Tensor):
-            header, source = _read(source)
+            header, source = read_adapter(source, f"the adapter {name!r}", "a tensor (d,), a model")
             check_same(self.header, header, f"the adapter {name!r}")
         if source.shape != (self.header.d,) or not source.is_floating_point():
             raise AdapterError(
@@ -233,22 +233,6 @@ class AdapterBank:
         return AdapterError(
             f"bank: {self.folder} must hold the name {name!r}, got none. See bank.names(), or use bank.add."
         )
-
-
-def _read(source: nn.Module | str | Path) -> tuple[Header, Tensor]:
-    """Header and theta_d of a model's active adapter, or of a folder."""
-    if isinstance(source, nn.Module):
-        tuner = tuner_of(source, "bank")
-        adapter_name = active_adapter(tuner, "bank")
-        return header_of(tuner, adapter_name), tuner.uniproj_theta_d[adapter_name]
-    saved = adapter_file.read(source)
-    if saved.header is None:
-        raise AdapterError(
-            f"bank: {source} must hold a header of its P, got a file of an earlier format. "
-            "Load it with PeftModel.from_pretrained and pass the model."
-        )
-    check_alone(saved.header, sorted(set(saved.tensors) - {THETA_D}))
-    return saved.header, saved.theta_d
 
 
 def _path(folder: str | Path) -> Path:
