@@ -9,7 +9,7 @@ from torch import nn
 from tests.bank.models import D, adapted, vector
 from tests.tuner.models import base_model, config
 from uniproj import AdapterError
-from uniproj.bank import AdapterBank
+from uniproj.bank import AdapterBank, mixed
 
 
 def test_an_adapter_of_another_p_is_refused_with_the_first_difference(bank: AdapterBank) -> None:
@@ -144,3 +144,17 @@ def test_what_is_no_text_is_no_name(name, bank: AdapterBank, model: PeftModel) -
         with pytest.raises(AdapterError, match="a name must be valid text of at least one letter"):
             use()
     assert name not in bank and bank.names() == ["a"]
+
+
+@pytest.mark.parametrize("around", [torch.compile, nn.DataParallel])
+def test_a_model_around_the_adapter_is_told_from_one_without(around, bank: AdapterBank, model: PeftModel) -> None:
+    bank.add("a", vector(0))
+    outer = around(model)
+    uses = (
+        lambda: bank.select(outer, "a"),
+        lambda: bank.add("b", outer),
+        lambda: mixed(outer, vector(0)[None], [0]).__enter__(),
+    )
+    for use in uses:
+        with pytest.raises(AdapterError, match=rf"PeftModel itself, got a {type(outer).__name__} around it"):
+            use()

@@ -25,6 +25,11 @@ def tuner_of(model: nn.Module, where: str) -> UniProjModel:
     """The UniProjModel inside a PeftModel, or the model itself. Raises AdapterError for any other model."""
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(tuner, UniProjModel):
+        if isinstance(tuner, nn.Module) and any(isinstance(module, UniProjModel) for module in tuner.modules()):
+            raise AdapterError(
+                f"{where}: the model must be the PeftModel itself, got a {type(tuner).__name__} around it. "
+                "Pass the PeftModel that it was made of."
+            )
         raise AdapterError(
             f"{where}: the model must hold a uniproj adapter, got a {type(tuner).__name__}. "
             "Attach one with get_peft_model and a UniProjConfig."
