@@ -78,13 +78,17 @@ def test_bad_input_is_one_sentence(bank: AdapterBank, model: PeftModel, tmp_path
     assert bank.names() == ["a"] and torch.equal(bank.get("a"), vector(0))
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "another file", "header", "no index", "no database", "bits"])
+@pytest.mark.parametrize(
+    "damage", ["gone", "cut", "emptied", "another file", "header", "no index", "empty index", "no database", "bits"]
+)
 def test_a_damaged_bank_is_an_error_and_not_an_adapter(damage: str, bank: AdapterBank) -> None:
     bank.add_many({f"{i}": vector(i) for i in range(5)})
     bank.close()
     vectors, index = bank.folder / "theta_d.safetensors", bank.folder / "index.sqlite"
     content = vectors.read_bytes()
-    if damage == "cut":
+    if damage == "gone":
+        vectors.unlink()
+    elif damage == "cut":
         vectors.write_bytes(content[: -4 * D - 1])
     elif damage == "emptied":
         vectors.write_bytes(b"")
@@ -94,6 +98,8 @@ def test_a_damaged_bank_is_an_error_and_not_an_adapter(damage: str, bank: Adapte
         vectors.write_bytes(content.replace(b'"F32"', b'"F16"'))
     elif damage == "no index":
         index.unlink()
+    elif damage == "empty index":
+        index.write_bytes(b"")
     elif damage == "no database":
         index.write_bytes(b"nothing" * 1000)
     else:
@@ -108,8 +114,9 @@ def test_a_damaged_bank_is_an_error_and_not_an_adapter(damage: str, bank: Adapte
         again.replace("3", vector(3))
         assert torch.equal(again.get("3"), vector(3))
     else:
-        with pytest.raises(AdapterError, match=r"[Bb]ring|check"):
+        with pytest.raises(AdapterError, match=r"[Bb]ring the whole folder back from a copy") as refused:
             AdapterBank(bank.folder).get("3")
+        assert "lost" not in str(refused.value)
     assert not index.exists() or damage != "no index"  # opening makes no new one
 
 
@@ -158,3 +165,13 @@ def test_a_model_around_the_adapter_is_told_from_one_without(around, bank: Adapt
     for use in uses:
         with pytest.raises(AdapterError, match=rf"PeftModel itself, got a {type(outer).__name__} around it"):
             use()
+
+
+def test_an_error_of_the_callers_own_disk_goes_through(bank: AdapterBank) -> None:
+    def pairs():
+        yield "a", vector(0)
+        raise FileNotFoundError("the caller's file")
+
+    with pytest.raises(FileNotFoundError, match="the caller's file"):
+        bank.add_many(pairs())
+    assert bank.names() == []

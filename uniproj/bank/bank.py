@@ -170,9 +170,11 @@ class AdapterBank:
     def add_many(self, adapters: Mapping[str, Source] | Iterable[tuple[str, Source]]) -> None:
         """Keep new adapters, all of them or none; of an iterable no more than 256 vectors are held at a time."""
         pairs = iter(adapters.items() if isinstance(adapters, Mapping) else adapters)
-        with _disk(self.folder), self._index.change() as change:
+        with self._index.change() as change:
             while chunk := [(_checked(name), self._vector(source, name)) for name, source in islice(pairs, _CHUNK)]:
-                self._put(change, chunk, replacing=False)
+                # not around the pairs: an error of the caller's own disk is the caller's
+                with _disk(self.folder):
+                    self._put(change, chunk, replacing=False)
 
     def replace(self, name: str, source: Source) -> None:
         """Give a name that is held other numbers; who reads it meanwhile gets the old ones or the new ones, whole."""
@@ -261,7 +263,10 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            remedy = "Check the path, or bring the whole folder back from a copy."
+        else:
+            remedy = "Nothing saved before is lost: check the path, or free some space, and try again."
         raise AdapterError(
-            f"bank: {folder} must be a folder that can be read and written, got: {error}. Nothing saved before is "
-            "lost: check the path, or free some space, and try again."
+            f"bank: {folder} must be a folder that can be read and written, got: {error}. {remedy}"
         ) from error

@@ -26,6 +26,8 @@ INSERT INTO free VALUES (0);
 """
 # seconds that a writer waits for the others
 _PATIENCE = 60.0
+# refusals of a database that is whole
+_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY}
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,15 @@ class _Connection:
                     self._connection = self._connect()
                 yield self._connection
             except sqlite3.Error as error:
+                # the low byte: the rest says where in SQLite it was
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+                    remedy = (
+                        "Nothing saved before is lost: free some space, make it writable, or wait for another writer."
+                    )
+                else:
+                    remedy = "See that it is there and may be read, or bring the whole folder back from a copy."
                 raise AdapterError(
-                    f"bank: {self._path} must be a database that can be read and written, got: {error}. Nothing saved "
-                    "before is lost: free some space, wait for another writer, or bring the folder back from a copy."
+                    f"bank: {self._path} must be a database that can be read and written, got: {error}. {remedy}"
                 ) from error
 
     def _connect(self) -> sqlite3.Connection:
