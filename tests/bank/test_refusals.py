@@ -21,8 +21,18 @@ def test_an_adapter_of_another_p_is_refused_with_the_first_difference(bank: Adap
         same_P + "projection_kwargs must be": {"projection_kwargs": {"assignment": "iid"}, "d": 8},
         same_P + "lora_alpha must be 4, got 8": {"lora_alpha": 8},
         same_P + "use_rslora must be false, got true": {"use_rslora": True},
-        r"with other modules, shapes or ranks: .*layers\.0\.mlp\.down_proj": {"target_modules": ["q_proj", "v_proj"]},
-        r"layers\.0\.mlp\.down_proj must have \(rank\) = \(4\), got \(2\)": {"r": 2, "lora_alpha": 4},
+        same_P
+        + r"\S*layers\.0\.mlp\.down_proj must have \(out, in, rank\) = \(32, 48, 4\), got no adapter\. Keep one": {
+            "target_modules": ["q_proj", "v_proj"]
+        },
+        same_P
+        + r"\S*layers\.0\.mlp\.gate_proj must have no adapter, got \(out, in, rank\) = \(48, 32, 4\)\. Keep one": {
+            "target_modules": ["q_proj", "v_proj", "down_proj", "gate_proj"]
+        },
+        same_P + r"\S*down_proj must have \(out, in, rank\) = \(32, 48, 4\), got .*\(32, 48, 2\)\. Keep one": {
+            "r": 2,
+            "lora_alpha": 4,
+        },
     }
     for message, fields in others.items():
         other = adapted(**fields)

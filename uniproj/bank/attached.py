@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.adapters import file as adapter_file
-from uniproj.adapters.fit import check_fit
 from uniproj.adapters.header import Header
 from uniproj.adapters.tensors import THETA_D
 from uniproj.errors import AdapterError
+from uniproj.layout import LoRALayout
 from uniproj.tuner import UniProjModel
 
 # fields by which an adapter trains more than theta_d, and their value where it does not
@@ -106,5 +106,17 @@ def check_same(mine: Header, other: Header, what: str) -> None:
     if difference is None:
         return
     if difference.startswith("layout_fingerprint"):
-        check_fit(mine, other.layout)
+        difference = _first_module(mine.layout, other.layout) or difference
     raise AdapterError(f"bank: {what} must have the bank's P: {difference}. Keep one bank per P and base model.")
+
+
+def _first_module(mine: LoRALayout, other: LoRALayout) -> str | None:
+    """The first module that one of two layouts lacks, or has in another size or rank, as a clause."""
+    wanted, found = (
+        {b.module: f"(out, in, rank) = {(b.shape[0], a.shape[1], b.shape[1])}" for b, a in layout.pairs()}
+        for layout in (mine, other)
+    )
+    for module in {**wanted, **found}:
+        if wanted.get(module) != found.get(module):
+            return f"{module} must have {wanted.get(module, 'no adapter')}, got {found.get(module, 'no adapter')}"
+    return None
