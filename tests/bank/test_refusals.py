@@ -185,3 +185,10 @@ def test_an_error_of_the_callers_own_disk_goes_through(bank: AdapterBank) -> Non
     with pytest.raises(FileNotFoundError, match="the caller's file"):
         bank.add_many(pairs())
     assert bank.names() == []
+
+
+def test_zeros_are_kept_but_not_exported_where_no_loading_takes_them(bank: AdapterBank, tmp_path) -> None:
+    bank.add("base model", torch.zeros(D))
+    with pytest.raises(AdapterError, match=r"bank.export of 'base model': .*theta_d = 0 is a saddle"):
+        bank.export("base model", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not bank.get("base model").any()

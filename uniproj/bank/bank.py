@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from uniproj.adapters import file as adapter_file
 from uniproj.adapters.fit import warn_of_another_base
 from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import THETA_D
+from uniproj.adapters.tensors import THETA_D, check_numbers
 from uniproj.bank.attached import (
     active_adapter,
     check_same,
@@ -157,9 +157,17 @@ class AdapterBank:
             tuner._sources[adapter_name].refresh()
 
     def export(self, name: str, folder: str | Path) -> None:
-        """Write one adapter as a folder of its own, which `PeftModel.from_pretrained` loads."""
+        """Write one adapter as a folder of its own, which `PeftModel.from_pretrained` loads.
+
+        Raises AdapterError for zeros where c = 0, which are the base model and which no loading takes.
+        """
+        tensors = {THETA_D: self.get(name)}
+        try:
+            check_numbers(tensors, self.header.projection)
+        except AdapterError as error:
+            raise AdapterError(f"bank.export of {name!r}: {error}") from None
         config = adapter_file.config_of(self.header, folder)
-        adapter_file.write(folder, {THETA_D: self.get(name)}, self.header, config)
+        adapter_file.write(folder, tensors, self.header, config)
 
     # ---- writing ----------------------------------------------------------------------------------
 
