@@ -27,7 +27,7 @@ INSERT INTO free VALUES (0);
 # seconds that a writer waits for the others
 _PATIENCE = 60.0
 # refusals of a database that is whole
-_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY}
+_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 
 
 @dataclass(frozen=True)
