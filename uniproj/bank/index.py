@@ -26,8 +26,15 @@ INSERT INTO free VALUES (0);
 """
 # seconds that a writer waits for the others
 _PATIENCE = 60.0
-# refusals of a database that is whole
-_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
+# how the names of errors begin that refuse a write and leave the database whole
+_REFUSED = (
+    "SQLITE_BUSY",
+    "SQLITE_FULL",
+    "SQLITE_READONLY",
+    "SQLITE_IOERR_WRITE",
+    "SQLITE_IOERR_FSYNC",
+    "SQLITE_IOERR_SHM",
+)
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,7 @@ class _Connection:
                     self._connection = self._connect()
                 yield self._connection
             except sqlite3.Error as error:
-                # the low byte: the rest says where in SQLite it was
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+                if getattr(error, "sqlite_errorname", "").startswith(_REFUSED):
                     remedy = (
                         "Nothing saved before is lost: free some space, make it writable, or wait for another writer."
                     )
