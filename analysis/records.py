@@ -16,11 +16,11 @@ import pandas as pd
 
 from experiments.errors import ExperimentError
 from experiments.results import CONFIG, LOCK, METRICS, RESULT, digest, is_locked, metrics, read_json, row
+from experiments.settings import SEEDS
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
 SINGLE = "single runs"
-SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 # columns that every table and picture needs
 NEEDED = ("task", "model", "projection", "score", "metric", "failed", "did_not_train", "folder", *SEEDS)
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.records import SEEDS, SINGLE
+from analysis.records import SINGLE
+from experiments.settings import SEEDS, RunConfig
 
 LEVEL = 0.95
 COMPLETE, INCOMPLETE, STUCK = "complete", "incomplete", "did not train"
-# settings that tell two cells of a task apart; a rate follows from tuning, and d from the budget of a method
+# what tells two cells apart: every setting of a run, and a seed that is an axis of its sweep; the others repeat it
 SETTINGS = (
-    "sweep", "task", "model", "projection", "r", "d", "hyperparameters", "budget", "train_size", "validation_size",
-    "test_size", "label_noise", "epochs", "batch_size", "max_length", "target_modules", "dtype", "base_dtype",
-    "quantization", "head_lr", "lr",
-)  # fmt: skip
+    "sweep",
+    *(field.name for field in fields(RunConfig) if field.name not in (*SEEDS, "score_on")),
+    *(f"cell.{seed}" for seed in SEEDS),
+)
 # settings in which two methods agree that are compared: what remains differs by method
-OF_A_METHOD = ("projection", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
+OF_A_METHOD = ("projection", "version", "plugins", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
 KEPT = ("metric", "trained", "D", "head", "adapter_bytes", "resident_bytes", "index_bytes", "budget_error", "rows")
 KEPT_TOO = ("majority", "step_ratio", "step_ratio_low", "step_ratio_high", "isometry_error")
 
@@ -31,7 +33,8 @@ def cells(runs: pd.DataFrame) -> pd.DataFrame:
     Scores are fractions, the interval is NaN for fewer than two runs. status: "complete"; "incomplete" where a run
     failed, is missing (a cell of the same sweep has more) or is unfinished; "did not train" where one did not.
     """
-    by = [key for key in SETTINGS if key in runs]
+    # two cells of a sweep may be the same runs: LoRA at two budgets
+    by = [key for key in (*SETTINGS, "cell") if key in runs]
     found = [_cell(group, by) for _, group in _text(runs, by).groupby(by, sort=False, dropna=False)]
     table = pd.DataFrame(found)
     table.loc[missing(table) & (table["status"] == COMPLETE), "status"] = INCOMPLETE

@@ -6,8 +6,8 @@ import random
 
 import pandas as pd
 
-from experiments.config import RunConfig
 from experiments.errors import ExperimentError
+from experiments.settings import RunConfig
 from experiments.tasks import Task
 
 # what a row must answer, and what belongs to it

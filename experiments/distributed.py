@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from experiments.config import RunConfig
 from experiments.errors import ExperimentError
+from experiments.settings import RunConfig
 from experiments.workers import SHARDED
 from uniproj.tuner import shard_base
 

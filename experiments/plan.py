@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.config import SEEDS, RunConfig, resolve
+from experiments.config import resolve
 from experiments.errors import ExperimentError
+from experiments.settings import SEEDS, RunConfig
 
 CONF = Path(__file__).with_name("conf")
 Cell = dict[str, Any]

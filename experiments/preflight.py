@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 
 from experiments import families, tasks
-from experiments.config import RunConfig
 from experiments.data import draw
 from experiments.errors import ExperimentError
 from experiments.models import model_config
@@ -23,6 +22,7 @@ from experiments.plan import Sweep
 from experiments.protocol import sweep_folder
 from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
 from experiments.run import Run
+from experiments.settings import RunConfig
 
 MEASURED = "doctor.json"
 SCORED_ROWS = 4

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.plan import Cell, Sweep
 from experiments.provenance import versions
 from experiments.results import RESULT, digest, prepare, read_json, row, run_folder, write_json
+from experiments.settings import RunConfig
 
 LOCK = "choice.json"
 RULE = (

@@ -15,12 +15,12 @@ from transformers import Trainer, TrainingArguments
 
 from experiments import families, plugins, tasks
 from experiments.callbacks import MetricsLog, StopOnSignal
-from experiments.config import RunConfig
 from experiments.data import check_classes, scored_rows, training_rows
 from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
 from experiments.models import target_modules
 from experiments.results import CONFIG, read_json
+from experiments.settings import RunConfig
 from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig
 

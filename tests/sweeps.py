@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.records import SEEDS
+from experiments.settings import SEEDS
 
 ORIGIN = {
     "hardware": [{"device": "a processor", "cores": 2, "threads": 1}],

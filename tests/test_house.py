@@ -30,7 +30,7 @@ ALLOWED = {
     "testing": {"claims", "kernels", "layout", "projection", "registry"},
 }
 # what measurements may share with training runs: modules that import nothing of either but these
-LEAVES = {"answers", "errors", "ifeval", "models", "plugins", "provenance", "results", "tasks", "timing"}
+LEAVES = {"answers", "errors", "ifeval", "models", "plugins", "provenance", "results", "settings", "tasks", "timing"}
 
 
 def _imports(path: Path) -> set[str]:

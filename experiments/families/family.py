@@ -19,7 +19,7 @@ from experiments.models import Base, model_config, target_modules
 from experiments.tasks import Task
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
+    from experiments.settings import RunConfig
 
 
 class Family(ABC):

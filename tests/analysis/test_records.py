@@ -54,6 +54,29 @@ def test_which_of_several_cells_is_meant_is_not_guessed(table: pd.DataFrame, tmp
     assert scores.differences(records.read(tmp_path).runs, "lora").empty
 
 
+@pytest.mark.parametrize(("axis", "values"), [("dropout", [0.0, 0.5]), ("projection_seed", [7, 8])])
+def test_cells_that_differ_in_an_axis_are_not_pooled_as_seeds(axis: str, values: list, tmp_path: Path) -> None:
+    runs = made_up(TASKS[:1], METHODS[:2])
+    parts = [
+        runs.assign(**{axis: value, f"cell.{axis}": value, "folder": runs["folder"] + str(value)}) for value in values
+    ]
+    parts[1]["score"] += 0.1 * (parts[1]["projection"] == "unilora")
+    write(tmp_path / "mine", pd.concat(parts))
+    found = records.read(tmp_path).runs
+    cells = scores.cells(found)
+    assert len(cells) == 4 and set(cells["n"]) == {3}
+    gaps = scores.differences(found, "lora").set_index(f"cell.{axis}" if "seed" in axis else axis)
+    assert gaps.loc[values[1], "pairs"] == 3
+    assert gaps.loc[values[1], "difference"] - gaps.loc[values[0], "difference"] == pytest.approx(0.1)
+
+
+def test_a_run_of_two_cells_counts_once_in_each(tmp_path: Path) -> None:
+    lora = made_up(TASKS[:1], ["lora"])
+    write(tmp_path / "mine", pd.concat([lora.assign(cell=name) for name in ("at 4740", "at 9480")]))
+    cells = scores.cells(records.read(tmp_path).runs)
+    assert list(cells["n"]) == [3, 3]
+
+
 def test_a_cell_with_a_failed_stuck_or_missing_run_is_not_complete(table: pd.DataFrame, tmp_path: Path) -> None:
     table.loc[0, "failed"] = "out of memory"
     table.loc[3, "did_not_train"] = "the loss went from 0.7 to 0.7"
