@@ -111,28 +111,24 @@ def _single(folder: Path) -> list[Records]:
         curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in logged]
     if not rows:
         return []
-    sweeps = _sweeps(folder)
-    runs = pd.DataFrame(rows)
-    runs = runs.assign(
-        sweep=runs["folder"].map(lambda run: sweeps.get(run, SINGLE)),
-        **{key: None for key in NEEDED if key not in runs},
-    )
-    origins = {
-        name: _origin([r for r in rows if sweeps.get(r["folder"], SINGLE) == name]) for name in set(runs["sweep"])
-    }
+    runs = pd.DataFrame(rows).merge(_members(folder), on="folder", how="left").fillna({"sweep": SINGLE})
+    runs = runs.assign(**{key: None for key in NEEDED if key not in runs})
+    folders = runs.groupby("sweep")["folder"]
+    origins = {name: _origin([r for r in rows if r["folder"] in set(own)]) for name, own in folders}
     for name, origin in origins.items():
         if (folder / "sweeps" / name / CHOICE).exists():
             origin |= trials(read_json(folder / "sweeps" / name / CHOICE))
-    return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), dict(sorted(origins.items())))]
+    return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), origins)]
 
 
-def _sweeps(folder: Path) -> dict[str, str]:
-    """The sweep of each run that the tables of a finished sweep name; of two, the first by name."""
-    found: dict[str, str] = {}
+def _members(folder: Path) -> pd.DataFrame:
+    """folder, sweep and the columns of the cell: a row per run and cell that the tables of a finished sweep name."""
+    found = [pd.DataFrame(columns=["folder", "sweep"])]
     for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
-        for run in pd.read_csv(path, usecols=["folder"])["folder"]:
-            found.setdefault("/".join(Path(run).parts[-2:]), path.parent.name)
-    return found
+        table = pd.read_csv(path, usecols=lambda key: key == "folder" or key.partition(".")[0] == "cell")
+        short = table["folder"].map(lambda run: "/".join(Path(run).parts[-2:]))
+        found.append(table.assign(folder=short, sweep=path.parent.name))
+    return pd.concat(found, ignore_index=True)
 
 
 def _run(place: Path) -> dict[str, Any] | None:

@@ -70,6 +70,25 @@ def test_cells_that_differ_in_an_axis_are_not_pooled_as_seeds(axis: str, values:
     assert gaps.loc[values[1], "difference"] - gaps.loc[values[0], "difference"] == pytest.approx(0.1)
 
 
+def test_a_run_that_two_sweeps_share_counts_in_both(tmp_path: Path) -> None:
+    runs = made_up(TASKS[:1], METHODS[:2])
+    for values in runs.to_dict("records"):
+        folder = tmp_path / values.pop("folder")
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "result.json").write_text(json.dumps({"config": {}, **values}))
+    lora = runs["projection"] == "lora"
+    for name, own in (("one", runs), ("two", runs[lora])):
+        (tmp_path / "sweeps" / name).mkdir(parents=True)
+        listed = own.assign(folder="elsewhere/" + own["folder"], cell=own["projection"])
+        listed[["cell", "folder"]].to_csv(tmp_path / "sweeps" / name / "records.csv", index=False)
+    found = records.read(tmp_path)
+    cells = scores.cells(found.runs).set_index(["sweep", "projection"])
+    assert dict(cells["n"]) == {("one", "lora"): 3, ("one", "unilora"): 3, ("two", "lora"): 3}
+    assert set(cells["status"]) == {"complete"}
+    assert {name: origin["runs"] for name, origin in found.origins.items()} == {"one": 6, "two": 3}
+
+
 def test_a_run_of_two_cells_counts_once_in_each(tmp_path: Path) -> None:
     lora = made_up(TASKS[:1], ["lora"])
     write(tmp_path / "mine", pd.concat([lora.assign(cell=name) for name in ("at 4740", "at 9480")]))
