@@ -18,15 +18,19 @@ from matplotlib.figure import Figure
 
 from analysis import command, style
 from analysis.records import RECORDS, read_sweep
+from analysis.scores import OF_A_METHOD, SETTINGS
 from experiments import results
 from experiments.errors import ExperimentError
+from experiments.settings import SEEDS
 
 FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
 GROUP = ["task", "model"]
-# What all runs of one task and model must share, or their scores are of different things.
-SHARED = ("metric", "data", "train_size", "test_size", "epochs", "max_length", "dtype", "label_noise", "base_dtype")
-SEEDS = ["projection_seed", "init_seed", "data_seed", "train_seed"]
+NEEDED = {"score_on", "score", "metric", "trained", "D", "did_not_train", *GROUP, *SEEDS}
+# What all runs of one task and model must share, or their scores are of different things, and what those of one method
+# and size: the rest counts as seeds.
+SHARED = ["metric", *(key for key in SETTINGS if key not in ("sweep", *GROUP, *OF_A_METHOD))]
+OF_A_SIZE = ["D", *OF_A_METHOD]
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -42,8 +46,7 @@ def usable(records: pd.DataFrame) -> pd.DataFrame:
 
     Raises ExperimentError for none, for a score or a baseline that is missing, and for settings that are mixed.
     """
-    missing = {"score_on", "score", "trained", "D", "did_not_train", *GROUP, *SEEDS, *SHARED} - set(records.columns)
-    if missing:
+    if missing := NEEDED - set(records.columns):
         raise ExperimentError(
             f"intrinsic_dimension: runs must hold {sorted(missing)}, got none. Pass a folder of runs."
         )
@@ -60,14 +63,19 @@ def usable(records: pd.DataFrame) -> pd.DataFrame:
                 f"intrinsic_dimension: every run must have a finite {key}, got none in {bad['folder'].iloc[0]}. "
                 "Move that run away, or run it again."
             )
-    for where, group in rows.groupby(GROUP):
-        for key in SHARED:
+    _check_shared(rows, GROUP, SHARED)
+    _check_shared(rows, [*GROUP, "projection", "trained"], OF_A_SIZE)
+    return rows
+
+
+def _check_shared(rows: pd.DataFrame, by: list[str], keys: list[str]) -> None:
+    for where, group in rows.groupby(by):
+        for key in [key for key in keys if key in group]:
             if len(values := group[key].map(str).unique()) > 1:
                 raise ExperimentError(
-                    f"intrinsic_dimension: the runs of {', '.join(where)} must share {key}, got {', '.join(values)}. "
-                    "Pass the folder of one sweep."
+                    f"intrinsic_dimension: the runs of {', '.join(map(str, where))} must share {key}, got "
+                    f"{', '.join(values)}. Pass the folder of one sweep."
                 )
-    return rows
 
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.intrinsic_dimension import crossing, d90, main
+from analysis.intrinsic_dimension import crossing, d90, main, read
 from experiments.errors import ExperimentError
 from tests.sweeps import write
 
@@ -80,6 +80,25 @@ def test_a_method_that_never_gets_there_has_no_d90() -> None:
 def test_records_that_cannot_be_compared_are_a_sentence(change: Any, message: str) -> None:
     with pytest.raises(ExperimentError, match=message):
         d90(pd.DataFrame(change(_sweep())))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 64}, "must share batch_size, got 16, 64"),
+        ({"dropout": 0.5}, "must share dropout, got 0.0, 0.5"),
+        ({"r": 2, "D": 18432}, r"unilora, 32 must share D, got 36864, 18432"),
+        ({"lr": 0.5}, r"unilora, 32 must share lr"),
+    ],
+)
+def test_other_settings_do_not_count_as_seeds(change: dict[str, Any], message: str) -> None:
+    committed = read(Path(__file__).parents[2] / "results" / "sweeps" / "score_against_d")
+    # VeRA's size follows from its rank: other sizes may have other ranks
+    assert committed[committed["projection"] == "vera"]["r"].nunique() > 1
+    assert set(d90(committed)["seeds"]) == {3}
+    again = committed[committed["projection"] == "unilora"].assign(**change)
+    with pytest.raises(ExperimentError, match=message):
+        d90(pd.concat([committed, again], ignore_index=True))
 
 
 def test_the_command_reads_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
