@@ -83,6 +83,17 @@ class Results:
         return found
 
 
+def measured(cells: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The complete cells. Raises ExperimentError where one of them lacks this size or setting."""
+    found = cells[cells["status"] == scores.COMPLETE]
+    if key not in found or found[key].isna().any():
+        raise ExperimentError(
+            f"figures: every complete cell must have {key}, got none in the sweep {cells['sweep'].iloc[0]}. "
+            "Export the sweep again."
+        )
+    return found
+
+
 def one_task(cells: pd.DataFrame, what: str) -> str:
     """The task that all these cells have. Raises ExperimentError where there are several: scores of different tasks
     do not belong on one axis."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,52 +12,67 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from analysis import scores, style
 from paper_figures.charts.parts import MISSING, PUBLISHED, legend, missing, panels, point, say
-from paper_figures.sources import NOT_RUN, Sweep, one_task
+from paper_figures.sources import NOT_RUN, Sweep, measured, one_task
 
 # on a logarithmic axis, in decades: points nearer than this are set side by side
 APART = 0.035
+# of the height of a panel: a line that names a cell which is not drawn
+NAMED = 0.08
 
 
 def stored(sweeps: Sequence[Sweep]) -> Figure:
-    """Score against the bytes of the adapter's file, one panel per sweep and task."""
-    shown = [(sweep, task, part) for sweep in sweeps for task, part in sweep.cells.groupby("task", sort=False)]
+    """Score against the bytes of the adapter's file, one panel per sweep and task.
+
+    A sweep in which a method stores the same bytes twice varies something else, such as training rows, and is left out.
+    """
+    tasks = [(sweep, part) for sweep in sweeps for _, part in sweep.cells.groupby("task", sort=False)]
+    size = ["projection", "adapter_bytes"]
+    shown = [(sweep, part) for sweep, part in tasks if not part.dropna(subset=size).duplicated(size).any()]
     if not shown:
         return missing(f"score against stored bytes: {NOT_RUN}")
     figure, axes = panels(len(shown), 3, 2.1)
-    for (sweep, _, part), panel in zip(shown, axes, strict=True):
+    for (sweep, part), panel in zip(shown, axes, strict=True):
         against(panel, part, "adapter_bytes", "stored bytes")
         panel.set_title(f"{sweep.name}: {one_task(part, sweep.name)}")
-    legend(figure, {name for _, _, part in shown for name in part["projection"]})
+    legend(figure, {name for _, part in shown for name in part["projection"]})
     return figure
 
 
 def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
-    """Complete cells of one task against a size, others by name; a method's points are joined."""
+    """Complete cells of one task against a size, others by name; a method's points are joined where each has its own
+    size."""
     one_task(cells, label)
-    usable = cells[(cells["status"] == scores.COMPLETE) & cells[key].notna()].sort_values(key)
+    usable = measured(cells, key).sort_values(key)
     if usable.empty:
         say(axes, "no complete cell")
         return
-    lost = cells[cells["status"] != scores.COMPLETE]
-    for line, cell in enumerate(lost.itertuples()):
-        text = f"{cell.projection}: {cell.status}"
-        axes.annotate(text, (0.02, 0.98 - 0.07 * line), xycoords="axes fraction", va="top", fontsize=5.5, color=MISSING)
+    metric = usable["metric"].iloc[0]
     places = _beside(usable[key])
     for name, own in usable.assign(x=places).groupby("projection", sort=True):
         for cell in own.itertuples():
-            point(axes, cell.x, 100 * cell.score, name, 100 * cell.score_low, 100 * cell.score_high, upright=True)
-        if len(own) > 1:
+            low, high = cell.score_low, cell.score_high
+            if metric == "accuracy":
+                # an interval of two runs may leave what the metric can be, and is drawn that far
+                low, high = np.clip([low, high], 0, 1)
+            point(axes, cell.x, 100 * cell.score, name, 100 * low, 100 * high, upright=True)
+        if own[key].is_unique:
             axes.plot(own["x"], 100 * own["score"], color=style.colour(name), linewidth=0.8, alpha=0.6)
     logarithmic(axes)
     counts = sorted(set(usable["n"]))
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    metric = usable["metric"].iloc[0]
     axes.set_ylabel(f"{metric}, %" if metric == "accuracy" else f"{metric} x 100")
-    if metric == "accuracy":
-        # an interval of two runs may leave what the metric can be
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -2), min(high, 102))
+    _name_lost(axes, cells[cells["status"] != scores.COMPLETE])
     axes.set_xlabel(f"{label}, equal ones side by side\n(n = {seeds} seeds, 95 % interval)")
+
+
+def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:
+    """The cells that are not drawn, in lines of their own above all points and intervals."""
+    low, high = axes.get_ylim()
+    height = NAMED * (high - low)
+    axes.set_ylim(low, high + height * len(lost))
+    for line, cell in enumerate(lost.itertuples(), start=1):
+        place, text = (0.02, high + height * (len(lost) - line)), f"{cell.projection}: {cell.status}"
+        axes.annotate(text, place, xycoords=axes.get_yaxis_transform(), va="bottom", fontsize=5.5, color=MISSING)
 
 
 def _beside(sizes: pd.Series) -> list[float]:

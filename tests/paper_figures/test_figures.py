@@ -202,9 +202,30 @@ def test_scans_of_rows_and_of_d_are_shown_with_their_d90(results: Path) -> None:
 def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -> None:
     own = table[table["task"] == TASKS[0]].copy()
     own.loc[(own["projection"] == "vera") & (own["train_seed"] == 1), "did_not_train"] = "the loss rose"
+    # an interval far beyond what an accuracy can be
+    own.loc[own["projection"] == "lora", "score"] = [0.1, 0.9, 0.99]
     write_sweep(results / "sweeps" / "score_against_rows", own)
     _, figure = Book(Results(results)).against_rows()
-    assert [text.get_text() for text in figure.axes[0].texts] == ["vera: did not train"]
+    axes = figure.axes[0]
+    (text,) = axes.texts
+    assert text.get_text() == "vera: did not train"
+    ends = [y for lines in axes.collections for segment in lines.get_segments() for _, y in segment]
+    figure.canvas.draw()
+    assert max(ends) <= axes.transData.inverted().transform(text.get_window_extent())[:, 1].min()
+    plt.close(figure)
+
+
+def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_panel(results: Path) -> None:
+    (figure,) = Book(Results(COMMITTED)).stored_bytes()
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert any("glue_budget" in title for title in titles) and not any("rows" in title for title in titles)
+    plt.close(figure)
+    rows = made_up(TASKS[:1], ["lora"])
+    again = rows.assign(train_size=50, score=rows["score"] - 0.1, folder=rows["folder"] + "s")
+    write_sweep(results / "sweeps" / "mine", pd.concat([rows, again]))
+    figure, axes = plt.subplots()
+    sizes.against(axes, Results(results).sweep("mine").cells, "adapter_bytes", "stored bytes")
+    assert max(len(line.get_xdata()) for line in axes.lines) == 1
     plt.close(figure)
 
 
