@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from analysis import scores
+from analysis.records import SEEDS
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Results, Sweep, one_cell
 from paper_figures.table import Table
 
@@ -22,12 +23,19 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """Where a column's score is the mean over tasks, taken seed by seed."""
+
+    tasks: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Ours:
     """One of our sweeps in a comparison: what it is called there, and the place of each column it has."""
 
     sweep: str
     label: str
-    places: Mapping[str, Place]
+    places: Mapping[str, Place | Mean]
 
 
 @dataclass(frozen=True)
@@ -102,14 +110,32 @@ def _ours(spec: Comparison, ours: Ours, sweep: Sweep | None) -> list[Row]:
     return found
 
 
-def _cell(sweep: Sweep, place: Place | None, projection: str) -> Score:
+def _cell(sweep: Sweep, place: Place | Mean | None, projection: str) -> Score:
     if place is None:
         return Score(NOT_RUN)
+    if isinstance(place, Mean):
+        return _mean(sweep, place.tasks, projection)
     cells = sweep.part(place.group) if place.group else sweep.cells
     chosen = cells[(cells["projection"] == projection) & (cells["task"] == place.task)]
     if place.model:
         chosen = chosen[chosen["model"] == place.model]
     return score(one_cell(chosen, f"{projection} on {place.task} in the sweep {sweep.name}"))
+
+
+def _mean(sweep: Sweep, tasks: Sequence[str], projection: str) -> Score:
+    """The mean over tasks, or why one of them has no score."""
+    each = [_cell(sweep, Place(task), projection) for task in tasks]
+    if lost := [score for score in each if score.value is None]:
+        return lost[0]
+    runs = sweep.finished
+    own = runs[(runs["projection"] == projection) & runs["task"].isin(tasks)]
+    means = own.pivot(index=list(SEEDS), columns="task", values="score").mean(axis=1, skipna=False).dropna().to_numpy()
+    low, high = scores.t_interval(means)
+    return score(
+        pd.Series(
+            {"status": scores.COMPLETE, "score": means.mean(), "score_low": low, "score_high": high, "n": len(means)}
+        )
+    )
 
 
 def score(cell: pd.Series | None) -> Score:

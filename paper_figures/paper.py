@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paper_figures.comparison import Comparison, Ours, Place
+from paper_figures.comparison import Comparison, Mean, Ours, Place
 
 METHODS = {
     "lora": "LoRA",
@@ -15,7 +15,10 @@ METHODS = {
 }
 GLUE = {"SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "RTE": "rte", "STS-B": "stsb"}
 GLUE_COLUMNS = [*GLUE, "average"]
-GLUE_PLACES = {column: Place(f"glue/{task}") for column, task in GLUE.items()}
+GLUE_PLACES = {
+    **{column: Place(f"glue/{task}") for column, task in GLUE.items()},
+    "average": Mean([f"glue/{task}" for task in GLUE.values()]),
+}
 SMALL_GLUE = Ours("glue_budget", "MiniLM-L6 at one budget", GLUE_PLACES)
 SMALL_NOTE = (
     "MiniLM-L6 (22.7 M numbers, 800 training rows, 3 epochs) stands in for RoBERTa, which needs a GPU. Its scores are "
