@@ -51,7 +51,17 @@ class Book:
     @cached_property
     def model(self) -> pd.DataFrame | None:
         return self.results.table(
-            "overhead/overhead-model.csv", "base", "method", "step_ratio", "step_pairs", "peak_bytes"
+            "overhead/overhead-model.csv",
+            "base",
+            "method",
+            "trained",
+            "step_ratio",
+            "step_ratio_low",
+            "step_ratio_high",
+            "step_pairs",
+            "peak_bytes",
+            "peak_bytes_per_coordinate_beyond_lora",
+            "file_bytes",
         )
 
     @cached_property
@@ -163,17 +173,22 @@ class Book:
 
 
 def write(book: Book, names: Sequence[str], out: Path) -> None:
-    """The files of these tables and figures, and tables.md with every table and published claim."""
-    pages = []
-    for name in names:
-        with style.use():
-            products = book.jobs()[name]()
-        for product in products:
-            if isinstance(product, Table):
-                product.write(out)
-                pages.append(product.markdown())
-            else:
-                style.save(product, out / name)
+    """The files of these tables and figures, once all of them are made; of every name, tables.md too.
+
+    tables.md holds every table and published claim.
+    """
+    products: list[tuple[str, Product]] = []
+    with style.use():
+        for name in names:
+            products += [(name, product) for product in book.jobs()[name]()]
+    for name, product in products:
+        if isinstance(product, Table):
+            product.write(out)
+        else:
+            style.save(product, out / name)
+    if set(names) != set(book.jobs()):
+        return
+    pages = [product.markdown() for _, product in products if isinstance(product, Table)]
     said = "## What is reported of the paper without numbers\n\n" + "".join(f"- {c}\n" for c in published.claims())
     write_text(out / "tables.md", "\n".join(["# Tables\n", *pages, said]))
 
