@@ -6,12 +6,12 @@ One row per run, with `sweep`, `failed` (the reason, or NaN) and `folder` (<task
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
@@ -22,7 +22,8 @@ RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.j
 OVERHEAD = Path("overhead") / "overhead-model.csv"
 SINGLE = "single runs"
 # columns that every table and picture needs
-NEEDED = ("task", "model", "projection", "score", "metric", "failed", "did_not_train", "folder", *SEEDS)
+NEEDED = ("task", "model", "projection", "score", "metric", "trained", "failed", "did_not_train", "folder", *SEEDS)
+ORIGIN = ("runs", "failed", "hardware", "versions", "commits", "first", "last", "adapters")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read(folder: Path) -> Records:
         pd.concat([part.runs for part in found], ignore_index=True),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
-        pd.read_csv(overhead) if (overhead := folder / OVERHEAD).exists() else None,
+        table(overhead, ("base", "method")) if (overhead := folder / OVERHEAD).exists() else None,
     )
     check(together.runs, str(folder))
     return together
@@ -71,10 +72,12 @@ def read_sweep(folder: Path) -> Records:
             raise ExperimentError(
                 f"records: {folder / name} must exist, got none. Write it again with `python -m experiments.export`."
             )
-    runs = pd.read_csv(folder / RECORDS)
-    if missing := sorted(set(NEEDED) - set(runs)):
-        raise ExperimentError(f"records: {folder / RECORDS} must have the columns {missing}. Export the sweep again.")
-    curves, origin = pd.read_csv(folder / CURVES), read_json(folder / PROVENANCE)
+    runs, curves = table(folder / RECORDS, NEEDED), table(folder / CURVES, ("folder", "step", "loss"))
+    origin = read_json(folder / PROVENANCE)
+    if missing := sorted(set(ORIGIN) - set(origin)):
+        raise ExperimentError(
+            f"records: {folder / PROVENANCE} must hold {missing}, got keys {sorted(origin)}. Export the sweep again."
+        )
     if len(runs) != origin["runs"]:
         raise ExperimentError(
             f"records: {folder / RECORDS} must hold the {origin['runs']} runs that its provenance counts, got "
@@ -86,16 +89,34 @@ def read_sweep(folder: Path) -> Records:
             f"{_more(lost)}. Export the sweep again."
         )
     if (folder / CHOICE).exists():
-        origin |= trials(read_json(folder / CHOICE))
+        origin |= trials(folder / CHOICE)
     check(runs, str(folder))
     return Records(runs.assign(sweep=folder.name), curves, {folder.name: origin})
 
 
-def trials(choice: dict[str, Any]) -> dict[str, Any]:
+def table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+    """A CSV file. Raises ExperimentError for one that is none, or lacks one of these columns."""
+    try:
+        found = pd.read_csv(path)
+    except ValueError as error:
+        raise ExperimentError(f"records: {path} must be a table, got {error}. Make it again.") from error
+    if lost := sorted(set(columns) - set(found)):
+        raise ExperimentError(f"records: {path} must have the columns {lost}, got others. Make it again.")
+    return found
+
+
+def trials(path: Path) -> dict[str, Any]:
     """How many runs chose the rates of a sweep, their seconds, and when the choice was locked."""
-    tried = [trial for each in choice["choices"] for trial in each["trials"]]
-    seconds = sum(trial["seconds"] for trial in tried)
-    return {"trials": len(tried), "trial_seconds": seconds, "locked": choice["locked"], "rule": choice["rule"]}
+    choice = read_json(path)
+    try:
+        tried = [trial for each in choice["choices"] for trial in each["trials"]]
+        seconds = sum(trial["seconds"] for trial in tried)
+        return {"trials": len(tried), "trial_seconds": seconds, "locked": choice["locked"], "rule": choice["rule"]}
+    except (KeyError, TypeError) as error:
+        raise ExperimentError(
+            f"records: {path} must hold the trials that chose the rates of a sweep, got another object ({error!r}). "
+            "Export the sweep again."
+        ) from error
 
 
 def _single(folder: Path) -> list[Records]:
@@ -117,7 +138,7 @@ def _single(folder: Path) -> list[Records]:
     origins = {name: _origin([r for r in rows if r["folder"] in set(own)]) for name, own in folders}
     for name, origin in origins.items():
         if (folder / "sweeps" / name / CHOICE).exists():
-            origin |= trials(read_json(folder / "sweeps" / name / CHOICE))
+            origin |= trials(folder / "sweeps" / name / CHOICE)
     return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), origins)]
 
 
@@ -125,9 +146,9 @@ def _members(folder: Path) -> pd.DataFrame:
     """folder, sweep and the columns of the cell: a row per run and cell that the tables of a finished sweep name."""
     found = [pd.DataFrame(columns=["folder", "sweep"])]
     for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
-        table = pd.read_csv(path, usecols=lambda key: key == "folder" or key.partition(".")[0] == "cell")
-        short = table["folder"].map(lambda run: "/".join(Path(run).parts[-2:]))
-        found.append(table.assign(folder=short, sweep=path.parent.name))
+        listed = table(path, ("folder",)).filter(regex=r"^(folder|cell(\..*)?)$")
+        short = listed["folder"].map(lambda run: "/".join(Path(run).parts[-2:]))
+        found.append(listed.assign(folder=short, sweep=path.parent.name))
     return pd.concat(found, ignore_index=True)
 
 
@@ -177,8 +198,8 @@ def check(runs: pd.DataFrame, where: str) -> None:
     A run that is marked as failed or as one that did not train may lack a score: it is never ranked.
     """
     usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
-    bad = [r.folder for r in usable.itertuples() if not math.isfinite(_number(r.score))]
-    if bad:
+    finite = np.isfinite(pd.to_numeric(usable["score"], errors="coerce").astype(float))
+    if bad := list(usable.loc[~finite, "folder"]):
         raise ExperimentError(
             f"records: the score of every run in {where} must be a finite number, got none in {bad[0]}{_more(bad)}. "
             "Look into its log; delete the folder and train it again."
@@ -189,10 +210,6 @@ def check(runs: pd.DataFrame, where: str) -> None:
                 f"records: all runs of {task} in {where} must have one metric, got {', '.join(names)}: these are "
                 "different tasks. Keep them in different folders."
             )
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _more(found: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import scores
-from analysis.records import Records, read_sweep
+from analysis.records import Records, read_sweep, table
 from experiments.errors import ExperimentError
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
@@ -72,18 +72,10 @@ class Results:
     def table(self, path: str, *columns: str) -> pd.DataFrame | None:
         """An analysis table, or None if it was not made. Raises ExperimentError where it lacks one of these columns."""
         file = self.folder / path
-        if not file.exists():
-            return None
-        try:
-            found = pd.read_csv(file)
-        except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-            raise ExperimentError(f"figures: {file} must be a table, got {error}. Make it again.") from error
-        if lost := sorted(set(columns) - set(found)):
-            raise ExperimentError(f"figures: {file} must have the columns {lost}, got others. Make it again.")
-        return found
+        return table(file, columns) if file.exists() else None
 
 
-def measured(cells: pd.DataFrame, key: str) -> pd.DataFrame:
+def complete(cells: pd.DataFrame, key: str) -> pd.DataFrame:
     """The complete cells. Raises ExperimentError where one of them lacks this size or setting."""
     found = cells[cells["status"] == scores.COMPLETE]
     if key not in found or found[key].isna().any():

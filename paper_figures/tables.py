@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from paper_figures.comparison import score
-from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Sweep, one_cell
+from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Sweep, complete, one_cell
 from paper_figures.table import Table
 
 ROUNDING = 1e-12
@@ -135,6 +135,7 @@ def scan(name: str, title: str, key: str, head: str, published: pd.DataFrame, sw
     if sweep is None:
         rows.append(["ours", "all", NOT_RUN, NOT_RUN, NOT_RUN])
     else:
+        complete(sweep.cells, key)
         for _, cell in sweep.cells.sort_values(["projection", key], kind="stable").iterrows():
             rows.append(
                 [f"ours, {cell['model']}", cell["projection"], _whole(cell[key]), cell["task"], score(cell).text]
@@ -201,8 +202,9 @@ def fastfood(sweep: Sweep | None, model: pd.DataFrame | None, names: Sequence[st
             scores.append(score(one_cell(part[part["projection"] == name], f"{name} on {task}")).text)
         costs = [NOT_RUN, NOT_RUN] if model is None else []
         for _, part in bases:
-            (row,) = part[part["method"] == name].itertuples()
-            costs += [_ratio(row, "step_ratio"), _scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]
+            found = [[_ratio(row, "step_ratio"), _scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]
+                     for row in part[part["method"] == name].itertuples()]  # fmt: skip
+            costs += found[0] if found else [NOT_RUN, NOT_RUN]
         rows.append(["ours", name, *scores, *costs])
     heads = ["block", "projection", *([f"{task}, %" for task, _ in tasks] or ["score, %"])]
     for base in [base for base, _ in bases] or ["a model"]:

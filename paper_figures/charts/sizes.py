@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from analysis import scores, style
 from paper_figures.charts.parts import MISSING, PUBLISHED, legend, missing, panels, point, say
-from paper_figures.sources import NOT_RUN, Sweep, measured, one_task
+from paper_figures.sources import NOT_RUN, Sweep, complete, one_task
 
 # on a logarithmic axis, in decades: points nearer than this are set side by side
 APART = 0.035
@@ -42,7 +42,7 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
     """Complete cells of one task against a size, others by name; a method's points are joined where each has its own
     size."""
     one_task(cells, label)
-    usable = measured(cells, key).sort_values(key)
+    usable = complete(cells, key).sort_values(key)
     if usable.empty:
         say(axes, "no complete cell")
         return
