@@ -15,8 +15,12 @@ METRICS = (("factor", "factors"), ("delta_W", "delta W"), ("fisher", "Fisher-wei
 
 
 def edge(energies: pd.Series) -> float:
-    """The decade below the least energy above 0: where a logarithmic axis ends, with those at or below 0 on it."""
-    return float(10.0 ** np.floor(np.log10(energies[energies > 0].min())))
+    """The decade below the least energy above 0: where a logarithmic axis ends, with those at or below 0 on it.
+
+    0.1 where none is above 0.
+    """
+    above = energies[energies > 0]
+    return float(10.0 ** np.floor(np.log10(above.min()))) if len(above) else 0.1
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
