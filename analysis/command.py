@@ -29,6 +29,13 @@ DIGITS = 15
 MOST_PRINTED = 120
 
 
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def parser(name: str, summary: str) -> argparse.ArgumentParser:
     """A parser with the options that every command has."""
     options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)

@@ -14,10 +14,12 @@ import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from analysis.command import positive
 from experiments import models, tasks
 from experiments.errors import ExperimentError
 from experiments.tasks.rows import text_columns
@@ -51,16 +53,16 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--model", default=Setting.model, help="minilm, a hub id or a local folder")
     options.add_argument("--task", default=Setting.task, help="a task of `experiments.tasks` that classifies text")
     options.add_argument("--data", default=Setting.data, help="hub, or a folder of data")
-    options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--batch-size", type=int, default=Setting.batch_size, help="rows per batch")
-    options.add_argument("--max-length", type=int, default=Setting.max_length, help="tokens per row")
-    options.add_argument("--test-size", type=int, default=Setting.test_size, help="rows that a score is taken over")
+    options.add_argument("--rank", type=positive, default=Setting.rank)
+    options.add_argument("--batch-size", type=positive, default=Setting.batch_size, help="rows per batch")
+    options.add_argument("--max-length", type=positive, default=Setting.max_length, help="tokens per row")
+    options.add_argument("--test-size", type=positive, default=Setting.test_size, help="rows that are scored")
     options.add_argument("--seed", type=int, default=Setting.seed, help="of P, the head and the order of rows")
 
 
 def add_training(options: argparse.ArgumentParser, steps: int, what: str, trained: str) -> None:
     """The options of a short training: how many steps, of what use, at which rate of what."""
-    options.add_argument("--steps", type=int, default=steps, help=f"of training{what}")
+    options.add_argument("--steps", type=positive, default=steps, help=f"of training{what}")
     options.add_argument("--lr", type=float, default=1e-2, help=f"of {trained}, AdamW")
 
 
@@ -107,6 +109,10 @@ class Subject:
 
     def _load(self, folder: Path) -> PeftModel:
         """PEFT's LoRA from a folder; uniproj's theta_D and head are written into LoRA layers of the same shapes."""
+        if not (folder / CONFIG_NAME).is_file():
+            raise ExperimentError(
+                f"subject: {folder} must be a folder with an adapter, got no {CONFIG_NAME} there. Check the path."
+            )
         loaded = PeftModel.from_pretrained(self._base(), str(folder))
         config = loaded.peft_config[ADAPTER]
         if not isinstance(config, UniProjConfig):

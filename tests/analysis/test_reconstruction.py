@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 import uniproj
-from analysis import compress
+from analysis import compress, landscape
+from analysis.reconstruction import __main__ as reconstruction
 from analysis.reconstruction import reconstruct
+from analysis.reconstruction.figure import edge
 from analysis.spaces import build, defaults
 from analysis.subject import HEAD, Setting, Subject, factor_name
 from analysis.training import train_lora
@@ -165,6 +168,31 @@ def test_a_projection_made_of_base_weights_needs_the_model(folder: Path, tmp_pat
     assert compress.main(asked) == 2
     assert "Pass --base" in capsys.readouterr().err
     assert compress.main([*asked, "--base", "minilm"]) == 0
+
+
+def test_an_untrained_lora_and_options_that_are_no_object_are_a_sentence(tmp_path: Path, capsys) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    command = [str(tmp_path), str(tmp_path / "out"), "--projection", "unilora", "--d", "4"]
+    for more, message in (([], "delta W = 0 in every module"), (["--options", "[1]"], "options must be an object")):
+        assert compress.main([*command, *more]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_energies_that_are_none_above_zero_have_an_edge() -> None:
+    assert edge(pd.Series([-1.0, 0.0])) == 0.1 and edge(pd.Series([-1.0, 0.02, 0.5])) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch-size", "--test-size"])
+@pytest.mark.parametrize("command", [landscape, reconstruction])
+def test_counts_are_positive(command, option: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main([option, "0"])
+    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_missing_adapter_is_a_sentence(tmp_path: Path, capsys) -> None:
+    assert reconstruction.main(["--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "none must be a folder with an adapter, got no adapter_config.json" in capsys.readouterr().err
 
 
 def test_what_is_no_plain_lora_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ def compress(
     base: the model that the adapter belongs to (or its name), for projections that are made of its weights; any other
     projection needs the shapes alone. Raises ProjectionError or AdapterError where the projection refuses them.
     """
+    if not isinstance(options, Mapping):
+        raise AdapterError(
+            f'compress: options must be an object such as {{"k": 2}}, got {options!r}. Name the hyperparameter.'
+        )
     needed: dict[str, Any] = {}
     if get(projection).needs_base_weights:
         if base is None:

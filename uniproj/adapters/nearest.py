@@ -12,6 +12,7 @@ from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 
 from uniproj.claims import acts_as_isometry
+from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 
@@ -110,7 +111,10 @@ def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> 
 
 
 def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Tensor, reached: Tensor) -> float:
-    """The same of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>."""
+    """The same of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>.
+
+    Raises AdapterError where the target changes nothing.
+    """
     wanted, found = layout.split(target.double()), layout.split(reached.double())
     lost = whole = 0.0
     for k, module in enumerate(b.module for b, _ in layout.pairs()):
@@ -118,4 +122,6 @@ def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Te
         ww, wf, ff = (float(((X.T @ Y) * (U @ V.T)).sum()) for X, U, Y, V in ((B, A, B, A), (B, A, C, E), (C, E, C, E)))
         lost += scales[module] ** 2 * (ww - 2 * wf + ff)
         whole += scales[module] ** 2 * ww
+    if not whole > 0:
+        raise AdapterError("compress: a LoRA must change its base, got delta W = 0 in every module. Train it first.")
     return 1.0 - lost / whole
