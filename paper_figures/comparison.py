@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from analysis import scores
-from analysis.records import SEEDS
+from experiments.settings import SEEDS
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Results, Sweep, one_cell
 from paper_figures.table import Table
 

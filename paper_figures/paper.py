@@ -15,7 +15,7 @@ METHODS = {
 }
 GLUE = {"SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "RTE": "rte", "STS-B": "stsb"}
 GLUE_COLUMNS = [*GLUE, "average"]
-GLUE_PLACES = {
+GLUE_PLACES: dict[str, Place | Mean] = {
     **{column: Place(f"glue/{task}") for column, task in GLUE.items()},
     "average": Mean([f"glue/{task}" for task in GLUE.values()]),
 }
@@ -49,7 +49,7 @@ COMPARISONS = [
         "math", "Mathematical reasoning, Gemma-7B on MetaMathQA", "Gemma-7B", ["GSM8K", "MATH"], "%", METHODS,
         [
             Ours("math", "Gemma-7B", MATH),
-            Ours("gsm8k_budget", "SmolLM2-135M on 256 solutions", {"GSM8K": Place("gsm8k")}),
+            Ours("gsm8k_budget", "SmolLM2-135M on 64 solutions", {"GSM8K": Place("gsm8k")}),
         ],
         ["Ours on MATH: the 500 problems of MATH-500. SmolLM2-135M stands in for Gemma-7B, which needs a GPU."],
     ),

@@ -122,6 +122,6 @@ def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Te
         ww, wf, ff = (float(((X.T @ Y) * (U @ V.T)).sum()) for X, U, Y, V in ((B, A, B, A), (B, A, C, E), (C, E, C, E)))
         lost += scales[module] ** 2 * (ww - 2 * wf + ff)
         whole += scales[module] ** 2 * ww
-    if not whole > 0:
+    if whole == 0:
         raise AdapterError("compress: a LoRA must change its base, got delta W = 0 in every module. Train it first.")
     return 1.0 - lost / whole
