@@ -53,6 +53,12 @@ def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
     return runs.assign(score=score)[score.notna()]
 
 
+def over_tasks(runs: pd.DataFrame) -> np.ndarray:
+    """The mean score over all tasks of these runs, one per seed that every task has."""
+    scores = runs.astype({"score": float}).pivot(index=list(SEEDS), columns="task", values="score")
+    return scores.dropna().mean(axis=1).to_numpy()
+
+
 def mean_curves(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Each cell's training loss, mean over its runs at the steps that all of them logged: cell (row), step, loss."""
     found = []

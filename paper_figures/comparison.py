@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from analysis import scores
-from experiments.settings import SEEDS
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Results, Sweep, one_cell
 from paper_figures.table import Table
 
@@ -128,8 +127,7 @@ def _mean(sweep: Sweep, tasks: Sequence[str], projection: str) -> Score:
     if lost := [score for score in each if score.value is None]:
         return lost[0]
     runs = sweep.finished
-    own = runs[(runs["projection"] == projection) & runs["task"].isin(tasks)]
-    means = own.pivot(index=list(SEEDS), columns="task", values="score").mean(axis=1, skipna=False).dropna().to_numpy()
+    means = scores.over_tasks(runs[(runs["projection"] == projection) & runs["task"].isin(tasks)])
     low, high = scores.t_interval(means)
     return score(
         pd.Series(
