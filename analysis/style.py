@@ -46,6 +46,8 @@ _RC = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "figure.constrained_layout.use": True,
+    # every figure of a call is made before the first is written
+    "figure.max_open_warning": 0,
     "savefig.dpi": 300,
     # TrueType: text stays text in a PDF
     "pdf.fonttype": 42,
