@@ -28,7 +28,10 @@ MEASURED = "doctor.json"
 SCORED_ROWS = 4
 TOLERANCE = 1e-3
 # what decides the time of a step and the memory of a run
-KIND = ("task", "model", "projection", "r", "d", "batch_size", "max_length", "device", "dtype", "quantization")
+KIND = (
+    *("task", "model", "projection", "r", "d", "batch_size", "max_length"),
+    *("device", "dtype", "base_dtype", "quantization"),
+)
 
 
 def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
@@ -69,8 +72,8 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
     if unknown:
         lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
-    models = {config.model for config in runs_of(sweep)["confirm"]}
-    lines += [f"weights  {model}: {_weights(sweep, model) / 1e9:.2f} GB" for model in sorted(models)]
+    bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in runs_of(sweep)["confirm"]}
+    lines += [f"weights  {base}: {_weights(config) / 1e9:.2f} GB" for base, config in sorted(bases.items())]
     return "\n".join(lines)
 
 
@@ -93,12 +96,12 @@ def _measured(sweep: Sweep, runs: Path) -> dict[str, Any]:
     return found
 
 
-def _weights(sweep: Sweep, model: str) -> int:
-    """Bytes of a base as it is loaded, from its configuration."""
-    first = next(config for config in runs_of(sweep)["confirm"] if config.model == model)
+def _weights(config: RunConfig) -> int:
+    """Bytes of the base of a run as it is loaded, from its configuration."""
     with torch.device("meta"):
-        base = families.get(tasks.get(first.task, first.data).family).auto.from_config(model_config(model))
-    width = {None: 4.0, "int8": 1.0, "nf4": 0.56}[first.quantization]
+        base = families.get(tasks.get(config.task, config.data).family).auto.from_config(model_config(config.model))
+    quantized = {"int8": 1.0, "nf4": 0.56}
+    width = quantized[config.quantization] if config.quantization else getattr(torch, config.base_dtype).itemsize
     return int(sum(p.numel() for p in base.parameters()) * width)
 
 

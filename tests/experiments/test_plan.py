@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 from experiments import plan, preflight
 from experiments import sweep as command
@@ -148,3 +150,23 @@ def test_an_estimate_follows_how_many_runs_the_launcher_trains_at_once(
     assert command.main([str(path), "--dry-run", "--launcher", launcher, "--runs", str(runs)]) == 0
     out = capsys.readouterr().out
     assert f"2.0 GB per run (measured), at most {at_once} at once" in out and f"{hours:.2f} h of training" in out
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "lines"),
+    [
+        ("base_dtype: [float32]", {"float32": 4}),
+        ("base_dtype: [bfloat16, float32]", {"bfloat16": 2, "float32": 4}),
+        ("quantization: [null, int8]", {"float32": 4, "int8": 1}),
+    ],
+)
+def test_an_estimate_weighs_each_base_as_it_is_loaded(write, runs: Path, dtypes: str, lines: dict, monkeypatch) -> None:
+    large = BertConfig(vocab_size=30000, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
+    monkeypatch.setattr(preflight, "model_config", lambda name: large)
+    sweep = read(write(f"axes: {{projection: [lora], {dtypes}}}\n"))
+    text = preflight.estimate(sweep, runs, at_once=1)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(large).parameters())
+    model = sweep.settings["model"]
+    weights = [line for line in text.splitlines() if line.startswith("weights")]
+    assert weights == [f"weights  {model} in {form}: {count * width / 1e9:.2f} GB" for form, width in lines.items()]
