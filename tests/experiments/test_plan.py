@@ -1,6 +1,7 @@
 """Sweep files: which runs they ask for, and what is refused before anything is trained."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,31 @@ def test_broken_sweeps_are_refused(write, text: str, message: str) -> None:
         ({"label_noise": 1.5}, r"label_noise must lie in \[0, 1\]"),
         ({"epochs": 0}, "epochs must be positive"),
         ({"lr": None}, "needs lr"),
+        ({"lr": "fast"}, "lr must be a finite number, got 'fast'"),
+        ({"lr": math.nan}, "lr must be a finite number, got nan"),
+        ({"lr": -1}, "lr must be positive"),
+        ({"epochs": True}, "epochs must be a finite number, got True"),
+        ({"epochs": "two"}, "epochs must be a finite number, got 'two'"),
+        ({"train_size": "all"}, "train_size must be an integer or null, got 'all'"),
+        ({"train_size": 32.5}, "train_size must be an integer or null, got 32.5"),
+        ({"label_noise": "much"}, "label_noise must be a finite number"),
+        ({"budget": "small"}, "budget must be an integer or null"),
+        ({"r": "four"}, "r must be an integer, got 'four'"),
+        ({"train_seed": -1}, r"train_seed must lie in \[0, 4294967295\]"),
+        ({"timing": 1}, "timing must be true or false, got 1"),
+        ({"plugins": "my.py"}, "plugins must be a list of values"),
+        ({"hyperparameters": "a"}, "hyperparameters must be a mapping, got 'a'"),
+        ({"hyperparameters": {"scale": [math.inf]}}, r"hyperparameters.scale\[0\] must be .* got inf"),
+        ({"quantization": "int3"}, "quantization must be one of nf4, int8, got 'int3'"),
+        ({"dtype": "float12"}, "dtype must be one of float32, bfloat16, float16, got 'float12'"),
+        ({"base_dtype": "float12"}, "base_dtype must be one of"),
+        ({"scheduler": "zigzag"}, "scheduler must be one of linear, cosine"),
+        ({"scheduler": "warmup_stable_decay"}, "scheduler must be one of"),  # needs arguments that no setting gives
+        ({"optimizer": "zigzag"}, "optimizer must be one of adamw_torch"),
+        ({"device": "gpu"}, "device must be one of cpu, cuda, mps"),
+        ({"target_modules": ["nope"]}, r"target_modules \['nope'\], got: Target modules {'nope'} not found"),
+        ({"target_modules": "("}, "target_modules"),
+        ({"target_modules": ["query", "nope"]}, "target_modules must name linear layers of .*, got 'nope'"),
     ],
 )
 def test_impossible_settings_are_refused(task: str, model: str, extra: dict, message: str) -> None:
