@@ -14,12 +14,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments.checks import check_distinct, check_fields, check_type
 from experiments.config import resolve
 from experiments.errors import ExperimentError
 from experiments.settings import SEEDS, RunConfig
 
 CONF = Path(__file__).with_name("conf")
 Cell = dict[str, Any]
+# what the sweep itself gives to each run
+OWN = {"seed", "score_on"}
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,50 @@ class Sweep:
     settings: Mapping[str, Any] = field(default_factory=dict)
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ({},)
-    tune: Mapping[str, Any] | None = None
+    tune: Mapping[str, Sequence[Any]] | None = None
     seeds: Sequence[int] = (0,)
     published: Mapping[str, Any] = field(default_factory=dict)
     launcher: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ExperimentError(f"sweep {self.name}: seeds must name at least one seed, got none.")
+        sweep = f"sweep {self.name}: "
+        check_fields(sweep, Sweep, vars(self))
+        # the name is that of a folder
+        if self.name != Path(self.name).name or self.name in ("", ".."):
+            raise ExperimentError(f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes out.")
+        for what in ("cases", "seeds"):
+            check_distinct(sweep + what, getattr(self, what))
+        for what in ("axes", "tune"):
+            for key, values in (getattr(self, what) or {}).items():
+                check_distinct(f"{sweep}{what}.{key}", values)
         if self.tune is not None:
             self._check_tune(self.tune)
+        self._check_places()
 
-    def _check_tune(self, tune: Mapping[str, Any]) -> None:
-        if not tune.get("seeds") or len(tune) < 2:
+    def _check_tune(self, tune: Mapping[str, Sequence[Any]]) -> None:
+        if "seeds" not in tune or len(tune) < 2:
             raise ExperimentError(
                 f"sweep {self.name}: tune needs `seeds` and at least one setting with a list of values, such as "
                 f"lr: [1e-3, 1e-2], got {dict(tune)}."
             )
+        check_type(f"sweep {self.name}: tune.seeds", tune["seeds"], Sequence[int])
         if shared := set(tune["seeds"]) & set(self.seeds):
             raise ExperimentError(
                 f"sweep {self.name}: the seeds that confirm a choice must be fresh, got {sorted(shared)} in tune.seeds "
                 "too. Take other seeds."
+            )
+
+    def _check_places(self) -> None:
+        """A setting that stands in two places would be read from one of them."""
+        varied = [set(self.axes), set(self.tuned()), set().union(*self.cases)]
+        if twice := [key for one, other in itertools.combinations(varied, 2) for key in one & other]:
+            raise ExperimentError(
+                f"sweep {self.name}: {twice[0]} must stand in one of axes, cases and tune, got two. Take one out."
+            )
+        if own := sorted(OWN & set(self.settings).union(*varied)):
+            raise ExperimentError(
+                f"sweep {self.name}: {own[0]} must be left to the sweep, got it as a setting. Name the seeds of runs "
+                "in `seeds` and `tune.seeds`."
             )
 
     def cells(self) -> list[Cell]:
@@ -93,7 +119,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep of a YAML file. Its `defaults` may take settings from `experiments/conf/settings/`.
 
     overrides: Hydra's, such as `settings.train_size=64` or `axes.projection=[lora,unilora]`.
-    Raises ExperimentError for a missing or broken file, an unknown key, or an axis that is no list.
+    Raises ExperimentError for a missing or broken file, an unknown key, or a value that cannot be.
     """
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(CONF.parent.parent)) for p in CONF.glob("sweeps/**/*.yaml")))
@@ -110,10 +136,6 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 def _sweep(path: Path, content: dict[str, Any]) -> Sweep:
     known = [f.name for f in fields(Sweep)]
     content.setdefault("name", path.stem)
-    if unknown := sorted(set(content) - set(known)):
+    if unknown := sorted(set(content) - set(known), key=str):
         raise ExperimentError(f"sweep: {path} has unknown keys {unknown}. Known: {', '.join(known)}.")
-    for where in ("axes", "tune"):
-        for key, values in (content.get(where) or {}).items():
-            if not isinstance(values, list):
-                raise ExperimentError(f"sweep: {where}.{key} must be a list of values, got {values!r}. Add brackets.")
     return Sweep(**content)

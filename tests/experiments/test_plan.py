@@ -82,13 +82,49 @@ def test_overrides_and_shared_settings_compose(write) -> None:
         ("axes: {projection: lora}", "axes.projection must be a list of values, got 'lora'"),
         ("seeds: [0, 1]\ntune: {seeds: [1], lr: [0.1]}", r"must be fresh, got \[1\]"),
         ("tune: {lr: [0.1]}", "tune needs `seeds`"),
-        ("seeds: []", "at least one seed"),
+        ("seeds: []", "seeds must hold at least one value"),
         ("axes: {projection: [lora}", "must be a sweep"),
+        ("axes: [projection]", r"axes must be a mapping, got \['projection'\]"),
+        ("tune: [0.1]", r"tune must be a mapping or null, got \[0.1\]"),
+        ("tune: {seeds: 0, lr: [0.1]}", "tune.seeds must be a list of values, got 0"),
+        ("seeds: 3", "seeds must be a list of values, got 3"),
+        ("seeds: [true]", r"seeds\[0\] must be an integer, got True"),
+        ("cases: {projection: lora}", "cases must be a list of values"),
+        ("cases: [lora]", r"cases\[0\] must be a mapping, got 'lora'"),
+        ("launcher: fast", "launcher must be a mapping, got 'fast'"),
+        ("launcher: {local: null}", "launcher.local must be a mapping, got None"),
+        ("axes: {lr: [.nan]}", r"axes.lr\[0\] must be .* a finite number, .* got nan"),
+        ("name: 5", "name must be text, got 5"),
+        ("name: ../../evil", "name must be that of one folder, got '../../evil'"),
+        ("name: ..", "name must be that of one folder"),
+        ("1: 2\naxis: 3", r"unknown keys \[1, 'axis'\]"),
+        ("axes: {projection: []}", "axes.projection must hold at least one value"),
+        ("cases: []", "cases must hold at least one value"),
+        ("axes: {projection: [lora, lora]}", "axes.projection must hold each value once, got 'lora' twice"),
+        ("seeds: [1, 1]", "seeds must hold each value once, got 1 twice"),
+        ("tune: {seeds: [2], lr: [0.1, 0.1]}", "tune.lr must hold each value once"),
+        ("axes: {lr: [0.1]}\ntune: {seeds: [2], lr: [0.2]}", "lr must stand in one of axes, cases and tune"),
+        ("axes: {seed: [3]}", "seed must be left to the sweep"),
     ],
 )
 def test_broken_sweeps_are_refused(write, text: str, message: str) -> None:
     with pytest.raises(ExperimentError, match=message):
         read(write(text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("null", "settings must be a mapping, got None"),
+        ("[1]", r"settings must be a mapping, got \[1\]"),
+        ("{seed: 3}", "seed must be left to the sweep"),
+    ],
+)
+def test_broken_settings_are_refused(tmp_path: Path, settings: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"settings: {settings}\naxes: {{projection: [lora]}}\n")
+    with pytest.raises(ExperimentError, match=message):
+        read(path)
 
 
 @pytest.mark.parametrize(
