@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from experiments import families, tasks
+from experiments.config import shapes_of
 from experiments.data import draw
 from experiments.errors import ExperimentError
 from experiments.models import model_config
@@ -23,6 +24,7 @@ from experiments.protocol import sweep_folder
 from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
 from experiments.run import Run
 from experiments.settings import RunConfig
+from uniproj.layout import LoRALayout
 
 MEASURED = "doctor.json"
 SCORED_ROWS = 4
@@ -44,6 +46,18 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
         first = {key: getattr(trials[0], key) for key in sweep.tuned()} if trials else {}
         stages["confirm"] += sweep.confirmations(cell, first)
     return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
+
+
+def check_layouts(sweep: Sweep) -> None:
+    """Raises ExperimentError for a run whose modules are not in its model, or whose d is above their D."""
+    for config in (config for configs in runs_of(sweep).values() for config in configs):
+        shapes = shapes_of(config.task, config.data, config.model, config.target_modules)
+        D = LoRALayout.from_shapes(shapes, config.r).D
+        if config.d is not None and config.d > D:
+            raise ExperimentError(
+                f"config: d must be at most D = {D} on {config.model} at r = {config.r}, got {config.d}. "
+                "Lower d or raise r."
+            )
 
 
 def kind(config: RunConfig) -> str:

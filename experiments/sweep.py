@@ -6,13 +6,14 @@ Runs that are done are not repeated, interrupted ones resume: start the same com
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from experiments import plan, preflight, protocol, slurm, sweep_report
+from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
 from experiments.plan import Sweep
 from experiments.results import RUNS
@@ -21,6 +22,9 @@ from experiments.workers import Processes, processes, train_all
 from uniproj.errors import AdapterError, ProjectionError
 
 INTERRUPTED = 130
+LAUNCHERS: Mapping[str, type[Any]] = {"local": Processes, "slurm": SlurmOptions}
+# options of launchers that count something
+COUNTS = ("processes", "nodes", "concurrency", "queue_cap")
 Options = TypeVar("Options")
 
 
@@ -29,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a sweep; those of the paper lie in experiments/conf/sweeps")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as settings.train_size=64")
-    parser.add_argument("--launcher", default="local", choices=["local", "slurm"])
+    parser.add_argument("--launcher", default="local", choices=list(LAUNCHERS))
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="print counts, memory and time, and train nothing")
     parser.add_argument("--doctor", action="store_true", help="one step, save, load and merge of each kind of run")
@@ -57,20 +61,32 @@ def at_once(sweep: Sweep, launcher: str) -> int:
 
 
 def options_of(sweep: Sweep, launcher: str, kind: Callable[..., Options]) -> Options:
-    """What the sweep says of a launcher. Raises ExperimentError for a word that the launcher does not know."""
-    given = sweep.launcher.get(launcher, {})
-    try:
-        return kind(**given)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(kind).parameters)
-        raise ExperimentError(
-            f"sweep: launcher.{launcher} must have keys among {known}, got {', '.join(given)}. Correct them."
-        ) from error
+    """What the sweep says of a launcher."""
+    return kind(**sweep.launcher.get(launcher, {}))
+
+
+def check_launchers(sweep: Sweep) -> None:
+    """Raises ExperimentError for an unknown launcher, and for an option that its launcher does not know or take."""
+    for launcher, given in sweep.launcher.items():
+        if launcher not in LAUNCHERS:
+            raise ExperimentError(
+                f"sweep: launcher must have keys among {', '.join(LAUNCHERS)}, got {launcher}. Correct it."
+            )
+        known = [field.name for field in fields(LAUNCHERS[launcher])]
+        if not set(given) <= set(known):
+            raise ExperimentError(
+                f"sweep: launcher.{launcher} must have keys among {', '.join(known)}, got {', '.join(given)}. "
+                "Correct them."
+            )
+        check_fields(f"sweep: launcher.{launcher}.", LAUNCHERS[launcher], given)
+        check_positive(f"sweep: launcher.{launcher}.", given, COUNTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Everything a sweep asks for; returns the exit status."""
     sweep = plan.read(args.file, args.overrides)
+    check_launchers(sweep)
+    preflight.check_layouts(sweep)
     if args.dry_run:
         print(preflight.estimate(sweep, args.runs, at_once(sweep, args.launcher)))
         return 0

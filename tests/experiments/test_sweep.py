@@ -87,9 +87,24 @@ def test_a_plugin_that_cannot_be_imported_is_named(file: Path, runs: Path, tmp_p
     assert "broken.py must be a Python file or module that can be imported" in capsys.readouterr().err
 
 
-def test_an_unknown_word_for_a_launcher_is_refused(file: Path, runs: Path, capsys) -> None:
-    assert sweep.main([str(file), "+launcher.local={gpus:2}", "--runs", str(runs)]) == 2
-    assert "launcher.local must have keys among processes, sharded" in capsys.readouterr().err and not runs.exists()
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+launcher.local={gpus:2}"], "launcher.local must have keys among processes, sharded"),
+        (["+launcher.slurm={gpus:2}"], "launcher.slurm must have keys among parameters, concurrency"),
+        (["+launcher.local={processes:two}"], "launcher.local.processes must be an integer, got 'two'"),
+        (["+launcher.local={processes:0}"], "launcher.local.processes must be positive, got 0"),
+        (["+launcher.pbs={time:1}"], "launcher must have keys among local, slurm, got pbs"),
+        (["axes.projection=[lora]", "+settings.target_modules=[nope]"], "Target modules {'nope'} not found"),
+        (["~settings.budget", "+settings.d=1000000"], "d must be at most D = 1024 on"),
+    ],
+)
+def test_what_could_not_be_trained_is_refused_before(
+    overrides: list[str], message: str, file: Path, runs: Path, capsys
+) -> None:
+    for more in ([], ["--dry-run"]):
+        assert sweep.main([str(file), *overrides, *more, "--runs", str(runs)]) == 2
+        assert message in capsys.readouterr().err and not runs.exists()
 
 
 def test_doctor_runs_each_kind_once_and_feeds_the_estimate(file: Path, runs: Path, capsys) -> None:
