@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from experiments import rates, report, tasks
-from experiments.config import COMPARED, resolve
+from experiments.checks import check_distinct
+from experiments.config import COMPARED, DEVICES, resolve
 from experiments.errors import ExperimentError
 from experiments.families import adapted_shapes
 from experiments.results import RESULT, RUNS, digest, load_runs, prepare, slug, write_json
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--projections", nargs="+", default=list(COMPARED), metavar="NAME")
     parser.add_argument("--budget", type=int, help="trained numbers, without the head (default: VeRA's at r = 11)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each sets the four seeds of one repetition")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--lr", default="table", help="table (the committed rates), auto (tune first) or a number")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
     return parser.parse_args(argv)
@@ -45,6 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Fail on a bad name, number or device before anything is trained."""
     tasks.get(args.task)
+    for option in ("projections", "seeds"):
+        check_distinct(f"compare: --{option}", getattr(args, option))
     for name in args.projections:
         get(name)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
