@@ -16,7 +16,7 @@ import pandas as pd
 
 from experiments.errors import ExperimentError
 from experiments.results import CONFIG, LOCK, METRICS, RESULT, digest, is_locked, metrics, read_json, row
-from experiments.settings import SEEDS
+from experiments.settings import LOGGING_STEPS, SEEDS
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
@@ -83,7 +83,9 @@ def read_sweep(folder: Path) -> Records:
             f"records: {folder / RECORDS} must hold the {origin['runs']} runs that its provenance counts, got "
             f"{len(runs)}. Export the sweep again."
         )
-    if lost := sorted(set(runs.loc[runs["failed"].isna(), "folder"]) - set(curves["folder"])):
+    # a shorter run ends before the first loss is logged
+    logged = runs["failed"].isna() & (runs.get("step", LOGGING_STEPS) >= LOGGING_STEPS)
+    if lost := sorted(set(runs.loc[logged, "folder"]) - set(curves["folder"])):
         raise ExperimentError(
             f"records: {folder / CURVES} must hold the curve of every run, got none of {lost[0]}"
             f"{_more(lost)}. Export the sweep again."

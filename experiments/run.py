@@ -20,7 +20,7 @@ from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
 from experiments.models import target_modules
 from experiments.results import CONFIG, read_json
-from experiments.settings import RunConfig
+from experiments.settings import LOGGING_STEPS, RunConfig
 from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig
 
@@ -143,7 +143,7 @@ def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArgume
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        logging_steps=10,
+        logging_steps=LOGGING_STEPS,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         save_strategy="steps",

@@ -9,6 +9,8 @@ from typing import Any
 from experiments.errors import ExperimentError
 from experiments.tasks.sources import HUB
 
+# steps between two logged losses
+LOGGING_STEPS = 10
 SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 
 

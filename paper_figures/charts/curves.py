@@ -1,4 +1,4 @@
-"""Training loss against the step."""
+"""Training loss against the step, of the sweeps whose runs logged it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from paper_figures.sources import NOT_RUN, Sweep
 
 def draw(sweeps: Sequence[Sweep]) -> Figure:
     """One panel per sweep and task, one line per cell, the mean over its runs; more trained numbers, thicker line."""
-    shown = [(sweep, task, part) for sweep in sweeps for task, part in sweep.cells.groupby("task", sort=False)]
+    shown = [
+        (sweep, task, part)
+        for sweep in sweeps
+        for task, part in sweep.cells.groupby("task", sort=False)
+        # runs of few steps log no loss
+        if sweep.curves["cell"].isin(part.index).any()
+    ]
     if not shown:
         return missing(f"learning curves: {NOT_RUN}")
     figure, axes = panels(len(shown), 3, 1.9)

@@ -158,3 +158,13 @@ def test_a_mean_curve_has_the_steps_of_every_run(table: pd.DataFrame, tmp_path: 
     runs = table["folder"][:3]
     expected = curves[curves["folder"].isin(runs) & (curves["step"] == 20)]["loss"].mean()
     assert list(own["step"]) == [10, 20] and own["loss"].iloc[1] == pytest.approx(expected)
+
+
+def test_runs_of_fewer_steps_than_a_logged_loss_have_no_curve(table: pd.DataFrame, tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", table.assign(step=8))
+    (folder / "curves.csv").write_text("folder,step,loss\n")
+    assert records.read(tmp_path).curves.empty
+    write(tmp_path / "mine", table.assign(step=10))
+    (folder / "curves.csv").write_text("folder,step,loss\n")
+    with pytest.raises(ExperimentError, match="the curve of every run"):
+        records.read(tmp_path)
