@@ -29,11 +29,18 @@ DIGITS = 15
 MOST_PRINTED = 120
 
 
-def positive(text: str) -> int:
-    """A count on the command line."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a count on the command line."""
+
+    def count(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return count
+
+
+positive = at_least(1)
 
 
 def parser(name: str, summary: str) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from analysis.command import positive
+from analysis.command import at_least, positive
 from experiments import models, tasks
 from experiments.errors import ExperimentError
 from experiments.tasks.rows import text_columns
@@ -60,9 +60,9 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=int, default=Setting.seed, help="of P, the head and the order of rows")
 
 
-def add_training(options: argparse.ArgumentParser, steps: int, what: str, trained: str) -> None:
-    """The options of a short training: how many steps, of what use, at which rate of what."""
-    options.add_argument("--steps", type=positive, default=steps, help=f"of training{what}")
+def add_training(options: argparse.ArgumentParser, steps: int, what: str, trained: str, least: int = 1) -> None:
+    """The options of a short training: how many steps (and at least), of what use, at which rate of what."""
+    options.add_argument("--steps", type=at_least(least), default=steps, help=f"of training{what}")
     options.add_argument("--lr", type=float, default=1e-2, help=f"of {trained}, AdamW")
 
 

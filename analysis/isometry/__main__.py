@@ -17,7 +17,7 @@ def parse() -> argparse.ArgumentParser:
     options = command.parser("isometry", (__doc__ or "").split(": ")[1])
     options.add_argument("--layout", default="eight-64", help="of the verdicts: a name in analysis.spaces or a model")
     options.add_argument("--d", type=int, default=1024, help="length of theta_d where a method leaves it free")
-    subject.add_training(options, 30, " for real pairs; 0 for the verdicts alone", "theta_d")
+    subject.add_training(options, 30, " for real pairs; 0 for the verdicts alone", "theta_d", least=0)
     subject.add_options(options)
     return options
 

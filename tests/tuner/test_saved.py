@@ -256,15 +256,22 @@ def test_a_full_disk_under_save_pretrained_leaves_the_old_adapter(tmp_path: Path
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.parametrize("changed", ["after training", "before training"])
 @pytest.mark.parametrize("between", ["attach another", "nothing"])
-def test_a_file_says_what_was_trained_whatever_becomes_of_the_configuration(between: str, tmp_path: Path) -> None:
+def test_a_file_says_what_was_trained_whatever_becomes_of_the_configuration(
+    changed: str, between: str, tmp_path: Path
+) -> None:
     """One object for a loop over seeds, or changed after use: the header is of the P that the numbers belong to."""
     settings = config("llama")
     model = get_peft_model(base_model("llama"), settings)
-    train_steps(model, "llama")
-    settings.projection_seed = 5
+    if changed == "after training":
+        train_steps(model, "llama")
+    settings.projection_seed, settings.lora_alpha = 5, 32
     if between == "attach another":
+        get_peft_model(base_model("bert"), config("bert"))
         get_peft_model(base_model("llama"), settings)
+    if changed == "before training":
+        train_steps(model, "llama")
     model.eval().save_pretrained(tmp_path)
     assert file.read(tmp_path).header.projection_seed == 0
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path).eval()

@@ -20,7 +20,7 @@ from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
-from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta
+from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta, own_config
 from uniproj.tuner.targets import adapted_layers, refuse_copy
 
 # anchored: a module of the base model may be called projections too
@@ -49,6 +49,7 @@ class UniProjModel(LoraModel):
             self.projections = nn.ModuleDict()
             self._sources: dict[str, FactorSource] = {}
             self._being_loaded: set[str] = set()
+            self._made_by: dict[str, UniProjConfig] = {}
             self._adapters_enabled = True
             self._before_first = [(p, p.requires_grad) for p in model.parameters()]
             self._hooks = [
@@ -57,10 +58,8 @@ class UniProjModel(LoraModel):
             ]
         given = self.peft_config[adapter_name]
         twins = [name for name, other in self.peft_config.items() if other is given and name != adapter_name]
-        # what is saved must describe this P, whatever becomes of the caller's object
-        config = self.peft_config[adapter_name] = copy.deepcopy(given)
         # the header of a saved adapter lists its modules one by one
-        asked = None if config.header is not None else config.target_modules
+        asked = None if given.header is not None else given.target_modules
         theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
         try:
             # P makes every A and B, so those that PEFT draws here may stay on the meta device
@@ -93,6 +92,7 @@ class UniProjModel(LoraModel):
         keep_unpacked(self.model)
         if not on_meta(projection):
             check_alive(layers, adapter_name, source)
+        self._made_by[adapter_name] = copy.deepcopy(config)
         if config.layout_fingerprint is not None:
             self._being_loaded.add(adapter_name)
         else:
@@ -123,11 +123,17 @@ class UniProjModel(LoraModel):
     # ---- forward ----------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """What is attached is in use: nothing will be taken back any more."""
+        """What is attached is in use: nothing will be taken back any more, and each adapter has its own configuration.
+
+        Until here PEFT names heads in the object that the caller gave, who may change it for the next adapter.
+        """
         self._being_loaded, self._before_first = set(), []
+        for name, made_by in self._made_by.items():
+            self.peft_config[name] = own_config(self.peft_config[name], made_by)
+        self._made_by = {}
 
     def _project_active(self, model: nn.Module, args: Any) -> None:
-        if self._being_loaded:
+        if self._being_loaded or (self._made_by and not torch.compiler.is_compiling()):
             self._settle()
         if self._adapters_enabled:
             for name in self.active_adapters:
@@ -151,6 +157,7 @@ class UniProjModel(LoraModel):
         """Remove an adapter with its theta_d and its P."""
         super().delete_adapter(adapter_name)
         self._sources.pop(adapter_name, None)
+        self._made_by.pop(adapter_name, None)
         for holder in (self.uniproj_theta_d, self.projections):
             if adapter_name in holder:
                 del holder[adapter_name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
+
+# what decides the updates s B A of an adapter
+_OF_UPDATES = (
+    *("projection", "projection_seed", "projection_kwargs", "d", "_attached"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"),
+)
 
 if TYPE_CHECKING:
     from uniproj.tuner.model import UniProjModel
@@ -92,6 +99,14 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
         own[key] = own[key].detach().clone()
         tuner = model.base_model
         note(own[key], Header.of(config, tuner.projections[adapter_name], tuner.model), config)
+    return own
+
+
+def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
+    """A configuration for one adapter alone: the caller's, with what made its P and scale as it was then."""
+    own = copy.deepcopy(given)
+    for key in _OF_UPDATES:
+        setattr(own, key, getattr(made_by, key))
     return own
 
 
