@@ -33,14 +33,6 @@ def test_check_separates_those_that_have_it_from_those_that_have_not(claim: str)
     assert not CHECKS[claim](sample(has_not, LAYOUT, 40)).holds
 
 
-@pytest.mark.parametrize("name", ["lora", "sparse"])
-def test_a_column_of_one_row_is_local_and_not_global(name: str) -> None:
-    P = sample(name, LAYOUT, 40)
-    assert set((P.to_dense() != 0).sum(0).tolist()) == {1}
-    assert CHECKS["local"](P).holds and not CHECKS["global_sharing"](P).holds
-    assert CHECKS["global_sharing"](P).value == 0.0
-
-
 @pytest.mark.parametrize(
     ("name", "D", "d", "expected"),
     [

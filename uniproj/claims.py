@@ -107,16 +107,15 @@ def local(P: Projection) -> Measurement:
 
 
 def global_sharing(P: Projection) -> Measurement:
-    """Columns reach at least half of the modules beyond one that n_j rows drawn without regard to modules would reach.
+    """Columns reach at least half of the modules that n_j rows drawn without regard to modules would reach.
 
-    E mu_j = sum over modules of 1 - (1 - D_m / D)^n_j (METHODS of Uni-LoRA: E[mu_j] for the random partition). The
-    first module says nothing: a local column has mu_j = 1, and one of a single row can have no other.
+    E mu_j = sum over modules of 1 - (1 - D_m / D)^n_j (METHODS of Uni-LoRA: E[mu_j] for the random partition).
     """
     sizes = torch.bincount(P.layout.module_index()).double()
     n = _counts(P).cpu().double()
     expected = (1.0 - (1.0 - sizes / P.D).unsqueeze(1) ** n).sum(0)
-    ratio = (_modules_touched(P).double().mean() - 1.0) / (expected.mean() - 1.0).clamp_min(1e-300)
-    return Measurement(bool(ratio >= 0.5), float(ratio), "(mean mu_j - 1) / (expected mu_j of a random assignment - 1)")
+    ratio = _modules_touched(P).double().mean() / expected.mean().clamp_min(1e-300)
+    return Measurement(bool(ratio >= 0.5), float(ratio), "mean mu_j / expected mu_j of a random assignment")
 
 
 def separates_factors(P: Projection) -> Measurement:
