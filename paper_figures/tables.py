@@ -29,7 +29,8 @@ def properties(cards: Sequence[Mapping[str, Any]], space: str) -> Table:
                      *(_verdict(measured[claim]) for claim in WORDS), expected, card["source"]])  # fmt: skip
     notes = [
         f"Measured on {space}; holds / does not hold is decided by `uniproj.claims`, the function the tests use.",
-        "Global: modules that a coordinate reaches over those that as many rows drawn at random would reach. "
+        "Global: modules that a coordinate reaches over those that as many rows drawn at random would reach; "
+        "coordinates that stay within one module are local at any ratio. "
         "Proofs and counter-examples: docs/design.md. The paper's own table of properties is not available to us.",
     ]
     heads = ["projection", "theta_D", "d", "P", *WORDS.values(), "isometric in expectation (claimed)", "source"]

@@ -10,6 +10,7 @@ import torch
 
 import uniproj
 from analysis.columns import loads
+from analysis.report import cards
 from analysis.sharing import describe, layer_of, main, picture, sharing
 from analysis.spaces import build, defaults, layout
 from uniproj import LoRALayout, Projection
@@ -80,3 +81,9 @@ def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(asked) == 0
     assert (tmp_path / "sharing.png").read_bytes() == first
     assert "several_modules" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("projection", "holds"), [("lora", False), ("sparse", False), ("unilora", True)])
+def test_a_coordinate_within_one_module_is_not_called_global(projection: str, holds: bool) -> None:
+    verdicts = cards.verdicts(cards.instance(projection)).set_index("claim")
+    assert bool(verdicts.loc["global_sharing", "holds"]) is holds
