@@ -75,8 +75,7 @@ def import_adapter(
     """
     path = Path(path)
     _refuse_in_place(path, out)
-    peft_folder.read_config(path, ("LORA", *peft_formats.CONFIGS))
-    if peft_folder.peft_type(path) == "LORA":
+    if peft_folder.read_config(path, ("LORA", *peft_formats.CONFIGS)).peft_type == "LORA":
         adapter, native = lora.read(path), None
     else:
         native = peft_formats.read(path, base)

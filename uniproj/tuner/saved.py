@@ -18,14 +18,14 @@ from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
 
+if TYPE_CHECKING:
+    from uniproj.tuner.model import UniProjModel
+
 # what decides the updates s B A of an adapter
 _OF_UPDATES = (
     *("projection", "projection_seed", "projection_kwargs", "d", "_attached"),
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"),
 )
-
-if TYPE_CHECKING:
-    from uniproj.tuner.model import UniProjModel
 
 
 def layout_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> LoRALayout:

@@ -58,7 +58,7 @@ def refuse_copy(twins: Iterable[str], theta_ds: nn.ParameterDict, adapter_name: 
     inside. theta_d is not among them.
     """
     for name in twins:
-        if not torch.equal(theta_ds[name], theta_ds[adapter_name]):
+        if name in theta_ds and not torch.equal(theta_ds[name], theta_ds[adapter_name]):
             raise AdapterError(
                 f"add_adapter: {adapter_name!r} must have a configuration of its own, got that of {name!r}, which is "
                 "trained, and a new adapter is no copy of it. Pass copy.deepcopy(config); to TRL, pass a merged copy "
