@@ -80,7 +80,8 @@ def _choose(sweep: Sweep, cell: Cell, runs: Path, trials: Sequence[RunConfig]) -
     stuck = set(records.loc[records["did_not_train"].notna(), "point"])
     trained = means.drop([point for point in means.index if point in stuck]).dropna()
     # where nothing trained, the confirming runs will say so: a cell is never left out
-    means = means.fillna(0.0) if trained.empty else trained
+    means = means if trained.empty else trained
+    means = means.fillna(0.0) if means.isna().all() else means
     best = json.loads(means.idxmax() if records["higher_is_better"].iloc[0] else means.idxmin())
     return {
         "cell": cell,

@@ -13,10 +13,10 @@ import pandas as pd
 from scipy import stats
 
 from experiments import tasks
+from experiments.settings import SEEDS
 
 LEVEL = 0.95
 RESAMPLES = 1000
-SEEDS = ["projection_seed", "init_seed", "data_seed", "train_seed"]
 
 
 def summarise(records: pd.DataFrame, seeds: int) -> pd.DataFrame:
@@ -70,7 +70,7 @@ def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataF
         base = _largest(group[group["projection"] == reference])
         others = group[group["projection"] != reference]
         for (projection, cell), rows in others.groupby(["projection", "cell"], sort=False):
-            both = rows.merge(base, on=SEEDS, suffixes=("", "_base"))
+            both = rows.merge(base, on=list(SEEDS), suffixes=("", "_base"))
             if len(both):
                 point = dict(zip(by, where if isinstance(where, tuple) else (where,), strict=True))
                 size = {"trained": int(rows["trained"].iloc[0]), "reference": reference}
@@ -128,6 +128,8 @@ def _redrawn(folder: str, name: str, data: str) -> np.ndarray:
     """Scores of a run on its test rows, redrawn with replacement: (RESAMPLES,), the same rows in every run."""
     rows = pd.read_csv(Path(folder) / "predictions-last.csv")
     rows = rows[[column for column in ("label", "prediction", "group") if column in rows]]
+    if len(rows) < 2:
+        return np.full(RESAMPLES, np.nan)
     task = tasks.get(name, data)
     return np.array([task.score(rows.iloc[chosen]) for chosen in _draws(len(rows), RESAMPLES)])
 

@@ -138,22 +138,26 @@ def test_tuning_never_reads_the_test_split(file: Path, runs: Path, monkeypatch) 
     assert len(here) == 2
 
 
-def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(file: Path, runs: Path) -> None:
-    """Lists, null and a single value; where every trial diverged the first one is taken, at no edge of one value."""
+@pytest.mark.parametrize(("scores", "modules"), [([None] * 4, ["query"]), ([None, None, 2.0, 3.0], ["query", "value"])])
+def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(scores, modules, file: Path, runs: Path) -> None:
+    """Lists, null and a single value; where every trial diverged the first one is taken, at no edge of one value.
+
+    Where none trained, one that did not diverge is taken, by a loss that is better when lower.
+    """
     from experiments import plan, protocol
 
     tuned = ["tune.lr=[0.01]", "+tune.target_modules=[[query],[query,value]]", "+tune.alpha=[null,8]"]
     asked = plan.read(file, [*tuned, "axes.projection=[unilora]"])
 
     def diverged(folders) -> dict[Path, str]:
-        for folder in folders:
+        for folder, score in zip(folders, scores, strict=True):
             result = {"config": read_json(folder / CONFIG), "score": None, "did_not_train": "nan", "validation": None}
-            more = {"validation_best": None, "higher_is_better": True, "cost": {"seconds": 1.0}}
+            more = {"validation_best": score, "higher_is_better": False, "cost": {"seconds": 1.0}}
             write_json(folder / RESULT, {**result, **more})
         return {}
 
     (chosen,) = protocol.tune(asked, runs, diverged).values()
-    assert chosen == {"lr": 0.01, "target_modules": ["query"], "alpha": None}
+    assert chosen == {"lr": 0.01, "target_modules": modules, "alpha": None}
     (choice,) = read_json(protocol.sweep_folder(runs, asked) / LOCK)["choices"]
     assert choice["at_edge"] == ["target_modules", "alpha"] and not choice["trained"]
 
