@@ -24,14 +24,17 @@ SETTINGS = (
 # settings in which two methods agree that are compared: what remains differs by method
 OF_A_METHOD = ("projection", "version", "plugins", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
 KEPT = ("metric", "trained", "D", "head", "adapter_bytes", "resident_bytes", "index_bytes", "budget_error", "rows")
+# what a metric can be, where that is not -1 to 1
+RANGES = {"accuracy": (0.0, 1.0), "F1": (0.0, 1.0)}
 KEPT_TOO = ("majority", "step_ratio", "step_ratio_low", "step_ratio_high", "isometry_error")
 
 
 def cells(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per cell: settings, sizes, n (runs that trained), mean, sd and the 95 % t interval of the score.
 
-    Scores are fractions, the interval is NaN for fewer than two runs. status: "complete"; "incomplete" where a run
-    failed, is missing (a cell of the same sweep has more) or is unfinished; "did not train" where one did not.
+    Scores are fractions; the interval ends where the metric does, and is NaN for fewer than two runs. status:
+    "complete"; "incomplete" where a run failed, is missing (a cell of the same sweep has more) or is unfinished; "did
+    not train" where one did not.
     """
     # two cells of a sweep may be the same runs: LoRA at two budgets
     by = [key for key in (*SETTINGS, "cell") if key in runs]
@@ -81,7 +84,7 @@ def _cell(group: pd.DataFrame, by: list[str]) -> dict[str, Any]:
     trained = done[done["did_not_train"].isna()]
     first = (done if len(done) else group).iloc[0]
     score = trained["score"].astype(float).to_numpy()
-    low, high = t_interval(score)
+    low, high = np.clip(t_interval(score), *RANGES.get(first.get("metric"), (-1.0, 1.0)))
     status = INCOMPLETE if len(done) < len(group) else STUCK if len(trained) < len(done) else COMPLETE
     cost = {key: _mean(done, key) for key in ("cost_seconds", "cost_train_seconds", "cost_peak_bytes")}
     return {

@@ -154,5 +154,5 @@ def table(spec: Comparison, found: Sequence[Row], published: pd.DataFrame) -> Ta
     lines = [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.columns)] for r in found]
     sources = sorted(set(published.loc[published["table"] == spec.name, "source"]))
     cited = [f"Published: {source}." for source in sources] or ["Published: no value is known to us."]
-    ours = "Ours: mean over n seeds after the last step, Student's 95 % interval."
+    ours = "Ours: mean over n seeds after the last step, Student's 95 % interval, as far as the metric goes."
     return Table(spec.name, spec.title, heads, lines, [*cited, ours, *spec.notes])

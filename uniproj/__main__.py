@@ -1,4 +1,4 @@
-"""`python -m uniproj list | check NAME | inspect PATH | verify PATH | export PATH OUT | import PATH OUT`."""
+"""`python -m uniproj list | check NAME | inspect PATH | verify PATH | restore PATH | export .. | import ..`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,15 @@ def _verify(path: str, base: str | None, remap: list[tuple[str, str]], as_json: 
     return 0
 
 
+def _restore(path: Path, as_json: bool) -> int:
+    from uniproj.adapters.file import CONFIG, restore
+
+    config = restore(path).config
+    said = {"written": str(path / CONFIG), "projection": config.projection, "d": config.d}
+    print(json.dumps(said, indent=2) if as_json else f"{path / CONFIG}: {config.projection}, d = {config.d}")
+    return 0
+
+
 def _row(text: str) -> tuple[str, str]:
     old, equals, new = text.partition("=")
     if not (old and equals):
@@ -124,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     verifying.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
     verifying.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
     verifying.set_defaults(run=lambda args: _verify(args.path, args.base, args.remap, args.json))
-    for command in (listing, checking, inspecting, verifying, *exchange.add_to(commands)):
+    restoring = commands.add_parser("restore", help="write adapter_config.json anew, from the header of the weights")
+    restoring.add_argument("path", type=Path)
+    restoring.set_defaults(run=lambda args: _restore(args.path, args.json))
+    for command in (listing, checking, inspecting, verifying, restoring, *exchange.add_to(commands)):
         command.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:

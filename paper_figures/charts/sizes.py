@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -50,11 +49,8 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
     places = _beside(usable[key])
     for name, own in usable.assign(x=places).groupby("projection", sort=True):
         for cell in own.itertuples():
-            low, high = cell.score_low, cell.score_high
-            if metric == "accuracy":
-                # an interval of two runs may leave what the metric can be, and is drawn that far
-                low, high = np.clip([low, high], 0, 1)
-            point(axes, cell.x, 100 * cell.score, name, 100 * low, 100 * high, upright=True)
+            low, high = 100 * cell.score_low, 100 * cell.score_high
+            point(axes, cell.x, 100 * cell.score, name, low, high, upright=True)
         if own[key].is_unique:
             axes.plot(own["x"], 100 * own["score"], color=style.colour(name), linewidth=0.8, alpha=0.6)
     logarithmic(axes)

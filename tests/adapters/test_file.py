@@ -13,7 +13,8 @@ import uniproj
 from tests.adapters.saved import HEAD, LAYOUT, edit_weights, parts, reconfigure, relabel, rewrite, save
 from uniproj import AdapterError, LoRALayout, names
 from uniproj.adapters import file
-from uniproj.adapters.header import FREE, Header, _pack, quantisation, settings
+from uniproj.adapters.header import FREE, Header, quantisation, settings
+from uniproj.adapters.header_lines import pack, unpack
 from uniproj.adapters.tensors import THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig
@@ -40,7 +41,7 @@ def test_what_was_written_is_read(projection: str, tmp_path: Path) -> None:
 
 def test_the_metadata_holds_all_that_makes_P_again(folder: Path) -> None:
     metadata = parts((folder / file.WEIGHTS).read_bytes())[0]["__metadata__"]
-    assert json.loads(metadata["uniproj.format_version"]) == 1
+    assert json.loads(metadata["uniproj.format_version"]) == 2
     assert json.loads(metadata["uniproj.projection"]) == "unilora"
     assert json.loads(metadata["uniproj.projection_version"]) == get("unilora").version
     assert json.loads(metadata["uniproj.projection_kwargs"]) == {}
@@ -49,7 +50,7 @@ def test_the_metadata_holds_all_that_makes_P_again(folder: Path) -> None:
     assert json.loads(metadata["uniproj.library_version"]) == uniproj.__version__
     assert metadata["uniproj.layout_fingerprint"] == LAYOUT.fingerprint
     rows = [[module, 24, 16, 3] for module in ("layers.2.q", "layers.2.v", "layers.10.q", "layers.10.v")]
-    assert metadata["uniproj.layout"] == _pack(LoRALayout.from_json(json.dumps(rows, separators=(",", ":"))))
+    assert metadata["uniproj.layout"] == pack(LoRALayout.from_json(json.dumps(rows, separators=(",", ":"))))
     assert json.loads(metadata["uniproj.checksum"]) == uniproj.build("unilora", layout=LAYOUT, d=40, seed=7).checksum()
     for name in ("base_model", "base_revision", "base_quantisation"):
         assert json.loads(metadata[f"uniproj.{name}"]) is None
@@ -72,21 +73,31 @@ def test_quantisation_is_named() -> None:
 
 
 def _large(kind: str) -> LoRALayout:
-    """All linear layers of RoBERTa-large, Llama-2-7B and SmolLM2-135M, by their published sizes."""
-    if kind == "roberta":
+    """All linear layers of models by their published sizes; of Mixtral-8x22B the experts one by one."""
+    if kind == "roberta-large":
         h, m = 1024, 4096
         inner = {f"attention.{n}": (h, h) for n in ("self.query", "self.key", "self.value", "output.dense")}
         inner |= {"intermediate.dense": (m, h), "output.dense": (h, m)}
         return LoRALayout.from_shapes(
             {f"roberta.encoder.layer.{i}.{n}": s for i in range(24) for n, s in inner.items()}, 4
         )
-    layers, h, kv, m = (32, 4096, 4096, 11008) if kind == "llama" else (30, 576, 192, 1536)
+    layers, h, kv, m = {
+        "llama-2-7b": (32, 4096, 4096, 11008),
+        "smollm2-135m": (30, 576, 192, 1536),
+        "llama-3.1-405b": (126, 16384, 1024, 53248),
+        "mixtral-8x22b": (56, 6144, 1024, 16384),
+    }[kind]
     inner = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h)}
-    inner |= {"self_attn.o_proj": (h, h), "mlp.gate_proj": (m, h), "mlp.up_proj": (m, h), "mlp.down_proj": (h, m)}
+    inner |= {"self_attn.o_proj": (h, h)}
+    if kind == "mixtral-8x22b":
+        experts = [f"block_sparse_moe.experts.{i}" for i in range(8)]
+        inner |= {f"{e}.{n}": (h, m) if n == "w2" else (m, h) for e in experts for n in ("w1", "w2", "w3")}
+    else:
+        inner |= {"mlp.gate_proj": (m, h), "mlp.up_proj": (m, h), "mlp.down_proj": (h, m)}
     return LoRALayout.from_shapes({f"model.layers.{i}.{n}": s for i in range(layers) for n, s in inner.items()}, 4)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "llama", "smollm"])
+@pytest.mark.parametrize("kind", ["roberta-large", "llama-2-7b", "smollm2-135m", "llama-3.1-405b", "mixtral-8x22b"])
 def test_the_file_is_at_most_4_kB_larger_than_what_was_trained(kind: str, tmp_path: Path) -> None:
     layout = _large(kind)
     short = sorted({module.split(".", 4)[-1] for module in layout.modules})
@@ -97,6 +108,13 @@ def test_the_file_is_at_most_4_kB_larger_than_what_was_trained(kind: str, tmp_pa
     header = Header("unilora", 2, {}, 23_040, 0, layout, checksum, name, revision, None, all_settings)
     file.write(tmp_path, {THETA_D: torch.ones(23_040)}, header, config)
     assert (tmp_path / file.WEIGHTS).stat().st_size <= 4 * 23_040 + 4096
+    read = file.read(tmp_path).header
+    assert read is not None and read.layout == layout
+
+
+def test_what_format_1_packed_is_read() -> None:
+    """Its lines were packed by zlib."""
+    assert unpack(_pack_text("[1]")) == unpack(pack([1])) == "[1]"
 
 
 # ---- altered, cut off, foreign ----------------------------------------------------------------------
@@ -159,7 +177,7 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("projection_version", "1", "must be of version 2.* got version 1, another P. Install uniproj"),
-        ("format_version", "2", "format must be at most 1, got 2 .* Install that version"),
+        ("format_version", "3", "format must be at most 2, got 3 .* Install that version"),
         ("format_version", '"x"', "format_version must be what uniproj wrote"),
         ("projection", '"unilroa"', "unknown projection 'unilroa'. Did you mean 'unilora'"),
         ("projection", '"../evil.py"', "names a projection, never a path"),
@@ -168,7 +186,7 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
         ("d", "true", "d must be what uniproj wrote"),
         ("layout_fingerprint", "0" * 64, "Block list must have the fingerprint 000000000000"),
         ("layout", "AAAA", "layout must be what uniproj wrote"),
-        ("settings", _pack([1]), "settings must be what uniproj wrote"),
+        ("settings", pack([1]), "settings must be what uniproj wrote"),
         ("projection_seed", "8", "projection_seed must be 8 as in the header"),
     ],
 )
@@ -193,9 +211,10 @@ def _pack_text(text: str) -> str:
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
-def test_what_unpacks_without_end_is_refused(folder: Path) -> None:
-    relabel(folder, lambda metadata: {**metadata, "uniproj.layout": _pack_text(" " * 2**25)})
-    with pytest.raises(AdapterError, match="layout must be what uniproj wrote"):
+@pytest.mark.parametrize("packed", [_pack_text(" " * 2**25), pack(" " * 2**25), pack([1])[:-8]])
+def test_what_unpacks_without_end_is_refused(folder: Path, packed: str) -> None:
+    relabel(folder, lambda metadata: {**metadata, "uniproj.layout": packed})
+    with pytest.raises(AdapterError, match=r"layout must be what uniproj wrote.*cut off, or too long"):
         file.read(folder)
 
 
@@ -220,7 +239,7 @@ def test_another_P_is_refused_when_it_is_built(folder: Path) -> None:
         ({"peft_type": "LORA"}, "peft_type must be UNIPROJ, got 'LORA'"),
         ({"inference_mode": 3}, "inference_mode must be bool"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path must be str"),
-        ({"format_version": None}, "format_version must be 1"),
+        ({"format_version": None}, "format_version must be 2"),
     ],
 )
 def test_a_configuration_that_says_otherwise_is_refused(folder: Path, changes, message: str) -> None:

@@ -43,8 +43,9 @@ def test_a_fixture_loads_bit_equal(folder: Path) -> None:
     assert scaling == {2.0}
 
 
-def test_the_head_of_a_fixture_loads_bit_equal() -> None:
-    folder = ROOT / "v1" / WITH_HEAD
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_head_of_a_fixture_loads_bit_equal(version: str) -> None:
+    folder = ROOT / version / WITH_HEAD
     head = load_file(folder / file.WEIGHTS)["base_model.model.lm_head.weight"]
     model = PeftModel.from_pretrained(base(), folder)
     assert torch.equal(model.base_model.model.lm_head.modules_to_save["default"].weight, head)

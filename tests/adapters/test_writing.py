@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters.saved import save
+from tests.adapters.saved import edit_weights, relabel, save
 from uniproj import AdapterError
+from uniproj.__main__ import main
 from uniproj.adapters import disk, file
 
 FILES = (file.CONFIG, file.WEIGHTS)
@@ -39,7 +40,8 @@ def test_a_disk_that_refuses_leaves_the_old_file(folder: Path, monkeypatch, call
         return original(*args)
 
     monkeypatch.setattr(disk.os, call, refuse)
-    with pytest.raises(AdapterError, match="What was saved there before is intact"):
+    state = "What was saved there before is intact" if call == "fsync" else "Each file there is whole"
+    with pytest.raises(AdapterError, match=state):
         save(folder, "fastfood")
     monkeypatch.undo()
     now = _contents(folder)
@@ -48,8 +50,33 @@ def test_a_disk_that_refuses_leaves_the_old_file(folder: Path, monkeypatch, call
         assert now == before and file.read(folder).config.projection == "unilora"
     else:  # between the two renames: each file is whole, and the pair is refused rather than mixed
         assert now[file.CONFIG] == before[file.CONFIG]
-        with pytest.raises(AdapterError, match="as in the header"):
+        with pytest.raises(AdapterError, match=f"as in the header.*uniproj restore {folder}"):
             file.read(folder)
+        assert file.restore(folder).config.projection == "fastfood"
+        assert file.read(folder).config == save(folder / "again", "fastfood").config
+
+
+def test_a_configuration_is_restored_from_the_header(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _contents(folder)
+    for damage in (
+        Path.unlink,
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text('{"peft_type": "LORA"}'),
+    ):
+        damage(folder / file.CONFIG)
+        with pytest.raises(AdapterError):
+            file.read(folder)
+        assert main(["restore", str(folder)]) == 0 and "unilora, d = 40" in capsys.readouterr().out
+        assert _contents(folder) == before
+
+
+def test_a_configuration_is_not_restored_from_altered_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / file.CONFIG).read_bytes()
+    relabel(folder, lambda metadata: {**metadata, "uniproj.projection_seed": "8"})
+    assert main(["restore", str(folder)]) == 2 and "altered" in capsys.readouterr().err
+    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+    assert main(["restore", str(folder)]) == 2 and "must hold the header" in capsys.readouterr().err
+    assert (folder / file.CONFIG).read_bytes() == before
 
 
 def test_a_file_that_may_not_grow_leaves_the_old_one(folder: Path) -> None:

@@ -38,6 +38,15 @@ def test_a_cell_is_the_mean_over_its_seeds_with_students_interval(table: pd.Data
     assert (cell["score_low"], cell["score_high"]) == pytest.approx((low, high))
 
 
+@pytest.mark.parametrize(("metric", "ends"), [("accuracy", (0.0, 1.0)), ("Matthews", (-1.0, 1.0))])
+def test_an_interval_ends_where_the_metric_does(metric: str, ends: tuple, table: pd.DataFrame, tmp_path: Path) -> None:
+    """Student's interval of 0.05, 0.5, 0.95 is 0.5 -+ 1.1."""
+    one = table[(table["task"] == TASKS[0]) & (table["projection"] == "lora")]
+    write(tmp_path / "mine", one.assign(metric=metric, score=[0.05, 0.5, 0.95]))
+    cell = scores.cells(records.read(tmp_path).runs).iloc[0]
+    assert cell["score_low"] == pytest.approx(max(ends[0], -0.618), abs=1e-3) and cell["score_high"] == 1.0
+
+
 def test_differences_pair_the_seeds(table: pd.DataFrame, tmp_path: Path) -> None:
     write(tmp_path / "mine", table)
     found = scores.differences(records.read(tmp_path).runs, "lora")

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -51,31 +51,34 @@ def replace(contents: Mapping[Path, bytes | Iterable[bytes]]) -> None:
     crash while writing leaves every old file as it was. Raises AdapterError where the disk refuses.
     """
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}") for path in contents}
-    with _disk_errors(next(iter(contents))):
-        try:
+    first = next(iter(contents))
+    try:
+        with _disk_errors(first, "What was saved there before is intact"):
             for path, content in contents.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with parts[path].open("wb") as file:
                     file.writelines([content] if isinstance(content, bytes) else content)
                     file.flush()
                     os.fsync(file.fileno())
+        with _disk_errors(first, "Each file there is whole, the old one or the new one"):
             for path, part in parts.items():
                 os.replace(part, path)
             for folder in {path.parent for path in contents}:
                 _flush_names(folder)
-        finally:
-            for part in parts.values():
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
                 part.unlink(missing_ok=True)
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path, state: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise AdapterError(
-            f"{path}: must be writable, got {error.strerror or error}. What was saved there before is intact: free "
-            "some space or choose another folder, then save again."
+            f"{path}: must be writable, got {error.strerror or error}. {state}: free some space or choose another "
+            "folder, then save again."
         ) from error
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KIND = "UNIPROJ"
 _FIRST_BYTES = 2**16
+_RESTORE = "Restore it (python -m uniproj restore {})"
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,25 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, con
     tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` of a learned P, and heads by PEFT's names.
     Raises AdapterError where the disk refuses.
     """
-    noted = {**config.to_dict(), **_of_P(header)}
-    if noted.get("base_model_name_or_path") is None:
-        noted["base_model_name_or_path"] = header.base_model
     weights = stored.serialise(tensors, header.to_metadata())
-    replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: config_text(noted).encode()})
+    replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: _config_text(header, config)})
+
+
+def restore(folder: str | Path) -> SavedAdapter:
+    """Write `adapter_config.json` anew, as the header of the weights has it, and read both.
+
+    For a configuration that was edited or lost, or is still the old one because a crash fell between the two renames.
+    Raises AdapterError for weights that are altered, or have no header to write it from.
+    """
+    folder = Path(folder)
+    where = str(folder / WEIGHTS)
+    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
+    header = Header.from_metadata(metadata, where)
+    if header is None:
+        raise AdapterError(f"{where}: must hold the header of an adapter of uniproj, got none. Take the original.")
+    stored.check_digest(tensors, metadata, where)
+    replace({folder / CONFIG: _config_text(header, config_of(header, folder))})
+    return read(folder)
 
 
 def config_of(header: Header, where: str | Path) -> UniProjConfig:
@@ -112,6 +127,13 @@ def is_template(folder: Path) -> bool:
     return _fields(folder / CONFIG).get("layout_fingerprint") is None
 
 
+def _config_text(header: Header, config: UniProjConfig) -> bytes:
+    noted = {**config.to_dict(), **_of_P(header)}
+    if noted.get("base_model_name_or_path") is None:
+        noted["base_model_name_or_path"] = header.base_model
+    return config_text(noted).encode()
+
+
 def config_text(fields: Mapping[str, Any]) -> str:
     """A configuration as it is saved; equal ones give equal text."""
     # the first pattern that fits a module decides its rank, so the order within a field stays
@@ -129,7 +151,8 @@ def _check_folder(folder: Path) -> None:
             "Save the adapter as safetensors."
         )
     if missing:
-        raise AdapterError(f"{folder}: must hold {CONFIG} and {WEIGHTS}, got no {missing[0]}. Check the path.")
+        remedy = _RESTORE.format(folder) if missing == [CONFIG] and is_ours(folder) else "Check the path"
+        raise AdapterError(f"{folder}: must hold {CONFIG} and {WEIGHTS}, got no {missing[0]}. {remedy}.")
 
 
 def _fields(path: Path) -> dict[str, Any]:
@@ -162,8 +185,8 @@ def _check_agreement(fields: Mapping[str, Any], header: Header, folder: Path) ->
         if key not in fields or json.dumps(fields[key]) != json.dumps(wanted):
             raise AdapterError(
                 f"{folder / CONFIG}: {key} must be {wanted!r} as in the header of {WEIGHTS}, got "
-                f"{fields.get(key, 'none')!r}. Restore it; to change what leaves the updates as they are, such as "
-                "lora_dropout, pass a changed UniProjConfig.from_pretrained as config= and save the adapter anew."
+                f"{fields.get(key, 'none')!r}. {_RESTORE.format(folder)}; to change what leaves the updates as they "
+                "are, such as lora_dropout, pass a changed UniProjConfig.from_pretrained as config= and save anew."
             )
 
 

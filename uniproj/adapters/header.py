@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 import uniproj
+from uniproj.adapters.header_lines import LINES
 from uniproj.adapters.patterns import of_module, scale
 from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError, ProjectionError
@@ -22,10 +21,8 @@ from uniproj.registry import build, get
 if TYPE_CHECKING:
     from uniproj.tuner.config import UniProjConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "uniproj."
-# more than the Block list of any model; what unpacks to more was not written by us
-_UNPACKED = 2**24
 _ALTERED = "The file was altered: copy or download it again."
 
 # what a configuration may say otherwise than the header: where the base lies, and how the adapter is used
@@ -108,8 +105,8 @@ class Header:
         return found
 
     def to_metadata(self) -> dict[str, str]:
-        """One line of text per field: JSON, or JSON packed by zlib and base64 for the long ones."""
-        lines = {f"{PREFIX}{f.name}": _FIELDS[f.name][0](getattr(self, f.name)) for f in fields(self)}
+        """One line of text per field: JSON, or packed JSON for the two long ones."""
+        lines = {f"{PREFIX}{f.name}": LINES[f.name][0](getattr(self, f.name)) for f in fields(self)}
         return {**lines, f"{PREFIX}layout_fingerprint": self.layout.fingerprint}
 
     @classmethod
@@ -126,8 +123,8 @@ class Header:
         for f in fields(cls):
             text = metadata.get(f"{PREFIX}{f.name}")
             try:
-                values[f.name] = _FIELDS[f.name][1]("" if text is None else text)
-            except (ValueError, TypeError, zlib.error, RecursionError) as error:
+                values[f.name] = LINES[f.name][1]("" if text is None else text)
+            except (ValueError, TypeError, RecursionError) as error:
                 got = "none" if text is None else repr(text[:40])
                 raise AdapterError(
                     f"{where}: the header's {f.name} must be what uniproj wrote, got {got} ({error}). {_ALTERED}"
@@ -233,60 +230,3 @@ def _check_format(metadata: Mapping[str, str], where: str) -> None:
             f"{where}: the format must be at most {FORMAT_VERSION}, got {version} (written by uniproj "
             f"{metadata.get(f'{PREFIX}library_version', 'of a later version')}). Install that version."
         )
-
-
-def _pack(value: Any) -> str:
-    text = value.to_json() if isinstance(value, LoRALayout) else _dump(value)
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
-
-
-def _unpack(text: str) -> str:
-    inflate = zlib.decompressobj()
-    unpacked = inflate.decompress(base64.b64decode(text, validate=True), _UNPACKED)
-    if not inflate.eof:
-        raise ValueError("cut off, or too long")
-    return unpacked.decode()
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _typed(*kinds: type) -> Callable[[str], Any]:
-    """A reader of JSON that takes these types alone (a bool is no int)."""
-
-    def read(text: str) -> Any:
-        value = json.loads(text)
-        if type(value) not in kinds:
-            raise TypeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
-        return value
-
-    return read
-
-
-def _natural_number(text: str) -> int:
-    value: int = _typed(int)(text)
-    if value < 0:
-        raise ValueError("below 0")
-    return value
-
-
-# how each field is written, and read
-_TEXT = (_dump, _typed(str))
-_NUMBER = (_dump, _natural_number)
-_MAYBE = (_dump, _typed(str, type(None)))
-_FIELDS: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
-    "format_version": _NUMBER,
-    "library_version": _TEXT,
-    "projection": _TEXT,
-    "projection_version": _NUMBER,
-    "projection_kwargs": (_dump, _typed(dict)),
-    "d": _NUMBER,
-    "projection_seed": _NUMBER,
-    "layout": (_pack, lambda text: LoRALayout.from_json(_unpack(text))),
-    "checksum": _TEXT,
-    "base_model": _MAYBE,
-    "base_revision": _MAYBE,
-    "base_quantisation": _MAYBE,
-    "settings": (_pack, lambda text: _typed(dict)(_unpack(text))),
-}
