@@ -14,6 +14,7 @@ import torch
 
 from analysis.bank import batches, models, report, soak, storage, switching
 from experiments.errors import ExperimentError
+from experiments.models import Base
 from uniproj.bank import AdapterBank
 from uniproj.errors import AdapterError
 
@@ -26,6 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m analysis.bank", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
     parser.add_argument("--base", default="smollm2", help="base model (smollm2)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base (float32)")
     parser.add_argument("--adapters", type=int, default=10_000, help="of the largest bank")
     parser.add_argument("--d", type=int, default=23_040, help="length of theta_d")
     parser.add_argument("--users", type=int, default=16, help="rows of a mixed batch, each with an adapter of its own")
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Room and switching, on banks of 10, 100, .. adapters with q and v adapted."""
-    shape = models.Shape(args.base, "q, v", args.d)
+    shape = models.Shape(Base(args.base, args.dtype), "q, v", args.d)
     model = models.ours(shape)
     sizes = sorted({*(10**k for k in range(1, len(str(args.adapters - 1)))), args.adapters})
     banks = {n: AdapterBank.create(scratch / f"{n}", model) for n in sizes}
@@ -82,9 +84,10 @@ def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Mixed batches, with q and v adapted and with all linear layers."""
     found: dict[str, list[dict[str, Any]]] = {"seconds": [], "ratios": []}
+    base = Base(args.base, args.dtype)
     users = [f"user-{k}" for k in range(args.users)]
     for targets in models.TARGETS:
-        shape = models.Shape(args.base, targets, args.d)
+        shape = models.Shape(base, targets, args.d)
         model = models.ours(shape)
         bank = AdapterBank.create(scratch / targets, model)
         storage.fill(bank, args.users)
@@ -93,7 +96,7 @@ def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             found[key] += [{"targets": targets, **row} for row in of_shape]
     return {
         **found,
-        "adapter_names with UNILORA": batches.mixes(models.unilora(models.Shape(args.base, "q, v", args.d))),
+        "adapter_names with UNILORA": batches.mixes(models.unilora(models.Shape(base, "q, v", args.d))),
     }
 
 

@@ -25,7 +25,7 @@ RANK = 4
 class Shape:
     """Where the adapters sit, and the length of theta_d."""
 
-    base: str
+    base: Base
     targets: str
     d: int
     rank: int = RANK
@@ -38,13 +38,13 @@ class Shape:
 def ours(shape: Shape) -> PeftModel:
     """Uni-LoRA through uniproj on a base of its own."""
     config = UniProjConfig(d=shape.d, r=shape.rank, target_modules=shape.modules, task_type="CAUSAL_LM")
-    return get_peft_model(load_causal(Base(shape.base)), config).eval()
+    return get_peft_model(load_causal(shape.base), config).eval()
 
 
 def lora(shape: Shape, names: Sequence[str]) -> PeftModel:
     """PEFT's LoRA, one adapter per name, all of them away from zero."""
     config = LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=shape.modules, task_type="CAUSAL_LM")
-    model = get_peft_model(load_causal(Base(shape.base)), config, adapter_name=names[0])
+    model = get_peft_model(load_causal(shape.base), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def lora(shape: Shape, names: Sequence[str]) -> PeftModel:
 def unilora(shape: Shape) -> PeftModel:
     """PEFT's UNILORA with as many numbers as ours."""
     config = UniLoraConfig(r=shape.rank, theta_d_length=shape.d, target_modules=shape.modules, task_type="CAUSAL_LM")
-    return get_peft_model(load_causal(Base(shape.base)), config).eval()
+    return get_peft_model(load_causal(shape.base), config).eval()
 
 
 def theta(seed: int, d: int) -> Tensor:
