@@ -30,12 +30,17 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `-dirty` where files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of this checkout, with `-dirty` where files other than `results/` differ; None outside a checkout."""
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        name = _git("rev-parse", "--short=12", "HEAD")
+        return f"{name}-dirty" if _git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)results") else name
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
