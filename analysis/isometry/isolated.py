@@ -45,6 +45,9 @@ def main(argv: list[str]) -> None:
     from analysis.isometry import verdict
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
+    # an allocation that is refused has a message; a process that the system kills for memory may take others along
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     started = time.perf_counter()
     name, variant, space, rank, d, seed, own = json.loads(argv[0])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
