@@ -24,9 +24,9 @@ SETTINGS = (
 # settings in which two methods agree that are compared: what remains differs by method
 OF_A_METHOD = ("projection", "version", "plugins", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
 KEPT = ("metric", "trained", "D", "head", "adapter_bytes", "resident_bytes", "index_bytes", "budget_error", "rows")
+KEPT_TOO = ("majority", "step_ratio", "step_ratio_low", "step_ratio_high", "isometry_error")
 # what a metric can be, where that is not -1 to 1
 RANGES = {"accuracy": (0.0, 1.0), "F1": (0.0, 1.0)}
-KEPT_TOO = ("majority", "step_ratio", "step_ratio_low", "step_ratio_high", "isometry_error")
 
 
 def cells(runs: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.saved import edit_weights, save
+from tests.adapters.saved import edit_weights, relabel, save
 from uniproj import AdapterError
 from uniproj.__main__ import main
 from uniproj.adapters import disk, file
@@ -78,6 +78,9 @@ def _with_seed(header: dict[str, Any], seed: str) -> dict[str, Any]:
 
 def test_a_configuration_is_not_restored_from_altered_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / file.CONFIG).read_bytes()
+    relabel(folder, lambda metadata: {**metadata, "uniproj.projection_version": "1"})
+    assert main(["restore", str(folder)]) == 2 and "must be of version" in capsys.readouterr().err
+    save(folder)
     edit_weights(folder, lambda header, tensors: (_with_seed(header, "8"), tensors))
     assert main(["restore", str(folder)]) == 2 and "altered" in capsys.readouterr().err
     edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))

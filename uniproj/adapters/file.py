@@ -51,16 +51,10 @@ def read(folder: str | Path) -> SavedAdapter:
     folder = Path(folder)
     _check_folder(folder)
     fields = _fields(folder / CONFIG)
-    where = str(folder / WEIGHTS)
-    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
-    header = Header.from_metadata(metadata, where)
+    header, tensors = _weights(folder)
     if header is None:
         return _read_without_header(folder, fields, tensors)
-    header.check_version(where)
-    stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
     _check_agreement(fields, header, folder)
-    stored.check_digest(tensors, metadata, where)
-    stored.check_numbers(tensors, header.projection)
     return SavedAdapter(_config(_merged(fields, header), folder, header), header, tensors)
 
 
@@ -75,20 +69,20 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, con
 
 
 def restore(folder: str | Path) -> SavedAdapter:
-    """Write `adapter_config.json` anew, as the header of the weights has it, and read both.
+    """Write `adapter_config.json` anew, as the header of the weights has it.
 
     For a configuration that was edited or lost, or is still the old one because a crash fell between the two renames.
-    Raises AdapterError for weights that are altered, or have no header to write it from.
+    Raises AdapterError for weights that `read` refuses, or that have no header to write it from.
     """
     folder = Path(folder)
-    where = str(folder / WEIGHTS)
-    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
-    header = Header.from_metadata(metadata, where)
+    header, tensors = _weights(folder)
     if header is None:
-        raise AdapterError(f"{where}: must hold the header of an adapter of uniproj, got none. Take the original.")
-    stored.check_digest(tensors, metadata, where)
-    replace({folder / CONFIG: _config_text(header, config_of(header, folder))})
-    return read(folder)
+        raise AdapterError(
+            f"{folder / WEIGHTS}: must hold the header of an adapter of uniproj, got none. Take the original."
+        )
+    config = config_of(header, folder)
+    replace({folder / CONFIG: _config_text(header, config)})
+    return SavedAdapter(config, header, tensors)
 
 
 def config_of(header: Header, where: str | Path) -> UniProjConfig:
@@ -125,6 +119,19 @@ def is_template(folder: Path) -> bool:
     if exists(folder / WEIGHTS) or exists(folder / UNSAFE) or not exists(folder / CONFIG):
         return False
     return _fields(folder / CONFIG).get("layout_fingerprint") is None
+
+
+def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
+    """Header and tensors of the weights, after every check that needs neither model nor configuration."""
+    where = str(folder / WEIGHTS)
+    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
+    header = Header.from_metadata(metadata, where)
+    if header is not None:
+        header.check_version(where)
+        stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
+        stored.check_digest(tensors, metadata, where)
+        stored.check_numbers(tensors, header.projection)
+    return header, tensors
 
 
 def _config_text(header: Header, config: UniProjConfig) -> bytes:

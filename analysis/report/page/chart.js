@@ -60,16 +60,13 @@ function budgetPanel(cells, x) {
   const [low, high] = [Math.min(...xs) / 1.6, Math.max(...xs) * 1.6];
   const log = linear(Math.log(low), Math.log(high), left + 8, width - right - 8);
   const across = (value) => log(Math.log(value));
-  // an interval of two runs may leave what the metric can be: the picture does not
-  const least = usable[0].metric === "accuracy" ? 0 : -100;
-  const possible = (value) => Math.min(Math.max(100 * value, least), 100);
-  const ends = usable.flatMap((c) => [c.score_low ?? c.score, c.score_high ?? c.score]).map(possible);
+  const ends = usable.flatMap((c) => [c.score_low ?? c.score, c.score_high ?? c.score]).map((score) => 100 * score);
   const margin = 0.06 * (Math.max(...ends) - Math.min(...ends)) || 1;
   const [floor, ceiling] = [Math.min(...ends) - margin, Math.max(...ends) + margin];
   const up = linear(floor, ceiling, height - bottom, top);
   const made = frame(`Score against ${x.label}`, across, up, logTicks(low, high), ticks(floor, ceiling), x.label, unit(usable[0].metric));
   for (const [cell, px] of beside(usable, (c) => across(c[x.key]), left + 8, width - right - 8)) {
-    made.append(point(cell, px, (score) => up(possible(score))));
+    made.append(point(cell, px, (score) => up(100 * score)));
   }
   return made;
 }
