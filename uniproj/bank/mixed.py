@@ -48,18 +48,8 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
             f"{tuple(thetas.shape)}. Stack one theta_d of this model's projection per user."
         )
     index = _indices(rows, len(thetas))
-    if thetas.is_inference():
-        # such a tensor has no version, by which a change is seen
-        with torch.inference_mode(False):
-            thetas = thetas.clone()
-    before = source.mixture
-    source.mixture = Mixture(thetas.to(device), index.to(device, torch.int64))
-    source.install({})
-    try:
+    with source.mixing(Mixture(thetas.to(device), index.to(device, torch.int64))):
         yield
-    finally:
-        source.mixture = before
-        source.install({})
 
 
 def _indices(rows: Any, users: int) -> Tensor:

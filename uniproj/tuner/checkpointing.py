@@ -16,8 +16,8 @@ def several_processes() -> bool:
 def refuse_reentrant(model: nn.Module) -> None:
     """Raise AdapterError if the model checkpoints in the reentrant way: it walks back through theta_D once per segment.
 
-    The graph of a learned P and that of a mixed batch cannot bear that, nor can DDP, for which the gradient on theta_d
-    is then complete too soon.
+    DDP cannot bear that, as the gradient on theta_d is then complete too soon; nor can a mixed batch, which its thread
+    alone knows of.
     """
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -25,7 +25,7 @@ def refuse_reentrant(model: nn.Module) -> None:
             "use_reentrant"
         ):
             raise AdapterError(
-                "gradient checkpointing: a learned projection (VB-LoRA, Tied-LoRA), `mixed` and training over several "
-                "processes need the non-reentrant kind, got use_reentrant=True. "
+                "gradient checkpointing: `mixed` and training over several processes need the non-reentrant kind, "
+                "got use_reentrant=True. "
                 'Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
+
+_OWNER = "uniproj.owner"
+_steps = 0  # of all optimisers of this process
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+# all optimisers pass here, also those that write through `.data` or by kernels of their own
+register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -22,126 +37,229 @@ class Mixture:
     rows: Tensor
 
 
+@dataclass
+class ThetaD:
+    """One theta_D, as views by slot of the layout, and what it was made of.
+
+    step: optimiser steps of this process before it was made. inputs: copies of theta_d and P's Parameters (and of a
+    mixture's rows), where it may serve another call; none where it has a graph. walked: a backward has passed through.
+    """
+
+    views: Mapping[int, Tensor]
+    step: int
+    dtype: torch.dtype | None = None
+    inputs: Sequence[Tensor] = ()
+    walked: bool = False
+
+
+class _Here(threading.local):
+    """What one thread does with an adapter; a copy or pickle of it begins anew."""
+
+    inside: bool = False
+    current: ThetaD | None = None
+    mixture: Mixture | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class _Owner:
+    """The thread that runs a forward, and calls its backward."""
+
+
 class FactorSource:
     """The factors of one adapter: views of one theta_D, shared by all layers.
 
-    Training: `refresh` once per model forward gives one graph edge to theta_d for the whole model. Without
-    gradients theta_D is kept until a trained number changes, so generation projects once.
+    The rule: theta_D is current if nothing that makes it could have changed since. A *call* is one that enters the
+    model from outside, at any of its modules (`UniProjModel` says when: `enter`, `leave`); within it, all layers use
+    one theta_D, which ends early with any optimiser's step and with a backward that passes through it. A new call
+    - with gradients projects anew, so that every forward has a graph of its own;
+    - without them takes the last theta_D again, if what made it is the same *by value* and the dtype is the same, so
+      that generation projects once and an edit through `.data` is seen;
+    - within a backward is a checkpointed part that runs again: it takes the theta_D of its forward, or, where a
+      backward has passed through that, projects anew;
+    - under torch.compile, torch.func or forward-mode differentiation projects anew and keeps nothing.
+    A layer called by itself is a call of its own.
 
-    dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would
-    cast each of them to it. held: within a forward of the whole model, which began with a refresh, no layer asks again.
-    mixture: while it is set, its vectors stand for theta_d, and every factor has one matrix per row of the batch.
+    All of a call's state belongs to its thread, and a thread of autograd to the one that called backward. Only a
+    theta_D without a graph, which nobody changes, is shared between threads.
+
+    dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would cast
+    each of them to it.
     """
 
     dtype: torch.dtype | None = None
-    held: bool = False
-    mixture: Mixture | None = None
 
     def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str):
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
-        self._views: Mapping[int, Tensor] = {}
-        self._used: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
-        self._snapshot: list[Tensor] = []
+        self._here = _Here()
+        self._kept: ThetaD | None = None
+        self._walkable: MutableMapping[_Owner, ThetaD] = weakref.WeakKeyDictionary()
 
     @property
     def projection(self) -> Projection:
         return self._projections[self._name]  # type: ignore[return-value]
 
+    @property
+    def mixture(self) -> Mixture | None:
+        """What stands for theta_d in this thread, within `mixing`."""
+        return self._here.mixture
+
     def trained(self) -> list[nn.Parameter]:
         return [self._theta_ds[self._name], *self.projection.parameters()]
 
-    def _theta(self) -> Tensor:
-        return self._theta_ds[self._name] if self.mixture is None else self.mixture.thetas
+    # ---- calls --------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """A call of the model begins in this thread."""
+        self._here.inside, self._here.current = True, None
+
+    def leave(self) -> None:
+        """The call is over."""
+        self._here.inside, self._here.current = False, None
+
+    def refresh(self) -> None:
+        """Have theta_D ready for the layers of this call, or for the next one without gradients."""
+        theta_D = self._theta_D()
+        if self._here.inside:
+            self._here.current = theta_D
+
+    def view(self, slot: int) -> Tensor:
+        """The factor of block number `slot`."""
+        theta_D = self._here.current
+        if theta_D is None or not _holds(theta_D):
+            theta_D = self._theta_D()
+            if self._here.inside:
+                self._here.current = theta_D
+        return theta_D.views[slot]
+
+    @contextmanager
+    def mixing(self, mixture: Mixture) -> Iterator[None]:
+        """Within the block, and in this thread, every factor has one matrix per row of the batch."""
+        here, before = self._here, self._here.mixture
+        here.mixture, here.current = mixture, None
+        try:
+            yield
+        finally:
+            here.mixture, here.current = before, None
+
+    @contextmanager
+    def using(self, views: Mapping[int, Tensor]) -> Iterator[None]:
+        """Within the block, and in this thread, layers use these factors, by slot."""
+        here, before = self._here, (self._here.inside, self._here.current)
+        here.inside, here.current = True, ThetaD(views, _steps)
+        try:
+            yield
+        finally:
+            here.inside, here.current = before
+
+    # ---- theta_D ------------------------------------------------------------------------------------
+
+    def wants_grad(self) -> bool:
+        """Whether what is projected now may be differentiated by backward."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self._inputs())
+
+    def _theta_D(self) -> ThetaD:
+        if torch.compiler.is_compiling() or _derives():
+            return ThetaD(self._views(self._project()), 0)
+        if not self.wants_grad():
+            return self._without_graph()
+        return (_in_backward() and self._walkable.get(_owner())) or self._with_graph()
+
+    def _with_graph(self) -> ThetaD:
+        owner = _owner()
+        self._walkable.pop(owner, None)  # the old theta_D goes first, so that there are never two
+        # what P saves is no part of a checkpointed layer, which may find theta_D ready when it runs again
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            flat = self._project()
+        self._walkable[owner] = theta_D = ThetaD(self._views(flat), _steps)
+        flat.register_hook(_walk(weakref.ref(theta_D), weakref.ref(self), owner))
+        return theta_D
+
+    def _without_graph(self) -> ThetaD:
+        dtype, inputs, kept = self._dtype(), self._inputs(), self._kept
+        if kept is not None and kept.dtype == dtype and _equal(kept.inputs, inputs):
+            kept.step = _steps
+            return kept
+        self._kept = None
+        # normal tensors even under inference_mode, so that a later training step may use them
+        with torch.inference_mode(False), torch.no_grad():
+            # copied first: what another thread changes meanwhile then differs from the copy
+            copies = [p.detach().clone() for p in inputs]
+            theta_D = ThetaD(self._views(self._project()), _steps, dtype, copies)
+        self._kept = theta_D
+        return theta_D
 
     def _inputs(self) -> list[Tensor]:
         """What theta_D is made of."""
-        return [self._theta(), *self.projection.parameters()]
+        mixture = self._here.mixture
+        of_rows = [self._theta_ds[self._name]] if mixture is None else [mixture.thetas, mixture.rows]
+        return [*of_rows, *self.projection.parameters()]
 
-    def refresh(self) -> None:
-        """Bring theta_D up to date: always when a gradient is wanted, else only if a trained number changed."""
-        if self._wants_grad() or self._is_stale() or self._changed():
-            self._project()
-
-    def view(self, slot: int) -> Tensor:
-        """The factor of block number `slot`. Projects first if no forward of the model has done so."""
-        if not self.held and not torch.compiler.is_compiling():
-            without_graph = self._wants_grad() and bool(self._views) and not self._has_graph()
-            if without_graph or not self._is_current():
-                self._project()
-        return self._views[slot]
-
-    def install(self, views: Mapping[int, Tensor]) -> None:
-        """Use these factors, by slot, until the next refresh; none of them to forget all."""
-        self._views, self._snapshot = views, []
-        self._used = self._in_use() if views else []
-
-    def _is_stale(self) -> bool:
-        """Whether there is no theta_D, or one of another dtype or with the graph of a training step."""
-        wanted = self._output_dtype()
-        return not self._views or self._has_graph() or any(v.dtype != wanted for v in islice(self._views.values(), 1))
-
-    def _has_graph(self) -> bool:
-        return any(view.requires_grad for view in islice(self._views.values(), 1))
-
-    def _output_dtype(self) -> torch.dtype:
-        theta = self._theta()
+    def _dtype(self) -> torch.dtype:
+        theta = self._inputs()[0]
         if torch.is_autocast_enabled(theta.device.type):
             return torch.get_autocast_dtype(theta.device.type)
         return self.dtype or theta.dtype
 
-    def _wants_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self._inputs())
-
-    def _changed(self) -> bool:
-        # by value: an edit through `.data` leaves the version counter as it was
-        pairs = list(zip_longest(self._inputs(), self._snapshot))
-        return not all(
-            old is not None and old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
-            for new, old in pairs
-        )
-
-    def _in_use(self) -> list[tuple[Mapping[str, Tensor | None], str, Tensor, int]]:
-        """Every tensor of `_inputs` with its version and its place, where another one may stand later."""
-        mixed = None if self.mixture is None else {self._name: self.mixture.thetas}
-        places: list[tuple[Mapping[str, Tensor | None], str]] = [(mixed or self._theta_ds._parameters, self._name)]
-        places += [(module._parameters, key) for module in self.projection.modules() for key in module._parameters]
-        return [(held, key, p, p._version) for held, key in places if (p := held[key]) is not None]
-
-    def _is_current(self) -> bool:
-        # asked by every layer on every call, hence the remembered places: walking the modules costs 5 % of a token
-        for held, key, p, version in self._used:
-            if held[key] is not p or p._version != version:
-                return False
-        return bool(self._used)
-
-    def _project(self) -> None:
-        self._views = {}  # the old theta_D goes first, so that there are never two
-        if self._wants_grad():
-            self._views, self._snapshot = self._split(), []
-        else:
-            # normal tensors even under inference_mode, so that a later training step may use them
-            with torch.inference_mode(False), torch.no_grad():
-                self._views = self._split()
-                if not torch.compiler.is_compiling():
-                    self._snapshot = [p.detach().clone() for p in self._inputs()]
-        if not torch.compiler.is_compiling():
-            self._used = self._in_use()
-
-    def _split(self) -> dict[int, Tensor]:
-        return dict(enumerate(self.projection.layout.split(self._theta_D())))
-
-    def _theta_D(self) -> Tensor:
+    def _project(self) -> Tensor:
         """(D,), or in a mixed batch (n, D); a vector that serves several rows is projected once."""
-        dtype, mixture = self._output_dtype(), self.mixture
+        dtype, mixture = self._dtype(), self._here.mixture
         if mixture is None:
-            return self.projection(self._theta(), dtype)
+            return self.projection(self._theta_ds[self._name], dtype)
         if len(mixture.rows) <= len(mixture.thetas):
             return self.projection(mixture.thetas.index_select(0, mixture.rows), dtype)
         return self.projection(mixture.thetas, dtype).index_select(0, mixture.rows)
 
+    def _views(self, theta_D: Tensor) -> Mapping[int, Tensor]:
+        return dict(enumerate(self.projection.layout.split(theta_D)))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}, "_used": [], "_snapshot": [], "held": False, "mixture": None}
+        return {**self.__dict__, "_kept": None, "_walkable": weakref.WeakKeyDictionary()}
+
+
+def _holds(theta_D: ThetaD) -> bool:
+    """Whether nothing has ended a theta_D since its call began."""
+    if torch.compiler.is_compiling():
+        return True
+    # a step within a backward (fused into it) must not part a checkpointed layer from its forward
+    return not theta_D.walked and (theta_D.step == _steps or _in_backward())
+
+
+def _walk(walked: weakref.ref[ThetaD], source: weakref.ref[FactorSource], owner: _Owner) -> Callable[[Tensor], None]:
+    """A hook on theta_D that ends it; weak, as the graph outlives it and would keep it for ever."""
+
+    def end(_: Tensor) -> None:
+        theta_D, its = walked(), source()
+        if theta_D is not None:
+            theta_D.walked = True
+            if its is not None and its._walkable.get(owner) is theta_D:
+                del its._walkable[owner]
+
+    return end
+
+
+def _equal(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
+    return len(old) == len(new) and all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(old, new, strict=True)
+    )
+
+
+def _derives() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, whose tensors must not outlive it."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _owner() -> _Owner:
+    # a GPU's part of a backward runs in a thread of autograd, which inherits what the one that called it has stashed
+    if not torch._C._is_key_in_tls(_OWNER):
+        torch._C._stash_obj_in_tls(_OWNER, _Owner())
+    return torch._C._get_obj_in_tls(_OWNER)
 
 
 class Factor(nn.Module):

@@ -24,26 +24,23 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: Fact
     slots: dict[str, list[int]] = {}
     for slot, block in enumerate(source.projection.layout.blocks):
         slots.setdefault(block.module, []).append(slot)
-    try:
-        for name in kinds.values():
-            layer = layers[name]
-            with align_module_device(layer.get_base_layer()), torch.inference_mode(False), torch.enable_grad():
-                if _weight(layer).device.type == "meta" or layer.merged:
-                    continue
-                factors = {slot: _random_factor(source, slot, _weight(layer).device) for slot in slots[name]}
-                source.install(factors)
+    for name in kinds.values():
+        layer = layers[name]
+        with align_module_device(layer.get_base_layer()), torch.inference_mode(False), torch.enable_grad():
+            if _weight(layer).device.type == "meta" or layer.merged:
+                continue
+            factors = {slot: _random_factor(source, slot, _weight(layer).device) for slot in slots[name]}
+            with source.using(factors):
                 change = _adapter_output(layer, adapter_name)
-                alive = change.requires_grad and bool(change.any())
-                gradients = torch.autograd.grad(change.float().square().sum(), [*factors.values()]) if alive else ()
-                alive = any(gradient.any() for gradient in gradients)
-            if not alive:
-                raise AdapterError(
-                    f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
-                    f"(weight {_weight(layer).dtype}), but output or gradient stayed 0. "
-                    "Leave such layers out of target_modules, or load the base model unquantised."
-                )
-    finally:
-        source.install({})
+            alive = change.requires_grad and bool(change.any())
+            gradients = torch.autograd.grad(change.float().square().sum(), [*factors.values()]) if alive else ()
+            alive = any(gradient.any() for gradient in gradients)
+        if not alive:
+            raise AdapterError(
+                f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
+                f"(weight {_weight(layer).dtype}), but output or gradient stayed 0. "
+                "Leave such layers out of target_modules, or load the base model unquantised."
+            )
 
 
 def _random_factor(source: FactorSource, slot: int, device: torch.device) -> Tensor:

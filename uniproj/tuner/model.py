@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
@@ -27,11 +29,20 @@ from uniproj.tuner.targets import adapted_layers, refuse_copy
 _OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
 
 
+class _Call(threading.local):
+    """The module by which a thread entered the model; a copy or pickle of it begins anew."""
+
+    entered: nn.Module | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class UniProjModel(LoraModel):
     """Injection, merging and quantised layers are PEFT's; what is trained is `uniproj_theta_d[adapter]`.
 
     After injection the `weight` of every `lora_A` and `lora_B` is a view of theta_D = P theta_d + c, which a
-    forward pre-hook on the base model projects once per forward. `projections[adapter]` is P.
+    call of the model, at whichever of its modules, projects once (`FactorSource` has the rule). `projections[adapter]` is P.
     """
 
     uses_shared_state = True
@@ -52,10 +63,8 @@ class UniProjModel(LoraModel):
             self._made_by: dict[str, UniProjConfig] = {}
             self._adapters_enabled = True
             self._before_first = [(p, p.requires_grad) for p in model.parameters()]
-            self._hooks = [
-                model.register_forward_pre_hook(self._project_active),
-                model.register_forward_hook(self._let_go, always_call=True),
-            ]
+            self._call = _Call()
+            self._hooks: list[RemovableHandle] = []
         given = self.peft_config[adapter_name]
         twins = [name for name, other in self.peft_config.items() if other is given and name != adapter_name]
         # the header of a saved adapter lists its modules one by one
@@ -89,6 +98,7 @@ class UniProjModel(LoraModel):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
         _set_requires_grad([(p, is_trained) for p in source.trained()])
+        self._watch_calls()
         keep_unpacked(self.model)
         if not on_meta(projection):
             check_alive(layers, adapter_name, source)
@@ -132,22 +142,40 @@ class UniProjModel(LoraModel):
             self.peft_config[name] = own_config(self.peft_config[name], made_by)
         self._made_by = {}
 
-    def _project_active(self, model: nn.Module, args: Any) -> None:
+    def _watch_calls(self) -> None:
+        """Hook every module with an adapted layer inside: any of them may be what a caller calls."""
+        for hook in self._hooks:
+            hook.remove()
+        adapted = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
+        around = {name[:end] for name in adapted for end, letter in enumerate(name) if letter == "."}
+        self._hooks = [self.model.register_forward_pre_hook(self._begin_call)]
+        self._hooks += [self.model.get_submodule(name).register_forward_pre_hook(self._enter) for name in around]
+        for name in {"", *around}:
+            self._hooks.append(self.model.get_submodule(name).register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        # a module that is entered twice was left by KeyboardInterrupt, at which PyTorch runs no hooks
+        if self._call.entered is None or self._call.entered is module:
+            self._begin_call(module, args)
+
+    def _begin_call(self, module: nn.Module, args: Any) -> None:
+        self._call.entered = module
         if self._being_loaded or (self._made_by and not torch.compiler.is_compiling()):
             self._settle()
+        for source in self._sources.values():
+            source.enter()
         if self._adapters_enabled:
             for name in self.active_adapters:
                 source = self._sources[name]
-                walked_once = source.projection.learned or source.mixture is not None or several_processes()
-                if walked_once and source._wants_grad():
-                    refuse_reentrant(model)
+                if (source.mixture is not None or several_processes()) and source.wants_grad():
+                    refuse_reentrant(self.model)
                 source.refresh()
-                source.held = not torch.compiler.is_compiling()
 
-    def _let_go(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._call.entered is module:
+            self._call.entered = None
             for source in self._sources.values():
-                source.held = False
+                source.leave()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -171,15 +199,16 @@ class UniProjModel(LoraModel):
 
     # ---- merging ----------------------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for source in self._sources.values():
-            source.refresh()
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge. Raises AdapterError where the merged model would be another one (`merging.check_merge`)."""
         self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        with torch.no_grad():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """PEFT's unmerge: subtracts s B A as it is now."""
+        with torch.no_grad():
+            super().unmerge_adapter()
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         if any(source.mixture is not None for source in self._sources.values()):
@@ -193,7 +222,8 @@ class UniProjModel(LoraModel):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge(kwargs.get("adapter_names"))
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        with torch.no_grad():
+            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model
