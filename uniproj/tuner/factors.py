@@ -55,9 +55,10 @@ class ThetaD:
 class _Here(threading.local):
     """What one thread does with an adapter; a copy or pickle of it begins anew."""
 
-    inside: bool = False
-    current: ThetaD | None = None
-    mixture: Mixture | None = None
+    def __init__(self) -> None:
+        self.inside = False
+        self.current: ThetaD | None = None
+        self.mixture: Mixture | None = None
 
     def __reduce__(self) -> Any:
         return type(self), ()

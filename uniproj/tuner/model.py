@@ -32,7 +32,8 @@ _OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
 class _Call(threading.local):
     """The module by which a thread entered the model; a copy or pickle of it begins anew."""
 
-    entered: nn.Module | None = None
+    def __init__(self) -> None:
+        self.entered: nn.Module | None = None
 
     def __reduce__(self) -> Any:
         return type(self), ()
@@ -41,8 +42,8 @@ class _Call(threading.local):
 class UniProjModel(LoraModel):
     """Injection, merging and quantised layers are PEFT's; what is trained is `uniproj_theta_d[adapter]`.
 
-    After injection the `weight` of every `lora_A` and `lora_B` is a view of theta_D = P theta_d + c, which a
-    call of the model, at whichever of its modules, projects once (`FactorSource` has the rule). `projections[adapter]` is P.
+    After injection the `weight` of every `lora_A` and `lora_B` is a view of theta_D = P theta_d + c, projected once in
+    each call of the model, at whichever of its modules (`FactorSource` has the rule). `projections[adapter]` is P.
     """
 
     uses_shared_state = True
