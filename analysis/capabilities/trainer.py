@@ -178,9 +178,10 @@ def _(folder: Path) -> None:
 @probe(TRANSFORMERS, "gradient checkpointing, reentrant: learned P (VB-LoRA)")
 def _(folder: Path) -> None:
     model = adapted(projection="vblora", d=None).train()
+    plain = gradient(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    gradient(model)
+    same(gradient(model), plain, "gradient", ROUNDING)
 
 
 @probe(TRANSFORMERS, "autocast in bfloat16: theta_d and its gradient stay float32")
