@@ -6,7 +6,9 @@ What a call must give is what a deep copy gives, which has made no theta_D yet.
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import bitsandbytes
@@ -16,9 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 
 from tests.tuner.models import base_model, batch, config
+from uniproj.bank import mixed
 from uniproj.tuner import UniProjConfig
 
 IDS = batch("llama")["input_ids"]
@@ -312,6 +316,56 @@ def test_evaluating_in_one_thread_leaves_training_in_another_alone(projection: s
                 torch.testing.assert_close(model(IDS, use_cache=False).logits, logits)
 
     _in_threads(train, evaluate)
+
+
+@torch.no_grad()
+def test_threads_mix_batches_of_their_own() -> None:
+    model = _llama().eval()
+    thetas = torch.linspace(-0.3, 0.3, 5 * 60).view(5, 60)
+
+    def logits(rows: list[int]) -> Tensor:
+        with torch.no_grad(), mixed(model, thetas, rows):
+            return model(IDS).logits
+
+    def work(rows: list[int]) -> Callable[[], None]:
+        expected = logits(rows)
+
+        def run() -> None:
+            for _ in range(20):
+                assert torch.equal(logits(rows), expected)
+
+        return run
+
+    _in_threads(work([0, 1, 2]), work([3, 4, 0]), work([2, 2, 2]))
+
+
+def test_what_a_forward_leaves_goes_with_its_thread_and_its_model() -> None:
+    model = _llama()
+    source = model.base_model._sources["default"]
+    _in_threads(lambda: model(IDS))  # with a graph, and never walked back
+    gc.collect()
+    assert not source._walkable
+    model(IDS)
+    gone = weakref.ref(source)
+    del source, model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_model(use_reentrant: bool) -> None:
+    model = _llama("vblora", None)
+    model(**batch("llama")).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return model(inputs_embeds=x, labels=batch("llama")["labels"], use_cache=False).loss
+
+    checkpoint(loss, embedded, use_reentrant=use_reentrant).backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
 
 
 def test_a_first_use_by_many_threads_at_once() -> None:

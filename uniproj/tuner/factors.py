@@ -41,15 +41,15 @@ class Mixture:
 class ThetaD:
     """One theta_D, as views by slot of the layout, and what it was made of.
 
-    step: optimiser steps of this process before it was made. inputs: copies of theta_d and P's Parameters (and of a
-    mixture's rows), where it may serve another call; none where it has a graph. walked: a backward has passed through.
+    No views are left once a backward has passed through. step: optimiser steps of this process before it was made.
+    inputs: copies of theta_d and P's Parameters (and of a mixture's rows), where it may serve another call; none where
+    it has a graph.
     """
 
     views: Mapping[int, Tensor]
     step: int
     dtype: torch.dtype | None = None
     inputs: Sequence[Tensor] = ()
-    walked: bool = False
 
 
 class _Here(threading.local):
@@ -166,7 +166,8 @@ class FactorSource:
             return ThetaD(self._views(self._project()), 0)
         if not self.wants_grad():
             return self._without_graph()
-        return (_in_backward() and self._walkable.get(_owner())) or self._with_graph()
+        of_forward = self._walkable.get(_owner()) if _in_backward() else None
+        return of_forward if of_forward is not None and of_forward.views else self._with_graph()
 
     def _with_graph(self) -> ThetaD:
         owner = _owner()
@@ -175,7 +176,7 @@ class FactorSource:
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             flat = self._project()
         self._walkable[owner] = theta_D = ThetaD(self._views(flat), _steps)
-        flat.register_hook(_walk(weakref.ref(theta_D), weakref.ref(self), owner))
+        flat.register_hook(_end(weakref.ref(theta_D)))
         return theta_D
 
     def _without_graph(self) -> ThetaD:
@@ -225,18 +226,15 @@ def _holds(theta_D: ThetaD) -> bool:
     if torch.compiler.is_compiling():
         return True
     # a step within a backward (fused into it) must not part a checkpointed layer from its forward
-    return not theta_D.walked and (theta_D.step == _steps or _in_backward())
+    return bool(theta_D.views) and (theta_D.step == _steps or _in_backward())
 
 
-def _walk(walked: weakref.ref[ThetaD], source: weakref.ref[FactorSource], owner: _Owner) -> Callable[[Tensor], None]:
-    """A hook on theta_D that ends it; weak, as the graph outlives it and would keep it for ever."""
+def _end(theta_D: weakref.ref[ThetaD]) -> Callable[[Tensor], None]:
+    """A hook for the backward that passes through; weak, as the graph would keep what holds its views for ever."""
 
     def end(_: Tensor) -> None:
-        theta_D, its = walked(), source()
-        if theta_D is not None:
-            theta_D.walked = True
-            if its is not None and its._walkable.get(owner) is theta_D:
-                del its._walkable[owner]
+        if (walked := theta_D()) is not None:
+            walked.views = {}
 
     return end
 
