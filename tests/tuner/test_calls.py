@@ -10,6 +10,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import bitsandbytes
 import pytest
@@ -342,7 +343,7 @@ def test_threads_mix_batches_of_their_own() -> None:
 def test_what_a_forward_leaves_goes_with_its_thread_and_its_model() -> None:
     model = _llama()
     source = model.base_model._sources["default"]
-    _in_threads(lambda: model(IDS))  # with a graph, and never walked back
+    _in_threads(partial(model, IDS))  # with a graph, and never walked back
     gc.collect()
     assert not source._walkable
     model(IDS)
