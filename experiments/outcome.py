@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.errors import ExperimentError
 from experiments.results import is_done, write_text
 from experiments.run import HEAD, Run
+from uniproj.adapters.tensors import HEADS
 from uniproj.projection import Projection
 
 # Fraction of the initial loss that a run must gain on rows it was trained on.
@@ -112,8 +113,7 @@ def sizes(run: Run) -> dict[str, Any]:
     head = sum(p.numel() for name, p in run.model.named_parameters() if p.requires_grad and HEAD in name)
     saved = run.folder / ADAPTER / "adapter_model.safetensors"
     with safe_open(saved, "pt") as tensors:
-        theta = ("uniproj_theta_d", "projections")
-        head_bytes = sum(tensors.get_tensor(k).nbytes for k in tensors.keys() if not any(t in k for t in theta))  # noqa: SIM118
+        head_bytes = sum(tensors.get_tensor(k).nbytes for k in tensors.keys() if k.startswith(HEADS))  # noqa: SIM118
     held = {t.data_ptr(): t for t in held_tensors(P)}.values()
     return {
         "D": P.D,

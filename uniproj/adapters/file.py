@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from uniproj.adapters import identity
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.disk import exists, read_bytes, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KIND = "UNIPROJ"
 _FIRST_BYTES = 2**16
+_FIRST_WITH_IDENTITY = 3
 _RESTORE = "Restore it (python -m uniproj restore {})"
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """One adapter as it lies on disk. `header` is None for a file written before format 1."""
+    """One adapter as it lies on disk: its tensors without the identity, which `header` says in full.
+
+    `header` is None for a file written before format 1.
+    """
 
     config: UniProjConfig
     header: Header | None
@@ -61,18 +66,17 @@ def read(folder: str | Path) -> SavedAdapter:
 def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: UniProjConfig) -> None:
     """Write both files of an adapter, or none: a crash or a full disk leaves those of before.
 
-    tensors: `base_model.uniproj_theta_d` (d,), `base_model.projections.*` of a learned P, and heads by PEFT's names.
-    Raises AdapterError where the disk refuses.
+    tensors: `base_model.uniproj_theta_d` (d,), `base_model.uniproj_projections.*` of a learned P, and heads by PEFT's
+    names; the identity that ties them to `header` is added. Raises AdapterError where the disk refuses.
     """
-    weights = stored.serialise(tensors, header.to_metadata())
+    weights = stored.serialise({**tensors, stored.IDENTITY: identity.encode(header)}, header.to_metadata())
     replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: _config_text(header, config)})
 
 
-def restore(folder: str | Path) -> SavedAdapter:
-    """Write `adapter_config.json` anew, as the header of the weights has it.
+def of_weights(folder: str | Path) -> SavedAdapter:
+    """The adapter that the weights in a folder describe, whatever configuration lies beside them.
 
-    For a configuration that was edited or lost, or is still the old one because a crash fell between the two renames.
-    Raises AdapterError for weights that `read` refuses, or that have no header to write it from.
+    Raises AdapterError for weights that `read` refuses, or that have no header to tell a configuration.
     """
     folder = Path(folder)
     header, tensors = _weights(folder)
@@ -80,9 +84,19 @@ def restore(folder: str | Path) -> SavedAdapter:
         raise AdapterError(
             f"{folder / WEIGHTS}: must hold the header of an adapter of uniproj, got none. Take the original."
         )
-    config = config_of(header, folder)
-    replace({folder / CONFIG: _config_text(header, config)})
-    return SavedAdapter(config, header, tensors)
+    return SavedAdapter(config_of(header, folder), header, tensors)
+
+
+def restore(folder: str | Path) -> SavedAdapter:
+    """Write `adapter_config.json` anew, as the header of the weights has it.
+
+    For a configuration that was edited or lost, or is still the old one because a crash fell between the two renames.
+    Raises AdapterError as `of_weights` does.
+    """
+    saved = of_weights(folder)
+    assert saved.header is not None
+    replace({Path(folder) / CONFIG: _config_text(saved.header, saved.config)})
+    return saved
 
 
 def config_of(header: Header, where: str | Path) -> UniProjConfig:
@@ -114,6 +128,14 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
+def says_ours(folder: Path) -> bool:
+    """Whether the configuration in a folder is that of a uniproj adapter."""
+    try:
+        return dict(json.loads((folder / CONFIG).read_bytes())).get("peft_type") == KIND
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
 def is_template(folder: Path) -> bool:
     """Whether a folder holds a configuration that never belonged to trained numbers."""
     if exists(folder / WEIGHTS) or exists(folder / UNSAFE) or not exists(folder / CONFIG):
@@ -130,8 +152,16 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
         header.check_version(where)
         stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
         stored.check_digest(tensors, metadata, where)
+        _check_identity(tensors.pop(stored.IDENTITY, None), header, where)
         stored.check_numbers(tensors, header.projection)
-    return header, tensors
+    return header, stored.renamed(tensors)
+
+
+def _check_identity(found: Tensor | None, header: Header, where: str) -> None:
+    if found is None and header.format_version >= _FIRST_WITH_IDENTITY:
+        raise AdapterError(f"{where}: must hold the tensor {stored.IDENTITY}, got none. Copy or download it again.")
+    if found is not None and (differs := identity.difference(found, header)):
+        raise AdapterError(f"{where}: the header must be that of the numbers: {differs}. Take the original.")
 
 
 def _config_text(header: Header, config: UniProjConfig) -> bytes:

@@ -21,7 +21,7 @@ from uniproj.registry import build, get
 if TYPE_CHECKING:
     from uniproj.tuner.config import UniProjConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PREFIX = "uniproj."
 _ALTERED = "The file was altered: copy or download it again."
 

@@ -16,8 +16,11 @@ from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.registry import get
 
-THETA_D = "base_model.uniproj_theta_d"
-OF_P = "base_model.projections."
+OWN = "base_model.uniproj_"
+THETA_D = f"{OWN}theta_d"
+OF_P = f"{OWN}projections."
+IDENTITY = f"{OWN}identity"
+_OF_P_BEFORE_FORMAT_3 = "base_model.projections."
 HEADS = "base_model.model."
 DIGEST = "uniproj.sha256"
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -55,6 +58,12 @@ def parse(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             "truncated or altered: copy or download it again."
         ) from error
     return tensors, metadata
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of any format by the names of this one."""
+    old = _OF_P_BEFORE_FORMAT_3
+    return {OF_P + name.removeprefix(old) if name.startswith(old) else name: t for name, t in tensors.items()}
 
 
 def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:

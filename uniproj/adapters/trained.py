@@ -18,7 +18,7 @@ from uniproj.adapters import file
 from uniproj.adapters.header import Header
 from uniproj.adapters.lora import LoRAAdapter, ranks, scales
 from uniproj.adapters.remap import new_names
-from uniproj.adapters.tensors import OF_P, THETA_D, check_finite
+from uniproj.adapters.tensors import OF_P, OWN, THETA_D, check_finite
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -87,11 +87,7 @@ class Trained:
         P: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
         theta_d = state[THETA_D].detach().float().to(P.device)
-        other = {
-            name: tensor.detach().cpu()
-            for name, tensor in state.items()
-            if name != THETA_D and not name.startswith(OF_P)
-        }
+        other = {name: tensor.detach().cpu() for name, tensor in state.items() if not name.startswith(OWN)}
         modules = tuner.model.named_modules()
         layers = {name: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
         scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}

@@ -14,7 +14,7 @@ from uniproj.tuner.model import UniProjModel
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UniProjConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UniProjModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "uniproj_"
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UniProjModel.prefix
 files.install()
 
 __all__ = ["UniProjConfig", "UniProjModel", "from_peft", "shard_base", "to_peft"]

@@ -1,7 +1,8 @@
 """Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.adapters`, every other one by PEFT.
 
-PEFT has no hook for the format of a file, so importing `uniproj.tuner` stands a thin wrapper in the place of four of
-its functions. Each looks whether the adapter is ours, and else calls the original.
+PEFT has no hook for the format of a file, so importing `uniproj.tuner` stands a thin wrapper in the place of some of
+its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones before. Each looks whether
+the adapter is ours, and else calls the original.
 """
 
 from __future__ import annotations
@@ -11,26 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, peft_model
+from peft.utils import save_and_load
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from uniproj.adapters import file
+from uniproj.adapters import file, identity
 from uniproj.adapters.header import Header
 from uniproj.adapters.remap import renamed
-from uniproj.adapters.tensors import HEADS, OF_P, THETA_D
+from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
+from uniproj.tuner.keys import beside_P, plain
 
 _theirs_type = PeftConfig._get_peft_type
-_theirs_save, _theirs_load = peft_model.safe_save_file, peft_model.load_peft_weights
-_theirs_set = peft_model.set_peft_model_state_dict
+_theirs_save, _theirs_set = peft_model.safe_save_file, peft_model.set_peft_model_state_dict
+_theirs_load, _theirs_unpickle = save_and_load.safe_load_file, save_and_load.torch_load
+_theirs_filter = save_and_load._filter_state_dict_for_adapter_name
+# not an attribute of theta_d, with which it would be pickled
+_belongs_to: Any = WeakTensorKeyDictionary()
 
 
 def note(theta_d: Tensor, header: Header | None, config: Any) -> None:
     """Let theta_d carry what it belongs to from one function of PEFT to the next."""
-    theta_d.belongs_to = header, config  # type: ignore[attr-defined]
+    _belongs_to[theta_d] = header, config
 
 
 def noted(tensors: Mapping[str, Tensor]) -> tuple[Header | None, Any]:
     """What `note` left on the theta_d among these, or (None, None)."""
-    found: tuple[Header | None, Any] = getattr(tensors.get(THETA_D), "belongs_to", (None, None))
+    theta_d = tensors.get(THETA_D)
+    found: tuple[Header | None, Any] = (None, None) if theta_d is None else _belongs_to.get(theta_d, (None, None))
     return found
 
 
@@ -55,28 +63,48 @@ def _get_peft_type(model_id: Any, **hub: Any) -> str:
     return str(kind)
 
 
-def _load_peft_weights(
-    model_id: Any, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
-) -> dict[str, Tensor]:
-    if PeftConfig._get_peft_type(model_id, **hub) != file.KIND:
-        return _theirs_load(model_id, device=device, key_mapping=key_mapping, **hub)
-    saved = file.read(file.locate(model_id, **hub))
-    tensors: dict[str, Tensor] = _theirs_load(model_id, device=device, key_mapping=key_mapping, **hub)
-    # the numbers that were validated, even if the file was replaced meanwhile
-    own = {name: tensor for name, tensor in saved.tensors.items() if name == THETA_D or name.startswith(OF_P)}
-    tensors.update({name: tensor.to(device) for name, tensor in own.items()})
+def _is_ours(folder: Path) -> bool:
+    return file.is_ours(folder) or file.says_ours(folder)
+
+
+def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
+    folder = Path(filename).parent
+    if not _is_ours(folder):
+        return dict(_theirs_load(filename, device=device))
+    # from the hub the weights may come alone
+    saved = file.read(folder) if (folder / file.CONFIG).exists() else file.of_weights(folder)
+    tensors = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
+    if saved.header is not None:
+        tensors[IDENTITY] = identity.encode(saved.header)
     note(tensors[THETA_D], saved.header, saved.config)
     return tensors
+
+
+def _unpickle(source: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(source, str | Path) and _is_ours(Path(source).parent):
+        file.read(Path(source).parent)  # says that it is never opened
+    return _theirs_unpickle(source, *args, **kwargs)
+
+
+def _filter_state_dict(state_dict: dict[str, Tensor], unwanted: list[str]) -> dict[str, Tensor]:
+    if any(plain(key).startswith(OWN) for key in state_dict):
+        return dict(state_dict)  # UniProjModel picks by whole keys, of which a part may be the name of another adapter
+    return dict(_theirs_filter(state_dict, unwanted))
 
 
 def _set_peft_model_state_dict(
     model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any
 ) -> Any:
     config = model.peft_config[adapter_name]
-    if config.peft_type == file.KIND and config.renames_heads:
-        tensors = {_new_key(key, config.renames_heads): tensor for key, tensor in tensors.items()}
-        config.renames_heads = []
-    return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
+    if config.peft_type != file.KIND:
+        return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
+    tensors = {_new_key(key, config.renames_heads): tensor for key, tensor in tensors.items()}
+    config.renames_heads = []
+    own = {key: tensor for key, tensor in tensors.items() if key.startswith(OWN)}
+    result = _theirs_set(model, own | beside_P(model, tensors), adapter_name=adapter_name, **rest)
+    # UniProjModel refuses what lacks a number; these are other adapters', whose keys have the letters of this one's name
+    result.missing_keys[:] = [key for key in result.missing_keys if not plain(key).startswith(OWN)]
+    return result
 
 
 def _new_key(key: str, table: Any) -> str:
@@ -86,5 +114,6 @@ def _new_key(key: str, table: Any) -> str:
 def install() -> None:
     """Stand in PEFT's functions."""
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
-    peft_model.safe_save_file, peft_model.load_peft_weights = _save_file, _load_peft_weights
-    peft_model.set_peft_model_state_dict = _set_peft_model_state_dict
+    peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
+    save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _unpickle
+    save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-import re
 import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from uniproj.adapters.header import Header
+from uniproj.adapters.tensors import IDENTITY
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.registry import build, get
@@ -22,11 +24,9 @@ from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
-from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta, own_config
-from uniproj.tuner.targets import adapted_layers, refuse_copy
-
-# anchored: a module of the base model may be called projections too
-_OWN_KEY = re.compile(r"^base_model\.(uniproj_theta_d$|projections(?=\.))")
+from uniproj.tuner.keys import beside_P, in_file, in_model, plain
+from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, on_meta, own_config
+from uniproj.tuner.targets import adapted_layers, check_name, refuse_copy
 
 
 class _Call(threading.local):
@@ -46,10 +46,17 @@ class UniProjModel(LoraModel):
     each call of the model, at whichever of its modules (`FactorSource` has the rule). `projections[adapter]` is P.
     """
 
+    prefix = "uniproj_"
     uses_shared_state = True
+
+    @property
+    def projections(self) -> nn.ModuleDict:
+        """P of every adapter."""
+        return self.uniproj_projections
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
+        check_name(adapter_name)
         # hasattr would ask the base model too, which may call a module projections
         if "_sources" not in self.__dict__:
             if any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -58,7 +65,8 @@ class UniProjModel(LoraModel):
                     "Add to the existing PeftModel with add_adapter, or call its unload() first."
                 )
             self.uniproj_theta_d = nn.ParameterDict()
-            self.projections = nn.ModuleDict()
+            self.uniproj_projections = nn.ModuleDict()
+            self.uniproj_identity = nn.ModuleDict()
             self._sources: dict[str, FactorSource] = {}
             self._being_loaded: set[str] = set()
             self._made_by: dict[str, UniProjConfig] = {}
@@ -92,7 +100,8 @@ class UniProjModel(LoraModel):
         # low_cpu_mem_usage: new Parameters are on the meta device until the file is loaded into them
         projection._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         check_saved(config, projection, self.model)
-        self.projections[adapter_name] = projection
+        self.uniproj_projections[adapter_name] = projection
+        self.uniproj_identity[adapter_name] = Identity(Header.of(config, projection))
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
         source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
         for slot, block in enumerate(projection.layout.blocks):
@@ -187,7 +196,7 @@ class UniProjModel(LoraModel):
         super().delete_adapter(adapter_name)
         self._sources.pop(adapter_name, None)
         self._made_by.pop(adapter_name, None)
-        for holder in (self.uniproj_theta_d, self.projections):
+        for holder in (self.uniproj_theta_d, self.uniproj_projections, self.uniproj_identity):
             if adapter_name in holder:
                 del holder[adapter_name]
 
@@ -195,7 +204,7 @@ class UniProjModel(LoraModel):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """P's buffers, by their names in a PeftModel: by their seed they are equal on every process, and not all of
         them have a dtype that DDP can exchange, as it would before each forward."""
-        modules = self.projections.named_modules(prefix="base_model.projections")
+        modules = self.projections.named_modules(prefix="base_model.uniproj_projections")
         return [f"{name}.{key}" for name, module in modules for key in module._buffers]
 
     # ---- merging ----------------------------------------------------------------------------------
@@ -248,25 +257,24 @@ class UniProjModel(LoraModel):
         *_: Any,
         **__: Any,
     ) -> dict[str, Tensor]:
-        name = re.escape(adapter_name)
-        own = re.compile(rf"base_model\.(uniproj_theta_d\.{name}$|projections\.{name}\.)")
-        wanted = {k: v for k, v in state_dict.items() if own.match(k)}
-        return {
-            **describe(model, config, adapter_name, wanted),
-            **cls._get_learnable_bias_state_dict(model, state_dict, config),
-        }
+        if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return {}  # all that is sharded was gathered on the first process, which saves it
+        own = describe(model, config, adapter_name, {plain(key): value for key, value in state_dict.items()})
+        others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
+        rest = beside_P(model, state_dict, others)
+        # PEFT takes heads and embeddings out of this very dictionary afterwards
+        state_dict.clear()
+        state_dict.update(rest)
+        return {**own, **cls._get_learnable_bias_state_dict(model, rest, config)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"^(base_model\.(?:uniproj_theta_d|projections))\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+        return in_file(plain(key), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        mapped = {
-            _OWN_KEY.sub(lambda own: f"{own.group()}.{adapter_name}", key): value for key, value in state_dict.items()
-        }
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
         try:
             check_loaded(tuner, adapter_name, state_dict)
@@ -275,7 +283,24 @@ class UniProjModel(LoraModel):
                 tuner._take_back(adapter_name)
             raise
         tuner._settle()
-        return mapped
+        now = {plain(key): key for key in model.state_dict()}
+        known = {**state_dict, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}
+        mapped = {in_model(key, adapter_name): value for key, value in known.items()}
+        return {now.get(key, key): value for key, value in mapped.items()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As PyTorch's, after the check that the numbers belong to the P and scale of this model.
+
+        Raises AdapterError before any is copied. What says nothing of itself, such as a checkpoint from before
+        format 3 or a dictionary of the trained Parameters, is taken for this model's own, as PyTorch does.
+        """
+        for name, identity in self.uniproj_identity.items():
+            old, new = f"{prefix}projections.{name}.", f"{prefix}uniproj_projections.{name}."
+            for key in [key for key in state_dict if key.startswith(old)]:
+                state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+            own = identity.get_extra_state()
+            identity.check(name, state_dict.setdefault(f"{prefix}uniproj_identity.{name}._extra_state", own))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:

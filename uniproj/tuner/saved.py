@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from uniproj.adapters import identity
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.fit import check_fit, warn_of_another_base
 from uniproj.adapters.header import FORMAT_VERSION, Header
@@ -17,6 +18,7 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
+from uniproj.tuner.keys import in_model
 
 if TYPE_CHECKING:
     from uniproj.tuner.model import UniProjModel
@@ -79,27 +81,84 @@ def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, T
     projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
     stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
     stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
-    header, _ = noted(tensors)
-    if header is None:
-        return
-    config = tuner.peft_config[adapter_name]
-    if found := header.difference(Header.of(config, projection, tuner.model)):
+    own = Header.of(tuner.peft_config[adapter_name], projection, tuner.model)
+    if found := _difference(tensors, own, projection):
         raise AdapterError(
-            f"{projection.name}: the adapter {adapter_name!r} of this model must be as the file's: {found}. "
+            f"{projection.name}: the adapter {adapter_name!r} of this model must be as that of the numbers: {found}. "
             "Load the file under a new name, or with its own configuration."
         )
 
 
+def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projection) -> str | None:
+    """What an adapter with the header `own` has otherwise than that to which the tensors belong, as a clause."""
+    header, config = noted(tensors)
+    if header is not None:
+        return header.difference(own)
+    if config is not None:  # a file from before the header
+        if config.layout_fingerprint != own.layout.fingerprint:
+            return f"layout_fingerprint must be {config.layout_fingerprint}, got {own.layout.fingerprint}"
+        return Header.of(config, projection).difference(own)
+    if stored.IDENTITY not in tensors:
+        raise AdapterError(
+            f"{own.projection}: tensors must tell their P by {stored.IDENTITY}, as those of get_peft_model_state_dict "
+            "and of files since format 3 do, got none. Load a folder by PeftModel.from_pretrained or load_adapter; "
+            "copy numbers of your own into model.base_model.uniproj_theta_d."
+        )
+    return identity.difference(tensors[stored.IDENTITY], own)
+
+
+class Identity(nn.Module):
+    """Puts into every state dict of a model, beside the numbers of an adapter, what they belong to."""
+
+    def __init__(self, header: Header):
+        super().__init__()
+        self.header = header
+
+    def get_extra_state(self) -> Tensor:
+        """The tensor of `uniproj.adapters.identity`."""
+        return identity.encode(self.header)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing is set: the tuner has checked it before any number was copied."""
+
+    def check(self, adapter_name: str, found: Tensor) -> None:
+        """Raises AdapterError for the identity of numbers with another P or scale."""
+        if differs := identity.difference(found, self.header):
+            raise AdapterError(
+                f"{self.header.projection}: the adapter {adapter_name!r} must be as that of the state dict: {differs}. "
+                "Make the model with the configuration that the numbers were trained with."
+            )
+
+
 def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter, with a theta_d that tells those who write it what it belongs to."""
-    own = dict(tensors)
-    key = f"base_model.uniproj_theta_d.{adapter_name}"
-    if key in own:
-        # of its own storage: PEFT copies tensors that share one, and loses the note
-        own[key] = own[key].detach().clone()
-        tuner = model.base_model
-        note(own[key], Header.of(config, tuner.projections[adapter_name], tuner.model), config)
-    return own
+    """What of a plain state dict belongs to an adapter, with a theta_d that tells those who write it to what.
+
+    Raises AdapterError where a trained number is not among the tensors, or belongs to another P.
+    """
+    tuner = model.base_model
+    projection = tuner.projections[adapter_name]
+    header = Header.of(config, projection, tuner.model)
+    found = {}
+    for name, shape in stored.shapes_of(projection).items():
+        key = in_model(name, adapter_name)
+        tensor = tensors.get(key)
+        if tensor is None or tensor.shape != shape:
+            got = f"{len(tensors)} entries without it" if tensor is None else f"shape {tuple(tensor.shape)}"
+            like = next((other for other in tensors if other.endswith(key)), next(iter(tensors), "none"))
+            raise AdapterError(
+                f"saving {adapter_name!r}: the state dict must hold {key} of shape {tuple(shape)}, got {got} (such as "
+                f"{like}). Pass model.state_dict(), gathered from all processes, or leave state_dict= out."
+            )
+        found[key] = tensor
+    key = in_model(stored.IDENTITY, adapter_name)
+    own: Identity = tuner.uniproj_identity[adapter_name]
+    own.check(adapter_name, tensors.get(key, own.get_extra_state()))
+    found[key] = own.get_extra_state()
+    theta_d = in_model(stored.THETA_D, adapter_name)
+    # of its own storage: PEFT copies tensors that share one, and loses the note
+    found[theta_d] = found[theta_d].detach().clone()
+    note(found[theta_d], header, config)
+    return found
 
 
 def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:

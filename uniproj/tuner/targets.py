@@ -13,6 +13,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from uniproj.errors import AdapterError
 
 
+def check_name(adapter_name: str) -> None:
+    """Raise AdapterError for a name that no PyTorch module can have, as it is a component of the keys of state dicts."""
+    taken = any(hasattr(holder, adapter_name) for holder in (nn.ModuleDict(), nn.ParameterDict()))
+    if not adapter_name or "." in adapter_name or taken:
+        raise AdapterError(
+            "add_adapter: the name of an adapter must be one component of a key, without dots and not an attribute of "
+            f"torch.nn.ModuleDict or ParameterDict such as 'keys', got {adapter_name!r}. Choose another."
+        )
+
+
 def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
     """The layers that PEFT wrapped for an adapter, by name. asked: the target_modules that the user wrote.
 
