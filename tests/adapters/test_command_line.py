@@ -39,7 +39,7 @@ def test_inspect_prints_everything_known_without_a_model(tmp_path: Path, capsys,
     header = written.header
     assert header is not None
     expected = {
-        "format_version": 2,
+        "format_version": 3,
         "projection": "unilora",
         "projection_version": get("unilora").version,
         "projection_seed": 7,

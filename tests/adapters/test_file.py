@@ -41,7 +41,7 @@ def test_what_was_written_is_read(projection: str, tmp_path: Path) -> None:
 
 def test_the_metadata_holds_all_that_makes_P_again(folder: Path) -> None:
     metadata = parts((folder / file.WEIGHTS).read_bytes())[0]["__metadata__"]
-    assert json.loads(metadata["uniproj.format_version"]) == 2
+    assert json.loads(metadata["uniproj.format_version"]) == 3
     assert json.loads(metadata["uniproj.projection"]) == "unilora"
     assert json.loads(metadata["uniproj.projection_version"]) == get("unilora").version
     assert json.loads(metadata["uniproj.projection_kwargs"]) == {}
@@ -177,7 +177,7 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("projection_version", "1", "must be of version 2.* got version 1, another P. Install uniproj"),
-        ("format_version", "3", "format must be at most 2, got 3 .* Install that version"),
+        ("format_version", "4", "format must be at most 3, got 4 .* Install that version"),
         ("format_version", '"x"', "format_version must be what uniproj wrote"),
         ("projection", '"unilroa"', "unknown projection 'unilroa'. Did you mean 'unilora'"),
         ("projection", '"../evil.py"', "names a projection, never a path"),
@@ -187,7 +187,7 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
         ("layout_fingerprint", "0" * 64, "Block list must have the fingerprint 000000000000"),
         ("layout", "AAAA", "layout must be what uniproj wrote"),
         ("settings", pack([1]), "settings must be what uniproj wrote"),
-        ("projection_seed", "8", "projection_seed must be 8 as in the header"),
+        ("projection_seed", "8", "projection_seed must be another, got 8"),
     ],
 )
 def test_a_header_that_says_something_else_is_refused(folder: Path, key: str, value: str, message: str) -> None:
@@ -239,7 +239,7 @@ def test_another_P_is_refused_when_it_is_built(folder: Path) -> None:
         ({"peft_type": "LORA"}, "peft_type must be UNIPROJ, got 'LORA'"),
         ({"inference_mode": 3}, "inference_mode must be bool"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path must be str"),
-        ({"format_version": None}, "format_version must be 2"),
+        ({"format_version": None}, "format_version must be 3"),
     ],
 )
 def test_a_configuration_that_says_otherwise_is_refused(folder: Path, changes, message: str) -> None:

@@ -24,8 +24,8 @@ def saved(tmp_path: Path) -> Path:
     ("change", "message"),
     [
         (lambda t: {THETA: t[THETA][:-1].clone()}, r"shape \(60,\), got \(59,\)"),
-        (lambda t: {THETA: t[THETA] * float("nan")}, "must be finite"),
-        (lambda t: {THETA: t[THETA] * 0}, "saddle"),
+        (lambda t: {**t, THETA: t[THETA] * float("nan")}, "must be finite"),
+        (lambda t: {**t, THETA: t[THETA] * 0}, "saddle"),
         (lambda t: {"something.else": t[THETA]}, "got none"),
     ],
     ids=["truncated vector", "nan", "zero", "foreign keys"],
@@ -37,7 +37,7 @@ def test_bad_tensors(saved: Path, change, message: str) -> None:
 
 
 def test_a_refused_file_leaves_the_model_as_it_was(saved: Path) -> None:
-    rewrite(saved, lambda t: {THETA: t[THETA] * float("nan")})
+    rewrite(saved, lambda t: {**t, THETA: t[THETA] * float("nan")})
     base = base_model("llama")
     before = {name: p.requires_grad for name, p in base.named_parameters()}
     with pytest.raises(AdapterError, match="finite"):

@@ -17,6 +17,8 @@ from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 
 IDENTITY = "lora"
+# What P may lose of a theta_D in its image: the square of float32's rounding, over long sums.
+IN_IMAGE = 1e-10
 # A captured energy that moves by more than this with the gauge is marked.
 GAUGE_LIMIT = 0.01
 GAUGE_NOTE = "depends on the gauge (A c, B / c)"
@@ -32,7 +34,9 @@ def compress(
     options: Mapping[str, Any],
     base: str | nn.Module | None,
 ) -> tuple[Trained, dict[str, Any]]:
-    """A uniproj adapter whose theta_D is nearest to the balanced one of a LoRA, and its quality.
+    """A uniproj adapter whose theta_D is nearest to a LoRA's, and its quality.
+
+    A theta_D in the image of P is kept as it is, to float32's rounding; any other is balanced first.
 
     base: the model that the adapter belongs to (or its name), for projections that are made of its weights; any other
     projection needs the shapes alone. Raises ProjectionError or AdapterError where the projection refuses them.
@@ -50,14 +54,16 @@ def compress(
         model = bases.load(base, adapter.config, weights=True)
         needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
-    # the identity loses nothing, and keeps A and B to the bit
-    target = adapter.theta_D.double() if projection == IDENTITY else balanced(adapter.layout, adapter.theta_D)
-    as_trained = fit(P.rebuild(), adapter.theta_D)
-    found = fit(P, target)
-    # as it will be read: theta_d in float32
+    own, target = P.rebuild(), adapter.theta_D.double()
+    found = fit(own, target)
+    unbalanced = captured(target, found.theta_D)
+    if 1.0 - unbalanced <= IN_IMAGE:  # such as what was exported from this P: another gauge would lead out of it
+        P = own
+    else:
+        target = balanced(adapter.layout, target)
+        found = fit(P, target)
     with torch.no_grad():
-        unbalanced = captured(adapter.theta_D.double(), as_trained.theta_D)
-        reached = P(found.theta_d.float().double())
+        reached = P(found.theta_d.float().double())  # as it will be read: theta_d in float32
     factor = captured(target, reached)
     settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in _OF_LORA}
     config = UniProjConfig(

@@ -24,9 +24,9 @@ from uniproj.tuner.keys import beside_P, plain
 
 _theirs_type = PeftConfig._get_peft_type
 _theirs_save, _theirs_set = peft_model.safe_save_file, peft_model.set_peft_model_state_dict
-_theirs_load, _theirs_unpickle = save_and_load.safe_load_file, save_and_load.torch_load
+_theirs_load, _theirs_load_bin = save_and_load.safe_load_file, save_and_load.torch_load
 _theirs_filter = save_and_load._filter_state_dict_for_adapter_name
-# not an attribute of theta_d, with which it would be pickled
+# not an attribute of theta_d: torch.save would write it with the tensor, and torch.load refuse to read it
 _belongs_to: Any = WeakTensorKeyDictionary()
 
 
@@ -80,10 +80,10 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
     return tensors
 
 
-def _unpickle(source: Any, *args: Any, **kwargs: Any) -> Any:
+def _load_bin(source: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(source, str | Path) and _is_ours(Path(source).parent):
         file.read(Path(source).parent)  # says that it is never opened
-    return _theirs_unpickle(source, *args, **kwargs)
+    return _theirs_load_bin(source, *args, **kwargs)
 
 
 def _filter_state_dict(state_dict: dict[str, Tensor], unwanted: list[str]) -> dict[str, Tensor]:
@@ -115,5 +115,5 @@ def install() -> None:
     """Stand in PEFT's functions."""
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
     peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
-    save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _unpickle
+    save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
