@@ -13,8 +13,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import IDENTITY
+from uniproj.adapters.tensors import IDENTITY, renamed
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.registry import build, get
@@ -56,7 +55,8 @@ class UniProjModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
-        check_name(adapter_name)
+        given = self.peft_config[adapter_name]
+        check_name(adapter_name, self.peft_config, given.modules_to_save or ())
         # hasattr would ask the base model too, which may call a module projections
         if "_sources" not in self.__dict__:
             if any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -74,7 +74,6 @@ class UniProjModel(LoraModel):
             self._before_first = [(p, p.requires_grad) for p in model.parameters()]
             self._call = _Call()
             self._hooks: list[RemovableHandle] = []
-        given = self.peft_config[adapter_name]
         twins = [name for name, other in self.peft_config.items() if other is given and name != adapter_name]
         # the header of a saved adapter lists its modules one by one
         asked = None if given.header is not None else given.target_modules
@@ -101,7 +100,7 @@ class UniProjModel(LoraModel):
         projection._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         check_saved(config, projection, self.model)
         self.uniproj_projections[adapter_name] = projection
-        self.uniproj_identity[adapter_name] = Identity(Header.of(config, projection))
+        self.uniproj_identity[adapter_name] = Identity(config, projection)
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
         source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
         for slot, block in enumerate(projection.layout.blocks):
@@ -194,6 +193,9 @@ class UniProjModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with its theta_d and its P."""
         super().delete_adapter(adapter_name)
+        for layer in self.model.modules():  # PEFT passes over modules of the base whose name has the prefix in it
+            if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+                layer.delete_adapter(adapter_name)
         self._sources.pop(adapter_name, None)
         self._made_by.pop(adapter_name, None)
         for holder in (self.uniproj_theta_d, self.uniproj_projections, self.uniproj_identity):
@@ -276,6 +278,7 @@ class UniProjModel(LoraModel):
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
+        state_dict = renamed(state_dict)
         try:
             check_loaded(tuner, adapter_name, state_dict)
         except AdapterError:

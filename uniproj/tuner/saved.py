@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora import LoraLayer
@@ -81,8 +82,8 @@ def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, T
     projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
     stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
     stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
-    own = Header.of(tuner.peft_config[adapter_name], projection, tuner.model)
-    if found := _difference(tensors, own, projection):
+    own: Identity = tuner.uniproj_identity[adapter_name]  # type: ignore[assignment]
+    if found := _difference(tensors, own.header, projection):
         raise AdapterError(
             f"{projection.name}: the adapter {adapter_name!r} of this model must be as that of the numbers: {found}. "
             "Load the file under a new name, or with its own configuration."
@@ -110,9 +111,15 @@ def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projecti
 class Identity(nn.Module):
     """Puts into every state dict of a model, beside the numbers of an adapter, what they belong to."""
 
-    def __init__(self, header: Header):
+    def __init__(self, config: UniProjConfig, projection: Projection):
         super().__init__()
-        self.header = header
+        # as one object, so that P is not registered twice
+        self._of = copy.deepcopy(config), projection
+
+    @cached_property
+    def header(self) -> Header:
+        """Of the adapter as it was attached; made when it is needed, since a P that awaits its file has no numbers."""
+        return Header.of(*self._of)
 
     def get_extra_state(self) -> Tensor:
         """The tensor of `uniproj.adapters.identity`."""

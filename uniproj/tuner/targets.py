@@ -13,14 +13,24 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from uniproj.errors import AdapterError
 
 
-def check_name(adapter_name: str) -> None:
-    """Raise AdapterError for a name that no PyTorch module can have, as it is a component of the keys of state dicts."""
-    taken = any(hasattr(holder, adapter_name) for holder in (nn.ModuleDict(), nn.ParameterDict()))
+def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -> None:
+    """Raise AdapterError for a name of an adapter that its own tensors, or PEFT's search for heads, cannot bear.
+
+    heads: the modules_to_save of the new adapter, which PEFT finds by the ends of names, those of adapters included.
+    """
+    holders = nn.ModuleDict(), nn.ParameterDict()
+    taken = adapter_name == "_extra_state" or any(hasattr(holder, adapter_name) for holder in holders)
     if not adapter_name or "." in adapter_name or taken:
         raise AdapterError(
-            "add_adapter: the name of an adapter must be one component of a key, without dots and not an attribute of "
-            f"torch.nn.ModuleDict or ParameterDict such as 'keys', got {adapter_name!r}. Choose another."
+            "add_adapter: the name of an adapter must be one component of a key, without dots and not one that PyTorch "
+            f"uses, such as 'keys' (an attribute of torch.nn.ModuleDict), got {adapter_name!r}. Choose another."
         )
+    for name in (adapter_name, *others):
+        if head := next((head for head in heads if name.endswith(head)), None):
+            raise AdapterError(
+                f"add_adapter: the name of an adapter must not end like a module that is saved whole, got {name!r} and "
+                f"modules_to_save = {head!r}. Choose another name."
+            )
 
 
 def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:

@@ -1,0 +1,272 @@
+"""Keys of state dicts: wrapped models, names of adapters that stand inside other keys, and the method's prefix."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from tests.adapters.fixtures import ROOT
+from tests.tuner.models import base_model, batch, config, train_steps
+from uniproj import AdapterError, names
+from uniproj.adapters import file
+from uniproj.registry import get
+from uniproj.tuner import UniProjConfig, UniProjModel
+from uniproj.tuner.keys import plain
+
+LEARNED = ("vblora", "tied_lora")
+
+
+def _settings(projection: str = "unilora", **fields: Any) -> UniProjConfig:
+    d = 60 if get(projection).free_d else None
+    return config("llama", projection, d, modules_to_save=["lm_head"], **fields)
+
+
+def _trained(projection: str = "unilora", **fields: Any) -> PeftModel:
+    model = get_peft_model(base_model("llama"), _settings(projection, **fields))
+    train_steps(model, "llama", 2)
+    return model.eval()
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch("llama")).logits
+
+
+def _weights(folder: Path) -> bytes:
+    return (folder / file.WEIGHTS).read_bytes()
+
+
+# ---- state dicts of wrapped models --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["unilora", "vblora"])
+def trained(request: pytest.FixtureRequest) -> PeftModel:
+    return _trained(request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(trained: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("plain")
+    trained.save_pretrained(folder)
+    return _weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "_orig_mod."),
+        ("", "module."),
+        ("", "_orig_mod.module."),
+        ("", "module._orig_mod."),
+        ("", "module.module."),
+        ("", "_fsdp_wrapped_module._orig_mod."),
+        ("base_model.", "base_model._orig_mod."),
+        ("base_model.", "module.base_model.module."),
+        ("base_model.model.", "base_model.model._orig_mod."),
+        ("model.layers.0.", "model.layers.0._checkpoint_wrapped_module."),
+    ],
+)
+def test_a_state_dict_of_a_wrapped_model_is_saved_as_that_of_the_model(
+    old: str, new: str, trained: PeftModel, expected: bytes, tmp_path: Path
+) -> None:
+    wrapped = {key.replace(old, new, 1) if old else new + key: value for key, value in trained.state_dict().items()}
+    given = dict(wrapped)
+    trained.save_pretrained(tmp_path, state_dict=wrapped)
+    assert _weights(tmp_path) == expected
+    assert wrapped.keys() == given.keys()  # the caller's dictionary stays his
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, AveragedModel, lambda model: AveragedModel(torch.compile(model))])
+def test_real_wrappers(wrap: Any, trained: PeftModel, expected: bytes, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path, state_dict=wrap(trained).state_dict())
+    assert _weights(tmp_path) == expected
+
+
+def test_a_model_that_is_compiled_inside_is_saved_and_loaded_by_plain_names(
+    trained: PeftModel, expected: bytes, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(trained)
+    model.base_model.model = torch.compile(model.base_model.model)
+    model.save_pretrained(tmp_path)
+    assert _weights(tmp_path) == expected
+    for parameter in model.parameters():
+        parameter.data.mul_(2.0 if parameter.requires_grad else 1.0)
+    model.load_adapter(tmp_path, "default")
+    again = get_peft_model_state_dict(model)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in get_peft_model_state_dict(trained).items())
+
+
+def test_numbers_reach_a_compiled_model() -> None:
+    source = get_peft_model(base_model("llama"), config("llama"))
+    target = torch.compile(get_peft_model(base_model("llama"), config("llama", init_seed=3)))
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    assert torch.equal(target.base_model.uniproj_theta_d["default"], source.base_model.uniproj_theta_d["default"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: {}, "got 0 entries without it"),
+        (lambda s: {f"student.{k}": v for k, v in s.items()}, r"such as student\.base_model\.uniproj_theta_d\.default"),
+        (lambda s: {k: v for k, v in s.items() if "uniproj_" not in k}, "entries without it"),
+        (lambda s: {**s, "base_model.uniproj_theta_d.default": torch.empty(0)}, r"got shape \(0,\)"),
+        (lambda s: {k.replace("default", "other"): v for k, v in s.items()}, "uniproj_theta_d.default of shape"),
+    ],
+    ids=["empty", "unknown prefix", "base weights alone", "not gathered", "another adapter"],
+)
+def test_what_would_save_no_theta_d_is_refused(change: Any, message: str, trained: PeftModel, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"saving 'default': the state dict must hold .*{message}"):
+        trained.save_pretrained(tmp_path, state_dict=change(trained.state_dict()))
+    assert not (tmp_path / file.WEIGHTS).exists()
+
+
+def test_numbers_of_another_P_are_not_saved_under_this_one(tmp_path: Path) -> None:
+    models = [get_peft_model(base_model("llama"), config("llama", projection_seed=seed)) for seed in (0, 7)]
+    with pytest.raises(AdapterError, match="projection_seed must be another, got 0"):
+        models[0].save_pretrained(tmp_path, state_dict=models[1].state_dict())
+    assert not (tmp_path / file.WEIGHTS).exists()
+
+
+def test_a_process_that_gathered_nothing_saves_nothing(trained: PeftModel, tmp_path: Path, monkeypatch) -> None:
+    """Under FSDP all processes call save_pretrained, and the first alone has the state dict."""
+    model = get_peft_model(base_model("llama"), config("llama"))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    model.save_pretrained(tmp_path, state_dict={}, is_main_process=False)
+    assert not (tmp_path / file.WEIGHTS).exists()
+
+
+# ---- names of adapters --------------------------------------------------------------------------
+
+# names that are in the keys of a method, of the tuner, of heads and of the base
+NAMES = (("tied_lora", "u"), ("tied_lora", "v"), *(("vblora", name) for name in ("logits", "projections", "model")))
+NAMES += tuple(("vblora", name) for name in ("uniproj_theta_d", "uniproj_", "modules_to_save", "weight", "0", "a/b"))
+NAMES += (("vblora", "defaul"), ("vblora", "default2"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of two adapters of each method, each saved from a model that holds no other."""
+    found = {}
+    for projection in ("tied_lora", "vblora"):
+        for seed in (0, 7):
+            folder = tmp_path_factory.mktemp(projection)
+            model = get_peft_model(base_model("llama"), _settings(projection, init_seed=seed))
+            model.save_pretrained(folder)
+            found[f"{projection} {seed}"] = _weights(folder)
+    return found
+
+
+@pytest.mark.parametrize(("projection", "name"), NAMES)
+def test_the_name_of_an_adapter_takes_no_tensor_of_another(
+    projection: str, name: str, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    model = get_peft_model(base_model("llama"), _settings(projection))
+    model.add_adapter(name, _settings(projection, init_seed=7))
+    model.save_pretrained(tmp_path)
+    assert _weights(tmp_path) == alone[f"{projection} 0"]
+    assert _weights(tmp_path / name) == alone[f"{projection} 7"]
+    first, again = get_peft_model_state_dict(model), get_peft_model(base_model("llama"), _settings(projection))
+    result = again.load_adapter(tmp_path / name, name)
+    assert result.missing_keys == result.unexpected_keys == []
+    again.load_adapter(tmp_path, "default")
+    second = get_peft_model_state_dict(again, adapter_name=name)
+    assert all(torch.equal(t, get_peft_model_state_dict(again)[key]) for key, t in first.items())
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
+        assert torch.equal(second[key], tensor)
+    again.delete_adapter(name)
+    assert get_peft_model_state_dict(again).keys() == first.keys()
+
+
+@pytest.mark.parametrize("name", ["", "default.x", ".", "keys", "training", "get", "_extra_state"])
+def test_a_name_that_is_no_component_of_a_key_is_refused(name: str) -> None:
+    base = base_model("llama")
+    before = {key: p.requires_grad for key, p in base.named_parameters()}
+    with pytest.raises(AdapterError, match=rf"one component of a key.*got '{name}'"):
+        get_peft_model(base, config("llama"), adapter_name=name)
+    assert {key: p.requires_grad for key, p in base.named_parameters()} == before
+    model = get_peft_model(base, config("llama")).eval()
+    expected = _logits(model)
+    with pytest.raises(AdapterError, match="one component of a key"):
+        model.add_adapter(name, config("llama", init_seed=3))
+    assert list(model.peft_config) == ["default"] and torch.equal(_logits(model), expected)
+
+
+def test_a_name_that_peft_would_take_for_a_head_is_refused() -> None:
+    model = get_peft_model(base_model("llama"), _settings())
+    with pytest.raises(AdapterError, match="must not end like .* got 'my_lm_head' and modules_to_save = 'lm_head'"):
+        model.add_adapter("my_lm_head", _settings())
+    assert list(model.peft_config) == ["default"] and _logits(model).isfinite().all()
+    model = get_peft_model(base_model("bert"), config("bert"))
+    with pytest.raises(AdapterError, match="got 'classifier' and modules_to_save = 'classifier'"):
+        model.add_adapter("classifier", config("bert"))
+
+
+# ---- the prefix ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", names())
+def test_all_that_the_method_owns_begins_with_its_prefix(projection: str, tmp_path: Path) -> None:
+    base = base_model("llama")
+    theirs = {name for name, _ in base.named_parameters()}
+    model = get_peft_model(base, config("llama", projection, 60 if get(projection).free_d else None))
+    assert model.prefix == PEFT_TYPE_TO_PREFIX_MAPPING["UNIPROJ"] == "uniproj_"
+    # as TRL lists the weights of a merged model for vLLM
+    sent = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name, _ in model.named_parameters()]
+    assert {name for name in sent if model.prefix not in name} == theirs
+    own = [key for key in model.state_dict() if not key.startswith("base_model.model.")]
+    assert own and all(key.startswith("base_model.uniproj_") for key in own)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("base_model.uniproj_") for name in trained)
+    model.save_pretrained(tmp_path)
+    assert all(key.startswith("base_model.uniproj_") for key in get_peft_model_state_dict(model))
+    assert model.base_model.projections["default"] is model.base_model.uniproj_projections["default"]
+
+
+@pytest.mark.parametrize("projection", ["unilora", *LEARNED])
+def test_only_the_adapter_is_updated(projection: str) -> None:
+    """By PEFT's own rule for what belongs to an adapter."""
+    model = get_peft_model(base_model("llama"), _settings(projection))
+    before = copy.deepcopy(dict(model.named_parameters()))
+    train_steps(model, "llama", lr=0.5)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if UniProjModel.prefix in name or "modules_to_save" in name}
+
+
+def test_an_adapter_leaves_modules_that_bear_the_prefix() -> None:
+    base = nn.Sequential()
+    base.add_module("uniproj_block", nn.Linear(8, 8))
+    settings = UniProjConfig(r=2, d=8, target_modules=["uniproj_block"])
+    model = get_peft_model(base, settings)
+    model.add_adapter("second", UniProjConfig(r=2, d=8, target_modules=["uniproj_block"]))
+    model.delete_adapter("second")
+    assert list(model.base_model.model.uniproj_block.r) == ["default"]
+
+
+def test_the_names_in_old_files_are_those_of_before() -> None:
+    """What the fixtures of the loader's tests hold, so that these keep on testing it."""
+    from safetensors.torch import load_file
+
+    old = load_file(ROOT / "v2" / "vblora" / file.WEIGHTS)
+    assert set(old) == {"base_model.uniproj_theta_d", "base_model.projections.logits"}
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("module._orig_mod.base_model.uniproj_theta_d.default", "base_model.uniproj_theta_d.default"),
+        ("base_model.model.module.fc._orig_mod.weight", "base_model.model.module.fc.weight"),
+        ("module.weight", "module.weight"),
+        ("base_model.model.my_orig_mod.weight", "base_model.model.my_orig_mod.weight"),
+    ],
+)
+def test_only_what_a_wrapper_added_is_taken_away(key: str, expected: str) -> None:
+    assert plain(key) == expected
