@@ -202,7 +202,7 @@ def test_a_name_that_is_no_component_of_a_key_is_refused(name: str) -> None:
 
 def test_a_name_that_peft_would_take_for_a_head_is_refused() -> None:
     model = get_peft_model(base_model("llama"), _settings())
-    with pytest.raises(AdapterError, match="must not end like .* got 'my_lm_head' and modules_to_save = 'lm_head'"):
+    with pytest.raises(AdapterError, match=r"must not end like .* got 'my_lm_head' and modules_to_save = 'lm_head'"):
         model.add_adapter("my_lm_head", _settings())
     assert list(model.peft_config) == ["default"] and _logits(model).isfinite().all()
     model = get_peft_model(base_model("bert"), config("bert"))

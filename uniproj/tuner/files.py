@@ -102,7 +102,7 @@ def _set_peft_model_state_dict(
     config.renames_heads = []
     own = {key: tensor for key, tensor in tensors.items() if key.startswith(OWN)}
     result = _theirs_set(model, own | beside_P(model, tensors), adapter_name=adapter_name, **rest)
-    # UniProjModel refuses what lacks a number; these are other adapters', whose keys have the letters of this one's name
+    # what lacks a number was refused; these are other adapters', in whose keys PEFT may find the name of this one
     result.missing_keys[:] = [key for key in result.missing_keys if not plain(key).startswith(OWN)]
     return result
 

@@ -20,10 +20,10 @@ from uniproj.registry import build, get
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
+from uniproj.tuner.keys import beside_P, in_file, in_model, plain
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
-from uniproj.tuner.keys import beside_P, in_file, in_model, plain
 from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, on_meta, own_config
 from uniproj.tuner.targets import adapted_layers, check_name, refuse_copy
 
@@ -297,10 +297,11 @@ class UniProjModel(LoraModel):
         Raises AdapterError before any is copied. What says nothing of itself, such as a checkpoint from before
         format 3 or a dictionary of the trained Parameters, is taken for this model's own, as PyTorch does.
         """
-        for name, identity in self.uniproj_identity.items():
-            old, new = f"{prefix}projections.{name}.", f"{prefix}uniproj_projections.{name}."
-            for key in [key for key in state_dict if key.startswith(old)]:
-                state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+        identity: Identity
+        for name, identity in self.uniproj_identity.items():  # type: ignore[assignment]
+            before_3 = f"{prefix}projections.{name}."
+            for key in [key for key in state_dict if key.startswith(before_3)]:
+                state_dict[f"{prefix}uniproj_{key.removeprefix(prefix)}"] = state_dict.pop(key)
             own = identity.get_extra_state()
             identity.check(name, state_dict.setdefault(f"{prefix}uniproj_identity.{name}._extra_state", own))
         super()._load_from_state_dict(state_dict, prefix, *rest)
