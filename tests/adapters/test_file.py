@@ -15,7 +15,7 @@ from uniproj import AdapterError, LoRALayout, names
 from uniproj.adapters import file
 from uniproj.adapters.header import FREE, Header, quantisation, settings
 from uniproj.adapters.header_lines import pack, unpack
-from uniproj.adapters.tensors import THETA_D
+from uniproj.adapters.tensors import IDENTITY, THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig
 
@@ -162,6 +162,21 @@ def test_an_altered_header_is_refused(folder: Path) -> None:
     ids=["short", "other shape", "integers", "nan", "inf in the head", "zero", "no theta_d"],
 )
 def test_bad_tensors_are_refused(folder: Path, change, message: str) -> None:
+    rewrite(folder, change)
+    with pytest.raises(AdapterError, match=message):
+        file.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != IDENTITY}, f"must hold the tensor {IDENTITY}, got none"),
+        (lambda t: {**t, IDENTITY: t[IDENTITY].roll(1, 1)}, "header must be that of the numbers: projection must be"),
+        (lambda t: {**t, IDENTITY: t[IDENTITY][1:].clone()}, r"identity must be of shape \(7, 4\), got \(8, 4\)"),
+    ],
+    ids=["none", "another", "shorter"],
+)
+def test_an_identity_that_is_not_the_headers_is_refused(folder: Path, change, message: str) -> None:
     rewrite(folder, change)
     with pytest.raises(AdapterError, match=message):
         file.read(folder)

@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.tools import fields_of, loaded, logits
+from tests.adapters.tools import SAME, difference, fields_of, loaded, logits, trained
 from tests.tuner.models import TARGETS, base_model, train_steps
-from uniproj import AdapterError
+from uniproj import AdapterError, get, names
+from uniproj.adapters import file
 from uniproj.adapters.exchange import export, import_adapter
 
 
@@ -39,6 +40,23 @@ def test_a_learned_projection_is_moved_to_it(projection: str, options: dict[str,
     report = import_adapter(_lora(tmp_path / "lora"), tmp_path / "ours", projection, options=options)
     assert report["method"] == "gradient descent" and report["captured_factor"] > 0
     assert logits(loaded("llama", tmp_path / "ours"), "llama").isfinite().all()
+
+
+@pytest.mark.parametrize("projection", [name for name in names() if name != "vblora"])
+def test_what_was_exported_comes_back_by_the_same_P(projection: str, tmp_path: Path) -> None:
+    """In its own gauge it lies in the image of P; only a trained bank of VB-LoRA is no function of the seed."""
+    kind, d = "gpt2", 60 if get(projection).free_d else None
+    model = trained(kind, projection, projection_seed=5, lora_alpha=6)
+    base = base_model(kind) if get(projection).needs_base_weights else None
+    export(model, tmp_path / "lora")
+    report = import_adapter(tmp_path / "lora", tmp_path / "ours", projection, d=d, seed=5, base=base)
+    assert abs(report["lost_energy"]) < 1e-12 and report["captured_factor"] == pytest.approx(1.0, abs=1e-12)
+    assert difference(logits(loaded(kind, tmp_path / "ours"), kind), logits(model, kind)) <= 10 * SAME
+    theta_d = model.base_model.uniproj_theta_d["default"].detach()
+    if projection not in ("tied_lora", "tinylora"):  # of which several theta_d, or factors, give one theta_D
+        assert torch.allclose(file.read(tmp_path / "ours").theta_d, theta_d, rtol=1e-5, atol=1e-6)
+    other = import_adapter(tmp_path / "lora", tmp_path / "other", "gaussian", d=60, seed=6)
+    assert other["lost_energy"] > 0.1
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

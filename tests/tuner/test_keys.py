@@ -17,6 +17,7 @@ from tests.adapters.fixtures import ROOT
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError, names
 from uniproj.adapters import file
+from uniproj.adapters.exchange import export
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig, UniProjModel
 from uniproj.tuner.keys import plain
@@ -102,6 +103,15 @@ def test_a_model_that_is_compiled_inside_is_saved_and_loaded_by_plain_names(
     model.load_adapter(tmp_path, "default")
     again = get_peft_model_state_dict(model)
     assert all(torch.equal(tensor, again[key]) for key, tensor in get_peft_model_state_dict(trained).items())
+
+
+def test_a_model_whose_blocks_were_compiled_is_exported_as_before(trained: PeftModel, tmp_path: Path) -> None:
+    model = copy.deepcopy(trained)
+    layers = model.base_model.model.model.layers
+    layers[0] = torch.compile(layers[0])
+    for source, name in ((trained, "before"), (model, "after")):
+        export(source, tmp_path / name)
+    assert _weights(tmp_path / "before") == _weights(tmp_path / "after")
 
 
 def test_numbers_reach_a_compiled_model() -> None:

@@ -24,6 +24,7 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.keys import plain
 from uniproj.tuner.model import UniProjModel
 from uniproj.tuner.quantised import BaseWeights
 
@@ -88,11 +89,15 @@ class Trained:
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
         theta_d = state[THETA_D].detach().float().to(P.device)
         other = {name: tensor.detach().cpu() for name, tensor in state.items() if not name.startswith(OWN)}
-        modules = tuner.model.named_modules()
-        layers = {name: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
-        scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
         config = model.peft_config[adapter_name]
-        return cls(P, theta_d, config, _as_named_now(P.layout, config), scaling, other, tuple(layers))
+        layout = _as_named_now(P.layout, config)
+        known = {plain(name): name for name in layout.modules}  # parts of the model may have been compiled since
+        modules = tuner.model.named_modules()
+        layers = {
+            known[plain(name)]: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling
+        }
+        scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
+        return cls(P, theta_d, config, layout, scaling, other, tuple(layers))
 
     @torch.no_grad()
     def lora(self) -> LoRAAdapter:
