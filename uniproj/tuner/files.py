@@ -1,26 +1,30 @@
 """Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.adapters`, every other one by PEFT.
 
-PEFT has no hook for the format of a file, so importing `uniproj.tuner` stands a thin wrapper in the place of four of
-its functions. Each looks whether the adapter is ours, and else calls the original.
+PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` stands a thin wrapper
+in the place of six of its functions. Each looks whether the adapter is ours, and else calls the original.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, peft_model
-from torch import Tensor
+from peft import PeftConfig, PeftModel, peft_model
+from torch import Tensor, nn
 
 from uniproj.adapters import file
 from uniproj.adapters.header import Header
 from uniproj.adapters.remap import renamed
 from uniproj.adapters.tensors import HEADS, OF_P, THETA_D
+from uniproj.errors import AdapterError
+from uniproj.tuner.undo import unchanged_on_failure
 
 _theirs_type = PeftConfig._get_peft_type
 _theirs_save, _theirs_load = peft_model.safe_save_file, peft_model.load_peft_weights
 _theirs_set = peft_model.set_peft_model_state_dict
+_theirs_from_pretrained, _theirs_load_adapter = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
 
 
 def note(theta_d: Tensor, header: Header | None, config: Any) -> None:
@@ -73,14 +77,57 @@ def _set_peft_model_state_dict(
     model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any
 ) -> Any:
     config = model.peft_config[adapter_name]
-    if config.peft_type == file.KIND and config.renames_heads:
-        tensors = {_new_key(key, config.renames_heads): tensor for key, tensor in tensors.items()}
-        config.renames_heads = []
-    return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
+    if config.peft_type != file.KIND:
+        return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
+    tensors, config.renames_heads = heads_by_new_names(tensors, config.renames_heads), []
+    config.takes_other_sizes = rest.get("ignore_mismatched_sizes", False)
+    try:
+        return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
+    except KeyError as error:
+        key = str(error.args[0])
+        if not key.startswith(HEADS):
+            raise
+        raise AdapterError(
+            f"{key.removeprefix(HEADS)}: the adapter's file must hold the tensors of every trained module of this "
+            "model, got none of this name. Load it on a base model of the class that it was trained with."
+        ) from error
+    finally:
+        config.takes_other_sizes = False
+
+
+def heads_by_new_names(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
+    """The tensors of a file, heads under the names that modules which were renamed since have now."""
+    return {_new_key(key, table): tensor for key, tensor in tensors.items()}
 
 
 def _new_key(key: str, table: Any) -> str:
     return HEADS + renamed(key.removeprefix(HEADS), table) if key.startswith(HEADS) else key
+
+
+@wraps(_theirs_from_pretrained)
+def _from_pretrained(
+    cls: type[PeftModel],
+    model: nn.Module,
+    model_id: Any,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    **rest: Any,
+) -> PeftModel:
+    hub = cls._split_kwargs(rest)[0]
+    kind = PeftConfig._get_peft_type(model_id, **hub) if config is None else getattr(config, "peft_type", None)
+    if kind != file.KIND:
+        return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
+    with unchanged_on_failure(model):
+        return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
+
+
+@wraps(_theirs_load_adapter)
+def _load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **rest: Any) -> Any:
+    if self.peft_type != file.KIND:
+        return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
+    with unchanged_on_failure(self):
+        return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
 
 
 def install() -> None:
@@ -88,3 +135,4 @@ def install() -> None:
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
     peft_model.safe_save_file, peft_model.load_peft_weights = _save_file, _load_peft_weights
     peft_model.set_peft_model_state_dict = _set_peft_model_state_dict
+    PeftModel.from_pretrained, PeftModel.load_adapter = classmethod(_from_pretrained), _load_adapter

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.fit import check_fit, warn_of_another_base
 from uniproj.adapters.header import FORMAT_VERSION, Header
+from uniproj.adapters.heads import check_heads
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -75,14 +76,15 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
 
 
 def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are missing, misshapen, not finite or a zero saddle, and those of another P or scale."""
+    """Refuse tensors that are missing, misshapen, not finite or a zero saddle, have no place, or are of another P."""
     projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
     stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
     stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
+    config = tuner.peft_config[adapter_name]
+    check_heads(tensors, tuner.model, config.modules_to_save, sizes=not config.takes_other_sizes)
     header, _ = noted(tensors)
     if header is None:
         return
-    config = tuner.peft_config[adapter_name]
     if found := header.difference(Header.of(config, projection, tuner.model)):
         raise AdapterError(
             f"{projection.name}: the adapter {adapter_name!r} of this model must be as the file's: {found}. "
