@@ -23,7 +23,7 @@ from uniproj.tuner.factors import Factor, FactorSource
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
-from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, on_meta, own_config
+from uniproj.tuner.saved import as_saved, check_loaded, check_saved, describe, layout_of, own_config
 from uniproj.tuner.targets import adapted_layers, refuse_copy
 from uniproj.tuner.undo import unchanged_on_failure
 
@@ -102,8 +102,7 @@ class UniProjModel(LoraModel):
         _set_requires_grad([(p, is_trained) for p in source.trained()])
         self._watch_calls()
         keep_unpacked(self.model)
-        if not on_meta(projection):
-            check_alive(layers, adapter_name, source)
+        check_alive(layers, adapter_name)
         self._made_by[adapter_name] = copy.deepcopy(config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
