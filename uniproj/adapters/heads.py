@@ -1,4 +1,4 @@
-"""What is trained beside theta_d: heads, whole embeddings, single tokens, biases. Does the model have a place for it?"""
+"""What is trained beside theta_d (heads, embeddings, tokens, biases): does the model have a place for it?"""
 
 from __future__ import annotations
 

@@ -135,4 +135,5 @@ def install() -> None:
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
     peft_model.safe_save_file, peft_model.load_peft_weights = _save_file, _load_peft_weights
     peft_model.set_peft_model_state_dict = _set_peft_model_state_dict
-    PeftModel.from_pretrained, PeftModel.load_adapter = classmethod(_from_pretrained), _load_adapter
+    PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
+    PeftModel.load_adapter = _load_adapter

@@ -46,7 +46,7 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
 
 
 class _FirstCalls:
-    """Probes the first of some layers that is called in training, and the first in evaluation, with what it is given."""
+    """Probes the first of some layers called in training, and the first in evaluation, with what it is given."""
 
     def __init__(self, layers: Mapping[str, LoraLayer], adapter_name: str):
         self._adapter_name = adapter_name

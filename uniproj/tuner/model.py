@@ -17,6 +17,7 @@ from uniproj.adapters.heads import check_tokens
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.registry import build, get
+from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
@@ -82,6 +83,7 @@ class UniProjModel(LoraModel):
         self._adapters_enabled = True
         self._call = _Call()
         self._hooks: list[RemovableHandle] = []
+        self._guard = Guard(self.model)
 
     def _attach(self, adapter_name: str, asked: Iterable[str] | str | None) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
@@ -103,6 +105,7 @@ class UniProjModel(LoraModel):
         self._watch_calls()
         keep_unpacked(self.model)
         check_alive(layers, adapter_name)
+        self._guard.renew()
         self._made_by[adapter_name] = copy.deepcopy(config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -158,12 +161,14 @@ class UniProjModel(LoraModel):
                 if (source.mixture is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
                 source.refresh()
+        self._guard.begin(module, self.active_adapters)
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._call.entered is module:
             self._call.entered = None
             for source in self._sources.values():
                 source.leave()
+            self._guard.end(module, output)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -177,6 +182,7 @@ class UniProjModel(LoraModel):
         for holder in (self.uniproj_theta_d, self.projections):
             if adapter_name in holder:
                 del holder[adapter_name]
+        self._guard.renew()
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -212,7 +218,7 @@ class UniProjModel(LoraModel):
             self._check_merge(kwargs.get("adapter_names"))
         with torch.no_grad():
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        for hook in self._hooks:
+        for hook in [*self._hooks, self._guard]:
             hook.remove()
         return model
 
