@@ -70,7 +70,7 @@ class Guard:
             left.end()
         first = next(iter(self._layers.values()))
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        kind = self._model.training, torch.is_grad_enabled(), autocast, first.merged, first.disable_adapters, *active
+        kind = module.training, torch.is_grad_enabled(), autocast, first.merged, first.disable_adapters, *active
         if self._seen.isdisjoint({(self._model, kind), (module, kind)}):
             _reads.set(_Reads(self._model, (module, kind), self._layers))
 
@@ -105,7 +105,7 @@ class _Reads(TorchDispatchMode):
         holders = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
         for name, layer in layers.items():
             weight = getattr(layer.get_base_layer(), "weight", None)
-            if type(weight) is nn.Parameter and holders[_storage(weight)] == 1 and _applies(layer):
+            if isinstance(weight, Tensor) and holders[_storage(weight)] == 1 and _applies(layer):
                 self._note(weight, {name})
                 for called in (layer, *layer.lora_A.values()):  # a parent may call the layer's forward by itself
                     self._hooks.append(called.register_forward_pre_hook(partial(self._call, name)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,10 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     for kind in kinds.values():
         name, layer = next(iter(kind.items()))
         try:
-            with align_module_device(layer.get_base_layer()):
-                alive = _is_alive(layer, adapter_name, (_row(layer),), {})
+            with align_module_device(layer.get_base_layer()), _evaluating(layer):
+                _refuse_dead(_is_alive(layer, adapter_name, (_row(layer),), {}), name, layer)
+        except AdapterError:
+            raise
         except Exception as error:  # whatever its forward raises
             warnings.warn(
                 f"{name}: this {type(layer.get_base_layer()).__name__} could not be probed by itself "
@@ -41,8 +44,6 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
                 stacklevel=2,
             )
             _FirstCalls(kind, adapter_name)
-            continue
-        _refuse_dead(alive, name, layer)
 
 
 class _FirstCalls:
@@ -58,21 +59,21 @@ class _FirstCalls:
     def _after(self, name: str, layer: LoraLayer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         if torch.compiler.is_compiling() or layer.training in self._probed or self._adapter_name not in layer.lora_A:
             return
-        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        if x.is_meta or not x.any():  # zeros move nothing: the next call will tell
-            return
-        self._probed.add(layer.training)
-        if len(self._probed) == 2:
-            for hook in self._hooks:
-                hook.remove()
         try:
-            alive = _is_alive(layer, self._adapter_name, args, kwargs)
+            x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            if x.is_meta or not x.any():  # zeros move nothing: the next call will tell
+                return
+            _refuse_dead(_is_alive(layer, self._adapter_name, args, kwargs), name, layer)
+        except AdapterError:
+            raise
         except Exception as error:
             warnings.warn(
                 f"{name}: could not be probed within the model either ({type(error).__name__}: {error}).", stacklevel=2
             )
-            return
-        _refuse_dead(alive, name, layer)
+        self._probed.add(layer.training)
+        if len(self._probed) == 2:
+            for hook in self._hooks:
+                hook.remove()
 
 
 def _refuse_dead(alive: bool, name: str, layer: LoraLayer) -> None:
@@ -122,6 +123,18 @@ def _twin(layer: LoraLayer, adapter_name: str, factors: list[nn.Linear]) -> Lora
     twin._modules = {**layer._modules, **{name: nn.ModuleDict({adapter_name: module}) for name, module in own.items()}}
     twin._active_adapter, twin._disable_adapters, twin.merged_adapters = [adapter_name], False, []
     return twin
+
+
+@contextmanager
+def _evaluating(layer: LoraLayer) -> Iterator[None]:
+    """In training some layers count, average or draw from what they are given, and a made-up row is none of that."""
+    training = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module, before in training:
+            module.training = before
 
 
 def _own(leaf: Any) -> Any:
