@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from functools import partial
+from itertools import dropwhile
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
+import torch._dynamo
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,6 +28,10 @@ _FAST_PATHS: list[tuple[type[nn.Module], str, Any]] = [
 ]
 
 
+_COMPILER = torch._dynamo.eval_frame.__file__
+_OF_MODE = (__file__, _COMPILER, torch._compile.__file__)
+
+
 class Guard:
     """Sees to it that a model calls its adapted layers.
 
@@ -33,7 +40,7 @@ class Guard:
     evaluation, with and without gradients, with and without autocast, since modules choose their paths by these. A
     weight counts as read when it, or what was made of it alone, enters an operation together with something else. That
     is no fault where the layer is called in the same call of the model, or is not adapted at the time. Layers whose
-    weight another module holds too are not judged: it may be that module which reads it.
+    weight another module holds too are not judged: it may be that module which reads it; nor is compiled code.
 
     Such a call raises AdapterError at its end.
     """
@@ -83,44 +90,41 @@ class Guard:
             return
         if passed_by := sorted(reads.read - reads.called):
             around = type(self._model.get_submodule(passed_by[0].rpartition(".")[0])).__name__
+            mode = "training" if module.training else "evaluation"
             raise AdapterError(
-                f"{passed_by[0]}: the model must call this layer, got a forward (in "
-                f"{'training' if module.training else 'evaluation'}) that reads its weight past the adapter, which then "
-                f"has no effect. Leave the layers of {around} out of target_modules, or make it call them."
+                f"{passed_by[0]}: the model must call this layer, got a forward (in {mode}) that reads its weight past "
+                f"the adapter, which then has no effect. Leave the layers of {around} out of target_modules, or make "
+                "it call them."
             )
         self._seen.add(reads.call)
 
 
 class _Reads(TorchDispatchMode):
-    """Notes, from its making to its end, the adapted layers whose weight is read, and those that are called."""
+    """Notes, from its making to its end, the adapted layers whose weight is read, and those which do so themselves."""
 
     def __init__(self, model: nn.Module, call: tuple[Any, ...], layers: Mapping[str, LoraLayer]):
         super().__init__()
         self.call = call
         self.read: set[str] = set()
         self.called: set[str] = set()
+        self._layers = layers
         self._made_of: dict[int | None, set[str]] = {}
         self._kept: list[StorageWeakRef] = []
-        self._hooks = []
         holders = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
         for name, layer in layers.items():
             weight = getattr(layer.get_base_layer(), "weight", None)
             if isinstance(weight, Tensor) and holders[_storage(weight)] == 1 and _applies(layer):
                 self._note(weight, {name})
-                for called in (layer, *layer.lora_A.values()):  # a parent may call the layer's forward by itself
-                    self._hooks.append(called.register_forward_pre_hook(partial(self._call, name)))
         self.__enter__()
 
     def end(self) -> None:
-        """Stop, and leave the layers as they were."""
         self.__exit__(None, None, None)
         _reads.set(None)
-        for hook in self._hooks:
-            hook.remove()
 
-    def _call(self, name: str, *_: Any) -> None:
-        if _reads.get() is self:  # not in another thread
-            self.called.add(name)
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """torch.compile need not mind."""
+        return True
 
     def _note(self, tensor: Tensor, names: set[str]) -> None:
         if (storage := _storage(tensor)) is not None:
@@ -140,7 +144,26 @@ class _Reads(TorchDispatchMode):
                         self._note(made, names)
             else:
                 self.read |= names
+                self.called |= {name for name in names if _runs(self._layers[name])}
         return result
+
+
+def _runs(layer: LoraLayer) -> bool:
+    """Whether a layer is what runs now. Of compiled code nobody can tell, so it counts as the layer's."""
+    # innermost is the mode itself, which PyTorch keeps out of torch.compile by a frame of the compiler's
+    for code, first in dropwhile(lambda found: found[0].co_filename in _OF_MODE, _frames()):
+        if first is layer or code.co_filename == _COMPILER:
+            return True
+    return False
+
+
+def _frames() -> Iterator[tuple[CodeType, Any]]:
+    """What runs in this thread, from the innermost on: code and its first argument."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        yield code, frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        frame = frame.f_back
 
 
 def _applies(layer: LoraLayer) -> bool:

@@ -145,16 +145,6 @@ class FactorSource:
         finally:
             here.mixture, here.current = before, None
 
-    @contextmanager
-    def using(self, views: Mapping[int, Tensor]) -> Iterator[None]:
-        """Within the block, and in this thread, layers use these factors, by slot."""
-        here, before = self._here, (self._here.inside, self._here.current)
-        here.inside, here.current = True, ThetaD(views, _steps)
-        try:
-            yield
-        finally:
-            here.inside, here.current = before
-
     # ---- theta_D ------------------------------------------------------------------------------------
 
     def wants_grad(self) -> bool:
@@ -218,7 +208,10 @@ class FactorSource:
         return dict(enumerate(self.projection.layout.split(theta_D)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_walkable": weakref.WeakKeyDictionary()}
+        return {**self.__dict__, "_kept": None, "_walkable": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _walkable=weakref.WeakKeyDictionary())
 
 
 def _holds(theta_D: ThetaD) -> bool:

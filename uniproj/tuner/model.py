@@ -218,8 +218,9 @@ class UniProjModel(LoraModel):
             self._check_merge(kwargs.get("adapter_names"))
         with torch.no_grad():
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        for hook in [*self._hooks, self._guard]:
+        for hook in self._hooks:
             hook.remove()
+        self._guard.remove()
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
