@@ -238,6 +238,23 @@ def test_no_alarm_for_parts_experts_and_ties() -> None:
     _attached(Experts(), "0", "1", "2")(torch.randn(3, 6))
 
 
+def test_a_part_that_is_called_alone_is_watched_too() -> None:
+    model = _attached(nn.ModuleDict({"part": Reader(lambda self: not self.training, READS["linear"])}), "lin")
+    part = model.get_base_model()["part"]
+    part.train()(torch.randn(3, 6))
+    with pytest.raises(AdapterError, match=r"^part\.lin: "):
+        part.eval()(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_functions_that_call_adapted_layers(backend: str) -> None:
+    compiled = torch.compile(lambda module, x: module.lin(x).sin(), backend=backend, fullgraph=True)
+    model = _attached(Reader(lambda self: True, compiled), "lin", "other")
+    for training in (True, False, True, False):
+        with torch.set_grad_enabled(training):
+            model.train(training)(torch.randn(3, 6))
+
+
 def test_a_forward_that_fails_is_no_verdict() -> None:
     model = _attached(Reader(lambda self: True, READS["linear"]), "lin")
     model.get_base_model().other.register_forward_pre_hook(lambda *_: 1 / 0)

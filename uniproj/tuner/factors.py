@@ -68,6 +68,9 @@ class _Owner:
     """The thread that runs a forward, and calls its backward."""
 
 
+_owners = threading.local()
+
+
 class FactorSource:
     """The factors of one adapter: views of one theta_D, shared by all layers.
 
@@ -250,7 +253,8 @@ def _in_backward() -> bool:
 def _owner() -> _Owner:
     # a GPU's part of a backward runs in a thread of autograd, which inherits what the one that called it has stashed
     if not torch._C._is_key_in_tls(_OWNER):
-        torch._C._stash_obj_in_tls(_OWNER, _Owner())
+        _owners.own = _Owner()  # held here, as PyTorch 2.11 stashes it without a reference
+        torch._C._stash_obj_in_tls(_OWNER, _owners.own)
     return torch._C._get_obj_in_tls(_OWNER)
 
 
