@@ -35,6 +35,7 @@ from transformers import (
 from analysis.capabilities.probe import Wrong, check, probe
 from analysis.capabilities.subjects import (
     IDS,
+    ROUNDING,
     SIZES,
     TARGETS,
     adapted,
@@ -45,6 +46,7 @@ from analysis.capabilities.subjects import (
     llama,
     logits,
     make,
+    moved,
     same,
     saved,
     saved_llama,
@@ -162,6 +164,33 @@ def _(folder: Path) -> None:
 @probe(BASES, "the output projection within `nn.MultiheadAttention`")
 def _(folder: Path) -> None:
     get_peft_model(_Attention(), _small(target_modules=["out_proj"]))  # type: ignore[arg-type]
+
+
+@probe(BASES, "`nn.TransformerEncoder`: the same in training and in evaluation, where it has a fast path")
+def _(folder: Path) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model: Any = get_peft_model(nn.TransformerEncoder(layer, 2), _small(target_modules=["linear1", "linear2"]))  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        theta_d(model).mul_(30.0)
+        found = model.eval()(x)
+        same(found, model.train()(x), "outputs in training", ROUNDING)
+        with model.disable_adapter():
+            moved(found, model(x), "outputs")
+
+
+class _PastTheAdapter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.linear.weight)
+
+
+@probe(BASES, "a module that reads the weight of an adapted layer in place of calling it")
+def _(folder: Path) -> None:
+    get_peft_model(_PastTheAdapter(), _small(target_modules=["linear"]))(torch.randn(3, 8))  # type: ignore[arg-type]
 
 
 @probe(BASES, "tied embeddings beside adapted layers")

@@ -84,6 +84,14 @@ def _(folder: Path) -> None:
     same(logits(PeftModel.from_pretrained(bert(), folder)), logits(model), "logits")
 
 
+@probe(SETTINGS, "a head of another number of labels than the base's")
+def _(folder: Path) -> None:
+    adapted(bert(), target_modules=["query", "value"], task_type="SEQ_CLS").save_pretrained(folder)
+    base = bert()
+    base.classifier = torch.nn.Linear(base.config.hidden_size, 5)
+    PeftModel.from_pretrained(base, folder)
+
+
 @probe(SETTINGS, '`bias="lora_only"`, `bias="all"`')
 def _(folder: Path) -> None:
     for bias in ("lora_only", "all"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig
 
 from tests.adapters.fixtures import base
 from tests.adapters.saved import reconfigure, save
@@ -100,6 +101,64 @@ def test_verify_names_what_does_not_fit(place: Path, tmp_path: Path, capsys) -> 
         assert message in capsys.readouterr().err
     assert main(["verify", str(place / "unilora"), "--base", str(tmp_path / "nowhere")]) == 2
     assert "must be a model" in capsys.readouterr().err
+
+
+def _llama_folder(folder: Path, **changes) -> Path:
+    (folder / "config.json").write_text(
+        json.dumps({**base().config.to_dict(), "architectures": ["LlamaForCausalLM"], **changes})
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"modules_to_save": ["embed_tokens"]},
+            "model.embed_tokens.weight: the adapter was trained with shape (24, 32)",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "(16, 32). Call resize_token_embeddings(24) on the base model first"),
+        (
+            {"trainable_token_indices": [1, 20]},
+            "trainable_token_indices must be below 16, the tokens of this model, got 20",
+        ),
+        ({"trainable_token_indices": {"embed_tokens": [20]}}, "trainable_token_indices must be below 16"),
+    ],
+)
+def test_verify_looks_at_the_vocabulary(fields, said: str, tmp_path: Path, capsys) -> None:
+    adapter, other = tmp_path / "adapter", tmp_path / "other"
+    other.mkdir()
+    get_peft_model(base(), UniProjConfig(d=40, r=4, target_modules=["q_proj"], **fields)).save_pretrained(adapter)
+    assert main(["verify", str(adapter), "--base", str(_llama_folder(other))]) == 0
+    assert "has what is trained beside them, with its shapes: " in capsys.readouterr().out
+    assert main(["verify", str(adapter), "--base", str(_llama_folder(other, vocab_size=16))]) == 2
+    assert said in capsys.readouterr().err
+    if fields == {"modules_to_save": ["embed_tokens"]}:
+        assert main(["verify", str(adapter), "--base", str(_llama_folder(other, vocab_size=80))]) == 2
+
+
+def test_verify_looks_at_the_head(tmp_path: Path, capsys) -> None:
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    config = UniProjConfig(d=40, r=4, target_modules=["query"], task_type="SEQ_CLS")
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=5))
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    for labels, status in ((5, 0), (2, 2)):
+        BertConfig(**sizes, num_labels=labels).save_pretrained(tmp_path / "base")
+        assert main(["verify", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == status
+        out = capsys.readouterr()
+        assert ("classifier.bias, classifier.weight" in out.out) == (status == 0)
+    assert "classifier.bias: the adapter was trained with shape (5,), this model has (2,)" in out.err
+    assert "num_labels=5" in out.err
+    roberta = RobertaConfig(**sizes, num_labels=5, architectures=["RobertaForSequenceClassification"])
+    roberta.save_pretrained(tmp_path / "base")
+    assert main(["verify", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--remap", "bert=roberta"]) == 2
+    assert "classifier.bias: the adapter's file holds a trained tensor (5,) for it" in capsys.readouterr().err
 
 
 def test_verify_takes_a_remap_table(place: Path, tmp_path: Path, capsys) -> None:

@@ -104,6 +104,7 @@ class UniProjConfig(LoraConfig):
             raise AdapterError(f"UniProjConfig: projection_kwargs must be JSON, {error}.") from None
         self.header: Header | None = None
         self.renames_heads: list[tuple[str, str]] = []  # rows of `remap` that the file does not know yet
+        self.takes_other_sizes = False  # while PEFT loads under ignore_mismatched_sizes
         self._attached: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:

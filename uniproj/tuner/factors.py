@@ -53,7 +53,7 @@ class ThetaD:
 
 
 class _Here(threading.local):
-    """What one thread does with an adapter; a copy or pickle of it begins anew."""
+    """What one thread does with an adapter; a copy of it begins anew."""
 
     def __init__(self) -> None:
         self.inside = False
@@ -66,6 +66,9 @@ class _Here(threading.local):
 
 class _Owner:
     """The thread that runs a forward, and calls its backward."""
+
+
+_owners = threading.local()
 
 
 class FactorSource:
@@ -145,16 +148,6 @@ class FactorSource:
         finally:
             here.mixture, here.current = before, None
 
-    @contextmanager
-    def using(self, views: Mapping[int, Tensor]) -> Iterator[None]:
-        """Within the block, and in this thread, layers use these factors, by slot."""
-        here, before = self._here, (self._here.inside, self._here.current)
-        here.inside, here.current = True, ThetaD(views, _steps)
-        try:
-            yield
-        finally:
-            here.inside, here.current = before
-
     # ---- theta_D ------------------------------------------------------------------------------------
 
     def wants_grad(self) -> bool:
@@ -218,7 +211,10 @@ class FactorSource:
         return dict(enumerate(self.projection.layout.split(theta_D)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_walkable": weakref.WeakKeyDictionary()}
+        return {**self.__dict__, "_kept": None, "_walkable": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _walkable=weakref.WeakKeyDictionary())
 
 
 def _holds(theta_D: ThetaD) -> bool:
@@ -257,7 +253,8 @@ def _in_backward() -> bool:
 def _owner() -> _Owner:
     # a GPU's part of a backward runs in a thread of autograd, which inherits what the one that called it has stashed
     if not torch._C._is_key_in_tls(_OWNER):
-        torch._C._stash_obj_in_tls(_OWNER, _Owner())
+        _owners.own = _Owner()  # held here, as PyTorch 2.11 stashes it without a reference
+        torch._C._stash_obj_in_tls(_OWNER, _owners.own)
     return torch._C._get_obj_in_tls(_OWNER)
 
 

@@ -1,31 +1,35 @@
 """Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.adapters`, every other one by PEFT.
 
-PEFT has no hook for the format of a file, so importing `uniproj.tuner` stands a thin wrapper in the place of some of
-its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones before. Each looks whether
-the adapter is ours, and else calls the original.
+PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` stands a thin wrapper
+in the place of some of its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones
+before. Each looks whether the adapter is ours, and else calls the original.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, peft_model
+from peft import PeftConfig, PeftModel, peft_model
 from peft.utils import save_and_load
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from uniproj.adapters import file, identity
 from uniproj.adapters.header import Header
 from uniproj.adapters.remap import renamed
 from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
+from uniproj.errors import AdapterError
 from uniproj.tuner.keys import beside_P, plain
+from uniproj.tuner.undo import unchanged_on_failure
 
 _theirs_type = PeftConfig._get_peft_type
 _theirs_save, _theirs_set = peft_model.safe_save_file, peft_model.set_peft_model_state_dict
 _theirs_load, _theirs_load_bin = save_and_load.safe_load_file, save_and_load.torch_load
 _theirs_filter = save_and_load._filter_state_dict_for_adapter_name
+_theirs_from_pretrained, _theirs_load_adapter = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
 # not an attribute of theta_d: torch.save would write it with the tensor, and torch.load refuse to read it
 _belongs_to: Any = WeakTensorKeyDictionary()
 
@@ -98,17 +102,59 @@ def _set_peft_model_state_dict(
     config = model.peft_config[adapter_name]
     if config.peft_type != file.KIND:
         return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
-    tensors = {_new_key(key, config.renames_heads): tensor for key, tensor in tensors.items()}
-    config.renames_heads = []
+    tensors, config.renames_heads = heads_by_new_names(tensors, config.renames_heads), []
+    config.takes_other_sizes = rest.get("ignore_mismatched_sizes", False)
     own = {key: tensor for key, tensor in tensors.items() if key.startswith(OWN)}
-    result = _theirs_set(model, own | beside_P(model, tensors), adapter_name=adapter_name, **rest)
+    try:
+        result = _theirs_set(model, own | beside_P(model, tensors), adapter_name=adapter_name, **rest)
+    except KeyError as error:
+        key = str(error.args[0])
+        if not key.startswith(HEADS):
+            raise
+        raise AdapterError(
+            f"{key.removeprefix(HEADS)}: the adapter's file must hold the tensors of every trained module of this "
+            "model, got none of this name. Load it on a base model of the class that it was trained with."
+        ) from error
+    finally:
+        config.takes_other_sizes = False
     # what lacks a number was refused; these are other adapters', in whose keys PEFT may find the name of this one
     result.missing_keys[:] = [key for key in result.missing_keys if not plain(key).startswith(OWN)]
     return result
 
 
+def heads_by_new_names(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
+    """The tensors of a file, heads under the names that modules which were renamed since have now."""
+    return {_new_key(key, table): tensor for key, tensor in tensors.items()}
+
+
 def _new_key(key: str, table: Any) -> str:
     return HEADS + renamed(key.removeprefix(HEADS), table) if key.startswith(HEADS) else key
+
+
+@wraps(_theirs_from_pretrained)
+def _from_pretrained(
+    cls: type[PeftModel],
+    model: nn.Module,
+    model_id: Any,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    **rest: Any,
+) -> PeftModel:
+    hub = cls._split_kwargs(rest)[0]
+    kind = PeftConfig._get_peft_type(model_id, **hub) if config is None else getattr(config, "peft_type", None)
+    if kind != file.KIND:
+        return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
+    with unchanged_on_failure(model):
+        return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
+
+
+@wraps(_theirs_load_adapter)
+def _load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **rest: Any) -> Any:
+    if self.peft_type != file.KIND:
+        return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
+    with unchanged_on_failure(self):
+        return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
 
 
 def install() -> None:
@@ -117,3 +163,5 @@ def install() -> None:
     peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
+    PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
+    PeftModel.load_adapter = _load_adapter

@@ -2,68 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from uniproj.errors import AdapterError
 from uniproj.kernels.random import uniform
-from uniproj.tuner.factors import FactorSource
 
 
-def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, source: FactorSource) -> None:
+def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     """Probe one layer of each (class, dtype of the base weight) with one random row.
 
-    Raises AdapterError for a layer whose output ignores its factors, as happens where a quantised layer swallows
-    the adapter. Layers on the meta device or with a merged adapter are not probed.
+    A kind that fails on such a row (it wants three axes, another argument, an even batch, or lies on the meta device)
+    is named in a warning, and probed with what the model gives it: at the first call of one of its layers in training,
+    and at the first in evaluation. Raises AdapterError, here or there, for a layer whose output ignores its factors, as
+    happens where a quantised layer swallows the adapter.
     """
-    kinds = {(type(layer.get_base_layer()), _weight(layer).dtype): name for name, layer in layers.items()}
-    slots: dict[str, list[int]] = {}
-    for slot, block in enumerate(source.projection.layout.blocks):
-        slots.setdefault(block.module, []).append(slot)
-    for name in kinds.values():
-        layer = layers[name]
-        with align_module_device(layer.get_base_layer()), torch.inference_mode(False), torch.enable_grad():
-            if _weight(layer).device.type == "meta" or layer.merged:
-                continue
-            factors = {slot: _random_factor(source, slot, _weight(layer).device) for slot in slots[name]}
-            with source.using(factors):
-                change = _adapter_output(layer, adapter_name)
-            alive = change.requires_grad and bool(change.any())
-            gradients = torch.autograd.grad(change.float().square().sum(), [*factors.values()]) if alive else ()
-            alive = any(gradient.any() for gradient in gradients)
-        if not alive:
-            raise AdapterError(
-                f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
-                f"(weight {_weight(layer).dtype}), but output or gradient stayed 0. "
-                "Leave such layers out of target_modules, or load the base model unquantised."
+    kinds: dict[tuple[type, torch.dtype | None], dict[str, LoraLayer]] = {}
+    for name, layer in layers.items():
+        kinds.setdefault((type(layer.get_base_layer()), _dtype(layer)), {})[name] = layer
+    for kind in kinds.values():
+        name, layer = next(iter(kind.items()))
+        try:
+            with align_module_device(layer.get_base_layer()), _evaluating(layer):
+                _refuse_dead(_is_alive(layer, adapter_name, (_row(layer),), {}), name, layer)
+        except AdapterError:
+            raise
+        except Exception as error:  # whatever its forward raises
+            warnings.warn(
+                f"{name}: this {type(layer.get_base_layer()).__name__} could not be probed by itself "
+                f"({type(error).__name__}: {error}). It is probed when the model first calls one of its kind.",
+                stacklevel=2,
             )
+            _FirstCalls(kind, adapter_name)
 
 
-def _random_factor(source: FactorSource, slot: int, device: torch.device) -> Tensor:
-    shape = source.projection.layout.blocks[slot].shape
-    entries = uniform(0, "probe", shape[0] * shape[1], part=slot).float()
-    return entries.view(shape).to(device).requires_grad_()
+class _FirstCalls:
+    """Probes the first of some layers called in training, and the first in evaluation, with what it is given."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer], adapter_name: str):
+        self._adapter_name = adapter_name
+        self._probed: set[bool] = set()
+        self._hooks = [
+            layer.register_forward_hook(partial(self._after, name), with_kwargs=True) for name, layer in layers.items()
+        ]
+
+    def _after(self, name: str, layer: LoraLayer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        if torch.compiler.is_compiling() or layer.training in self._probed or self._adapter_name not in layer.lora_A:
+            return
+        try:
+            x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            if x.is_meta or not x.any():  # zeros move nothing: the next call will tell
+                return
+            _refuse_dead(_is_alive(layer, self._adapter_name, args, kwargs), name, layer)
+        except AdapterError:
+            raise
+        except Exception as error:
+            warnings.warn(
+                f"{name}: could not be probed within the model either ({type(error).__name__}: {error}).", stacklevel=2
+            )
+        self._probed.add(layer.training)
+        if len(self._probed) == 2:
+            for hook in self._hooks:
+                hook.remove()
 
 
-def _weight(layer: LoraLayer) -> Tensor:
-    base = layer.get_base_layer()
-    return base.weight if hasattr(base, "weight") else next(base.parameters())
+def _refuse_dead(alive: bool, name: str, layer: LoraLayer) -> None:
+    if not alive:
+        raise AdapterError(
+            f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
+            f"(weight {_dtype(layer)}), but output or gradient stayed 0. "
+            "Leave such layers out of target_modules, or load the base model unquantised."
+        )
 
 
-def _adapter_output(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """layer(x) - base_layer(x) for one random row x, with only this adapter active and without dropout."""
-    base, weight = layer.get_base_layer(), _weight(layer)
-    dtype = weight.dtype if weight.dtype.is_floating_point else getattr(base, "compute_dtype", None) or torch.float32
-    x = uniform(0, "probe.x", layer.in_features).to(weight.device, dtype).unsqueeze(0)
-    state = layer._active_adapter, layer._disable_adapters, layer.training
+def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the layer's output differs between random factors and zeros, and their gradient is not 0.
+
+    With this adapter alone, without dropout, and on a twin, so that the layer itself is never in another state.
+    """
+    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    with torch.inference_mode(False), torch.enable_grad(), _saving_for_nobody_else():
+        args, kwargs = tree_map(_own, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
+        device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        shapes = ((A.out_features, A.in_features), (B.out_features, B.in_features))
+        drawn = [uniform(0, "probe", m * n, part=i).float().view(m, n).to(device) for i, (m, n) in enumerate(shapes)]
+        factors = [_linear(weight) for weight in drawn]
+        outputs = []
+        for pair in (factors, [_linear(torch.zeros_like(weight)) for weight in drawn]):
+            # the same noise both times, where the layer itself makes some
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                outputs.append(type(layer).forward(_twin(layer, adapter_name, pair), *args, **kwargs))
+        change = outputs[0] - outputs[1]
+        if not change.requires_grad or not change.any():
+            return False
+        weights = [factor.weight for factor in factors]
+        gradients = torch.autograd.grad(change.float().square().sum(), weights, allow_unused=True)
+        return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    found = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    found.weight = nn.Parameter(weight)
+    return found
+
+
+def _twin(layer: LoraLayer, adapter_name: str, factors: list[nn.Linear]) -> LoraLayer:
+    """A layer around the same base layer, with these A and B for its one adapter."""
+    twin = copy.copy(layer)
+    own = {"lora_A": factors[0], "lora_B": factors[1], "lora_dropout": nn.Identity()}
+    twin._modules = {**layer._modules, **{name: nn.ModuleDict({adapter_name: module}) for name, module in own.items()}}
+    twin._active_adapter, twin._disable_adapters, twin.merged_adapters = [adapter_name], False, []
+    return twin
+
+
+@contextmanager
+def _evaluating(layer: LoraLayer) -> Iterator[None]:
+    """In training some layers count, average or draw from what they are given, and a made-up row is none of that."""
+    training = [(module, module.training) for module in layer.modules()]
+    layer.eval()
     try:
-        layer._active_adapter, layer._disable_adapters = [adapter_name], False
-        layer.eval()
-        return layer(x) - base(x)
+        yield
     finally:
-        layer._active_adapter, layer._disable_adapters = state[:2]
-        layer.train(state[2])
+        for module, before in training:
+            module.training = before
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _saving_for_nobody_else() -> torch.autograd.graph.saved_tensors_hooks:
+    """Gradient checkpointing counts what is saved for backward in its region, and would miss it when it runs again."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
+def _row(layer: LoraLayer) -> Tensor:
+    weight = _weight(layer)
+    if weight is None or weight.is_meta:
+        raise ValueError("its weight is not there yet")
+    dtype = weight.dtype
+    if not dtype.is_floating_point:
+        dtype = getattr(layer.get_base_layer(), "compute_dtype", None) or torch.float32
+    return uniform(0, "probe.x", layer.in_features).to(weight.device, dtype).unsqueeze(0)
+
+
+def _dtype(layer: LoraLayer) -> torch.dtype | None:
+    weight = _weight(layer)
+    return None if weight is None else weight.dtype
+
+
+def _weight(layer: LoraLayer) -> Tensor | None:
+    base = layer.get_base_layer()
+    found = getattr(base, "weight", None)
+    return found if isinstance(found, Tensor) else next(iter([*base.parameters(), *base.buffers()]), None)

@@ -13,10 +13,12 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from uniproj.adapters.heads import check_tokens
 from uniproj.adapters.tensors import IDENTITY, renamed
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.registry import build, get
+from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource
@@ -24,12 +26,13 @@ from uniproj.tuner.keys import beside_P, in_file, in_model, plain
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
-from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, on_meta, own_config
+from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, own_config
 from uniproj.tuner.targets import adapted_layers, check_name, refuse_copy
+from uniproj.tuner.undo import unchanged_on_failure
 
 
 class _Call(threading.local):
-    """The module by which a thread entered the model; a copy or pickle of it begins anew."""
+    """The module by which a thread entered the model; a copy of it begins anew."""
 
     def __init__(self) -> None:
         self.entered: nn.Module | None = None
@@ -58,36 +61,36 @@ class UniProjModel(LoraModel):
         given = self.peft_config[adapter_name]
         check_name(adapter_name, self.peft_config, given.modules_to_save or ())
         # hasattr would ask the base model too, which may call a module projections
-        if "_sources" not in self.__dict__:
-            if any(isinstance(module, LoraLayer) for module in model.modules()):
-                raise AdapterError(
-                    "get_peft_model: the base model must hold no adapter yet, got one with LoRA layers. "
-                    "Add to the existing PeftModel with add_adapter, or call its unload() first."
-                )
-            self.uniproj_theta_d = nn.ParameterDict()
-            self.uniproj_projections = nn.ModuleDict()
-            self.uniproj_identity = nn.ModuleDict()
-            self._sources: dict[str, FactorSource] = {}
-            self._being_loaded: set[str] = set()
-            self._made_by: dict[str, UniProjConfig] = {}
-            self._adapters_enabled = True
-            self._before_first = [(p, p.requires_grad) for p in model.parameters()]
-            self._call = _Call()
-            self._hooks: list[RemovableHandle] = []
+        first = "_sources" not in self.__dict__
+        if first and any(isinstance(module, LoraLayer) for module in model.modules()):
+            raise AdapterError(
+                "get_peft_model: the base model must hold no adapter yet, got one with LoRA layers. "
+                "Add to the existing PeftModel with add_adapter, or call its unload() first."
+            )
+        check_tokens(given.trainable_token_indices, model)
         twins = [name for name, other in self.peft_config.items() if other is given and name != adapter_name]
         # the header of a saved adapter lists its modules one by one
         asked = None if given.header is not None else given.target_modules
-        theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
-        try:
+        with unchanged_on_failure(self):
+            if first:
+                self._prepare()
+            theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
             # P makes every A and B, so those that PEFT draws here may stay on the meta device
             super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
             self._attach(adapter_name, asked)
             refuse_copy(twins, self.uniproj_theta_d, adapter_name)
-        except Exception:
-            self._take_back(adapter_name)
-            raise
-        finally:
             _set_requires_grad(theirs)
+
+    def _prepare(self) -> None:
+        self.uniproj_theta_d = nn.ParameterDict()
+        self.uniproj_projections = nn.ModuleDict()
+        self.uniproj_identity = nn.ModuleDict()
+        self._sources: dict[str, FactorSource] = {}
+        self._made_by: dict[str, UniProjConfig] = {}
+        self._adapters_enabled = True
+        self._call = _Call()
+        self._hooks: list[RemovableHandle] = []
+        self._guard = Guard(self.model)
 
     def _attach(self, adapter_name: str, asked: Iterable[str] | str | None) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
@@ -109,13 +112,9 @@ class UniProjModel(LoraModel):
         _set_requires_grad([(p, is_trained) for p in source.trained()])
         self._watch_calls()
         keep_unpacked(self.model)
-        if not on_meta(projection):
-            check_alive(layers, adapter_name, source)
+        check_alive(layers, adapter_name)
+        self._guard.renew()
         self._made_by[adapter_name] = copy.deepcopy(config)
-        if config.layout_fingerprint is not None:
-            self._being_loaded.add(adapter_name)
-        else:
-            self._before_first = []
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """theta_d stays float32; with autocast_adapter_dtype=False the factors have the dtype of the base weights."""
@@ -123,14 +122,6 @@ class UniProjModel(LoraModel):
         _, dtype = first._get_base_layer_device_and_dtype(first.get_base_layer())
         if not autocast_adapter_dtype and dtype is not None and dtype.is_floating_point:
             self._sources[adapter_name].dtype = dtype
-
-    def _take_back(self, adapter_name: str) -> None:
-        """Undo an injection that failed: the model is as it was before."""
-        if len(self.peft_config) > 1:
-            self.delete_adapter(adapter_name)
-        else:
-            self._unload_and_optionally_merge(merge=False)
-            _set_requires_grad(self._before_first)
 
     def _build(self, config: UniProjConfig, adapter_name: str, layers: dict[str, LoraLayer]) -> Projection:
         options = dict(config.projection_kwargs)
@@ -142,11 +133,10 @@ class UniProjModel(LoraModel):
     # ---- forward ----------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """What is attached is in use: nothing will be taken back any more, and each adapter has its own configuration.
+        """What is attached is in use, and each adapter has its own configuration.
 
         Until here PEFT names heads in the object that the caller gave, who may change it for the next adapter.
         """
-        self._being_loaded, self._before_first = set(), []
         for name, made_by in self._made_by.items():
             self.peft_config[name] = own_config(self.peft_config[name], made_by)
         self._made_by = {}
@@ -169,7 +159,7 @@ class UniProjModel(LoraModel):
 
     def _begin_call(self, module: nn.Module, args: Any) -> None:
         self._call.entered = module
-        if self._being_loaded or (self._made_by and not torch.compiler.is_compiling()):
+        if self._made_by and not torch.compiler.is_compiling():
             self._settle()
         for source in self._sources.values():
             source.enter()
@@ -179,12 +169,14 @@ class UniProjModel(LoraModel):
                 if (source.mixture is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
                 source.refresh()
+        self._guard.begin(module, self.active_adapters)
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._call.entered is module:
             self._call.entered = None
             for source in self._sources.values():
                 source.leave()
+            self._guard.end(module, output)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -201,6 +193,7 @@ class UniProjModel(LoraModel):
         for holder in (self.uniproj_theta_d, self.uniproj_projections, self.uniproj_identity):
             if adapter_name in holder:
                 del holder[adapter_name]
+        self._guard.renew()
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -238,6 +231,7 @@ class UniProjModel(LoraModel):
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
+        self._guard.remove()
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -279,12 +273,7 @@ class UniProjModel(LoraModel):
     ) -> dict[str, Tensor]:
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
         state_dict = renamed(state_dict)
-        try:
-            check_loaded(tuner, adapter_name, state_dict)
-        except AdapterError:
-            if adapter_name in tuner._being_loaded:  # attached for this file only; an older adapter stays
-                tuner._take_back(adapter_name)
-            raise
+        check_loaded(tuner, adapter_name, state_dict)
         tuner._settle()
         now = {plain(key): key for key in model.state_dict()}
         known = {**state_dict, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}

@@ -14,6 +14,7 @@ from uniproj.adapters import identity
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.fit import check_fit, warn_of_another_base
 from uniproj.adapters.header import FORMAT_VERSION, Header
+from uniproj.adapters.heads import check_heads
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -78,10 +79,12 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
 
 
 def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are missing, misshapen, not finite or a zero saddle, and those of another P or scale."""
+    """Refuse tensors that are missing, misshapen, not finite or a zero saddle, have no place, or are of another P."""
     projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
     stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
     stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
+    config = tuner.peft_config[adapter_name]
+    check_heads(tensors, tuner.model, config.modules_to_save, sizes=not config.takes_other_sizes)
     own: Identity = tuner.uniproj_identity[adapter_name]  # type: ignore[assignment]
     if found := _difference(tensors, own.header, projection):
         raise AdapterError(

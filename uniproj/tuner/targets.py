@@ -8,7 +8,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from uniproj.errors import AdapterError
 
@@ -42,7 +41,7 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     layers = {name: layer for name, layer in found.items() if adapter_name in layer.r}
     for name, layer in layers.items():
-        if kind := _not_linear(layer, adapter_name):
+        if kind := _not_linear(layer, adapter_name, model.get_submodule(name.rpartition(".")[0])):
             raise AdapterError(
                 f"{name}: uniproj adapts linear layers, got {kind}. "
                 "Leave it out of target_modules, or train it whole with modules_to_save."
@@ -56,14 +55,14 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
     return layers
 
 
-def _not_linear(layer: LoraLayer, adapter_name: str) -> str:
+def _not_linear(layer: LoraLayer, adapter_name: str, parent: nn.Module) -> str:
     """What keeps a layer from being adapted, or nothing."""
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         return f"the parameter {layer.parameter_name!r} of {type(base).__name__}"
     if isinstance(layer, MultiheadAttention):
         return type(base).__name__
-    if isinstance(base, NonDynamicallyQuantizableLinear):
+    if isinstance(parent, nn.MultiheadAttention):
         return "the output projection of nn.MultiheadAttention, which uses its weight and passes the adapter by"
     if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
         return type(base).__name__

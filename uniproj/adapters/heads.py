@@ -1,0 +1,98 @@
+"""What is trained beside theta_d (heads, embeddings, tokens, biases): does the model have a place for it?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniproj.adapters.tensors import HEADS
+from uniproj.errors import AdapterError
+
+_TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
+_PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")
+
+
+def check_heads(
+    tensors: Mapping[str, Tensor], model: nn.Module, trained: Iterable[str] | None, sizes: bool = True
+) -> list[str]:
+    """The names, in the model, of what these tensors of an adapter's file hold beside theta_d and P.
+
+    model: the base, with or without adapters. trained: the modules_to_save of the adapter. sizes: whether shapes must
+    agree, too. Raises AdapterError for a tensor that has no place in the model, one of another shape, and one that the
+    file lacks of a module that is trained.
+    """
+    found, names = _shapes(model), []
+    for key, tensor in sorted(tensors.items()):
+        # what is packed (a quantised head) has the shape that its packing gave it
+        if not key.startswith(HEADS) or not tensor.is_floating_point():
+            continue
+        own = key.removeprefix(HEADS)
+        name, of_tokens = _TOKENS.subn(".weight", own if own in found else _without_wrappers(own))
+        has, wants = found.get(name), tensor.shape
+        if has is None:
+            raise AdapterError(
+                f"{name}: the adapter's file holds a trained tensor {tuple(wants)} for it, and this "
+                f"{type(model).__name__} has none. Load the base model by the class that it was trained with (for a "
+                "classifier AutoModelForSequenceClassification and the like); if the module has another name by now, "
+                "pass PeftModel.from_pretrained the table remap={'old': 'new'}."
+            )
+        if sizes and (has[1:] != wants[1:] if of_tokens else has != wants):
+            raise AdapterError(
+                f"{name}: the adapter was trained with shape {_as_text(wants, of_tokens)}, this model has "
+                f"{_as_text(has, of_tokens)}. {_remedy(has, wants, getattr(model, 'config', None))}"
+            )
+        names.append(name)
+    if lacking := [name for name in found if _lies_in(name, trained or ()) and name not in names]:
+        raise AdapterError(
+            f"{lacking[0]}: the adapter's file must hold every tensor of {'/'.join(trained or ())}, got none of this "
+            f"name, which this {type(model).__name__} has. Load the base model by the class that it was trained with."
+        )
+    return list(dict.fromkeys(names))
+
+
+def _lies_in(name: str, trained: Iterable[str]) -> bool:
+    """Whether a tensor is one of the modules that PEFT takes for the trained ones: their names end so."""
+    modules = name.split(".")[:-1]
+    return any(".".join(modules[:i]).endswith(tuple(trained)) for i in range(1, len(modules) + 1))
+
+
+def check_tokens(indices: Mapping[str, Iterable[int]] | Iterable[int] | None, model: nn.Module) -> None:
+    """Raises AdapterError for trainable_token_indices beyond the vocabulary of a base, with or without adapters."""
+    if indices is None:
+        return
+    if not isinstance(indices, Mapping):
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        indices = {_without_wrappers(f".{name}")[1:]: indices for name, m in model.named_modules() if m is embedding}
+    for name, shape in _shapes(model).items():
+        for target, tokens in indices.items():
+            if name.endswith(f"{target}.weight") and max(tokens, default=0) >= shape[0]:
+                raise AdapterError(
+                    f"{name}: trainable_token_indices must be below {shape[0]}, the tokens of this model, got "
+                    f"{max(tokens)}. Call resize_token_embeddings with the length of the adapter's tokenizer first."
+                )
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all floating tensors of its state, by the names that they have without PEFT's wrappers."""
+    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    return {_without_wrappers(name): tensor.shape for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def _without_wrappers(name: str) -> str:
+    return _PEFTS.sub("", name)
+
+
+def _as_text(shape: torch.Size, of_tokens: int) -> str:
+    return f"(tokens, {', '.join(map(str, shape[1:]))})" if of_tokens else str(tuple(shape))
+
+
+def _remedy(has: torch.Size, wants: torch.Size, of_base: Any) -> str:
+    if has[1:] != wants[1:]:
+        return "Load the adapter on the base model that it was trained on."
+    if has[:1] == (getattr(of_base, "vocab_size", None),):
+        return f"Call resize_token_embeddings({wants[0]}) on the base model first."
+    return f"Load the base model with num_labels={wants[0]}, or give the module that size, before the adapter."

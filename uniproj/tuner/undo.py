@@ -1,0 +1,42 @@
+"""A model is changed whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever is raised inside, the model has its modules, attributes, hooks and requires_grad of before.
+
+    The numbers in its tensors are not looked at: those inside must check them before they change any.
+    """
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    held = [value for _, before in attributes for value in before.values() if type(value) in _CONTAINERS]
+    contents = [(container, copy.copy(container)) for container in held]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for container, before in [*attributes, *contents]:
+            _fill(container, before)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+# in place, as others may hold the same object: a model and its tuner share their peft_config
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def _fill(container: dict | list | set, before: dict | list | set) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(before)
+    else:
+        container.update(before)  # type: ignore[arg-type]
