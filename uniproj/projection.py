@@ -60,7 +60,7 @@ class _EagerMap(_LinearMap):
 
     @staticmethod
     def forward(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
-        if torch._C._functorch.is_legacy_batchedtensor(x):
+        if isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x):
             # torch.autograd's `vectorize=True` has rules for few operators, and loops over those of a library
             _alive[id(P)] = P
             return _by_id(x, id(P), transposed, dtype)
@@ -84,7 +84,7 @@ class Projection(nn.Module, ABC):
     A new linear method writes `__init__`, `_matvec`, `_rmatvec` and either `to_dense` or `entries`, these
     last two from the definition of P and not from `_matvec`. Shapes inside these methods: theta_d (n, d) and
     theta_D (n, D), float32 or float64, contiguous. P's own numbers are tensors among its attributes (`constants`):
-    `.to` moves and never rounds them, pickle and deepcopy copy them, and what walks the parameters and buffers of a
+    `.to` moves and never rounds them, copies of P hold copies of them, and what walks the parameters and buffers of a
     model, to average or to save them, does not meet them; `register_buffer` makes such an attribute too.
     Half-precision inputs are computed in float32. A kernel that reads and writes any dtype itself gives `_matvec` and
     `_rmatvec` a second argument `dtype`, that of the result, and casts nothing. A learned method holds

@@ -129,8 +129,10 @@ class _Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _, *needed = ctx.needs_input_grad
+        if grad is None:
+            return (None, *[None] * len(needed))
         others = len(ctx.call.ops) - 1
         found = _gradients(ctx, ctx.call.ops, ctx.call.i, grad, needed[:others])
         return (None, *found, *[None] * len(needed[others:]))

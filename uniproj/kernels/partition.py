@@ -87,9 +87,7 @@ def _made(kept: WeakTensorKeyDictionary, key: Tensor, make: Callable[[], object]
     return kept[key]
 
 
-def _copy_out(
-    x: Tensor, key: Tensor, index: Callable[[], Tensor], size: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _copy_out(x: Tensor, key: Tensor, index: Callable[[], Tensor], size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype by the index that `key` decides."""
     if uses_numba(x.device):
         return tiles.take(x, *_made(_tiles, key, lambda: tiles.tile(index(), size[1])), size, dtype)
