@@ -106,7 +106,8 @@ class RoundedByCast(UniLoRA):
     name, caught_by = "rounded_by_cast", {"cast_never_rounds_P"}
 
     def _apply(self, fn, recurse: bool = True):
-        return torch.nn.Module._apply(self, fn, recurse)
+        self.scale = fn(self.scale)
+        return self
 
 
 class GlobalGenerator(UniLoRA):
@@ -178,14 +179,80 @@ class GraphBreak(UniLoRA):
         return super()._matvec(theta_d)
 
 
-class PersistentIndex(Partition):
-    """Keeps 4 bytes per row in the state dict."""
+class BufferedIndex(Partition):
+    """Keeps its index where averages and state dicts find it."""
 
-    name, caught_by = "persistent_index", {"state_holds_only_parameters"}
+    name, caught_by = "buffered_index", {"state_holds_only_parameters", "averaging"}
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__(layout, d, seed, torch.arange(layout.D) % d)
-        self.register_buffer("kept", self.index.clone())
+        del self._index
+        torch.nn.Module.register_buffer(self, "_index", (torch.arange(layout.D) % d).int())
+
+
+class CannotBeCopied(UniLoRA):
+    name, caught_by = "cannot_be_copied", {"copies"}
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
+        super().__init__(layout, d, seed)
+        self.double = lambda x: 2 * x
+
+
+class LosesItsSeed(UniLoRA):
+    """A copy draws anew, from another seed."""
+
+    name, caught_by = "loses_its_seed", {"copies"}
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__({**state, **UniLoRA(state["layout"], state["d"], state["seed"] + 1).__dict__})
+
+
+class LearnedInSecret(Partition):
+    """Holds a Parameter and does not say so: it would never be trained."""
+
+    name, caught_by = "learned_in_secret", {"gradcheck", "autograd_equals_adjoint"}
+
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
+        super().__init__(layout, d, seed, torch.arange(layout.D) % d)
+        self.gain = torch.nn.Parameter(torch.ones(d))
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        return super()._matvec(theta_d * self.gain.to(theta_d.dtype))
+
+    def _rmatvec(self, theta_D: Tensor) -> Tensor:
+        return super()._rmatvec(theta_D) * self.gain.to(theta_D.dtype)
+
+
+class _NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+class NoForwardMode(VBLoRA):
+    """A learned projection that PyTorch differentiates backwards only."""
+
+    name, caught_by = "no_forward_mode", {"gradcheck", "transforms"}
+
+    def mixture(self) -> tuple[Tensor, Tensor]:
+        weights, index = super().mixture()
+        return _NoForwardMode.apply(weights), index
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        return super()._matvec(_NoForwardMode.apply(theta_d))
+
+
+class DependsOnTheData(UniLoRA):
+    """Its branch cannot be exported."""
+
+    name, caught_by = "depends_on_the_data", {"exports", "compiles"}
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        return super()._matvec(theta_d) if theta_d.abs().sum() < 1e30 else theta_d.new_zeros(len(theta_d), self.D)
 
 
 class MixedBatch(VeRA):
@@ -217,6 +284,11 @@ MUTANTS: list[type[Projection]] = [
     NotLinear,
     DetachedBank,
     GraphBreak,
-    PersistentIndex,
+    BufferedIndex,
+    CannotBeCopied,
+    LosesItsSeed,
+    LearnedInSecret,
+    NoForwardMode,
+    DependsOnTheData,
     MixedBatch,
 ]

@@ -24,8 +24,7 @@ class Select(Projection):
         super().__init__(layout, len(rows))
         if rows.unique().numel() != len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < layout.D:
             raise ProjectionError(f"select: rows must be distinct and lie in [0, {layout.D}).")
-        self.register_buffer("rows", rows.long(), persistent=False)
-        self.rows: Tensor
+        self.rows = rows.long()
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return theta_d.new_zeros(len(theta_d), self.D).index_copy(1, self.rows, theta_d)
@@ -113,7 +112,7 @@ class ConcatColumns(_Composite):
         super().__init__(parts[0].layout, sum(p.d for p in parts), parts)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        thetas = theta_d.split([p.d for p in self._children()], dim=1)
+        thetas = _contiguous(theta_d.split([p.d for p in self._children()], dim=1))
         terms = [p._matvec(t) for p, t in zip(self._children(), thetas, strict=True)]
         return torch.stack(terms).sum(0)
 
@@ -147,11 +146,11 @@ class BlockDiagonal(_Composite):
         super().__init__(layout, sum(p.d for p in parts), parts)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        thetas = theta_d.split([p.d for p in self._children()], dim=1)
+        thetas = _contiguous(theta_d.split([p.d for p in self._children()], dim=1))
         return torch.cat([p._matvec(t) for p, t in zip(self._children(), thetas, strict=True)], dim=1)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        pieces = theta_D.split([p.D for p in self._children()], dim=1)
+        pieces = _contiguous(theta_D.split([p.D for p in self._children()], dim=1))
         return torch.cat([p._rmatvec(x) for p, x in zip(self._children(), pieces, strict=True)], dim=1)
 
     @property
@@ -185,8 +184,7 @@ class Restrict(_Composite):
         self.learned, self.sparse = projection.learned, projection.sparse
         if projection.offset is not None:
             self.claims = frozenset({"affine"})
-        self.register_buffer("rows", rows, persistent=False)
-        self.rows: Tensor
+        self.rows = rows
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return self._children()[0]._matvec(theta_d).index_select(1, self.rows)
@@ -232,6 +230,10 @@ class Scale(_Composite):
 
     def _combine(self, matrices: list[Tensor]) -> Tensor:
         return matrices[0] * self.alpha
+
+
+def _contiguous(parts: Sequence[Tensor]) -> list[Tensor]:
+    return [part.contiguous() for part in parts]
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:

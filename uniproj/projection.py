@@ -6,7 +6,9 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -23,10 +25,17 @@ _CHECKSUM_ROWS = 1024
 _CHECKSUM_GRID = 2.0**-16
 
 
+_alive: WeakValueDictionary[int, Projection] = WeakValueDictionary()
+
+
+@torch.library.custom_op("uniproj::linear_map", mutates_args=())
+def _by_id(x: Tensor, key: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+    P = _alive[key]
+    return (P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)).clone()
+
+
 class _LinearMap(torch.autograd.Function):
     """x -> P x or x -> P^T x. Each is the derivative of the other, so gradients exist to any order."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
@@ -41,9 +50,21 @@ class _LinearMap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
         return None, _apply_map(ctx.P, grad, not ctx.transposed, ctx.dtype_in), None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], P: Projection, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _apply_map(P, x.movedim(in_dims[1] or 0, 0), *rest), 0
 
-class _ForwardModeMap(_LinearMap):
-    """The same with forward-mode derivatives (jvp, jacfwd, hessian), which torch.compile cannot trace."""
+
+class _EagerMap(_LinearMap):
+    """The same with what torch.compile cannot trace: forward-mode derivatives (jvp, jacfwd, hessian), `vectorize`."""
+
+    @staticmethod
+    def forward(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+        if isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x):
+            # torch.autograd's `vectorize=True` has rules for few operators, and loops over those of a library
+            _alive[id(P)] = P
+            return _by_id(x, id(P), transposed, dtype)
+        return _LinearMap.forward(P, x, transposed, dtype)
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor, *__: None) -> Tensor:  # type: ignore[override]
@@ -51,7 +72,9 @@ class _ForwardModeMap(_LinearMap):
 
 
 def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    way = _LinearMap if torch.compiler.is_compiling() else _ForwardModeMap
+    if torch.jit.is_tracing():  # it records no Function that holds a module
+        return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
+    way = _LinearMap if torch.compiler.is_compiling() else _EagerMap
     return way.apply(P, x, transposed, dtype or x.dtype)
 
 
@@ -60,8 +83,10 @@ class Projection(nn.Module, ABC):
 
     A new linear method writes `__init__`, `_matvec`, `_rmatvec` and either `to_dense` or `entries`, these
     last two from the definition of P and not from `_matvec`. Shapes inside these methods: theta_d (n, d) and
-    theta_D (n, D), float32 or float64. P's own numbers are buffers that `.to(dtype)` moves and never rounds;
-    half-precision inputs are computed in float32. A kernel that reads and writes any dtype itself gives `_matvec` and
+    theta_D (n, D), float32 or float64, contiguous. P's own numbers are tensors among its attributes (`constants`):
+    `.to` moves and never rounds them, copies of P hold copies of them, and what walks the parameters and buffers of a
+    model, to average or to save them, does not meet them; `register_buffer` makes such an attribute too.
+    Half-precision inputs are computed in float32. A kernel that reads and writes any dtype itself gives `_matvec` and
     `_rmatvec` a second argument `dtype`, that of the result, and casts nothing. A learned method holds
     Parameters, sets `learned = True`, and writes `_matvec` in differentiable torch code.
 
@@ -174,7 +199,9 @@ class Projection(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where P's numbers are; the CPU for a P without any."""
-        return next((t.device for t in [*self.buffers(), *self.parameters()]), torch.device("cpu"))
+        parts = (m for m in self.modules() if isinstance(m, Projection))
+        own = (t for part in parts for t in part.constants().values())
+        return next((t.device for t in chain(own, self.parameters())), torch.device("cpu"))
 
     @property
     def trained(self) -> int:
@@ -193,6 +220,7 @@ class Projection(nn.Module, ABC):
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
+        self._refuse_undeclared()
         c = self.offset
         first = dtype if c is None else None  # a sum with c is rounded once, at the end
         theta_D = self.matvec(theta_d, first) if self.learned else _apply_map(self, theta_d, False, first)
@@ -200,11 +228,20 @@ class Projection(nn.Module, ABC):
 
     def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
+        self._refuse_undeclared()
         return self.rmatvec(theta_D, dtype) if self.learned else _apply_map(self, theta_D, True, dtype)
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
         """(P theta_d + c)[rows]: theta_d (d,), rows (m,) int64. Methods that can compute only these override it."""
         return self(theta_d)[rows.to(theta_d.device)]
+
+    def _refuse_undeclared(self) -> None:
+        if not self.learned and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            names = ", ".join(name for name, p in self.named_parameters() if p.requires_grad)
+            raise ProjectionError(
+                f"{self.name}: P holds Parameters ({names}), but `learned` is False, so they would get no gradient. "
+                "Set learned = True and write _matvec in differentiable torch code, or hold them as plain tensors."
+            )
 
     def _check(self, x: Tensor, what: str, size: str, n: int) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -220,7 +257,7 @@ class Projection(nn.Module, ABC):
         """(..., n) -> (..., m) in `dtype` by the raw map (batch, n) -> (batch, m), in float32 or float64."""
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         with torch.autocast(x.device.type, enabled=False):
             if self._takes_dtype:
                 y = raw(rows, dtype)
@@ -242,14 +279,15 @@ class Projection(nn.Module, ABC):
         return P.to_sparse_csr()
 
     def to_scipy(self) -> LinearOperator:
-        """P as a SciPy LinearOperator in float64, for svds, lsmr, onenormest and the like."""
+        """P as a SciPy LinearOperator in float64, for svds, lsmr, onenormest and the like; complex vectors as well."""
 
         def apply(raw: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
             @torch.no_grad()
             def on_columns(x: np.ndarray) -> np.ndarray:
-                columns = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64).reshape(x.shape[0], -1))
-                y = raw(columns.T.to(self.device)).T.cpu().numpy()
-                return y.reshape(-1, *x.shape[1:])
+                if np.iscomplexobj(x):
+                    return on_columns(x.real) + 1j * on_columns(x.imag)
+                rows = torch.from_numpy(np.array(x.T, dtype=np.float64, order="C"))
+                return raw(rows.to(self.device)).cpu().numpy().T
 
             return on_columns
 
@@ -276,14 +314,23 @@ class Projection(nn.Module, ABC):
         head = f"{self.name}/{self.version}/{self.shape}/".encode()
         return hashlib.sha256(head + grid.numpy().astype("<i8").tobytes()).hexdigest()
 
+    def constants(self) -> dict[str, Tensor]:
+        """P's own numbers, by the names of the attributes that hold them, without those of its parts."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Keep a number of P as an attribute, in `constants`: a buffer would be averaged with the weights by SWA and EMA.
+
+        It is saved with no state, as P is rebuilt from its arguments.
+        """
+        object.__setattr__(self, name, tensor)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
-        """Move P without rounding it: floating buffers keep their dtype under `.to(bfloat16)` or `.half()`."""
-        exact = dict(self.named_buffers(recurse=False))
+        """Move P without rounding it: `.to(bfloat16)` and `.half()` leave the dtype of its constants alone."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
+        for name, constant in self.constants().items():
+            moved = fn(constant)
+            object.__setattr__(self, name, moved if moved.dtype == constant.dtype else constant.to(moved.device))
         return self
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from uniproj.claims import refuse_unknown
 from uniproj.errors import ProjectionError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -27,7 +28,7 @@ P = TypeVar("P", bound=type[Projection])
 def register(name: str) -> Callable[[P], P]:
     """Class decorator that gives a Projection its name.
 
-    Raises ProjectionError if the name belongs to another class.
+    Raises ProjectionError if the name belongs to another class, and for a claim that nothing decides.
     """
 
     def decorate(cls: P) -> P:
@@ -37,6 +38,7 @@ def register(name: str) -> Callable[[P], P]:
                 f"register: the name {name!r} is taken by {known.__module__}.{known.__qualname__}. Choose another."
             )
         cls.name = name
+        refuse_unknown(cls)
         _classes[name] = cls
         return cls
 
@@ -107,7 +109,8 @@ def build(
     if cls.free_d and d is None:
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
     size = {"d": d} if cls.free_d else {}
-    with torch.device("cpu"):  # P is drawn there whatever the default device
+    # P is drawn there whatever the default device, of tensors that may be trained with under any mode
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         projection = cls(layout, **size, seed=seed, **hyperparameters)  # type: ignore[arg-type]
     if d is not None and projection.d != d:
         raise ProjectionError(f"{name}: d = {cls.d_formula} = {projection.d} on this layout, got d={d}. Leave d out.")

@@ -6,21 +6,27 @@ its definition. Inner products are compared relative to norms, never to themselv
 
 from __future__ import annotations
 
+import copy
+import difflib
+import pickle
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from uniproj.claims import CHECKS
+from uniproj.claims import CHECKS, refuse_unknown
+from uniproj.errors import ProjectionError
 from uniproj.kernels.random import normal
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 
 _EPS = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-_GRADCHECK_ENTRIES = 4096
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,13 @@ class BatteryFailure(AssertionError):
 def check_projection(P: Projection, *, only: Iterable[str] | None = None) -> list[Check]:
     """Run the battery on P and return every measured figure.
 
-    only: names of the checks to run, all by default (`BATTERY`). Raises BatteryFailure if one fails.
+    only: names of the checks to run, all by default (`BATTERY`). Raises BatteryFailure if one fails, and
+    ProjectionError for the name of a check or a claim that there is not.
     """
+    refuse_unknown(P)
+    if unknown := sorted(set(only or ()) - set(BATTERY)):
+        near = difflib.get_close_matches(unknown[0], BATTERY, n=1)
+        raise ProjectionError(f"unknown check {unknown[0]!r}. {near} Known: {', '.join(BATTERY)}.")
     checks = [check for name in (only or BATTERY) for check in _run(name, P)]
     if not all(check.passed for check in checks):
         raise BatteryFailure(P, checks)
@@ -132,22 +143,55 @@ def autograd_equals_adjoint(P: Projection) -> list[Check]:
 
 
 def gradcheck(P: Projection) -> list[Check]:
-    """torch.autograd.gradcheck in theta_d and P's Parameters, gradgradcheck for linear P. Small P only."""
-    if P.D * P.d > _GRADCHECK_ENTRIES:
-        return []
+    """torch.autograd.gradcheck in theta_d and P's Parameters, both modes, gradgradcheck for linear P."""
     x = _vector(P, P.d, "x").requires_grad_()
-    names = [name for name, _ in P.named_parameters()]
-    learned = [p.detach().double().requires_grad_() for p in P.parameters()]
+    trained = {name: p.detach().double().requires_grad_() for name, p in P.named_parameters() if p.requires_grad}
 
     def forward(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(P, dict(zip(names, parameters, strict=True)), (x,))
+        return torch.func.functional_call(P, dict(zip(trained, parameters, strict=True)), (x,))
 
-    ok = torch.autograd.gradcheck(forward, (x, *learned), raise_exception=False)
-    checks = [_at_most("gradcheck", float(not ok), 0.0)]
+    inputs = {"theta_d": x, **trained}
+    both = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    checks = [_derivative("gradcheck", torch.autograd.gradcheck, forward, inputs, **both)]
     if not P.learned:
         # the square makes the second derivative P^T P instead of 0
-        ok = torch.autograd.gradgradcheck(lambda t: P(t).square(), x, raise_exception=False)
-        checks.append(_at_most("gradgradcheck", float(not ok), 0.0))
+        checks.append(
+            _derivative("gradgradcheck", torch.autograd.gradgradcheck, lambda t: P(t).square(), {"theta_d": x})
+        )
+    return checks
+
+
+def _derivative(
+    name: str, check: Callable[..., bool], f: Callable[..., Tensor], inputs: dict[str, Tensor], **options: bool
+) -> Check:
+    """PyTorch's check by random directions, and what it says of a failure, with the inputs by name."""
+    try:
+        check(f, tuple(inputs.values()), fast_mode=True, **options)
+    except GradcheckError as error:
+        first = str(error).strip().splitlines()[0].rstrip(",:")
+        named = re.sub(r"input (\d+)", lambda found: list(inputs)[int(found[1])], first)
+        return Check(
+            name, 1.0, 0.0, False, f"{named}. Write _matvec in differentiable torch code, and _rmatvec as its adjoint."
+        )
+    return Check(name, 0.0, 0.0, True)
+
+
+def transforms(P: Projection) -> list[Check]:
+    """torch.func's jvp and vmap, and batched gradients (`vectorize=True`), are products with the written matrix."""
+    M = P.to_dense().detach()
+    checks = []
+    for name, f, n, A in (("forward", P, P.d, M), ("adjoint", P.adjoint, P.D, M.T)):
+        x, tangents = _vector(P, n, "x"), _vector(P, 3 * n, "tangents").view(n, 3)
+        many = _vector(P, 3 * len(A), "cotangents").view(3, -1)
+        along = torch.func.jvp(f, (x,), (tangents[:, 0],))[1].detach()
+        rows = torch.vmap(f, in_dims=1)(tangents).detach()
+        leaf = x.clone().requires_grad_()
+        (back,) = torch.autograd.grad(f(leaf), leaf, many, is_grads_batched=True)
+        checks += [
+            _at_most(f"jvp_of_{name}", _gap(along, A @ tangents[:, 0]), 1e-12),
+            _at_most(f"vmap_of_{name}", _gap(rows, f(tangents.T.contiguous()).detach()), 1e-12),
+            _at_most(f"batched_gradients_of_{name}", _gap(back, many @ A), 1e-12),
+        ]
     return checks
 
 
@@ -182,8 +226,8 @@ def determinism(P: Projection) -> list[Check]:
 
 @torch.no_grad()
 def batches(P: Projection) -> list[Check]:
-    """Leading batch dimensions, also empty ones, and non-contiguous input give the vectors one by one."""
-    x = _vector(P, 6 * P.d, "batch").view(3, 2, P.d).transpose(0, 1)
+    """Leading batch dimensions, also empty ones, and strided input give the vectors one by one."""
+    x = _vector(P, 6 * P.d, "batch").view(P.d, 3, 2).permute(2, 1, 0)
     one_by_one = torch.stack([torch.stack([P(v) for v in row]) for row in x])
     y = _vector(P, 2 * P.D, "batch").view(P.D, 2).T
     return [
@@ -213,7 +257,8 @@ def dtypes(P: Projection) -> list[Check]:
     M = P.to_dense()
     cast = P.rebuild().to(torch.bfloat16)
     # learned numbers are trained in the dtype they are cast to; P's fixed numbers keep theirs
-    rounded = any(b.dtype == torch.bfloat16 for b in cast.buffers())
+    parts = [part for part in cast.modules() if isinstance(part, Projection)]
+    rounded = any(t.dtype == torch.bfloat16 for part in parts for t in part.constants().values())
     exact = not rounded and (P.learned or torch.equal(cast.to_dense().to(M.device), M))
     checks.append(_at_most("cast_never_rounds_P", float(not exact), 0.0))
     return checks
@@ -230,6 +275,38 @@ def state_dict_round_trip(P: Projection) -> list[Check]:
         _at_most("state_dict_round_trip", float(not torch.equal(other.to_dense().to(M.device), M)), 0.0),
         _at_most("state_holds_only_parameters", float(set(state) != {n for n, _ in P.named_parameters()}), 0.0),
     ]
+
+
+@torch.no_grad()
+def copies(P: Projection) -> list[Check]:
+    """Copies by pickle and by deepcopy, of a fresh P and of one in use, are P."""
+    fresh, x = P.rebuild(), _vector(P, P.d, "x")
+    fresh.load_state_dict(P.state_dict())
+    expected, worst = P(x), 0.0
+    for _ in range(2):
+        for twin in (pickle.loads(pickle.dumps(fresh)), copy.deepcopy(fresh)):
+            worst = max(worst, float(_gap(twin.to(x.device)(x), expected)))
+        fresh.to(x.device)(x)
+    return [_at_most("copies", worst, 0.0)]
+
+
+class _Adapter(nn.Module):
+    """theta_d and P, as a model holds them."""
+
+    def __init__(self, P: Projection):
+        super().__init__()
+        self.theta_d, self.P = nn.Parameter(_vector(P, P.d, "x", torch.float32)), P
+
+
+@torch.no_grad()
+def averaging(P: Projection) -> list[Check]:
+    """Averages of equal models over parameters and buffers (SWA, EMA) hold the same P."""
+    model = _Adapter(P)
+    model.P(model.theta_d)  # a P in use may hold more than a fresh one
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    return [_at_most("averaging", _gap(averaged.module.P.to_dense(), P.to_dense()), 1e-6 if P.learned else 0.0)]
 
 
 @torch.no_grad()
@@ -254,6 +331,14 @@ def compiles(P: Projection) -> list[Check]:
     return [_at_most("compiles", gap, 1e-12)]
 
 
+def exports(P: Projection) -> list[Check]:
+    """A fresh P goes through torch.export, and the program gives what P gives."""
+    fresh, x = P.rebuild().to(P.device), _vector(P, P.d, "x")
+    fresh.load_state_dict(P.state_dict())
+    out = torch.export.export(fresh, (x,)).module()(x)
+    return [_at_most("exports", _gap(out.detach(), P(x).detach()), 1e-12)]
+
+
 BATTERY: dict[str, Callable[[Projection], list[Check]]] = {
     check.__name__: check
     for check in (
@@ -262,12 +347,16 @@ BATTERY: dict[str, Callable[[Projection], list[Check]]] = {
         scipy_operator,
         autograd_equals_adjoint,
         gradcheck,
+        transforms,
         claims,
         determinism,
         batches,
         dtypes,
         state_dict_round_trip,
+        copies,
+        averaging,
         saddle,
         compiles,
+        exports,
     )
 }

@@ -9,6 +9,7 @@ import torch
 
 import uniproj
 import uniproj.kernels
+from uniproj.kernels import partition, tiles
 from uniproj.kernels.dispatch import HAS_NUMBA, HAS_TRITON, _warn_once, backend
 
 needs_numba = pytest.mark.skipif(backend() != "numba", reason="Triton's interpreter runs everything")
@@ -78,13 +79,24 @@ def test_numba_leaves_pytorchs_number_of_threads_alone() -> None:
 
 
 @needs_numba
-def test_tiles_stay_on_the_cpu() -> None:
-    P = uniproj.build("unilora", D=1000, d=30)
-    index = P.index.clone()
-    P(torch.randn(30))
-    assert torch.equal(P.index, index)
-    moved = P.to("meta")
-    assert moved._words is None and moved._index.is_meta and len(moved._index) == 1000
+@pytest.mark.parametrize("assignment", ["balanced", "peft"])
+def test_tiles_are_made_once_and_go_with_P(assignment: str, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(tiles, "tile", lambda index, d, tile=tiles.tile: made.append(d) or tile(index, d))
+    P = uniproj.build("unilora", D=1000, d=30, assignment=assignment)
+    kept = len(partition._tiles)
+    P.checksum(), P.to_dense()
+    assert not made
+    x = torch.randn(30, requires_grad=True)
+    for way in (P, torch.compile(P, backend="aot_eager", fullgraph=True), torch.export.export(P, (x,)).module()):
+        way(x).sum().backward()
+    assert made == [30] and len(partition._tiles) == kept + 1
+    assert all(value.dtype != torch.uint32 for value in P.constants().values())
+    again = P.rebuild()
+    again(x)
+    assert len(partition._tiles) == kept + 2
+    del again
+    assert len(partition._tiles) == kept + 1
 
 
 def test_both_are_found_where_they_are_installed() -> None:

@@ -72,9 +72,9 @@ def test_half_precision_is_rounded_once() -> None:
 def test_operators_are_torch_operators() -> None:
     y, bank, weights, index = case()
     y, bank, weights = (t.requires_grad_() for t in (y, bank, weights))
-    opcheck(mix, (bank, weights, index, 5, F64))
-    opcheck(bank_gradient, (y, weights, index, 5, F64))
-    opcheck(weights_gradient, (y, bank, index, 5, torch.float32))
+    opcheck(torch.ops.uniproj.bank_0.default, (bank, weights, index, 5, F64))
+    opcheck(torch.ops.uniproj.bank_1.default, (y, weights, index, 5, F64))
+    opcheck(torch.ops.uniproj.bank_2.default, (y, bank, index, 5, torch.float32))
 
 
 def test_gradients_to_second_order() -> None:

@@ -102,9 +102,9 @@ def test_half_precision_is_rounded_once() -> None:
 def test_operators_are_torch_operators() -> None:
     y, matrix, scale, table, sizes = case(1)
     y, matrix, scale = (t.requires_grad_() for t in (y, matrix, scale))
-    opcheck(product, (matrix, scale, table, sizes, F64))
-    opcheck(matrix_gradient, (y, scale, table, sizes, F64))
-    opcheck(scale_gradient, (y, matrix, table, sizes, torch.float32))
+    opcheck(torch.ops.uniproj.factors_0.default, (matrix, scale, table, sizes, F64))
+    opcheck(torch.ops.uniproj.factors_1.default, (y, scale, table, sizes, F64))
+    opcheck(torch.ops.uniproj.factors_2.default, (y, matrix, table, sizes, torch.float32))
 
 
 def test_gradients_to_second_order() -> None:

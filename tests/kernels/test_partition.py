@@ -11,7 +11,7 @@ from uniproj import LoRALayout, ProjectionError
 from uniproj.kernels import backend, tiles
 from uniproj.kernels.deal import Deal, Group
 from uniproj.kernels.memory import fresh
-from uniproj.kernels.partition import deal_out, gather_in, sum_by_column, take
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_column, sum_by_index, take
 from uniproj.kernels.permutation import permute
 from uniproj.projections.partition import Partition
 
@@ -159,19 +159,21 @@ def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(way: str) -> Non
 
 
 def operators(kind: str) -> list[tuple]:
-    """(forward, adjoint, its constants) of every pair of operators that runs here."""
+    """(name, forward, adjoint, its constants) of every pair of operators."""
     index, deal, D, d = dealt(kind)
-    pairs = [(take, sum_by_column, [index, d])]
-    if backend(DEVICE) == "numba":
-        pairs.append((tiles.take, tiles.sum_by_column, [*tiles.tile(index, d), [D, d]]))
-    return [*pairs, (deal_out, gather_in, deal)] if backend(DEVICE).startswith("triton") else pairs
+    return [
+        ("partition", take, sum_by_column, [index, d]),
+        ("index", copy_by_index, sum_by_index, [index, [D, d]]),
+        ("deal", deal_out, gather_in, deal),
+    ]
 
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_the_operators_keep_the_rules_of_torch_library(kind: str) -> None:
     _, _, D, d = dealt(kind)
-    for forward, adjoint, constants in operators(kind):
+    for name, _, _, constants in operators(kind):
         x, y = drawn(2, d).requires_grad_(), drawn(2, D).requires_grad_()
+        adjoint, forward = (getattr(torch.ops.uniproj, f"{name}_{i}").default for i in range(2))
         torch.library.opcheck(forward, (x, *constants, torch.float64))
         torch.library.opcheck(adjoint, (y, *constants, torch.float32))
 
@@ -188,7 +190,7 @@ def test_gradients_of_both_orders() -> None:
 @pytest.mark.parametrize("kind", GROUPS)
 def test_vmap_compile_and_strided_input(kind: str) -> None:
     index, _, D, d = dealt(kind)
-    for forward, adjoint, constants in operators(kind):
+    for _, forward, adjoint, constants in operators(kind):
         x, y = drawn(3, 2, d), drawn(D, 2).T
         one_by_one = torch.stack([forward(v, *constants, torch.float64) for v in x])
         assert torch.equal(torch.vmap(lambda v: forward(v, *constants, torch.float64))(x), one_by_one)  # noqa: B023

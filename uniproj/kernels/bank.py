@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uniproj.kernels.dispatch import uses_triton
-from uniproj.kernels.forms import register_form
-from uniproj.kernels.partition import accumulation_dtype
+from uniproj.kernels.forms import accumulation_dtype, register_form
 
 _SHORT = 2**15 - 1  # int16 sorts in 0.4 of int64's time
 

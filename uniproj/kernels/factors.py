@@ -18,8 +18,7 @@ from torch import Tensor
 
 from uniproj.kernels.compiled import call
 from uniproj.kernels.dispatch import uses_numba, uses_triton
-from uniproj.kernels.forms import register_form
-from uniproj.kernels.partition import accumulation_dtype
+from uniproj.kernels.forms import accumulation_dtype, register_form
 
 FIELDS = 8
 

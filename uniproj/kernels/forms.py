@@ -8,6 +8,7 @@ is an operator of the form, gradients exist to any order, and a linear map saves
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +18,27 @@ Shape = Callable[..., Sequence[int]]
 Operator = Callable[..., Tensor]
 
 
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if one of them is, else float32: no sum runs in half precision."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes: Sequence[Shape]) -> list[Operator]:
-    """Operator i of the form as `uniproj::name_i`, with fake kernel, autograd and vmap.
+    """Operator i of the form as `uniproj::name_i`, with fake kernel, derivatives of both modes to any order, and vmap.
 
     Each is called as operator(*other slots, *constants, dtype) and gives a fresh tensor of that dtype; `shapes[i]`
     takes the same arguments without dtype. Constants may be tensors without gradient, integers and lists of them.
     """
-    ops: list[Any] = [
+    registered: list[Any] = [
         torch.library.custom_op(f"uniproj::{name}_{i}", operator, mutates_args=())
         for i, operator in enumerate(operators)
     ]
-    for i, (op, shape) in enumerate(zip(ops, shapes, strict=True)):
+    for i, (op, shape) in enumerate(zip(registered, shapes, strict=True)):
         op.register_fake(_fake(shape))
-        op.register_autograd(_backward(ops, i), setup_context=_setup(len(ops)))
-        op.register_vmap(_vmap(op, len(ops)))
+        op.register_autograd(_backward(registered, i), setup_context=_setup(len(registered)))
+        op.register_vmap(_vmap(op, len(registered)))
+    ops: list[Operator] = []
+    ops.extend(_differentiable(op, ops, i) for i, op in enumerate(registered))
     return ops
 
 
@@ -38,37 +46,122 @@ def _fake(shape: Shape) -> Callable[..., Tensor]:
     return lambda *inputs: inputs[0].new_empty(tuple(shape(*inputs[:-1])), dtype=inputs[-1])
 
 
+# ---- derivatives --------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, slots: int, inputs: Sequence[Any]) -> None:
+    others, constants = inputs[: slots - 1], inputs[slots - 1 : -1]
+    ctx.dtypes, ctx.dtype = [x.dtype for x in others], inputs[-1]
+    ctx.constants = [None if isinstance(c, Tensor) else c for c in constants]
+    # a derivative by a slot needs all slots but itself: of two slots, none
+    kept = others if slots > 2 else [None]
+    ctx.save_for_backward(*kept, *[c for c in constants if isinstance(c, Tensor)])
+
+
+def _kept(ctx: Any, slots: int) -> tuple[list[Tensor], list[Any]]:
+    """The other slots and the constants."""
+    saved = list(ctx.saved_tensors)
+    tensors = iter(saved[slots - 1 :])
+    return saved[: slots - 1], [next(tensors) if c is None else c for c in ctx.constants]
+
+
+def _gradients(ctx: Any, ops: Sequence[Operator], i: int, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """One for each of the other slots: the operator of that slot, with `grad` in slot i."""
+    values, constants = _kept(ctx, len(ops))
+    slots, others = [*values[:i], grad, *values[i:]], [j for j in range(len(ops)) if j != i]
+    return [
+        ops[j](*slots[:j], *slots[j + 1 :], *constants, dtype) if wanted else None
+        for j, dtype, wanted in zip(others, ctx.dtypes, needed, strict=True)
+    ]
+
+
+def _tangent(ctx: Any, ops: Sequence[Operator], i: int, tangents: Sequence[Tensor | None]) -> Tensor:
+    """The sum over the other slots of operator i at the tangent of that slot."""
+    values, constants = _kept(ctx, len(ops))
+    terms = [
+        ops[i](*values[:k], tangent, *values[k + 1 :], *constants, ctx.dtype)
+        for k, tangent in enumerate(tangents)
+        if tangent is not None
+    ]
+    return torch.stack(terms).sum(0)
+
+
 def _setup(slots: int) -> Callable[..., None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        others, constants = inputs[: slots - 1], inputs[slots - 1 : -1]
-        ctx.dtypes = [x.dtype for x in others]
-        # the derivative by a slot needs all slots but itself: of two slots, none
-        kept = list(others) if slots > 2 else [None] * len(others)
-        ctx.tensors = [k for k, c in enumerate(constants) if isinstance(c, Tensor)]
-        ctx.save_for_backward(*kept, *[constants[k] for k in ctx.tensors])
-        ctx.constants = [None if isinstance(c, Tensor) else c for c in constants]
-
-    return setup
+    return lambda ctx, inputs, output: _keep(ctx, slots, inputs)
 
 
-def _backward(ops: list[Operator], i: int) -> Callable[..., tuple[Tensor | None, ...]]:
-    others = [j for j in range(len(ops)) if j != i]
-
+def _backward(ops: Sequence[Operator], i: int) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        slots = {i: grad, **dict(zip(others, saved, strict=False))}
-        constants = list(ctx.constants)
-        for k, tensor in zip(ctx.tensors, saved[len(others) :], strict=True):
-            constants[k] = tensor
-        grads = [
-            ops[j](*[slots[m] for m in range(len(ops)) if m != j], *constants, dtype)
-            if ctx.needs_input_grad[place]
-            else None
-            for place, (j, dtype) in enumerate(zip(others, ctx.dtypes, strict=True))
-        ]
-        return (*grads, *[None] * len(constants), None)
+        needed = ctx.needs_input_grad[: len(ops) - 1]
+        return (*_gradients(ctx, ops, i, grad, needed), *[None] * len(ctx.constants), None)
 
     return backward
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of operator i but for its tensors. One object, as torch.func would look for tensors in a list."""
+
+    registered: Operator
+    ops: Sequence[Operator]
+    i: int
+    rest: Sequence[Any]  # the arguments, None in the places of tensors
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Any]:
+        given = iter(tensors)
+        return [next(given) if x is None else x for x in self.rest]
+
+
+class _Differentiable(torch.autograd.Function):
+    """What `torch.library` cannot register for an operator: forward-mode derivatives, transforms of torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor) -> Tensor:
+        return call.registered(*call.inputs(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.call, *tensors = inputs
+        _keep(ctx, len(ctx.call.ops), ctx.call.inputs(tensors))
+        ctx.save_for_forward(*ctx.to_save)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _, *needed = ctx.needs_input_grad
+        if grad is None:
+            return (None, *[None] * len(needed))
+        others = len(ctx.call.ops) - 1
+        found = _gradients(ctx, ctx.call.ops, ctx.call.i, grad, needed[:others])
+        return (None, *found, *[None] * len(needed[others:]))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+        return _tangent(ctx, ctx.call.ops, ctx.call.i, tangents)
+
+
+def _differentiable(registered: Operator, ops: Sequence[Operator], i: int) -> Operator:
+    def operator(*inputs: Any) -> Tensor:
+        if torch.jit.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
+            return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
+        torch._dynamo.graph_break("uniproj: torch.compile cannot trace torch.func's derivatives of this operator.")
+        call = _Call(registered, ops, i, [None if isinstance(x, Tensor) else x for x in inputs])
+        return _Differentiable.apply(call, *[x for x in inputs if isinstance(x, Tensor)])
+
+    return operator
+
+
+@torch.compiler.assume_constant_result
+def _differentiated() -> bool:
+    """Whether forward mode or a transform of torch.func other than vmap is at work."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    derivatives = any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+    return derivatives or torch.autograd.forward_ad._current_level >= 0
+
+
+# ---- vmap -------------------------------------------------------------------------------------------
 
 
 def _vmap(op: Operator, slots: int) -> Callable[..., tuple[Tensor, int]]:

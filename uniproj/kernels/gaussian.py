@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from uniproj.kernels.dispatch import uses_triton
-from uniproj.kernels.forms import register_form
-from uniproj.kernels.partition import accumulation_dtype
+from uniproj.kernels.forms import accumulation_dtype, register_form
 from uniproj.kernels.random import key_of, normal, uniform
 from uniproj.kernels.threads import cut
 

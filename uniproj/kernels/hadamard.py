@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from uniproj.kernels.dispatch import uses_triton
-from uniproj.kernels.forms import register_form
-from uniproj.kernels.partition import accumulation_dtype
+from uniproj.kernels.forms import accumulation_dtype, register_form
 from uniproj.kernels.threads import cut
 
 _BITS = 4  # of one pass: 16-point factors are the quickest matrix products for each bit
@@ -42,7 +41,7 @@ def hadamard(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         raise ValueError(f"hadamard: the last axis must be a power of two, got shape {tuple(x.shape)}. Pad it with 0.")
     if not x.is_floating_point():
         raise TypeError(f"hadamard: x must be a float tensor, got {x.dtype}. Convert it first.")
-    return transform(x.reshape(-1, n), dtype or x.dtype).view(x.shape)
+    return transform(x.reshape(-1, n), dtype or x.dtype).reshape(x.shape)
 
 
 def _transform(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from uniproj.kernels.forms import register_form
+from uniproj.kernels import tiles
+from uniproj.kernels.deal import Deal
+from uniproj.kernels.dispatch import uses_numba, uses_triton
+from uniproj.kernels.forms import accumulation_dtype, register_form
 from uniproj.kernels.threads import cut, in_parallel
 
 _CHUNK = 2**18  # rows: a piece's index and values stay in the cache
 _MOST_SUMS = 8
 _THREADED = 2**22  # rows: below, starting threads costs more than they save
 _SERIAL = 2**15  # numbers: PyTorch fills no more on one thread, and its own threads would spin beside these
-
-
-def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if one of them is, else float32: no sum runs in half precision."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _take(x: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
@@ -74,6 +74,50 @@ sum_by_column, take = register_form(
 )
 
 
+# ---- an index that is used again and again ------------------------------------------------------------
+
+# by the tensor that decides them, as long as it lives: what is made at the first use
+_indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _made(kept: WeakTensorKeyDictionary, key: Tensor, make: Callable[[], object]) -> Any:
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def _copy_out(x: Tensor, key: Tensor, index: Callable[[], Tensor], size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """x (n, d) -> (n, D) in dtype by the index that `key` decides."""
+    if uses_numba(x.device):
+        return tiles.take(x, *_made(_tiles, key, lambda: tiles.tile(index(), size[1])), size, dtype)
+    return _take(x, _made(_indices, key, lambda: index().to(x.device)), size[1], dtype)
+
+
+def _sum_in(y: Tensor, key: Tensor, index: Callable[[], Tensor], size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """y (n, D) -> (n, d) in dtype by the index that `key` decides."""
+    if uses_numba(y.device):
+        return tiles.sum_by_column(y, *_made(_tiles, key, lambda: tiles.tile(index(), size[1])), size, dtype)
+    return _sum_by_column(y, _made(_indices, key, lambda: index().to(y.device)), size[1], dtype)
+
+
+def _copy_by_index(x: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `take`; on the CPU by tiles."""
+    return _copy_out(x, index, lambda: index, size, dtype)
+
+
+def _sum_by_index(y: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `sum_by_column`; on the CPU by tiles."""
+    return _sum_in(y, index, lambda: index, size, dtype)
+
+
+sum_by_index, copy_by_index = register_form(
+    "index",
+    [_sum_by_index, _copy_by_index],
+    [lambda y, index, size: (len(y), size[1]), lambda x, index, size: (len(x), size[0])],
+)
+
+
 def _deal_out(
     x: Tensor,
     by_row: Tensor,
@@ -83,10 +127,12 @@ def _deal_out(
     size: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """x (n, d), a `Deal` -> (n, D) in dtype; no index of D entries exists. Needs Triton."""
-    from uniproj.kernels.triton.partition import deal_out
+    """x (n, d), a `Deal` -> (n, D) in dtype; Triton needs no index of D entries."""
+    if uses_triton(x.device):
+        from uniproj.kernels.triton.partition import deal_out
 
-    return deal_out(x.detach().to(dtype), by_row, groups, tables, size[0])
+        return deal_out(x.detach().to(dtype), by_row, groups, tables, size[0])
+    return _copy_out(x, tables, lambda: _index_of(by_row, by_position, groups, tables), size, dtype)
 
 
 def _gather_in(
@@ -98,10 +144,16 @@ def _gather_in(
     size: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """y (n, D) -> (n, d): each column sums its rows pi^-1(j), pi^-1(j + d), .. in this order. Needs Triton."""
-    from uniproj.kernels.triton.partition import gather_in
+    """y (n, D) -> (n, d): each column sums its rows, Triton in the order pi^-1(j), pi^-1(j + d), ..."""
+    if uses_triton(y.device):
+        from uniproj.kernels.triton.partition import gather_in
 
-    return gather_in(y.detach(), by_position, groups, tables, size[1], dtype)
+        return gather_in(y.detach(), by_position, groups, tables, size[1], dtype)
+    return _sum_in(y, tables, lambda: _index_of(by_row, by_position, groups, tables), size, dtype)
+
+
+def _index_of(*deal: Tensor) -> Tensor:
+    return Deal(*[tensor.cpu() for tensor in deal]).index()
 
 
 gather_in, deal_out = register_form(

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from uniproj.kernels.compiled import call
-from uniproj.kernels.forms import register_form
+from uniproj.kernels.forms import accumulation_dtype
 from uniproj.kernels.memory import fresh
-from uniproj.kernels.partition import accumulation_dtype
 
 _BITS = (15, 17)  # of a row in its chunk, of a column in its bucket
 _CHUNK = 1 << _BITS[0]
@@ -38,7 +37,7 @@ def untile(words: Tensor, ends: Tensor) -> Tensor:
     return index
 
 
-def _take(x: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def take(x: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype, rounded before the copy."""
     y = fresh((len(x), size[0]), dtype, owner=words)
     together = min(_TOGETHER, -(-len(ends) // torch.get_num_threads()))
@@ -46,7 +45,7 @@ def _take(x: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: to
     return y
 
 
-def _sum_by_column(y: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def sum_by_column(y: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """y (n, D) -> (n, d): sums of the rows of each column, in the order of the rows.
 
     The chunks are cut into as many runs as D and d decide, never the number of threads, and the sums of the runs added
@@ -58,10 +57,3 @@ def _sum_by_column(y: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], 
     sums = torch.empty(runs, len(y), d, dtype=y.dtype)
     call("partition", "add", y, words, ends, sums, _TOGETHER, *_BITS)
     return (sums.sum(0) if runs > 1 else sums[0]).to(dtype)
-
-
-sum_by_column, take = register_form(
-    "tiles",
-    [_sum_by_column, _take],
-    [lambda y, words, ends, size: (len(y), size[1]), lambda x, words, ends, size: (len(x), size[0])],
-)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from uniproj.kernels.hadamard import hadamard, hadamard_matrix
 from uniproj.kernels.partition import take
@@ -46,16 +45,11 @@ class Fastfood(Projection):
         inverse = torch.empty_like(permutation).scatter_(1, permutation, place.view(-1, self.n))
         numbers = self._numbers(total).view(-1, self.n)
         norm = self.n**0.5 / numbers.double().norm(dim=1, keepdim=True)
-        self.register_buffer("B", signs(seed, "fastfood.B", total).to(torch.int8).view(-1, self.n), persistent=False)
-        self.register_buffer("numbers", numbers, persistent=False)
-        self.register_buffer("norm", norm, persistent=False)
-        self.register_buffer("Pi", permutation.int(), persistent=False)
-        self.register_buffer("inverse", inverse.int(), persistent=False)
-        self.B: Tensor
-        self.numbers: Tensor
-        self.norm: Tensor
-        self.Pi: Tensor
-        self.inverse: Tensor
+        self.B = signs(seed, "fastfood.B", total).to(torch.int8).view(-1, self.n)
+        self.numbers = numbers
+        self.norm = norm
+        self.Pi = permutation.int()
+        self.inverse = inverse.int()
         self.scale = 1.0 / (self.n * self.D) ** 0.5
 
     def _numbers(self, total: int) -> Tensor:
@@ -68,24 +62,24 @@ class Fastfood(Projection):
         return self.numbers.double() * self.norm
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        theta_D = theta_d.new_empty(len(theta_d), self.D)
-        padded = pad(theta_d, (0, self.n - self.d)).unsqueeze(1)
+        padded = torch.cat([theta_d, theta_d.new_zeros(theta_d.shape[0], self.n - self.d)], dim=1).unsqueeze(1)
+        parts = []
         for blocks in self._groups(theta_d):
-            rows = slice(blocks.start * self.n, min(blocks.stop * self.n, self.D))
             x = self._permuted(hadamard(padded * self.B[blocks].to(padded.dtype)), self.Pi[blocks])
-            x = hadamard(x.mul_(self.numbers[blocks].to(x.dtype))).mul_(self._scales(blocks).to(x.dtype))
-            theta_D[:, rows] = x.flatten(1)[:, : rows.stop - rows.start]
-        return theta_D
+            x = hadamard(x * self.numbers[blocks].to(x.dtype)) * self._scales(blocks).to(x.dtype)
+            parts.append(x.reshape(x.shape[0], -1)[:, : self.D - blocks.start * self.n])
+        return torch.cat(parts, dim=1)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        theta_d = theta_D.new_zeros(len(theta_D), 1, self.n)
+        sums = []
         for blocks in self._groups(theta_D):
             y = theta_D[:, blocks.start * self.n : blocks.stop * self.n]
-            y = pad(y, (0, (blocks.stop - blocks.start) * self.n - y.shape[1])).unflatten(1, (-1, self.n))
-            y = hadamard(y).mul_(self.numbers[blocks].to(y.dtype))
-            y = hadamard(self._permuted(y, self.inverse[blocks])).mul_(self.B[blocks].to(y.dtype))
-            theta_d += self._scales(blocks).to(y.dtype).T @ y
-        return theta_d[:, 0, : self.d]
+            missing = (blocks.stop - blocks.start) * self.n - y.shape[1]
+            y = torch.cat([y, y.new_zeros(y.shape[0], missing)], dim=1).reshape(y.shape[0], -1, self.n)
+            y = hadamard(y) * self.numbers[blocks].to(y.dtype)
+            y = hadamard(self._permuted(y, self.inverse[blocks])) * self.B[blocks].to(y.dtype)
+            sums.append(self._scales(blocks).to(y.dtype).T @ y)
+        return torch.stack(sums).sum(0)[:, 0, : self.d]
 
     def _groups(self, x: Tensor) -> list[slice]:
         """Blocks transformed at once: their numbers stay in the cache, or fill a GPU."""
@@ -98,7 +92,7 @@ class Fastfood(Projection):
         """x (n, blocks, n') with element places[b, i] of block b at i."""
         first = torch.arange(0, places.numel(), self.n, dtype=torch.int32, device=places.device)
         index = (places + first.unsqueeze(1)).flatten()
-        return take(x.flatten(1), index, len(index), x.dtype).view(x.shape)
+        return take(x.reshape(x.shape[0], -1), index, len(index), x.dtype).reshape(x.shape)
 
     def to_dense(self) -> Tensor:
         H = hadamard_matrix(self.n.bit_length() - 1, device=self.B.device)

@@ -36,13 +36,11 @@ class RandomBlocks(Projection):
         """Rows and columns of every block; normal or uniform numbers."""
         self.normals = normals
         self.size = [self.D, self.d, max(rows for rows, _ in shapes), max(columns for _, columns in shapes), TILE]
-        self.register_buffer("table", block_table(self.seed, stream, shapes), persistent=False)
-        self.register_buffer("divisors", torch.tensor(divisors, dtype=torch.float64), persistent=False)
-        self.table: Tensor
-        self.divisors: Tensor
+        self.table = block_table(self.seed, stream, shapes)
+        self.divisors = torch.tensor(divisors, dtype=torch.float64)
         keep = sum(rows * columns for rows, columns in shapes) <= RESIDENT and not uses_triton(self.table.device)
         for i, name in enumerate(self._names):
-            self.register_buffer(name, self._draw(i) if keep else None, persistent=False)
+            setattr(self, name, self._draw(i) if keep else None)
 
     @abstractmethod
     def _draw(self, i: int) -> Tensor:
@@ -124,8 +122,7 @@ class OrthonormalGaussian(Projection):
             )
         G = normal(seed, "gaussian", self.D * d).double().view(self.D, d)
         Q, R = torch.linalg.qr(G)
-        self.register_buffer("P", Q * torch.sign(R.diagonal()), persistent=False)
-        self.P: Tensor
+        self.P = Q * torch.sign(R.diagonal())
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return theta_d @ self.P.to(theta_d.dtype).T
@@ -156,8 +153,7 @@ class NOLA(RandomBlocks):
         blocks = len(layout.blocks)
         super().__init__(layout, d, seed)
         self.k = [d // blocks + (i < d % blocks) for i in range(blocks)]
-        self.register_buffer("c", lora_init(layout, seed), persistent=False)
-        self.c: Tensor
+        self.c = lora_init(layout, seed)
         self._names = [f"P_{i}" for i in range(blocks)]
         shapes = [(block.numel, k) for block, k in zip(layout.blocks, self.k, strict=True)]
         self._prepare("nola", shapes, [k**0.5 for k in self.k], normals=False)

@@ -49,8 +49,7 @@ class SparseCoordinates(Select):
         self.check_d(layout, d)
         super().__init__(layout, _with_a_row_of_B(layout, random_rows(layout.D, d, seed), seed))
         self.seed = seed
-        self.register_buffer("c", lora_init(layout, seed), persistent=False)
-        self.c: Tensor
+        self.c = lora_init(layout, seed)
 
     @property
     def offset(self) -> Tensor:

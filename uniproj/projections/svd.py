@@ -55,7 +55,7 @@ class SingularFactors(Projection):
         self.alike = [[i for i, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)]
         for g, members in enumerate(self.alike):
             for letter, stack in zip("BA", zip(*(factors[i] for i in members), strict=True), strict=True):
-                self.register_buffer(f"{letter}_{g}", torch.stack(stack), persistent=False)
+                setattr(self, f"{letter}_{g}", torch.stack(stack))
 
     @abstractmethod
     def _R(self, theta_d: Tensor) -> list[Tensor]:
@@ -220,7 +220,7 @@ class TinyLoRA(SingularFactors):
         self.u, self.group = u, self_group
         for i, r in enumerate(self.ranks):
             numbers = normal(seed, "tinylora.P", u * r * r, part=i) / r**0.5
-            self.register_buffer(f"P_{i}", numbers.view(u, r, r), persistent=False)
+            setattr(self, f"P_{i}", numbers.view(u, r, r))
         if weight_tying == 0.0:
             self.claims = self.claims | {"local"}
 

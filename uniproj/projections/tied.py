@@ -67,11 +67,11 @@ class SharedFactors(Projection):
             if side.matrix and side.scaler:
                 setattr(self, side.letter, nn.Parameter(scalers.float()))
             else:
-                self.register_buffer(side.letter, scalers, persistent=False)
-            self.register_buffer(side.factor, matrix, persistent=False)
+                setattr(self, side.letter, scalers)
+            setattr(self, side.factor, matrix)
         both = [*groups, *(len(B.sizes) + group for group in groups)]
         table, extents, _ = block_table(_corners([*B.blocks, *A.blocks]), both)
-        self.register_buffer("table", table, persistent=False)
+        self.table = table
         self.extents = [layout.D, *extents]
 
     # ---- the start --------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ class SharedFactors(Projection):
         matrices, scalers = [], []
         for side, theta in zip(self.sides, theta_d.split([s.numbers for s in self.sides], dim=1), strict=True):
             matrix, scaler = (getattr(self, name).to(theta.dtype) for name in (side.factor, side.letter))
-            matrices.append(theta if side.matrix else matrix.expand(len(theta), -1))
+            matrices.append(theta if side.matrix else matrix.expand(theta.shape[0], -1))
             scaler = scaler if side.numbers else torch.zeros_like(scaler)
-            scalers.append(theta if side.scaler and not side.matrix else scaler.expand(len(theta), -1))
+            scalers.append(theta if side.scaler and not side.matrix else scaler.expand(theta.shape[0], -1))
         return torch.cat(matrices, dim=1), torch.cat(scalers, dim=1)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class SharedFactors(Projection):
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         # what theta_d would put into the slots multiplies nothing that is read below
-        matrix, scale = self._slots(theta_D.new_zeros(len(theta_D), self.d))
+        matrix, scale = self._slots(theta_D.new_zeros(theta_D.shape[0], self.d))
         of_sides: list[tuple[Tensor, ...]] = [(), ()]
         if any(side.matrix for side in self.sides):
             of_matrix = matrix_gradient(theta_D, scale, self.table, self.extents, theta_D.dtype)
@@ -134,14 +134,14 @@ class SharedFactors(Projection):
         if any(side.scaler and not side.matrix for side in self.sides):
             of_scale = scale_gradient(theta_D, matrix, self.table, self.extents, theta_D.dtype)
             of_sides[1] = of_scale.split([sum(side.scaler_sizes) for side in self.sides], dim=1)
-        return torch.cat([of_sides[not s.matrix][k] for k, s in enumerate(self.sides) if s.numbers], dim=1)
+        return torch.cat([of_sides[int(not s.matrix)][k] for k, s in enumerate(self.sides) if s.numbers], dim=1)
 
     @property
     def offset(self) -> Tensor | None:
         if all(side.numbers for side in self.sides):
             return None
         # the sides in theta_d leave c at 0: their scalers are 0 here
-        scalers = [getattr(self, s.letter).detach().double() * (s.numbers == 0) for s in self.sides]
+        scalers = [getattr(self, s.letter).detach().double() * float(s.numbers == 0) for s in self.sides]
         matrix, scale = torch.cat([self.B, self.A]).unsqueeze(0), torch.cat(scalers).unsqueeze(0)
         return product(matrix, scale, self.table, self.extents, torch.float64).squeeze(0)
 
