@@ -195,13 +195,6 @@ class UniProjModel(LoraModel):
                 del holder[adapter_name]
         self._guard.renew()
 
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """P's buffers, by their names in a PeftModel: by their seed they are equal on every process, and not all of
-        them have a dtype that DDP can exchange, as it would before each forward."""
-        modules = self.projections.named_modules(prefix="base_model.uniproj_projections")
-        return [f"{name}.{key}" for name, module in modules for key in module._buffers]
-
     # ---- merging ----------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
