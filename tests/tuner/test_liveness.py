@@ -183,7 +183,7 @@ def test_a_base_on_the_meta_device_is_probed_when_it_has_weights(dead) -> None:
     with torch.device("meta"):
         base = Net(ThreeAxes)
     with pytest.warns(UserWarning, match=r"could not be probed by itself \(ValueError: its weight is not there yet\)"):
-        model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["odd"]))
+        model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["odd", "plain"]))
     model.load_state_dict(_attached(ThreeAxes).state_dict(), strict=False, assign=True)
     dead(True)
     with pytest.raises(AdapterError, match="odd: its A and B must move"):

@@ -20,7 +20,7 @@ def encode(header: Header) -> Tensor:
     tensor of an adapter for trained numbers leave them as they are.
     """
     digests = [hashlib.sha256(json.dumps(v, sort_keys=True).encode()).digest() for v in header.identity.values()]
-    return torch.tensor([list(digest[:_BYTES]) for digest in digests], dtype=torch.float32)
+    return torch.tensor([list(digest[:_BYTES]) for digest in digests], dtype=torch.float32, device="cpu")
 
 
 def difference(found: Tensor, header: Header) -> str | None:
