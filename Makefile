@@ -2,6 +2,11 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
+LOWEST := .venv-lowest/bin/python -m pytest -o addopts= -q -m "not slow"
+PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra_passes_the_battery \
+	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/adapters/test_fixtures.py \
+	tests/adapters/test_peft_formats.py
+
 .PHONY: compare sweep overhead figures test test-lowest lint .venv .venv-lowest
 
 compare: .venv
@@ -20,10 +25,10 @@ test: .venv
 	$(PY) -m pytest $(or $(ARGS),--cov)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels)
 
-# The lowest versions that are supported, without Numba; PyTorch brings CUDA's libraries, some GB.
+# The lowest supported versions, without Numba, on a part of every kind of test. Their PyTorch exists with CUDA only: 5 GB.
 test-lowest: .venv-lowest
-	$(LOWEST) $(or $(ARGS),$(QUICK))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) $(QUICK_TRITON))
+	$(LOWEST) $(or $(ARGS),$(PART))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) tests/kernels -k "triton and not battery")
 
 lint: .venv
 	$(PY) -m ruff check .

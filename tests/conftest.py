@@ -1,4 +1,4 @@
-"""One thread, quiet libraries, reproducible Hypothesis profiles (`quick` draws once; `thorough` more, and anew)."""
+"""One thread, quiet libraries, and a reproducible Hypothesis profile (`thorough` draws more, and anew)."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,6 @@ warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", max_examples=8, deadline=None, derandomize=True, suppress_health_check=_quiet)
-settings.register_profile("quick", settings.get_profile("default"), max_examples=1)
 settings.register_profile("thorough", max_examples=100, deadline=None, suppress_health_check=_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

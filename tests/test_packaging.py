@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import uniproj
 
@@ -98,6 +100,16 @@ def test_the_metadata_are_complete_and_rendered(built) -> None:
 def test_the_version_stands_in_one_place_and_is_cited() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == uniproj.__version__
     assert f'"{uniproj.__version__}"' not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_lowest_versions_that_are_declared_are_those_that_are_tested(built) -> None:
+    pins = (Requirement(line) for line in (ROOT / "constraints-lowest.txt").read_text().splitlines())
+    tested = {pin.name: Version(next(iter(pin.specifier)).version) for pin in pins}
+    required = map(Requirement, _metadata(built["wheel"]).get_all("Requires-Dist"))
+    declared = {need.name: need.specifier for need in required if need.marker is None}
+    lowest = {name: [Version(bound.version) for bound in of if bound.operator == ">="] for name, of in declared.items()}
+    assert lowest == {name: [tested[name]] for name in declared}
+    assert "numba" not in tested
 
 
 def test_links_work_in_the_checkout_and_where_the_package_is_published(built) -> None:
