@@ -35,10 +35,10 @@ class FrozenA(Projection):
         c = uniform(seed, "frozen_a", layout.D)  # from the seed alone: no generator of PyTorch or NumPy
         for block in layout.blocks:
             c[block.rows] *= 0.0 if block.factor == "B" else block.shape[1] ** -0.5
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("index", torch.arange(len(rows)) % d, persistent=False)
-        self.register_buffer("scale", torch.bincount(self.index).double().rsqrt(), persistent=False)
-        self.register_buffer("c", c, persistent=False)
+        self.rows = rows
+        self.index = torch.arange(len(rows)) % d
+        self.scale = torch.bincount(self.index).double().rsqrt()
+        self.c = c
 
     @property
     def offset(self) -> Tensor:  # this property is all that makes a projection affine

@@ -22,9 +22,9 @@ class ModuleGain(Projection):
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__(layout, d, seed)
-        self.register_buffer("index", torch.arange(self.D) % d, persistent=False)
-        self.register_buffer("scale", torch.bincount(self.index).double().rsqrt(), persistent=False)
-        self.register_buffer("module", layout.module_index(), persistent=False)
+        self.index = torch.arange(self.D) % d
+        self.scale = torch.bincount(self.index).double().rsqrt()
+        self.module = layout.module_index()
         self.gain = nn.Parameter(torch.ones(len(layout.modules)))  # trained, saved and counted with theta_d
 
     def _gain(self, dtype: torch.dtype) -> Tensor:

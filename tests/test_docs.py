@@ -1,7 +1,8 @@
 """The README, the page on projections and the examples are run as printed; their tables are complete."""
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,21 @@ EXAMPLES = {"cyclic": "linear", "frozen_a": "affine", "module_gain": "learned"}
 SHAPES = {"h.0.q": (8, 6), "h.0.v": (4, 6), "h.1.q": (8, 6)}
 
 
+def _forgetting_examples(monkeypatch) -> None:
+    """What a test imports and registers is forgotten after it."""
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in EXAMPLES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 @pytest.fixture
 def _registered(monkeypatch) -> None:
     """The examples' projections have names for one test."""
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    _forgetting_examples(monkeypatch)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     for name in EXAMPLES:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        importlib.import_module(name)
 
 
 example = pytest.mark.usefixtures("_registered")
@@ -42,13 +51,13 @@ def _run(page: str) -> None:
 
 def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    _forgetting_examples(monkeypatch)
     _run(README)
 
 
 def test_python_blocks_of_the_page_on_projections_run(monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    _forgetting_examples(monkeypatch)
     _run(PROJECTIONS)
     assert "claim:affine" in capsys.readouterr().out
 
