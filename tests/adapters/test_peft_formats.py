@@ -212,7 +212,7 @@ def test_bad_imports_are_refused(tmp_path: Path) -> None:
     wider.model.layers.append(copy.deepcopy(wider.model.layers[0]))
     with pytest.raises(AdapterError, match="every tensor must belong to a module of the base model"):
         import_adapter(tmp_path / "theirs", out, base=wider)
-    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / "theirs" / WEIGHTS).items()}
     key = next(key for key in tensors if "tinylora_A" in key)
     for change, match in (
         ({key: tensors[key][:, 1:].contiguous()}, "must fit the base model"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from uniproj import LoRALayout, ProjectionError
 from uniproj.kernels import backend, tiles
 from uniproj.kernels.deal import Deal, Group
+from uniproj.kernels.dispatch import HAS_NUMBA
 from uniproj.kernels.memory import fresh
 from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_column, sum_by_index, take
 from uniproj.kernels.permutation import permute
@@ -18,6 +19,7 @@ from uniproj.projections.partition import Partition
 needs_triton = pytest.mark.skipif(
     backend() != "triton-interpreter" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
 )
+needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="Numba is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GROUPS = {
@@ -82,6 +84,7 @@ def test_take_and_its_adjoint_are_the_matrix(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums, y.to(dtype).double() @ matrix(index, d))
 
 
+@needs_numba
 @given(D=st.integers(1, 100_000), d=st.integers(1, 400_000), seed=st.integers(0, 2**40), data=st.data())
 def test_tiles_hold_their_index(D: int, d: int, seed: int, data: st.DataObject) -> None:
     index = torch.randint(0, d, (D,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
@@ -95,6 +98,7 @@ def test_tiles_hold_their_index(D: int, d: int, seed: int, data: st.DataObject) 
     assert int(index[(chunk << 15) + (word & 0x7FFF)]) == (bucket << 17) + (word >> 15)
 
 
+@needs_numba
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "d"), [(1002, 68), (40_000, 300_000), (300_000, 20_000)])
 def test_tiles_give_what_the_index_gives(D: int, d: int, dtype: torch.dtype) -> None:
@@ -128,6 +132,7 @@ def test_an_index_that_leaves_its_columns_is_refused(index: list[int]) -> None:
         Given(LoRALayout.flat(4), 2, 0, torch.tensor(index))
 
 
+@needs_numba
 def test_tiles_sum_in_the_order_of_the_rows() -> None:
     """Two columns, float32: the same additions one after another give the same bits."""
     index, y = torch.arange(900, dtype=torch.int32) % 2, torch.randn(1, 900)
@@ -138,6 +143,7 @@ def test_tiles_sum_in_the_order_of_the_rows() -> None:
     assert found[0].tolist() == [float(total) for total in expected]
 
 
+@needs_numba
 @pytest.mark.parametrize("way", ["index", "tiles"])
 def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(way: str) -> None:
     D, d, threads = 3_000_000, 1000, torch.get_num_threads()

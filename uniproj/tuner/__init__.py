@@ -1,12 +1,13 @@
 """The PEFT method `UNIPROJ`: any projection trains any model that PEFT's LoRA can adapt.
 
 Importing this package enters the method into PEFT's own dictionaries, so `get_peft_model`,
-`PeftModel.from_pretrained` and the Transformers `Trainer` know it; `uniproj.tuner.files` takes over its files.
+`PeftModel.from_pretrained` and the Transformers `Trainer` know it; `uniproj.tuner.files` takes over its files, and
+`uniproj.tuner.card` adds to the model card how to load them. Where PEFT is used, `import uniproj` imports this package.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from uniproj.tuner import files
+from uniproj.tuner import card, files
 from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
 from uniproj.tuner.convert import from_peft, to_peft
 from uniproj.tuner.distributed import shard_base
@@ -16,5 +17,6 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UniProjConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UniProjModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UniProjModel.prefix
 files.install()
+card.install()
 
 __all__ = ["UniProjConfig", "UniProjModel", "from_peft", "shard_base", "to_peft"]

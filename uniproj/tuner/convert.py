@@ -266,17 +266,25 @@ def _build_tinylora(adapter: _Adapter) -> TinyLoRA:
     config = adapter.config
     weights = BaseWeights({name: layer.get_base_layer() for name, layer in adapter.layers.items()})
     P = TinyLoRA(adapter.layout, weights, config.projection_seed, adapter.shared("u"), config.weight_tying)
-    P.group = [int(adapter.tensor(module, "_tinylora_v_key")) for module in adapter.layout.modules]
+    P.group = [int(_tinylora_key(adapter, module)) for module in adapter.layout.modules]
     for i in range(len(P.ranks)):
         setattr(P, f"P_{i}", P.get_buffer(f"P_{i}").double())
     return P
+
+
+def _tinylora_key(adapter: _Adapter, module: str) -> str:
+    """The name of a module's numbers among those that modules share."""
+    if hasattr(adapter.layers[module], "_tinylora_v_key"):
+        return str(adapter.tensor(module, "_tinylora_v_key"))
+    used = adapter.tensor(module, "_tinylora_v_ref")  # PEFT 0.21.0 keeps the Parameter in the place of its name
+    return next(key for key, v in adapter.tensor(module, "tinylora_v").items() if v is used)
 
 
 def _tinylora_pairs(adapter: _Adapter, P: TinyLoRA, theta_d: Tensor) -> Iterator[_Pair]:
     keys: dict[int, str] = {}
     B, A = P.frozen("B"), P.frozen("A")
     for i, (module, group) in enumerate(zip(P.layout.modules, P.group, strict=True)):
-        key = adapter.tensor(module, "_tinylora_v_key")
+        key = _tinylora_key(adapter, module)
         if keys.setdefault(group, key) != key or list(keys.values()).count(key) > 1:
             raise AdapterError(
                 f"to_peft: {module} must share its numbers with the modules of group {group}, as in the projection, "

@@ -1,0 +1,99 @@
+"""A saved adapter in a process that has not seen it: `import uniproj` is enough, and its model card shows it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tests.tuner.models import base_model, batch, config, train_steps
+
+ROOT = Path(__file__).parents[2]
+EQUAL = """
+import torch
+x, expected = torch.load("inputs.pt"), torch.load("logits.pt")
+assert torch.equal(model.eval()(**x).logits, expected)
+print("equal")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A folder with a base model, an adapter of it, inputs and the logits of both together."""
+    folder = tmp_path_factory.mktemp("saved")
+    base_model("llama").save_pretrained(folder / "base")
+    base = base_model("llama")
+    base.config._name_or_path = base.name_or_path = str(folder / "base")
+    model = get_peft_model(base, config("llama"))
+    train_steps(model, "llama", 2)
+    model.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        torch.save(model.eval()(**batch("llama")).logits, folder / "logits.pt")
+    torch.save(batch("llama"), folder / "inputs.pt")
+    return folder
+
+
+def _run(code: str, folder: Path) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+ORDERS = {
+    "uniproj first, which imports neither PEFT nor Transformers": """
+import importlib.util, sys, uniproj
+assert not {"peft", "transformers"} & set(sys.modules)
+importlib.util.find_spec("peft")  # as Transformers asks whether it is installed
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("adapter")
+""",
+    "PEFT first": """
+import importlib
+peft = importlib.import_module("peft.peft_model")
+import uniproj
+from transformers import AutoModelForCausalLM
+model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_import_uniproj_is_enough(order: str, saved: Path) -> None:
+    assert "equal" in _run(ORDERS[order] + EQUAL, saved)
+
+
+def test_the_model_card_shows_code_that_loads_the_adapter(saved: Path) -> None:
+    card = (saved / "adapter" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    base = 'from transformers import AutoModelForCausalLM\nbase_model = AutoModelForCausalLM.from_pretrained("base")\n'
+    code = re.sub(r'"the folder of this file.*?"', '"adapter"', code)
+    assert "equal" in _run(base + code + EQUAL, saved)
+    assert "\n- uniproj\n" in card  # a tag
+
+
+def test_a_card_of_ones_own_keeps_its_text_and_gets_the_code_once(tmp_path: Path) -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    (tmp_path / "README.md").write_text("# My adapter\n\nWritten by hand.\n")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "Written by hand." in card and card.count("import uniproj") == 1
+
+
+def test_the_card_of_a_lora_stays_as_peft_writes_it(tmp_path: Path) -> None:
+    model: PeftModel = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert "uniproj" not in (tmp_path / "README.md").read_text()

@@ -1,0 +1,44 @@
+"""The model card beside a saved adapter: PEFT's own, with the lines that load an adapter of this method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from uniproj.adapters import file
+
+_theirs = PeftModel.create_or_update_model_card
+
+TAG = "uniproj"
+PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"  # in the Hub's template
+LOADING = """\
+PEFT knows the method of this adapter, UNIPROJ, once uniproj is imported (`pip install uniproj`):
+
+```python
+import uniproj
+from peft import PeftModel
+
+# base_model: the model that the adapter was trained on, as it was loaded then
+model = PeftModel.from_pretrained(base_model, "the folder of this file, or its name on the Hub")
+```"""
+
+
+def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
+    _theirs(model, output_dir)
+    if all(config.peft_type != file.KIND for config in model.peft_config.values()):
+        return
+    path = Path(output_dir, "README.md")
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), TAG})
+    if PLACE in card.text:
+        card.text = card.text.replace(PLACE, LOADING)
+    elif "import uniproj" not in card.text:
+        card.text += f"\n\n## How to Get Started with the Model\n\n{LOADING}\n"
+    card.save(path)
+
+
+def install() -> None:
+    """Stand in PEFT's function."""
+    PeftModel.create_or_update_model_card = _create_or_update_model_card
