@@ -17,7 +17,7 @@ from tests.tuner.models import base_model, batch, config, train_steps
 ROOT = Path(__file__).parents[2]
 EQUAL = """
 import torch
-torch.set_num_threads(1)  # as the tests that saved the logits
+torch.set_num_threads(1)  # as where the logits were made
 x, expected = torch.load("inputs.pt"), torch.load("logits.pt")
 assert torch.equal(model.eval()(**x).logits, expected)
 print("equal")
