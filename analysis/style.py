@@ -84,20 +84,25 @@ def _position(name: str) -> int | None:
     return _positions(tuple(uniproj.names())).get(name)
 
 
+def look(position: int) -> tuple[str, str, Any]:
+    """Colour, marker and dash of the projection at this place; the first two together are its own."""
+    return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)], DASHES[position // 7 % len(DASHES)]
+
+
 def colour(name: str) -> str:
     """Hex colour of a projection by its place in `order`; grey for a name that is not in it."""
     position = _position(name)
-    return UNKNOWN if position is None else PALETTE[position % len(PALETTE)]
+    return UNKNOWN if position is None else look(position)[0]
 
 
 def marker(name: str) -> str:
-    """Marker of a projection, which together with its colour is its own."""
-    return MARKERS[(_position(name) or 0) % len(MARKERS)]
+    """Marker of a projection."""
+    return look(_position(name) or 0)[1]
 
 
 def dash(name: str) -> Any:
     """Line style of a projection."""
-    return DASHES[(_position(name) or 0) // 7 % len(DASHES)]
+    return look(_position(name) or 0)[2]
 
 
 def line(name: str) -> dict[str, Any]:

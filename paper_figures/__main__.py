@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import uniproj
 from analysis import intrinsic_dimension, landscape, spectrum, style
+from analysis.reconstruction.figure import ENERGIES
 from analysis.report import cards
 from experiments.errors import ExperimentError
 from experiments.results import write_text
@@ -93,9 +94,7 @@ class Book:
         return [tables.measured(verdicts, columns)]
 
     def energy(self) -> Sequence[Product]:
-        found = self.results.table(
-            "reconstruction/reconstruction-energy.csv", "projection", "random", *energy.ENERGIES, "D"
-        )
+        found = self.results.table("reconstruction/reconstruction-energy.csv", "projection", "random", *ENERGIES, "D")
         return [energy.draw(found)]
 
     def ablations(self) -> Sequence[Product]:

@@ -229,10 +229,10 @@ def fastfood(sweep: Sweep | None, model: pd.DataFrame | None, methods: Sequence[
     unknown = [NOT_AVAILABLE] * (max(1, len(tasks)) + 2 * max(1, len(bases)))
     rows = [["published", method(name), *unknown] for name in methods]
     for name in methods:
-        scores = [NOT_RUN] if sweep is None else []
-        for task in tasks:
-            cells = sweep.cells[(sweep.cells["task"] == task) & (sweep.cells["projection"] == name)]
-            scores.append(score(one_cell(cells, f"{name} on {task}")).text)
+        scores = [NOT_RUN]
+        if sweep is not None:
+            own = sweep.cells[sweep.cells["projection"] == name]
+            scores = [score(one_cell(own[own["task"] == task], f"{name} on {task}")).text for task in tasks]
         costs = [NOT_RUN, NOT_RUN] if model is None else []
         for _, part in bases:
             found = [[_ratio(row, "step_ratio"), _scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]

@@ -56,8 +56,8 @@ def draw_energy(axes: Axes, rows: pd.DataFrame, key: str, labelled: bool) -> Non
 def _draw_score(axes: Axes, rows: pd.DataFrame, labelled: bool) -> None:
     places = lines(axes, rows, labelled)
     for row in rows.dropna(subset=["score"]).to_dict("records"):
-        look = {"color": style.colour(row["projection"]), "marker": style.marker(row["projection"])}
-        axes.plot(row["score"], places[row["projection"]], linestyle="none", **look)
+        look = style.line(row["projection"]) | {"linestyle": "none"}
+        axes.plot(row["score"], places[row["projection"]], **look)
     for column, text in (("score_lora", "LoRA"), ("score_none", "no update")):
         axes.axvline(rows[column].iloc[0], color=FACTS, linestyle="--", linewidth=0.8)
         axes.annotate(text, (rows[column].iloc[0], 0.02), xycoords=("data", "axes fraction"), fontsize=6, rotation=90)
