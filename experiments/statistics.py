@@ -207,7 +207,7 @@ def paired(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
     found = [
         {**about, **_difference(both), **_over_rows(both, redrawn)} for about, both in _pairs(runs, reference)
     ]  # fmt: skip
-    return pd.DataFrame(found, columns=[*_point(runs), *PAIRED] if found else None)
+    return pd.DataFrame(found, columns=[*_point(runs), *PAIRED])
 
 
 def _pairs(runs: pd.DataFrame, reference: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
