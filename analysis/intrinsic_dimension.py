@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import command, names, style
+from analysis import command, style
 from analysis.records import RECORDS, read_sweep
-from experiments import results
+from experiments import names, results
 from experiments.errors import ExperimentError
 from experiments.settings import SEEDS
 from experiments.statistics import OF_A_METHOD, SETTINGS, mean, unit

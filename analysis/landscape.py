@@ -14,10 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis import command, names, style, subject
+from analysis import command, style, subject
 from analysis.spaces import Entry, defaults, entries, vectors
 from analysis.subject import Batch, Head, Subject
 from analysis.training import Trained, train
+from experiments import names
 from uniproj import Projection
 from uniproj.claims import acts_as_isometry
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from analysis import command, style
 from analysis.columns import Loads, loads
-from analysis.names import method
 from analysis.spaces import entries, layout, variants
+from experiments.names import method
 from uniproj import LoRALayout
 
 # Columns of the heat map: coordinates of theta_d in groups of equal size.

@@ -14,10 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis import command, names, style
+from analysis import command, style
 from analysis.columns import csr, gram, loads
 from analysis.isometry.measure import MOST_EXACT
 from analysis.spaces import entries, layout, variants, vectors
+from experiments import names
 from experiments.errors import ExperimentError
 from uniproj import LoRALayout, Projection
 

@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import uniproj
-from analysis.names import method, table
+from experiments.names import method, table
 from experiments.results import write_bytes
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's

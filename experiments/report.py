@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments import statistics
+from experiments import names, statistics
 from experiments.results import disk_errors, write_json, write_text
 from uniproj.budget import TOLERANCE
 
@@ -111,12 +111,12 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
         "majority class", (100 * first["majority"], 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
         textcoords="offset points", fontsize=8, color="#555555",
     )  # fmt: skip
-    labels = [f"{row.projection}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
+    labels = [f"{names.method(row.projection)}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
     axes.set_yticks(ranked.index, labels)
     seeds = int(ranked["n"].max()) if len(ranked) else 0
     bar = "95 % interval" if seeds > 1 else "one has no interval"
     axes.set_xlabel(
-        f"test {statistics.unit(first['metric'])} on {first['task']}, {first['model']}\n"
+        f"{names.task(first['task'])}, {names.model(first['model'])}: test {statistics.unit(first['metric'])}\n"
         f"(mean over n = {seeds} seed(s), {bar}; {first['rows']:,} rows)"
     )
     axes.grid(axis="x", alpha=0.3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.names import method
+from experiments.names import method
 from paper_figures.comparison import Comparison, Mean, Ours, Place
 
 METHODS = {name: method(name) for name in ("lora", "unilora", "fastfood", "vera", "tied_lora", "vblora", "lora_xs")}

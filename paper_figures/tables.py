@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import names
-from analysis.names import method, variant
+from experiments import names
+from experiments.names import method, variant
 from experiments.statistics import unit
 from paper_figures.comparison import OURS, score
 from paper_figures.published import claims

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.names import table as names
 from analysis.report.collect import REFERENCE
 from experiments import statistics
+from experiments.names import table as names
 from paper_figures.comparison import score
 from paper_figures.sources import Results
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.names import method, variant
+from experiments.names import method, variant
 
 KINDS = (("random", "o"), ("adapters", "s"), ("gradients", "^"))
 ROW = 0.14

@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from analysis import names
 from analysis.overhead.gathers import CLONE
 from analysis.overhead.summary import Row
+from experiments import names
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell them apart in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.names import method
+from experiments.names import method
 
 ENERGIES = {"factor": "factors", "delta_W": "delta W", "fisher": "Fisher-weighted"}
 FACTS = "#555555"

@@ -12,10 +12,10 @@ from matplotlib.colors import to_hex, to_rgb
 
 import uniproj
 from analysis import style
-from analysis.names import method, model, task
 from analysis.records import Records
 from analysis.report.cards import SPACE, card
 from experiments import statistics
+from experiments.names import method, model, task
 from experiments.results import short_names
 
 REFERENCE = "lora"

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from analysis import style
-from analysis.names import method
-from analysis.names import model as model_name
+from experiments.names import method
+from experiments.names import model as model_name
 from paper_figures.charts.parts import LINE, lines_of, missing, panels, point, say
 from paper_figures.sources import NOT_RUN
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.names import method, task
+from experiments.names import method, task
 from paper_figures.charts.parts import MISSING, legend, missing, panels
 from paper_figures.sources import NOT_RUN, Sweep
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import names
-from analysis.names import method
+from experiments import names
+from experiments.names import method
 from paper_figures.charts.parts import LINE, lines_of, missing, panels, point
 from paper_figures.sources import NOT_RUN, Sweep
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import names
+from experiments import names
 from paper_figures.charts.parts import legend, panels, point, say
 from paper_figures.comparison import score
 from paper_figures.sources import NOT_RUN, Sweep, one_cell

@@ -7,7 +7,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from analysis.names import method
+from experiments.names import method
 from paper_figures.charts.parts import panels
 
 ACROSS = 6

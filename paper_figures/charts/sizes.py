@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis import style
-from analysis.names import method, model, task
+from experiments.names import method, model, task
 from experiments.statistics import COMPLETE, unit
 from paper_figures.charts.parts import MISSING, PUBLISHED, legend, missing, panels, point, say
 from paper_figures.sources import NOT_RUN, Sweep, complete, one_task

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 import uniproj
-from analysis import names, style
+from analysis import style
+from experiments import names
 from experiments.errors import ExperimentError
 
 

@@ -29,10 +29,14 @@ def variant(text: str) -> str:
 
 
 def task(name: str) -> str:
-    """A task by its name; one's own is called as its folder."""
-    return table("tasks").get(name, name)
+    """A task; one's own is called as its folder."""
+    return table("tasks").get(name, _folder(name))
 
 
 def model(name: str) -> str:
-    """A base model by its name."""
-    return table("models").get(name, name)
+    """A base model; one's own is called as its folder."""
+    return table("models").get(name, _folder(name))
+
+
+def _folder(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
