@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 
 from analysis import command, style
 from analysis.records import RECORDS, read_sweep
-from analysis.scores import OF_A_METHOD, SETTINGS
-from experiments import results
+from experiments import names, results
 from experiments.errors import ExperimentError
 from experiments.settings import SEEDS
+from experiments.statistics import OF_A_METHOD, SETTINGS, mean, unit
 
 FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
@@ -79,10 +79,15 @@ def _check_shared(rows: pd.DataFrame, by: list[str], keys: list[str]) -> None:
 
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean and sd of the score over seeds, by task, model, projection and count of trained numbers; n runs each."""
+    """Score over seeds (`statistics.mean`) by task, model, projection and count of trained numbers."""
     by = [*GROUP, "projection", "trained"]
-    table = rows.groupby(by)["score"].agg(score="mean", sd="std", n="size").reset_index()
-    return table.merge(rows.groupby(by)["D"].max().reset_index(), on=by)
+    return pd.DataFrame(
+        [
+            {**dict(zip(by, where, strict=True)), **mean(own["score"], own["metric"].iloc[0]), "D": own["D"].max(),
+             "metric": own["metric"].iloc[0]}
+            for where, own in rows.groupby(by)
+        ]
+    )  # fmt: skip
 
 
 def reference(rows: pd.DataFrame) -> pd.DataFrame:
@@ -167,19 +172,19 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     for where, place in zip(wheres, axes[:, 0], strict=True):
         mine = points[(points[GROUP] == list(where)).all(axis=1)]
         facts = found[(found[GROUP] == list(where)).all(axis=1)]
-        for name, curve in mine.groupby("projection"):
-            place.errorbar(
-                curve["trained"], curve["score"], yerr=curve["sd"].fillna(0.0), color=style.colour(name),
-                marker=style.marker(name), capsize=2, label=name,
-            )  # fmt: skip
-        place.axhline(facts["threshold"].iloc[0], color="#555555", linestyle="--", linewidth=0.8, label="90 % of gain")
-        place.axhline(facts["baseline"].iloc[0], color="#555555", linestyle=":", linewidth=0.8, label="majority")
+        for name in style.order(mine["projection"].unique()):
+            curve = mine[mine["projection"] == name]
+            middle, low, high = (100 * curve[key] for key in ("score", "score_low", "score_high"))
+            ends = [(middle - low).fillna(0.0), (high - middle).fillna(0.0)]
+            place.errorbar(curve["trained"], middle, yerr=ends, capsize=2, elinewidth=0.8, **style.line(name))
+        for key, dash, label in (("threshold", "--", "90 % of gain"), ("baseline", ":", "majority")):
+            place.axhline(100 * facts[key].iloc[0], color="#555555", linestyle=dash, linewidth=0.8, label=label)
         place.set_xscale("log")
         place.set_xlabel("trained numbers without the head")
-        place.set_ylabel("test score (fraction), mean and sd")
+        place.set_ylabel(f"test {unit(mine['metric'].iloc[0])}\n(mean, 95 % t interval)")
         counts = [str(n) for n in sorted({int(mine["n"].min()), int(mine["n"].max())})]
-        place.set_title(f"{where[0]}, {where[1]}; n = {' to '.join(counts)} runs", loc="left")
-        place.legend(ncols=2)
+        place.set_title(f"{names.task(where[0])}, {names.model(where[1])}; n = {' to '.join(counts)} runs", loc="left")
+        place.legend(ncols=2, loc="lower right")
     return figure
 
 

@@ -18,6 +18,7 @@ from analysis import command, style, subject
 from analysis.spaces import Entry, defaults, entries, vectors
 from analysis.subject import Batch, Head, Subject
 from analysis.training import Trained, train
+from experiments import names
 from uniproj import Projection
 from uniproj.claims import acts_as_isometry
 
@@ -101,7 +102,7 @@ def _norms(
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """||P^T g|| / ||g|| of every projection beside sqrt(d / D), and the loss along the first direction."""
     norms = tables["gradients"].dropna(subset=["mean"]) if "mean" in tables["gradients"] else pd.DataFrame()
-    figure, (above, below) = plt.subplots(2, 1, figsize=(style.COLUMN, 6.6), height_ratios=[3, 2])
+    figure, (above, below) = plt.subplots(2, 1, figsize=(style.COLUMN, 7.4), height_ratios=[3, 2])
     if not len(norms):
         return figure
     place = np.arange(len(norms))
@@ -117,17 +118,18 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     above.scatter([], [], s=14, color="#555555", label=f"measured, n = {int(norms['n'].min())} batches")
     above.scatter(norms["random"], place, marker="|", color="#555555", s=40, label="sqrt(d / D)")
     above.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
-    labels = [f"{row.projection}{'' if row.isometric else ' (not isometric)'}" for row in norms.itertuples()]
+    labels = [f"{names.method(r.projection)}{'' if r.isometric else ' *'}" for r in norms.itertuples()]
     above.set_yticks(place, labels, fontsize=5.5)
     above.invert_yaxis()
     above.set_xscale("log")
-    above.set_xlabel("||P'g|| / ||g||: mean, least and largest")
+    above.set_xlabel("||P'g|| / ||g||: mean, least and largest\n(* P is not isometric)")
     figure.legend(*above.get_legend_handles_labels(), ncols=2, loc="outside upper center")
-    losses = tables["losses"]
-    for name, mine in losses[losses["direction"] == 0].groupby("projection", sort=False):
-        below.plot(
-            mine["t"], mine["loss"], color=style.colour(name), marker=style.marker(name), markersize=3, linewidth=0.8
-        )
+    losses = tables["losses"][tables["losses"]["direction"] == 0]
+    # in the order of the lines where they end
+    for name in losses[losses["t"] == losses["t"].max()].sort_values("loss", ascending=False)["projection"]:
+        mine = losses[losses["projection"] == name]
+        below.plot(mine["t"], mine["loss"], markersize=3, linewidth=0.8, **style.line(name))
+    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=5, handlelength=4)
     below.set_xlabel("step along one direction\n(lengths of theta_D)")
     below.set_ylabel(f"loss (nats per row),\nn = {LOSS_BATCHES} batches")
     above.set_title(f"D = {style.span(norms['D'])}, d = {style.span(norms['d'])}", loc="left")
@@ -145,8 +147,8 @@ def parse() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace) -> command.Tables:
     """The tables of one model and task."""
-    names = command.chosen(args)
-    norms, losses = landscape(Subject(subject.from_options(args)), defaults(names), args.d, args.steps, args.lr)
+    chosen = command.chosen(args)
+    norms, losses = landscape(Subject(subject.from_options(args)), defaults(chosen), args.d, args.steps, args.lr)
     return {"gradients": norms, "losses": losses}
 
 

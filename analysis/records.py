@@ -17,10 +17,10 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.results import CONFIG, LOCK, METRICS, RESULT, digest, is_locked, metrics, read_json, row
 from experiments.settings import LOGGING_STEPS, SEEDS
+from experiments.statistics import SINGLE
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
-SINGLE = "single runs"
 # columns that every table and picture needs
 NEEDED = ("task", "model", "projection", "score", "metric", "trained", "failed", "did_not_train", "folder", *SEEDS)
 ORIGIN = ("runs", "failed", "hardware", "versions", "commits", "first", "last", "adapters")

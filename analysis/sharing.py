@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from analysis import command, style
 from analysis.columns import Loads, loads
 from analysis.spaces import entries, layout, variants
+from experiments.names import method
 from uniproj import LoRALayout
 
 # Columns of the heat map: coordinates of theta_d in groups of equal size.
@@ -119,7 +120,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         image = place.imshow(table.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
         place.grid(False)
         facts = rows.loc[mine["variant"].iloc[0]]
-        place.set_title(f"{name}\nd = {int(facts['d']):,}, max/mean load {facts['n_max_per_mean']:.2f}", fontsize=5.5)
+        place.set_title(
+            f"{method(name)}\nd = {int(facts['d']):,}, max/mean load {facts['n_max_per_mean']:.2f}", fontsize=5.5
+        )
         place.set_xticks([0, len(table.columns) - 1], ["0", "d"])
         place.set_yticks([0, len(table) - 1], ["first", "last"])
     if names:

@@ -18,6 +18,7 @@ from analysis import command, style
 from analysis.columns import csr, gram, loads
 from analysis.isometry.measure import MOST_EXACT
 from analysis.spaces import entries, layout, variants, vectors
+from experiments import names
 from experiments.errors import ExperimentError
 from uniproj import LoRALayout, Projection
 
@@ -137,16 +138,15 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         shown = mine["sigma"].clip(lower=1e-3)
         # markers of equal lines stand beside each other, in parts of the diagonal
         beside = (APART * order / len(firsts), APART)
-        above.plot(
-            mine["place"], shown, color=style.colour(name), marker=style.marker(name), markevery=beside, label=name
-        )
+        above.plot(mine["place"], shown, markevery=beside, **style.line(name))
     above.set_yscale("log")
     above.set_xlabel("place in the order, largest first (fraction of d)")
     above.set_ylabel("singular value of P (no unit, n = 1 seed)")
     figure.legend(*above.get_legend_handles_labels(), ncols=3, fontsize=5, loc="outside upper center")
     above.set_title(f"D = {style.span(rows['D'].dropna())}, d = {style.span(rows['d'].dropna())}", loc="left")
     known = rows[rows["variant"].isin(firsts)].dropna(subset=["delta_W_stable_rank"])
-    below.bar(known["projection"], known["delta_W_stable_rank"], color=[style.colour(n) for n in known["projection"]])
+    labels, colours = (list(known["projection"].map(of)) for of in (names.method, style.colour))
+    below.bar(labels, known["delta_W_stable_rank"], color=colours)
     below.tick_params(axis="x", rotation=90)
     below.set_ylabel("stable rank of delta W\n(mean over modules and 4 draws)")
     return figure

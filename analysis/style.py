@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -17,12 +18,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import uniproj
+from experiments.names import method, table
 from experiments.results import write_bytes
 
-# Okabe and Ito's palette without yellow, which is faint on paper: told apart by colour-blind readers.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# As many as share no divisor with the colours, so that no two of 70 projections look alike, in grey print neither.
+# Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's
+# muted ones and others that are none of these.
+PALETTE = (
+    *("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#882255", "#332288", "#CC6677", "#661100", "#999933", "#AA4499", "#7D8597", "#117733", "#8B5CF6", "#A6761D"),
+    *("#1B9E9E", "#C2185B", "#4D7C0F", "#6699CC"),
+)
+# As many as share no divisor with the colours: no two of 210 projections look alike, in grey print neither.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+# of lines: another one for each seven colours
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
 UNKNOWN = "#888888"
 # Inches: one column of a two-column page, and the whole page.
 COLUMN, PAGE = 3.35, 6.9
@@ -54,29 +63,51 @@ _RC = {
 }
 
 
-def order(names: list[str]) -> list[str]:
-    """The library's own projections first: another package's never changes the colour of one of these."""
-    return sorted(names, key=lambda name: (not uniproj.get(name).__module__.startswith(BUILT_IN), name))
+def order(names: Iterable[str]) -> list[str]:
+    """As names.yaml lists them, then the library's other projections, then those of other packages."""
+    known = list(table("methods"))
+
+    def place(name: str) -> tuple[int, bool, str]:
+        listed = known.index(name) if name in known else len(known)
+        own = name in uniproj.names() and uniproj.get(name).__module__.startswith(BUILT_IN)
+        return listed, not own, name
+
+    return sorted(names, key=place)
 
 
 @cache
 def _positions(names: tuple[str, ...]) -> dict[str, int]:
-    return {name: position for position, name in enumerate(order(list(names)))}
+    return {name: position for position, name in enumerate(order(names))}
 
 
 def _position(name: str) -> int | None:
     return _positions(tuple(uniproj.names())).get(name)
 
 
+def look(position: int) -> tuple[str, str, Any]:
+    """Colour, marker and dash of the projection at this place; the first two together are its own."""
+    return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)], DASHES[position // 7 % len(DASHES)]
+
+
 def colour(name: str) -> str:
-    """Hex colour of a projection by its place in the registry; grey for a name that is not in it."""
+    """Hex colour of a projection by its place in `order`; grey for a name that is not in it."""
     position = _position(name)
-    return UNKNOWN if position is None else PALETTE[position % len(PALETTE)]
+    return UNKNOWN if position is None else look(position)[0]
 
 
 def marker(name: str) -> str:
-    """Marker of a projection, which together with its colour is its own."""
-    return MARKERS[(_position(name) or 0) % len(MARKERS)]
+    """Marker of a projection."""
+    return look(_position(name) or 0)[1]
+
+
+def dash(name: str) -> Any:
+    """Line style of a projection."""
+    return look(_position(name) or 0)[2]
+
+
+def line(name: str) -> dict[str, Any]:
+    """Colour, marker and dash of a projection's line, and its name in the legend: arguments of `Axes.plot`."""
+    return {"color": colour(name), "marker": marker(name), "linestyle": dash(name), "label": method(name)}
 
 
 def span(sizes: pd.Series) -> str:

@@ -7,8 +7,8 @@ stay where they are; their checksums come along.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 
+from experiments import statistics, sweep_report
 from experiments.errors import ExperimentError
 from experiments.protocol import LOCK
-from experiments.results import RUNS, disk_errors, metrics, read_json, write_json, write_text
+from experiments.results import RUNS, metrics, read_json, short_names, write_json, write_text
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
     "records.csv",
@@ -55,15 +56,31 @@ def export(name: str, runs: Path, out: Path) -> Path:
         )
     records = pd.read_csv(tables / RECORDS)
     results = {folder: _result(runs, folder) for folder in records.loc[records["failed"].isna(), "folder"]}
+    # the tables are made anew: those beside the records may be another version's
+    at_hand = records.assign(folder=[str(runs / short(folder)) for folder in records["folder"]])
+    texts = {
+        RECORDS: compact(records).to_csv(index=False),
+        SUMMARY: statistics.summary(records).to_csv(index=False),
+        PAIRED: statistics.paired(at_hand, sweep_report.reference(records)).to_csv(index=False),
+        CURVES: curves(runs, results).to_csv(index=False),
+    }
+    if (tables / LOCK).exists():
+        texts[LOCK] = (tables / LOCK).read_text()
     folder = out / name
-    write_text(folder / RECORDS, compact(records).to_csv(index=False))
-    write_text(folder / CURVES, curves(runs, results).to_csv(index=False))
+    for file, text in texts.items():
+        write_text(folder / file, without_paths(text, records))
     write_json(folder / PROVENANCE, provenance(records, results))
-    for table in (SUMMARY, PAIRED, LOCK):
-        if (tables / table).exists():
-            with disk_errors(folder / table):
-                shutil.copyfile(tables / table, folder / table)
     return folder
+
+
+def without_paths(text: str, records: pd.DataFrame) -> str:
+    """The text without the paths of the machine that tasks, data, models and plugins of these records lie in."""
+    named = {value for key in ("task", "data", "model") if key in records for value in records[key].dropna()}
+    named |= {path for listed in records.get("plugins", ()) for path in ast.literal_eval(listed)}
+    names = short_names(sorted(named))
+    for path in sorted(names, key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text
 
 
 def short(folder: str) -> str:
@@ -72,11 +89,10 @@ def short(folder: str) -> str:
 
 
 def compact(records: pd.DataFrame) -> pd.DataFrame:
-    """Records without what provenance.json says once, and without paths of the machine they come from."""
+    """Records without what provenance.json says once."""
     cost = pd.DataFrame([{} if pd.isna(c) else json.loads(c) for c in records.get("cost", [])], index=records.index)
     kept = records.drop(columns=[key for key in ("provenance", "cost") if key in records])
-    data = records["data"].map(lambda data: Path(data).name if Path(data).is_absolute() else data)
-    return kept.assign(folder=records["folder"].map(short), data=data).join(cost.add_prefix("cost_"))
+    return kept.assign(folder=records["folder"].map(short)).join(cost.add_prefix("cost_"))
 
 
 def curves(runs: Path, folders: Iterable[str]) -> pd.DataFrame:

@@ -13,44 +13,23 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from experiments import names, statistics
 from experiments.results import disk_errors, write_json, write_text
 from uniproj.budget import TOLERANCE
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
+COLUMNS = (
+    *("projection", "score", "score_sd", "score_low", "score_high", "validation", "n", "runs", "lr", "r", "trained"),
+    *("budget_error", "isometry_error", "step_ratio", "step_ratio_low", "step_ratio_high", "adapter_bytes", "head"),
+    *("did_not_train", "stuck", "ranked"),
+)
 REFERENCE_COLOUR, METHOD_COLOUR, MAJORITY_COLOUR = "#E69F00", "#0072B2", "#999999"
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per projection, best first; a projection of which a run did not train is unranked and comes last.
-
-    score and validation are means over seeds (fractions), score_sd their standard deviation (NaN for one seed).
-    """
-    rows = []
-    for projection, group in runs.groupby("projection", sort=False):
-        stuck = group["did_not_train"].dropna()
-        first = group.iloc[0]
-        rows.append(
-            {
-                "projection": projection,
-                "score": group["score"].astype(float).mean(),
-                "score_sd": group["score"].astype(float).std(),
-                "validation": group["validation"].astype(float).mean(),
-                "seeds": len(group),
-                "lr": first["lr"],
-                "r": first["r"],
-                "trained": first["trained"],
-                "budget_error": first["budget_error"],
-                "isometry_error": first["isometry_error"],
-                "step_ratio": group["step_ratio"].median(),
-                "step_ratio_low": group["step_ratio_low"].min(),
-                "step_ratio_high": group["step_ratio_high"].max(),
-                "adapter_bytes": first["adapter_bytes"],
-                "head": first["head"],
-                "did_not_train": stuck.iloc[0] if len(stuck) else None,
-            }
-        )
-    table = pd.DataFrame(rows)
-    table["ranked"] = table["did_not_train"].isna()
+    """One row per projection, best first; a projection of which a run did not train is unranked and comes last."""
+    cells = statistics.cells(runs.assign(sweep=statistics.SINGLE, failed=None))
+    table = cells.assign(ranked=cells["status"] == statistics.COMPLETE)[list(COLUMNS)]
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
@@ -61,7 +40,7 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
         {
             "rank": [i + 1 if ranked else "-" for i, ranked in enumerate(table["ranked"])],
             "projection": table["projection"],
-            f"test {first['metric']} %": [_percent(row) for row in table.itertuples()],
+            f"test {statistics.unit(first['metric'])}": [_percent(row) for row in table.itertuples()],
             "trained": table["trained"].map("{:,}".format),
             "budget error": table["budget_error"].map(lambda e: "reference" if pd.isna(e) else f"{e:+.1%}"),
             "max|PtP-I|": table["isometry_error"].map(lambda e: "not measured" if pd.isna(e) else f"{e:.1e}"),
@@ -75,20 +54,20 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
 
 
 def _percent(row: object) -> str:
-    score, sd = row.score, row.score_sd  # type: ignore[attr-defined]
+    score, low, high = (100 * getattr(row, key) for key in ("score", "score_low", "score_high"))
     if math.isnan(score):
         return "none"
-    return f"{100 * score:.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
+    return f"{score:.1f}" + ("" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]")
 
 
 def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
     first = runs.iloc[0]
     notes = [
         f"{first['model']} on {first['task']}: {first['rows']:,} test rows, majority class "
-        f"{100 * first['majority']:.1f} %, {table['seeds'].max()} seed(s). Budget {budget:,} trained numbers; "
+        f"{100 * first['majority']:.1f} %, {table['runs'].max()} seed(s). Budget {budget:,} trained numbers; "
         f"the head's {first['head']:,} ({first['head_bytes']:,} bytes) are counted apart.",
-        "lora is the reference at its own size. Step time: median of paired steps beside PEFT's LoRA at the same rank, "
-        "95 % interval.",
+        "lora is the reference at its own size. Scores: mean over the seeds that trained, Student's 95 % interval. "
+        "Step time: median of paired steps beside PEFT's LoRA at the same rank, 95 % interval.",
     ]
     for row in table.itertuples():
         if not pd.isna(row.budget_error) and abs(row.budget_error) > TOLERANCE:
@@ -97,7 +76,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
                 f"{TOLERANCE:.0%}, so its score is not at an equal budget."
             )
         if not row.ranked:
-            notes.append(f"{row.projection} did not train ({row.did_not_train}) and is not ranked. Try --lr auto.")
+            notes.append(f"{row.projection} did not train ({row.stuck}) and is not ranked. Try --lr auto.")
     return notes
 
 
@@ -124,9 +103,7 @@ def draw(table: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
 
 def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: list[str]) -> None:
     score = 100 * ranked["score"]
-    # over seeds where there are several; else the sampling error of a fraction of n test rows
-    single = (ranked["score"].clip(0, 1) * (1 - ranked["score"].clip(0, 1)) / first["rows"]) ** 0.5
-    error = 100 * ranked["score_sd"].fillna(single)
+    error = [score - 100 * ranked["score_low"], 100 * ranked["score_high"] - score]
     axes.errorbar(score, ranked.index, xerr=error, fmt="none", ecolor=MAJORITY_COLOUR, capsize=3, zorder=1)
     axes.scatter(score, ranked.index, c=colours, zorder=2)
     axes.axvline(100 * first["majority"], color=MAJORITY_COLOUR, linestyle="--", linewidth=1)
@@ -134,13 +111,13 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
         "majority class", (100 * first["majority"], 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
         textcoords="offset points", fontsize=8, color="#555555",
     )  # fmt: skip
-    labels = [f"{row.projection}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
+    labels = [f"{names.method(row.projection)}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
     axes.set_yticks(ranked.index, labels)
-    seeds = int(ranked["seeds"].max()) if len(ranked) else 0
-    bar = "standard deviation over seeds" if seeds > 1 else "standard error of one run"
+    seeds = int(ranked["n"].max()) if len(ranked) else 0
+    bar = "95 % interval" if seeds > 1 else "one has no interval"
     axes.set_xlabel(
-        f"test {first['metric']} in % on {first['task']}, {first['model']}\n"
-        f"(n = {first['rows']:,} rows, {seeds} seed(s); bars: {bar})"
+        f"{names.task(first['task'])}, {names.model(first['model'])}: test {statistics.unit(first['metric'])}\n"
+        f"(mean over n = {seeds} seed(s), {bar}; {first['rows']:,} rows)"
     )
     axes.grid(axis="x", alpha=0.3)
 

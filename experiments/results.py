@@ -41,6 +41,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", last).strip("-")
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without the machine they come from: of an absolute path its last part, or as many as tell it from others.
+
+    Names that are no absolute path stay as they are.
+    """
+    parts = {name: Path(name).parts if Path(name).is_absolute() else (name,) for name in names}
+
+    def enough(name: str) -> str:
+        for count in range(1, len(parts[name])):
+            short = parts[name][-count:]
+            if sum(other[-count:] == short for other in parts.values()) == 1:
+                return "/".join(short)
+        return "/".join(parts[name])
+
+    return {name: enough(name) for name in parts}
+
+
 def run_folder(runs: Path, config: Mapping[str, Any]) -> Path:
     """runs/<task>/<projection>-<hash of the configuration>."""
     return runs / slug(config["task"]) / f"{config['projection']}-{digest(config)}"

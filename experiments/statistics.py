@@ -1,9 +1,14 @@
-"""Means over seeds, and paired differences with intervals over seeds and over test rows."""
+"""The only statistics of records: means over seeds with Student's interval, and differences paired by seed.
+
+Tables of sweeps, exported files, figures and the report take their numbers from here. A run that failed or did not
+train is in no mean, difference or curve: its cell counts and names it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,132 +17,277 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments import tasks
-from experiments.settings import SEEDS
+from experiments.settings import SEEDS, RunConfig
+from experiments.tasks import Task
 
 LEVEL = 0.95
 RESAMPLES = 1000
+PREDICTIONS = "predictions-last.csv"
+# the sweep of runs that none asked for
+SINGLE = "single runs"
+COMPLETE, INCOMPLETE, STUCK = "complete", "incomplete", "did not train"
+# what tells two cells apart: every setting of a run, and a seed that is an axis of its sweep; the others repeat it
+SETTINGS = (
+    "sweep",
+    *(field.name for field in fields(RunConfig) if field.name not in (*SEEDS, "score_on")),
+    *(f"cell.{seed}" for seed in SEEDS),
+)
+# settings in which two methods may differ that are compared
+OF_A_METHOD = ("projection", "version", "plugins", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
+RATES = ("lr", "head_lr")
+OF_A_CELL = (
+    *("metric", "trained", "budget_error", "rows", "majority", "D", "head"),
+    *("adapter_bytes", "resident_bytes", "index_bytes", "isometry_error"),
+)
+MEANS = ("validation", "cost_seconds", "cost_train_seconds", "cost_peak_bytes")
+ADDED = ("sweep", "failed", "did_not_train", "score", "best", "metric", "trained", *SEEDS)
+# of a sweep's summary.csv and paired.csv, beside what was asked of a cell
+SUMMARY = (
+    *("task", "model", "projection", "metric", "lr", "r", "d", "trained", "budget_error", "rows", "majority", "D"),
+    *("adapter_bytes", "resident_bytes", "index_bytes", "status", "runs", "seeds", "n", "did_not_train", "stuck"),
+    *("score", "score_sd", "score_low", "score_high", "best_score", "best_score_sd"),
+)
+PAIRED = (
+    *("projection", "cell", "trained", "reference", "reference_cell", "reference_trained", "pairs", "difference"),
+    *("t_low", "t_high", "seeds_low", "seeds_high", "rows_low", "rows_high"),
+)
 
 
-def summarise(records: pd.DataFrame, seeds: int) -> pd.DataFrame:
-    """One row per cell: mean and sd of the last and best checkpoints' scores over seeds, and how complete it is.
+def cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell: settings, sizes, and the mean, sd and 95 % t interval of the score over the runs that trained.
 
-    status: "complete"; "incomplete" where runs failed or are missing; "did_not_train" where one did not. Only
-    complete cells are to be ranked. Scores are fractions.
+    runs: how many there are, seeds: that finished, n: that trained too, so those of the means. did_not_train: how
+    many, stuck: which, with the reason. Scores are fractions, best_score is that of the best checkpoints. step_ratio:
+    median of the runs' medians, between the ends of their intervals. folders: of the runs that trained. status:
+    "complete"; "incomplete" where a run failed, is missing (a cell of the same sweep has more) or is unfinished; "did
+    not train" where one did not.
     """
-    return pd.DataFrame([_cell(group, seeds) for _, group in records.groupby("cell", sort=False)])
+    placed, by = _placed(runs)
+    table = pd.DataFrame([_cell(group, by) for _, group in placed.groupby("row", sort=True)])
+    if len(table):
+        table.loc[missing(table) & (table["status"] == COMPLETE), "status"] = INCOMPLETE
+    return table
 
 
-def _cell(group: pd.DataFrame, seeds: int) -> dict[str, Any]:
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """`cells` of one sweep with the columns that are kept of it: what was asked, sizes, scores."""
+    table = cells(runs)
+    return table[[key for key in table if key.startswith("cell")] + [key for key in SUMMARY if key in table]]
+
+
+def missing(table: pd.DataFrame) -> pd.Series:
+    """Whether a cell has fewer runs than another of its sweep. Of single runs nobody planned how many there are."""
+    return (table["sweep"] != SINGLE) & (table["runs"] < table.groupby("sweep")["runs"].transform("max"))
+
+
+def _placed(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs with the row of their cell in `cells`, and the settings that tell cells apart."""
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *ADDED]))).fillna({"sweep": ""})
+    # two cells of a sweep may be the same runs: LoRA at two budgets
+    by = [key for key in (*SETTINGS, "cell") if key in runs]
+    return runs.assign(row=_text(runs, by).groupby(by, sort=False, dropna=False).ngroup()), by
+
+
+def _text(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Lists and dictionaries cannot be grouped by."""
+    nested = {key: runs[key].map(lambda v: json.dumps(v) if isinstance(v, dict | list) else v) for key in keys}
+    return runs.assign(**nested)
+
+
+def _trained(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["failed"].isna() & runs["did_not_train"].isna()]
+
+
+def _cell(group: pd.DataFrame, by: Sequence[str]) -> dict[str, Any]:
     done = group[group["failed"].isna()]
-    stuck = int(done["did_not_train"].notna().sum()) if len(done) else 0
-    status = "incomplete" if len(done) < seeds else "did_not_train" if stuck else "complete"
-    first = (done if len(done) else group).iloc[0]
-    asked = {key: first[key] for key in group.columns if key.startswith("cell")}
-    kept = ("task", "model", "projection", "metric", "lr", "r", "d", "trained", "budget_error", "rows", "majority")
-    counted = ("D", "adapter_bytes", "resident_bytes", "index_bytes")
-    score = done["score"].astype(float) if len(done) else pd.Series(dtype=float)
-    best = pd.Series([b["score"] for b in done["best"]], dtype=float) if len(done) else score
+    trained, stuck = _trained(group), done[done["did_not_train"].notna()]
+    first = (trained if len(trained) else done if len(done) else group).iloc[0]
+    status = INCOMPLETE if len(done) < len(group) else STUCK if len(stuck) else COMPLETE
+    best = mean(trained["best"].dropna().map(_best_score), first["metric"])
     return {
-        **asked,
-        **{key: first.get(key) for key in (*kept, *counted)},
+        **{key: first[key] for key in dict.fromkeys([*by, *(key for key in group if str(key).startswith("cell"))])},
+        **{key: first.get(key) for key in OF_A_CELL},
+        **{key: float(trained[key].astype(float).mean()) if key in trained else float("nan") for key in MEANS},
+        **_step_ratio(trained),
         "status": status,
+        "runs": len(group),
         "seeds": len(done),
-        "did_not_train": stuck,
-        "score": score.mean(),
-        "score_sd": score.std(),
-        "best_score": best.mean(),
-        "best_score_sd": best.std(),
+        "did_not_train": len(stuck),
+        "stuck": "; ".join(f"train_seed {run.train_seed}: {run.did_not_train}" for run in stuck.itertuples()) or None,
+        **mean(trained["score"], first["metric"]),
+        "best_score": best["score"],
+        "best_score_sd": best["score_sd"],
+        "folders": list(trained.get("folder", ())),
     }
 
 
-def paired(records: pd.DataFrame, by: Sequence[str], reference: str) -> pd.DataFrame:
-    """Differences of each cell to the reference, seed by seed, within cells that agree in the columns `by`.
-
-    Where the reference has several cells there, the first of its largest size stands for it: a choice that reads no
-    score. Columns: the cell; mean difference; its t interval and bootstrap interval over seeds; its bootstrap interval
-    over test rows. Pairs of which a run is missing or did not train are left out: `pairs` counts the rest.
-    """
-    usable = records[records["failed"].isna() & records["did_not_train"].isna()]
-    # lists of modules as texts, by which pandas can group
-    usable = usable.assign(
-        **{key: usable[key].map(lambda v: json.dumps(v) if isinstance(v, list) else v) for key in by}
-    )
-    found = []
-    # the reference's runs are in every pair
-    redrawn = cache(_redrawn)
-    for where, group in usable.groupby(list(by), sort=False, dropna=False) if by else [((), usable)]:
-        base = _largest(group[group["projection"] == reference])
-        others = group[group["projection"] != reference]
-        for (projection, cell), rows in others.groupby(["projection", "cell"], sort=False):
-            both = rows.merge(base, on=list(SEEDS), suffixes=("", "_base"))
-            if len(both):
-                point = dict(zip(by, where if isinstance(where, tuple) else (where,), strict=True))
-                size = {"trained": int(rows["trained"].iloc[0]), "reference": reference}
-                found.append({**point, "projection": projection, "cell": cell, **size, **_difference(both, redrawn)})
-    return pd.DataFrame(found)
+def _best_score(best: dict[str, Any] | str) -> float:
+    return float((json.loads(best) if isinstance(best, str) else best)["score"])
 
 
-def _largest(rows: pd.DataFrame) -> pd.DataFrame:
-    rows = rows[rows["trained"] == rows["trained"].max()]
-    return rows[rows["cell"] == rows["cell"].iloc[0]] if len(rows) else rows
+def _step_ratio(runs: pd.DataFrame) -> dict[str, float]:
+    ends = {"step_ratio": "median", "step_ratio_low": "min", "step_ratio_high": "max"}
+    return {key: float(runs[key].astype(float).agg(how)) if key in runs else float("nan") for key, how in ends.items()}
 
 
-def _difference(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> dict[str, Any]:
-    differences = (both["score"].astype(float) - both["score_base"].astype(float)).to_numpy()
-    t_low, t_high = t_interval(differences)
-    seeds_low, seeds_high = bootstrap(len(differences), lambda i: differences[i].mean())
-    rows_low, rows_high = _over_rows(both, redrawn)
+def mean(scores: pd.Series | np.ndarray, metric: str | None) -> dict[str, Any]:
+    """n, mean, sd and 95 % t interval of the scores of one metric; the interval ends where the metric does."""
+    values = np.asarray(scores, dtype=float)
+    ends = (0.0, 1.0) if str(metric).endswith(("accuracy", "F1")) else (-1.0, 1.0)
+    low, high = np.clip(t_interval(values), *ends)
     return {
-        "pairs": len(differences),
-        "difference": differences.mean(),
-        "t_low": t_low,
-        "t_high": t_high,
-        "seeds_low": seeds_low,
-        "seeds_high": seeds_high,
-        "rows_low": rows_low,
-        "rows_high": rows_high,
+        "n": len(values),
+        "score": values.mean() if len(values) else float("nan"),
+        "score_sd": values.std(ddof=1) if len(values) > 1 else float("nan"),
+        "score_low": low,
+        "score_high": high,
     }
+
+
+def unit(metric: str | None) -> str:
+    """What 100 times a score of this metric is: only a share of the rows is a percentage."""
+    return f"{metric}, %" if str(metric).endswith("accuracy") else f"{metric} x 100"
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's interval of a mean; NaN for fewer than two values."""
+    """Student's 95 % interval of a mean; NaN for fewer than two values."""
     if len(values) < 2:
         return float("nan"), float("nan")
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return values.mean() - half, values.mean() + half
+    low, high = values.mean() + stats.sem(values) * np.array(stats.t.interval(LEVEL, len(values) - 1))
+    return float(low), float(high)
 
 
-def bootstrap(n: int, statistic: Callable[[np.ndarray], float], resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Percentile interval of a statistic of n indices drawn with replacement; NaN for fewer than two."""
-    if n < 2:
+def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
+    """The runs with the score of one part of the test, such as `gsm8k` of metamath; without it, the run is left out."""
+    parts = runs["groups"].map(lambda text: json.loads(text) if isinstance(text, str) else text or {})
+    score = parts.map(lambda part: part.get(group) if isinstance(part, dict) else None)
+    return runs.assign(score=score)[score.notna()]
+
+
+def over_tasks(runs: pd.DataFrame) -> pd.Series:
+    """Like a row of `cells`: the score over all tasks of these runs, a mean for each seed that every task has."""
+    trained = _trained(runs)
+    scores = trained.astype({"score": float}).pivot(index=list(SEEDS), columns="task", values="score")
+    return pd.Series({"status": COMPLETE, **mean(scores.dropna().mean(axis=1), None)})
+
+
+def mean_curves(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Each cell's training loss, mean over its runs that trained at the steps that all of them logged.
+
+    Columns: cell (row of the table), step, loss, n.
+    """
+    found = [pd.DataFrame(columns=["cell", "step", "loss", "n"])]
+    for place, folders in zip(table.index, table["folders"], strict=True):
+        own = curves[curves["folder"].isin(folders)].groupby("step")["loss"].agg(["mean", "count"])
+        own = own[own["count"] == own["count"].max()]
+        found.append(pd.DataFrame({"cell": place, "step": own.index, "loss": own["mean"], "n": own["count"]}))
+    return pd.concat([part for part in found if len(part)] or found, ignore_index=True)
+
+
+def differences(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Score of each cell minus the reference's, paired by seed, where both agree in what is no setting of a method.
+
+    Columns: row (of the cell in `cells`), its settings, trained, reference_trained and reference_cell (what it is
+    compared with), pairs, difference, its t interval (t_low, t_high) and bootstrap interval over seeds (seeds_low,
+    seeds_high). Of several cells of the reference, the first of its largest size stands for it, at the same
+    rate where the sweep crosses rates: a choice that reads no score.
+    """
+    found = [{**about, **_difference(both)} for about, both in _pairs(runs, reference)]
+    keys = [key for key in SETTINGS if key in runs]
+    return pd.DataFrame(found, columns=None if found else ["row", *keys, *PAIRED])
+
+
+def paired(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """`differences` of one sweep with the columns that are kept of it, and bootstrap intervals over test rows.
+
+    `folder` of every run must hold its predictions.
+    """
+    # the reference's runs are in every pair
+    redrawn = cache(_redrawn)
+    found = [
+        {**about, **_difference(both), **_over_rows(both, redrawn)} for about, both in _pairs(runs, reference)
+    ]  # fmt: skip
+    return pd.DataFrame(found, columns=[*_point(runs), *PAIRED])
+
+
+def _pairs(runs: pd.DataFrame, reference: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """What is known of each pair of cells, and its pairs of runs: those of the reference have columns in `_base`."""
+    placed, by = _placed(runs)
+    for _, sweep in placed.groupby("sweep", sort=False):
+        point = _point(sweep)
+        groups = _text(sweep, point).groupby(point, sort=False, dropna=False) if point else [((), sweep)]
+        for _, group in groups:
+            base = group[group["projection"] == reference]
+            for row, own in group[group["projection"] != reference].groupby("row", sort=False):
+                other = _standing_for(base, own)
+                both = _trained(own).merge(_trained(other), on=list(SEEDS), suffixes=("", "_base"))
+                if len(both):
+                    first, against = both.iloc[0], other.iloc[0]
+                    yield (
+                        {
+                            "row": row,
+                            **{key: first[key] for key in by},
+                            "trained": int(first["trained"]),
+                            "reference": reference,
+                            "reference_cell": against.get("cell"),
+                            "reference_trained": int(against["trained"]),
+                        },
+                        both,
+                    )
+
+
+def _point(runs: pd.DataFrame) -> list[str]:
+    """The settings in which two cells of a sweep agree that are compared: of what was asked, or else of all."""
+    asked = [str(key).removeprefix("cell.") for key in runs if str(key).startswith("cell.") and runs[key].notna().any()]
+    known = asked if "cell" in runs and runs["cell"].notna().any() else SETTINGS
+    return [key for key in known if key in runs and key not in OF_A_METHOD]
+
+
+def _standing_for(base: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the one cell of the reference with which a cell is compared."""
+    for rate in (f"cell.{rate}" for rate in RATES if f"cell.{rate}" in base):
+        same = base[base[rate] == own[rate].iloc[0]]
+        base = same if len(same) else base
+    largest = base[base["trained"] == base["trained"].max()]
+    return largest[largest["row"] == largest["row"].iloc[0]] if len(largest) else largest
+
+
+def _difference(both: pd.DataFrame) -> dict[str, Any]:
+    gaps = (both["score"].astype(float) - both["score_base"].astype(float)).to_numpy()
+    t_low, t_high = t_interval(gaps)
+    seeds_low, seeds_high = bootstrap(gaps)
+    return {
+        "pairs": len(gaps), "difference": gaps.mean(), "t_low": t_low, "t_high": t_high,
+        "seeds_low": seeds_low, "seeds_high": seeds_high,
+    }  # fmt: skip
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """SciPy's percentile interval of a mean; NaN for fewer than two values."""
+    if len(values) < 2:
         return float("nan"), float("nan")
-    return _interval([statistic(drawn) for drawn in _draws(n, resamples)])
+    found = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _over_rows(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> tuple[float, float]:
+def _over_rows(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> dict[str, float]:
     """The seeds as they are, the test rows redrawn: the same rows for both methods."""
-    task, data = both["task"].iloc[0], both["data"].iloc[0]
-    ours, base = (
-        np.mean([redrawn(f, task, data) for f in both[column]], axis=0) for column in ("folder", "folder_base")
-    )
-    return _interval(ours - base)
+    metric = both["metric"].iloc[0]
+    ours, base = (np.mean([redrawn(f, metric) for f in both[column]], axis=0) for column in ("folder", "folder_base"))
+    low, high = np.quantile(ours - base, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"rows_low": float(low), "rows_high": float(high)}
 
 
-def _redrawn(folder: str, name: str, data: str) -> np.ndarray:
+def _redrawn(folder: str, metric: str) -> np.ndarray:
     """Scores of a run on its test rows, redrawn with replacement: (RESAMPLES,), the same rows in every run."""
-    rows = pd.read_csv(Path(folder) / "predictions-last.csv")
+    rows = pd.read_csv(Path(folder) / PREDICTIONS)
     rows = rows[[column for column in ("label", "prediction", "group") if column in rows]]
     if len(rows) < 2:
         return np.full(RESAMPLES, np.nan)
-    task = tasks.get(name, data)
-    return np.array([task.score(rows.iloc[chosen]) for chosen in _draws(len(rows), RESAMPLES)])
-
-
-def _draws(n: int, resamples: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(n, size=(resamples, n))
-
-
-def _interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    # its own task may be a folder that is no longer there
+    task = Task(folder, "text", pd.DataFrame, (metric,))
+    drawn = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+    return np.array([task.score(rows.iloc[chosen]) for chosen in drawn])

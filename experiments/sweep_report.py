@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments import statistics
 from experiments.config import REFERENCE
 from experiments.plan import Sweep
 from experiments.protocol import LOCK
 from experiments.results import read_json, write_text
-from experiments.statistics import paired, summarise
 from uniproj.budget import TOLERANCE
 
 NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters")
@@ -20,8 +20,7 @@ NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplet
 
 def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
     """Print the tables and save them in `folder`: records.csv, summary.csv, paired.csv and tables.txt."""
-    summary = summarise(records, len(sweep.seeds))
-    differences = paired(records, pairing(sweep), reference(sweep, records)) if "score" in records else pd.DataFrame()
+    summary, differences = statistics.summary(records), statistics.paired(records, reference(records))
     text = as_text(sweep, folder, records, summary, differences)
     write_text(folder / "records.csv", flat(records).to_csv(index=False))
     write_text(folder / "summary.csv", summary.to_csv(index=False))
@@ -30,20 +29,10 @@ def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
     print(f"\n{text}\nTables: {folder}")
 
 
-def reference(sweep: Sweep, records: pd.DataFrame) -> str:
+def reference(records: pd.DataFrame) -> str:
     """What the others are compared with: LoRA where it is part of the sweep, else the first projection."""
     projections = list(records["projection"].unique())
     return REFERENCE if REFERENCE in projections else projections[0]
-
-
-def pairing(sweep: Sweep) -> list[str]:
-    """Columns in which two compared runs agree: all that vary but the projection, its sizes and its own rates.
-
-    Rates are a method's own where they were tuned or belong to a case, and the same for all along an axis.
-    """
-    own = {"lr", "head_lr"} | set(sweep.tuned())
-    varied = {key for case in sweep.cases for key in case} - own | set(sweep.axes)
-    return sorted(varied - {"projection", "hyperparameters", "budget", "d", "r"})
 
 
 def flat(records: pd.DataFrame) -> pd.DataFrame:
@@ -71,9 +60,9 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
     shown = _asked(summary).reset_index(drop=True)
     shown = shown.assign(
         metric=summary["metric"],
-        last=[_percent(r.score, r.score_sd) for r in summary.itertuples()],
-        best=[_percent(r.best_score, r.best_score_sd) for r in summary.itertuples()],
-        seeds=summary["seeds"].astype(str) + f"/{len(sweep.seeds)}",
+        last=[_percent(r.score, r.score_low, r.score_high) for r in summary.itertuples()],
+        best=[_percent(r.best_score) for r in summary.itertuples()],
+        seeds=summary["n"].astype(str) + f"/{len(sweep.seeds)}",
         trained=summary["trained"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
         stored=summary["adapter_bytes"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
         lr=summary["lr"].map("{:g}".format),
@@ -84,8 +73,9 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
     return shown.to_string(index=False)
 
 
-def _percent(mean: float, sd: float) -> str:
-    return "-" if math.isnan(mean) else f"{100 * mean:.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
+def _percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
+    interval = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return "-" if math.isnan(mean) else f"{100 * mean:.1f}{interval}"
 
 
 def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
@@ -101,10 +91,15 @@ def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
 
 
 def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
-    notes = ["last: after the last step; best: the checkpoint with the best validation score. Mean ± sd over seeds."]
+    notes = [
+        "last: after the last step, mean over the seeds that trained with Student's 95 % interval; best: mean of the "
+        "checkpoints with the best validation score."
+    ]
     incomplete = summary[summary["status"] != "complete"]
     if len(incomplete):
         notes.append(f"{len(incomplete)} of {len(summary)} cells are incomplete or did not train: do not rank them.")
+    for row in summary[summary["stuck"].notna()].itertuples():
+        notes.append(f"did not train, so in no mean: {row.projection} on {row.task}, {row.stuck}")
     for reason in sorted(set(records["failed"].dropna())):
         notes.append(f"failed: {reason}")
     beyond = summary[summary["budget_error"].astype(float).abs() > TOLERANCE]

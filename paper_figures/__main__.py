@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import uniproj
 from analysis import intrinsic_dimension, landscape, spectrum, style
+from analysis.reconstruction.figure import ENERGIES
 from analysis.report import cards
 from experiments.errors import ExperimentError
 from experiments.results import write_text
@@ -76,9 +77,11 @@ class Book:
     def gaps(self) -> pd.DataFrame:
         return pd.DataFrame() if self.budget is None else self.budget.differences(differences.REFERENCE)
 
-    def compared(self, spec: Comparison) -> tuple[Table, Figure]:
+    def compared(self, spec: Comparison) -> Sequence[Product]:
+        """A table, and a figure where there is a number to draw."""
         rows = comparison.rows(spec, self.published, self.results)
-        return comparison.table(spec, rows, self.published), scores.draw(spec, rows)
+        table = comparison.table(spec, rows, self.published)
+        return [table, scores.draw(spec, rows)] if scores.drawn(rows) else [table]
 
     def properties(self) -> Sequence[Product]:
         return [tables.properties(self.cards, cards.SPACE)]
@@ -91,9 +94,7 @@ class Book:
         return [tables.measured(verdicts, columns)]
 
     def energy(self) -> Sequence[Product]:
-        found = self.results.table(
-            "reconstruction/reconstruction-energy.csv", "projection", "random", *energy.METRICS, "D"
-        )
+        found = self.results.table("reconstruction/reconstruction-energy.csv", "projection", "random", *ENERGIES, "D")
         return [energy.draw(found)]
 
     def ablations(self) -> Sequence[Product]:
@@ -186,6 +187,10 @@ def write(book: Book, names: Sequence[str], out: Path) -> None:
             product.write(out)
         else:
             style.save(product, out / name)
+    # an earlier call may have had something to draw
+    for name in set(names) - {name for name, product in products if isinstance(product, Figure)}:
+        for kind in ("png", "pdf"):
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
     if set(names) != set(book.jobs()):
         return
     pages = [product.markdown() for _, product in products if isinstance(product, Table)]

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from analysis import scores
+from experiments import statistics
+from paper_figures.published import claims
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Results, Sweep, one_cell
 from paper_figures.table import Table
+
+OURS = "Ours: mean over n seeds after the last step, Student's 95 % interval, as far as the metric goes."
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of the paper. methods: projections it compares; unit: of every score."""
+    """A table of the paper. methods: projections it compares; unit: of scores, units: of columns with others."""
 
     name: str
     title: str
@@ -49,6 +52,11 @@ class Comparison:
     methods: Mapping[str, str]
     ours: Sequence[Ours]
     notes: Sequence[str] = field(default_factory=list)
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    def unit_of(self, column: str) -> str:
+        """The unit of a column."""
+        return self.units.get(column, self.unit)
 
 
 @dataclass(frozen=True)
@@ -127,21 +135,15 @@ def _mean(sweep: Sweep, tasks: Sequence[str], projection: str) -> Score:
     if lost := [score for score in each if score.value is None]:
         return lost[0]
     runs = sweep.finished
-    means = scores.over_tasks(runs[(runs["projection"] == projection) & runs["task"].isin(tasks)])
-    low, high = scores.t_interval(means)
-    return score(
-        pd.Series(
-            {"status": scores.COMPLETE, "score": means.mean(), "score_low": low, "score_high": high, "n": len(means)}
-        )
-    )
+    return score(statistics.over_tasks(runs[(runs["projection"] == projection) & runs["task"].isin(tasks)]))
 
 
 def score(cell: pd.Series | None) -> Score:
     """A cell of ours in percent: mean and 95 % interval, or why there is none."""
     if cell is None:
         return Score(NOT_RUN)
-    if cell["status"] != scores.COMPLETE:
-        return Score("failed" if cell["status"] == scores.INCOMPLETE else cell["status"])
+    if cell["status"] != statistics.COMPLETE:
+        return Score("failed" if cell["status"] == statistics.INCOMPLETE else cell["status"])
     mean, low, high = (100 * cell[key] for key in ("score", "score_low", "score_high"))
     if cell["n"] < 2:
         return Score(f"{mean:.1f} (n = 1)", mean, n=1)
@@ -150,9 +152,9 @@ def score(cell: pd.Series | None) -> Score:
 
 def table(spec: Comparison, found: Sequence[Row], published: pd.DataFrame) -> Table:
     """One line per method and block."""
-    heads = ["block", "method", "trained", *(f"{column}, {spec.unit}" for column in spec.columns)]
+    heads = ["block", "method", "trained", *(f"{column}, {spec.unit_of(column)}" for column in spec.columns)]
     lines = [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.columns)] for r in found]
     sources = sorted(set(published.loc[published["table"] == spec.name, "source"]))
     cited = [f"Published: {source}." for source in sources] or ["Published: no value is known to us."]
-    ours = "Ours: mean over n seeds after the last step, Student's 95 % interval, as far as the metric goes."
-    return Table(spec.name, spec.title, heads, lines, [*cited, ours, *spec.notes])
+    said = [f"Published without numbers: {claim}." for claim in claims(spec.name)]
+    return Table(spec.name, spec.title, heads, lines, [*cited, *said, OURS, *spec.notes])

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from experiments.names import method
 from paper_figures.comparison import Comparison, Mean, Ours, Place
 
-METHODS = {
-    "lora": "LoRA",
-    "unilora": "Uni-LoRA",
-    "fastfood": "Fastfood",
-    "vera": "VeRA",
-    "tied_lora": "Tied-LoRA",
-    "vblora": "VB-LoRA",
-    "lora_xs": "LoRA-XS",
-}
+METHODS = {name: method(name) for name in ("lora", "unilora", "fastfood", "vera", "tied_lora", "vblora", "lora_xs")}
 GLUE = {"SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "RTE": "rte", "STS-B": "stsb"}
 GLUE_COLUMNS = [*GLUE, "average"]
+# of the others it is the accuracy, in %
+GLUE_UNITS = {"CoLA": "Matthews x 100", "STS-B": "Pearson x 100", "average": "x 100"}
 GLUE_PLACES: dict[str, Place | Mean] = {
     **{column: Place(f"glue/{task}") for column, task in GLUE.items()},
     "average": Mean([f"glue/{task}" for task in GLUE.values()]),
@@ -38,7 +33,7 @@ def _glue(size: str) -> Comparison:
     return Comparison(
         f"glue_{size}", f"GLUE, RoBERTa-{size}", f"RoBERTa-{size}", GLUE_COLUMNS, "%", METHODS,
         [Ours(f"glue_{size}", f"RoBERTa-{size}", GLUE_PLACES), SMALL_GLUE],
-        ["Metrics: accuracy; CoLA Matthews, STS-B Pearson, both x 100.", SMALL_NOTE],
+        ["In %: accuracy. The average is that of the six, each x 100.", SMALL_NOTE], GLUE_UNITS,
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def read(file: Path = FILE) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(file: Path = FILE) -> list[str]:
-    """What is reported of the paper without numbers."""
+def claims(table: str | None = None, file: Path = FILE) -> list[str]:
+    """What is reported of the paper without numbers, of all tables or of one."""
     content = yaml.safe_load(file.read_text())
-    return [f"{claim['text']} ({content['sources'][claim['source']]})" for claim in content["claims"]]
+    chosen = [claim for claim in content["claims"] if table in (None, *claim["tables"])]
+    return [f"{claim['text']} ({content['sources'][claim['source']]})" for claim in chosen]

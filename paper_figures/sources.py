@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import scores
-from analysis.records import Records, read_sweep, table
+from analysis.records import RECORDS, Records, read_sweep, table
+from experiments import statistics
 from experiments.errors import ExperimentError
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
+# a check that a sweep runs, which shows nothing
+SMOKE = "smoke"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Sweep:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        return self._checked(scores.cells(self.records.runs))
+        return self._checked(statistics.cells(self.records.runs))
 
     @property
     def finished(self) -> pd.DataFrame:
@@ -34,17 +36,17 @@ class Sweep:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        return scores.mean_curves(self.cells, self.records.curves)
+        return statistics.mean_curves(self.cells, self.records.curves)
 
     def part(self, group: str) -> pd.DataFrame:
         """The cells with the score of one part of the test."""
-        return self._checked(scores.cells(scores.of_group(self.records.runs, group)))
+        return self._checked(statistics.cells(statistics.of_group(self.records.runs, group)))
 
     def differences(self, reference: str) -> pd.DataFrame:
-        return scores.differences(self.records.runs, reference)
+        return statistics.differences(self.records.runs, reference)
 
     def _checked(self, cells: pd.DataFrame) -> pd.DataFrame:
-        if (short := cells[scores.missing(cells)]).empty:
+        if (short := cells[statistics.missing(cells)]).empty:
             return cells
         first = short.iloc[0]
         raise ExperimentError(
@@ -55,9 +57,17 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Results:
-    """The folder of committed results."""
+    """The folder of committed results. Raises ExperimentError for one without sweeps."""
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        if not any(self.folder.glob(f"sweeps/*/{RECORDS}")):
+            at_hand = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else "no folder"
+            raise ExperimentError(
+                f"figures: {self.folder} must hold sweeps/<name>/{RECORDS} as `python -m experiments.export` writes "
+                f"them, got {at_hand or 'an empty folder'}. Pass the folder above `sweeps`, such as results."
+            )
 
     def sweep(self, name: str) -> Sweep | None:
         """The sweep of this name, or None if it was not run."""
@@ -65,8 +75,8 @@ class Results:
         return Sweep(name, read_sweep(place)) if place.is_dir() else None
 
     def sweeps(self) -> list[Sweep]:
-        """Every sweep at hand, by name."""
-        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir())
+        """Every study at hand, by name."""
+        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir() and path.name != SMOKE)
         return [Sweep(place.name, read_sweep(place)) for place in places]
 
     def table(self, path: str, *columns: str) -> pd.DataFrame | None:
@@ -77,7 +87,7 @@ class Results:
 
 def complete(cells: pd.DataFrame, key: str) -> pd.DataFrame:
     """The complete cells. Raises ExperimentError where one of them lacks this size or setting."""
-    found = cells[cells["status"] == scores.COMPLETE]
+    found = cells[cells["status"] == statistics.COMPLETE]
     if key not in found or found[key].isna().any():
         raise ExperimentError(
             f"figures: every complete cell must have {key}, got none in the sweep {cells['sweep'].iloc[0]}. "

@@ -7,14 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from paper_figures.comparison import score
+from experiments import names
+from experiments.names import method, variant
+from experiments.statistics import unit
+from paper_figures.comparison import OURS, score
+from paper_figures.published import claims
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Sweep, complete, one_cell
 from paper_figures.table import Table
 
 ROUNDING = 1e-12
+PROOFS = "What each property means and when it holds: docs/design.md, section 'When P is isometric'."
 WORDS = {
-    "isometric": "isometric: max|P^T P - I|",
-    "uniform": "uniform: max n - min n",
+    "isometric": "isometric: $max|P^T P - I|$",
+    "uniform": "uniform: $max n - min n$",
     "global_sharing": "global: ratio",
 }
 
@@ -25,32 +30,41 @@ def properties(cards: Sequence[Mapping[str, Any]], space: str) -> Table:
     for card in cards:
         measured = {verdict["claim"]: verdict for verdict in card["verdicts"]}
         expected = "yes" if "isometric_in_expectation" in measured else "no"
-        rows.append([card["name"], card["formula"], card["d_formula"], card["kind"],
+        rows.append([method(card["name"]), card["name"], f"${card['formula']}$", f"${card['d_formula']}$", card["kind"],
                      *(_verdict(measured[claim]) for claim in WORDS), expected, card["source"]])  # fmt: skip
     notes = [
         f"Measured on {space}; holds / does not hold is decided by `uniproj.claims`, the function the tests use.",
         "Global: modules that a coordinate reaches over those that as many rows drawn at random would reach; "
         "coordinates that stay within one module are local at any ratio. "
-        "Proofs and counter-examples: docs/design.md. The paper's own table of properties is not available to us.",
+        f"{PROOFS} The paper's own table of properties is not available to us.",
     ]
-    heads = ["projection", "theta_D", "d", "P", *WORDS.values(), "isometric in expectation (claimed)", "source"]
+    heads = [
+        "projection",
+        "name",
+        "$theta_D$",
+        "$d$",
+        "$P$",
+        *WORDS.values(),
+        "isometric in expectation (claimed)",
+        "source",
+    ]
     return Table("properties", "Properties of each projection", heads, rows, notes)
 
 
 def measured(verdicts: pd.DataFrame | None, columns: pd.DataFrame | None) -> Table:
     """Isometry and sharing of every choice of hyperparameters, from `analysis.isometry` and `analysis.sharing`."""
     known = [list(table["variant"]) for table in (verdicts, columns) if table is not None]
-    names = list(dict.fromkeys(name for each in known for name in each)) or ["all"]
+    measured = list(dict.fromkeys(name for each in known for name in each)) or ["all"]
     first = {} if verdicts is None else verdicts.set_index("variant").to_dict("index")
     second = {} if columns is None else columns.set_index("variant").to_dict("index")
-    rows = [[name, *_isometry(first.get(name)), *_sharing(second.get(name))] for name in names]
+    rows = [[variant(name), *_isometry(first.get(name)), *_sharing(second.get(name))] for name in measured]
     heads = [
-        "projection", "D x d", "isometric", "deciding number", "singular values", "coherence", "D x d of sharing",
+        "projection", "$D x d$", "isometric", "deciding number", "singular values", "coherence", "$D x d$ of sharing",
         "modules per coordinate", "rows per coordinate", "coordinates per row", "reaches A and B, %",
     ]  # fmt: skip
     notes = [
         "Verdict and numbers: analysis.isometry and analysis.sharing, n = 1 seed, 12 seeds for 'in expectation'. "
-        "Coherence: the largest |cosine| of two columns."
+        "Coherence: the largest absolute cosine of two columns."
     ]
     return Table("measured_properties", "Measured properties of each projection", heads, rows, notes)
 
@@ -63,7 +77,7 @@ def _isometry(row: Mapping[str, Any] | None) -> list[str]:
     return [
         f"{row['D']:,.0f} x {row['d']:,.0f}",
         row["verdict"],
-        f"{row['what']} = {_small(row['number'])}",
+        f"${row['what']} = {_small(row['number'])}$",
         spread,
         coherence,
     ]
@@ -94,15 +108,16 @@ def training_cost(published: pd.DataFrame, model: pd.DataFrame | None) -> Table:
     values = published[published["table"] == "training_cost"]
     columns = list(dict.fromkeys(zip(values["column"], values["unit"], strict=True)))
     rows = []
-    for method, own in values.groupby("method", sort=False):
+    for label, own in values.groupby("method", sort=False):
         found = own.set_index("column")["value"]
-        rows.append(["published", method, own["trained"].iloc[0], *(f"{found[column]:g}" for column, _ in columns)])
+        rows.append(["published", label, own["trained"].iloc[0], *(f"{found[column]:g}" for column, _ in columns)])
     if model is None:
         rows.append(["ours", "all", NOT_RUN, *[NOT_RUN] * len(columns)])
     else:
         for row in model.itertuples():
-            rows.append([f"ours, {row.base}, CPU", row.method, _whole(row.trained), NOT_RUN, _ratio(row, "step_ratio"),
-                         _scaled(row.peak_bytes, 2**30), _scaled(row.file_bytes, 1e6)])  # fmt: skip
+            rows.append([f"ours, {names.model(row.base)}, CPU", method(row.method), _whole(row.trained), NOT_RUN,
+                         _ratio(row, "step_ratio"), _scaled(row.peak_bytes, 2**30),
+                         _scaled(row.file_bytes, 1e6)])  # fmt: skip
     notes = [
         *(f"Published: {source}." for source in sorted(set(values["source"]))),
         "Ours: median of paired ratios with its 95 % interval; peak memory of a training step beyond the bare base. "
@@ -139,16 +154,30 @@ def scan(name: str, title: str, key: str, head: str, published: pd.DataFrame, sw
         complete(sweep.cells, key)
         for _, cell in sweep.cells.sort_values(["projection", key], kind="stable").iterrows():
             rows.append(
-                [f"ours, {cell['model']}", cell["projection"], _whole(cell[key]), cell["task"], score(cell).text]
-            )
-    notes = [f"Published: {source}." for source in sorted(set(values["source"]))]
-    return Table(name, title, ["block", "method", head, "task", "score, %"], rows, notes)
+                [f"ours, {names.model(cell['model'])}", method(cell["projection"]), _whole(cell[key]),
+                 names.task(cell["task"]), score(cell).text]
+            )  # fmt: skip
+    notes = [f"Published: {source}." for source in sorted(set(values["source"]))] + [OURS]
+    return Table(name, title, ["block", "method", head, "task", _head(sweep)], rows, notes)
+
+
+def _head(sweep: Sweep | None) -> str:
+    """Of scores: published accuracies, and ours of one task."""
+    return f"score: {unit('accuracy' if sweep is None else sweep.cells['metric'].dropna().iloc[0])}"
+
+
+def _tasks(sweep: Sweep | None) -> dict[str, str]:
+    """The tasks of a sweep, and the heading of their scores."""
+    metrics = (
+        {} if sweep is None else sweep.cells.dropna(subset=["metric"]).groupby("task", sort=False)["metric"].first()
+    )
+    return {task: f"{names.task(task)}, {unit(metric)}" for task, metric in dict(metrics).items()}
 
 
 def intrinsic(d90: pd.DataFrame | None) -> Table:
     """d90 of each method, from `analysis.intrinsic_dimension`."""
     rows = [] if d90 is None else [
-        [f"{row.task}, {row.model}", row.projection, _end(row.d90),
+        [f"{names.task(row.task)}, {names.model(row.model)}", method(row.projection), _end(row.d90),
          "not reached" if pd.isna(row.low) else f"{_end(row.low)} to {_end(row.high)}",
          f"{100 * row.reached:.0f}", str(row.sizes), str(row.seeds),
          "yes" if row.smallest else "no"]
@@ -166,49 +195,53 @@ def _end(value: float) -> str:
     return "not reached" if pd.isna(value) else _whole(value)
 
 
-def ablations(sweep: Sweep | None, differences: pd.DataFrame, names: Sequence[str], reference: str) -> Table:
+def ablations(sweep: Sweep | None, differences: pd.DataFrame, ablated: Sequence[str], reference: str) -> Table:
     """Score of each ablation, and its paired difference to Uni-LoRA's, by task."""
-    tasks = [] if sweep is None else list(dict.fromkeys(sweep.cells["task"]))
-    rows = [["published", name, *[NOT_AVAILABLE] * max(1, len(tasks))] for name in (reference, *names)]
+    tasks = _tasks(sweep)
+    rows = [["published", method(name), *[NOT_AVAILABLE] * max(1, len(tasks))] for name in (reference, *ablated)]
     if sweep is None:
-        rows += [["ours", name, NOT_RUN] for name in (reference, *names)]
+        rows += [["ours", method(name), NOT_RUN] for name in (reference, *ablated)]
     else:
-        for name in (reference, *names):
+        for name in (reference, *ablated):
             chosen = sweep.cells[sweep.cells["projection"] == name]
             cells = [one_cell(chosen[chosen["task"] == task], f"{name} on {task}") for task in tasks]
-            rows.append(["ours, score", name, *(score(cell).text for cell in cells)])
-        for name in names:
+            rows.append(["ours, score", method(name), *(score(cell).text for cell in cells)])
+        for name in ablated:
             own = differences[differences["projection"] == name].set_index("task")
-            rows.append(["ours, difference", name, *(_gap(own.loc[t]) if t in own.index else NOT_RUN for t in tasks)])
-    notes = [
-        f"Differences to {reference} are paired by seed, in points, with Student's 95 % interval. Published: a uniform "
-        "partition scores better than a non-uniform one (third-party notes, without numbers)."
-    ]
-    heads = ["block", "projection", *([f"{task}, %" for task in tasks] or ["score, %"])]
+            gaps = [_gap(own.loc[task]) if task in own.index else NOT_RUN for task in tasks]
+            rows.append([f"ours, difference to {method(reference)}", method(name), *gaps])
+    notes = [f"Published without numbers: {claim}." for claim in claims("ablations")]
+    notes += [OURS, "Differences are paired by seed, x 100, with Student's 95 % interval."]
+    heads = ["block", "projection", *(tasks.values() or [_head(None)])]
     return Table("ablations", "Local, non-uniform and unnormalised partitions", heads, rows, notes)
 
 
 def _gap(row: pd.Series) -> str:
-    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] (n = {row['pairs']})"
+    return (
+        f"{100 * row['difference']:+.1f} [{100 * row['t_low']:+.1f}, {100 * row['t_high']:+.1f}] (n = {row['pairs']})"
+    )
 
 
-def fastfood(sweep: Sweep | None, model: pd.DataFrame | None, names: Sequence[str]) -> Table:
+def fastfood(sweep: Sweep | None, model: pd.DataFrame | None, methods: Sequence[str]) -> Table:
     """Score, time and memory of Fastfood and Uni-LoRA."""
-    tasks = [] if sweep is None else list(sweep.cells.groupby("task", sort=False))
+    tasks = _tasks(sweep)
     bases = [] if model is None else list(model.groupby("base", sort=False))
-    rows = [["published", name, *[NOT_AVAILABLE] * (max(1, len(tasks)) + 2 * max(1, len(bases)))] for name in names]
-    for name in names:
-        scores = [NOT_RUN] if sweep is None else []
-        for task, part in tasks:
-            scores.append(score(one_cell(part[part["projection"] == name], f"{name} on {task}")).text)
+    unknown = [NOT_AVAILABLE] * (max(1, len(tasks)) + 2 * max(1, len(bases)))
+    rows = [["published", method(name), *unknown] for name in methods]
+    for name in methods:
+        scores = [NOT_RUN]
+        if sweep is not None:
+            own = sweep.cells[sweep.cells["projection"] == name]
+            scores = [score(one_cell(own[own["task"] == task], f"{name} on {task}")).text for task in tasks]
         costs = [NOT_RUN, NOT_RUN] if model is None else []
         for _, part in bases:
             found = [[_ratio(row, "step_ratio"), _scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]
                      for row in part[part["method"] == name].itertuples()]  # fmt: skip
             costs += found[0] if found else [NOT_RUN, NOT_RUN]
-        rows.append(["ours", name, *scores, *costs])
-    heads = ["block", "projection", *([f"{task}, %" for task, _ in tasks] or ["score, %"])]
-    for base in [base for base, _ in bases] or ["a model"]:
+        rows.append(["ours", method(name), *scores, *costs])
+    heads = ["block", "projection", *(tasks.values() or [_head(None)])]
+    for base in [names.model(base) for base, _ in bases] or ["a model"]:
         heads += [f"step / LoRA, {base}", f"peak - LoRA's, {base}, B per coordinate"]
-    notes = ["Published: as good as Fastfood at O(D) in place of O(D log d) (third-party notes, without numbers)."]
+    notes = [f"Published without numbers: {claim}." for claim in claims("fastfood")]
+    notes += [OURS, "Step time: median of paired ratios to PEFT's LoRA, with its 95 % interval."]
     return Table("fastfood", "Fastfood beside Uni-LoRA: score, time, memory", heads, rows, notes)

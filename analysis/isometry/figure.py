@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
+from experiments.names import method, variant
 
 KINDS = (("random", "o"), ("adapters", "s"), ("gradients", "^"))
 ROW = 0.14
@@ -44,7 +45,7 @@ def _values(axes: Axes, rows: pd.DataFrame) -> None:
         axes.plot(ends, [position] * 2, color=colour, marker="o", markersize=3, linewidth=2)
     axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8, zorder=1)
     axes.set_xscale("log")
-    labels = [f"{row.variant}: {row.verdict}" for row in rows.itertuples()]
+    labels = [f"{variant(row.variant)}: {row.verdict}" for row in rows.itertuples()]
     axes.set_yticks(range(len(rows)), labels, fontsize=5)
     axes.invert_yaxis()
     axes.set_xlabel("singular values of P, least to largest (no unit, n = 1 seed)")
@@ -62,7 +63,7 @@ def _lengths(axes: Axes, rows: pd.DataFrame) -> None:
         label = f"{kind}, n = {int(mine['n'].max())}" if len(mine) else kind
         axes.scatter(mine["mean"], y, marker=marker, s=9, c=colours, label=label)
     axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names, fontsize=5)
+    axes.set_yticks(range(len(names)), [method(name) for name in names], fontsize=5)
     axes.invert_yaxis()
     axes.set_xlabel("||P(x - y)|| / ||x - y||: mean, least and largest")
     axes.set_title(f"D = {style.span(rows['D'].dropna())}, d = {style.span(rows['d'].dropna())}", loc="left")
@@ -71,7 +72,7 @@ def _lengths(axes: Axes, rows: pd.DataFrame) -> None:
 
 def _learned(axes: Axes, rows: pd.DataFrame) -> None:
     for name, mine in rows.groupby("projection", sort=False):
-        axes.plot(mine["step"], mine["rms"], color=style.colour(name), marker=style.marker(name), label=name)
+        axes.plot(mine["step"], mine["rms"], **style.line(name))
     axes.set_xlabel("training steps")
     axes.set_ylabel("||P'P - I||_F / sqrt(d)")
     axes.set_title("P that is learned", loc="left")

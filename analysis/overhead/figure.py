@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-import uniproj
 from analysis.overhead.gathers import CLONE
 from analysis.overhead.summary import Row
+from experiments import names
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell them apart in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
@@ -54,11 +54,6 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def _label(method: str) -> str:
-    """uniproj's methods carry its name, as PEFT's carry theirs."""
-    return f"uniproj {method}" if method in uniproj.names() else method
-
-
 def draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     """Forward and adjoint together over the time to copy D floats, with 95 % intervals; one colour per case."""
     methods, cases = _methods(rows), list(dict.fromkeys(row["case"] for row in rows))
@@ -78,7 +73,7 @@ def draw_times(axes: Axes, rows: Sequence[Row]) -> None:
         )  # fmt: skip
     axes.axvline(1.0, color="#555555", linestyle="--", linewidth=1)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(methods)), [_label(method) for method in methods])
+    axes.set_yticks(range(len(methods)), [names.method(method) for method in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.grid(axis="x", which="both", alpha=0.25)
     turns = sorted({row["rounds"] for row in rows})
@@ -110,7 +105,7 @@ def draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
         if value > limit:
             axes.text(0.99 * limit, place, f"to {value:,.0f}", ha="right", va="center", fontsize=7)
     axes.set_xlim(0, limit)
-    axes.set_yticks(range(len(rows)), [_label(row["method"]) for row in rows])
+    axes.set_yticks(range(len(rows)), [names.method(row["method"]) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(
         f"bytes per coordinate of theta_D at the peak of a training step\n({rows[0]['base']}, D = {rows[0]['D']:,}; "

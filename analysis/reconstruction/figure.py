@@ -1,4 +1,4 @@
-"""The picture: captured energy against d / D in three metrics, and the score that is left."""
+"""The picture: captured energy beside d / D in three metrics, and the score that is left; a line per projection."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
+from experiments.names import method
 
-METRICS = (("factor", "factors"), ("delta_W", "delta W"), ("fisher", "Fisher-weighted"), ("score", "score"))
+ENERGIES = {"factor": "factors", "delta_W": "delta W", "fisher": "Fisher-weighted"}
+FACTS = "#555555"
+LINE = 0.155
+SCORE = "test score (fraction)"
+ENERGY = "captured energy (tick: d / D;\nhollow: 0 or less)"
 
 
 def edge(energies: pd.Series) -> float:
@@ -23,31 +29,54 @@ def edge(energies: pd.Series) -> float:
     return float(10.0 ** np.floor(np.log10(above.min()))) if len(above) else 0.1
 
 
+def lines(axes: Axes, rows: pd.DataFrame, labelled: bool) -> dict[str, int]:
+    """A horizontal line per projection, the first on top: one each, as many lie on one curve. Returns their places."""
+    names = style.order(rows["projection"].unique())
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [method(name) if labelled else "" for name in names])
+    axes.tick_params(axis="y", length=0)
+    return {name: place for place, name in enumerate(names)}
+
+
+def draw_energy(axes: Axes, rows: pd.DataFrame, key: str, labelled: bool) -> None:
+    """Captured energy of every projection and d, beside d / D: what a random subspace captures."""
+    places, least = lines(axes, rows, labelled), edge(rows[key])
+    for row in rows.dropna(subset=[key]).to_dict("records"):
+        place, colour, reached = places[row["projection"]], style.colour(row["projection"]), row[key] > 0
+        axes.plot(row["random"], place, marker="|", color=FACTS, markersize=8, linestyle="none", zorder=1.5)
+        axes.plot(
+            max(row[key], least), place, marker=style.marker(row["projection"]), color=colour, linestyle="none",
+            markerfacecolor=colour if reached else "white",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlim(min(least, rows["random"].min()) * 0.6, 1.8)
+    axes.set_title(ENERGIES[key])
+
+
+def _draw_score(axes: Axes, rows: pd.DataFrame, labelled: bool) -> None:
+    places = lines(axes, rows, labelled)
+    for row in rows.dropna(subset=["score"]).to_dict("records"):
+        look = style.line(row["projection"]) | {"linestyle": "none"}
+        axes.plot(row["score"], places[row["projection"]], **look)
+    for column, text in (("score_lora", "LoRA"), ("score_none", "no update")):
+        axes.axvline(rows[column].iloc[0], color=FACTS, linestyle="--", linewidth=0.8)
+        axes.annotate(text, (rows[column].iloc[0], 0.02), xycoords=("data", "axes fraction"), fontsize=6, rotation=90)
+    axes.set_title("score")
+
+
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Four panels over d / D."""
+    """Four panels, a line per projection and a point per d."""
     rows = tables["energy"].dropna(subset=["factor"]) if "factor" in tables["energy"] else pd.DataFrame()
-    figure, axes = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
+    height = 1.1 + LINE * (rows["projection"].nunique() if len(rows) else 4)
+    figure, axes = plt.subplots(2, 2, figsize=(style.PAGE, 2 * height))
     if not len(rows):
         return figure
-    for (key, title), place in zip(METRICS, axes.flat, strict=True):
-        least = edge(rows[key])
-        for name, mine in rows.sort_values("random").groupby("projection"):
-            shown = mine[key] if key == "score" else mine[key].clip(lower=least)
-            place.plot(mine["random"], shown, color=style.colour(name), marker=style.marker(name), label=name)
-        place.set_xscale("log")
-        place.set_title(title, loc="left")
-        place.set_xlabel("d / D")
-        place.set_ylabel("captured energy (0 or less: lower edge)" if key != "score" else "score (fraction)")
+    for number, (key, place) in enumerate(zip([*ENERGIES, "score"], axes.flat, strict=True)):
         if key == "score":
-            for column, text in (("score_lora", "LoRA"), ("score_none", "no update")):
-                place.axhline(rows[column].iloc[0], color="#555555", linestyle="--", linewidth=0.8)
-                place.annotate(text, (0.3, rows[column].iloc[0]), fontsize=6, va="bottom")
+            _draw_score(place, rows, number % 2 == 0)
         else:
-            ends = [rows["random"].min(), 1.0]
-            place.plot(ends, ends, color="#555555", linestyle="--", linewidth=0.8, label="d / D")
-            place.set_yscale("log")
-            place.set_ylim(least * 0.8, 1.3)
-    facts = f"D = {int(rows['D'].iloc[0]):,}; score over n = {int(rows['score_rows'].iloc[0]):,} rows"
-    axes[0, 0].annotate(facts, (0.02, 0.93), xycoords="axes fraction", fontsize=6)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
+            draw_energy(place, rows, key, number % 2 == 0)
+        place.set_xlabel(SCORE if key == "score" else ENERGY)
+    facts = f"D = {int(rows['D'].iloc[0]):,}, n = 1 adapter; score over {int(rows['score_rows'].iloc[0]):,} rows"
+    figure.supxlabel(facts, fontsize=7)
     return figure

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex, to_rgb
 
 import uniproj
-from analysis import scores, style
+from analysis import style
 from analysis.records import Records
 from analysis.report.cards import SPACE, card
+from experiments import statistics
+from experiments.names import method, model, task
+from experiments.results import short_names
 
 REFERENCE = "lora"
 CELL = (
-    "sweep", "task", "model", "projection", "score", "score_low", "score_high", "score_sd", "n", "seeds", "status",
-    "metric", "rows", "majority", "trained", "D", "r", "d", "lr", "budget", "budget_error", "train_size",
+    "sweep", "task", "model", "projection", "score", "score_low", "score_high", "score_sd", "n", "runs",
+    "did_not_train", "status", "metric", "rows", "majority", "trained", "D", "r", "d", "lr",
+    "budget", "budget_error", "train_size",
     "adapter_bytes", "resident_bytes", "index_bytes", "head", "step_ratio", "step_ratio_low", "step_ratio_high",
     "cost_seconds", "cost_peak_bytes",
 )  # fmt: skip
@@ -24,29 +31,41 @@ COSTS = (
     "inference_ratio", "inference_ratio_low", "inference_ratio_high", "peak_bytes_per_coordinate_beyond_lora",
     "attach_seconds", "file_bytes",
 )  # fmt: skip
-# black on a dark page is invisible
-DARK = {"#000000": "#E8E8E8"}
+GAP = ("difference", "t_low", "t_high", "pairs", "reference_trained")
+PAGES = {"light": "#f5f6f8", "dark": "#1f2229"}
 LOSS_DIGITS = 4
 
 
 def payload(records: Records) -> dict[str, Any]:
     """Everything the page needs. Deterministic: no date but those of the records."""
-    cells = scores.cells(records.runs).sort_values(
-        ["sweep", "task", "model", "score"], ascending=[True, True, True, False], kind="stable", ignore_index=True
+    runs = records.runs.assign(
+        **{
+            key: records.runs[key].map(_shown_as(records.runs[key], of))
+            for key, of in (("task", task), ("model", model))
+        }
     )
+    order = ["sweep", "task", "model", "score", "projection", "trained"]
+    cells = statistics.cells(runs).sort_values(order, ascending=[key != "score" for key in order], kind="stable")
     measured = overhead(records.overhead)
-    names = {*records.runs["projection"], *uniproj.names(), *(row["method"] for row in measured)}
+    shown = uniproj.names()
+    methods = {*runs["projection"], *shown, *(row["method"] for row in measured)}
     return {
-        "cells": _with_differences(cells, scores.differences(records.runs, REFERENCE)),
+        "cells": _with_differences(cells, statistics.differences(runs, REFERENCE)),
         "curves": curves(cells, records.curves),
-        "failures": failures(records.runs),
+        "failures": failures(runs),
         "origins": [{"sweep": name, **_shown(origin)} for name, origin in records.origins.items()],
-        "cards": [card(name) for name in uniproj.names()],
+        "cards": [card(name) for name in shown],
         "overhead": measured,
-        "looks": {name: look(name) for name in sorted(names)},
-        "reference": REFERENCE,
+        "looks": looks({*runs["projection"], *shown}),
+        "names": {name: method(name) for name in sorted(methods)},
+        "reference": method(REFERENCE),
         "space": SPACE,
     }
+
+
+def _shown_as(names: pd.Series, called: Callable[[str], str]) -> dict[str, str]:
+    """What the page calls these tasks or models: one's own by their folder, not by its path on this machine."""
+    return {name: called(short) for name, short in short_names(names.dropna().unique()).items()}
 
 
 def overhead(table: pd.DataFrame | None) -> list[dict[str, Any]]:
@@ -56,41 +75,58 @@ def overhead(table: pd.DataFrame | None) -> list[dict[str, Any]]:
     return [{key: plain(row.get(key)) for key in COSTS} for row in table.to_dict("records")]
 
 
-def look(name: str) -> dict[str, str]:
-    """Colours for light and dark pages, and the marker."""
-    colour = style.colour(name)
-    return {"light": colour, "dark": DARK.get(colour, colour), "marker": style.marker(name)}
+def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colours for both kinds of pages, marker and dash of each projection, of plugins that are not loaded too."""
+    ordered = list(dict.fromkeys([*style.order(uniproj.names()), *sorted(names)]))
+    found = {}
+    for name in sorted(set(names)):
+        colour, marker, dash = style.look(ordered.index(name))
+        spaces = [] if dash == "-" else [2 * space for space in dash[1]]
+        pages = {page: contrasting(colour, back) for page, back in PAGES.items()}
+        found[name] = {**pages, "marker": marker, "dash": " ".join(f"{space:g}" for space in spaces)}
+    return found
+
+
+def contrasting(colour: str, back: str) -> str:
+    """The colour, mixed with black or white as far as it needs to stand out from the page: 3 to 1, as WCAG asks."""
+    towards = np.array(to_rgb("white" if _luminance(to_rgb(back)) < 0.5 else "black"))
+    for part in np.linspace(0.0, 1.0, 21):
+        mixed = (1 - part) * np.array(to_rgb(colour)) + part * towards
+        low, high = sorted((_luminance(mixed), _luminance(to_rgb(back))))
+        if (high + 0.05) / (low + 0.05) >= 3.0:
+            break
+    return to_hex(mixed)
+
+
+def _luminance(rgb: Iterable[float]) -> float:
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
+    return float(np.dot((0.2126, 0.7152, 0.0722), linear))
 
 
 def _with_differences(cells: pd.DataFrame, differences: pd.DataFrame) -> list[dict[str, Any]]:
-    point = [key for key in differences.columns if key in scores.SETTINGS]
-    # equal settings in both tables: NaN equals NaN here
-    keyed = {tuple(map(str, (row[key] for key in point))): row for row in differences.to_dict("records")}
+    gaps = differences.set_index("row").to_dict("index")
     found: list[dict[str, Any]] = []
-    for cell in cells.to_dict("records"):
-        gap = keyed.get(tuple(str(cell[key]) for key in point), {}) if cell["status"] == scores.COMPLETE else {}
+    for row, cell in zip(cells.index, cells.to_dict("records"), strict=True):
+        gap = gaps.get(row, {}) if cell["status"] == statistics.COMPLETE else {}
         shown = {key: plain(cell.get(key)) for key in CELL}
-        shown |= {"id": len(found)} | {
-            f"gap_{key}": plain(gap.get(key)) for key in ("difference", "low", "high", "pairs")
-        }
+        shown |= {"id": len(found)} | {f"gap_{key}": plain(gap.get(key)) for key in GAP}
         found.append(shown)
     return found
 
 
 def curves(cells: pd.DataFrame, logged: pd.DataFrame) -> list[dict[str, Any]]:
-    """One training curve per run: the id of its cell (its row), and [step, loss] pairs."""
-    lines = {run: part.dropna() for run, part in logged.groupby("folder", sort=False)}
+    """The mean training curve of each cell that has one: its id, n runs, and [step, loss] pairs."""
+    means = statistics.mean_curves(cells.reset_index(drop=True), logged.dropna(subset=["loss"]))
     return [
         {
-            "cell": place,
+            "cell": int(place),
+            "n": int(own["n"].iloc[0]),
             "points": [
                 [int(step), round(float(loss), LOSS_DIGITS)]
-                for step, loss in zip(lines[run]["step"], lines[run]["loss"], strict=True)
+                for step, loss in zip(own["step"], own["loss"], strict=True)
             ],
         }
-        for place, folders in enumerate(cells["folders"])
-        for run in folders
-        if run in lines
+        for place, own in means.groupby("cell", sort=False)
     ]
 
 

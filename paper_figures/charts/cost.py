@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from analysis import style
+from experiments.names import method
+from experiments.names import model as model_name
 from paper_figures.charts.parts import LINE, lines_of, missing, panels, point, say
 from paper_figures.sources import NOT_RUN
 
@@ -27,18 +29,18 @@ def training(published: pd.DataFrame, model: pd.DataFrame | None) -> Figure:
     for place, value in enumerate(values["value"]):
         point(axes[0], value, place, None)
     axes[0].axvline(1, color=UNIT_LINE, linewidth=0.8, linestyle="--")
-    axes[0].set_title("published: PEFT, Llama-3.2-3B, GPU")
+    axes[0].set_title("published: PEFT,\nLlama-3.2-3B, GPU")
     axes[0].set_xlabel("step time / LoRA's\n(n = 1 run)")
     if not ours:
         say(axes[1], f"ours: {NOT_RUN}")
     for (base, own), panel in zip(ours, axes[1:], strict=False):
-        _ratios(panel, own, f"ours: {base}, CPU")
+        _ratios(panel, own, f"ours: {model_name(base)},\nCPU")
     return figure
 
 
 def _ratios(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     rows = rows.sort_values("step_ratio", na_position="last")
-    lines_of(axes, list(rows["method"]))
+    lines_of(axes, [method(name) for name in rows["method"]])
     for place, row in enumerate(rows.itertuples()):
         if pd.isna(row.step_ratio):
             axes.text(1, place, "not measured", fontsize=5.5, color="#777777", va="center")
@@ -50,7 +52,7 @@ def _ratios(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         axes.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(title)
-    axes.set_xlabel(f"step time / LoRA's\n(n = {int(rows['step_pairs'].min())} pairs, 95 %)")
+    axes.set_xlabel(f"step time / LoRA's\n(n = {int(rows['step_pairs'].min())} pairs, median,\n95 % interval)")
 
 
 def floor(kernel: pd.DataFrame | None) -> Figure:
@@ -65,7 +67,7 @@ def floor(kernel: pd.DataFrame | None) -> Figure:
         1, len(cases), figsize=(style.PAGE, 0.9 + LINE * len(methods)), squeeze=False, sharex=True, sharey=True
     )
     for place, (case, panel) in enumerate(zip(cases, axes[0], strict=True)):
-        lines_of(panel, methods)
+        lines_of(panel, [method(name) for name in methods])
         own = timed[timed["case"] == case]
         for row in own.itertuples():
             point(
@@ -79,6 +81,6 @@ def floor(kernel: pd.DataFrame | None) -> Figure:
         panel.axvline(1, color=UNIT_LINE, linewidth=0.8, linestyle="--")
         panel.set_xscale("log")
         panel.set_title(f"{case}\nD = {own['D'].iloc[0]:,}", fontsize=6)
-        panel.set_xlabel(f"ratio to a copy,\nn = {int(own['rounds'].min())} turns")
+        panel.set_xlabel(f"ratio to a copy\n(median of n = {int(own['rounds'].min())},\n95 % interval)")
         panel.tick_params(labelleft=place == 0)
     return figure

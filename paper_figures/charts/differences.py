@@ -5,6 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments import names
+from experiments.names import method
 from paper_figures.charts.parts import LINE, lines_of, missing, panels, point
 from paper_figures.sources import NOT_RUN, Sweep
 
@@ -19,17 +21,17 @@ def draw(sweep: Sweep | None, differences: pd.DataFrame) -> Figure:
     tasks = list(dict.fromkeys(differences["task"]))
     figure, axes = panels(len(tasks), 4, 0.8 + LINE * 2 * len(ABLATIONS))
     for place, (task, panel) in enumerate(zip(tasks, axes, strict=True)):
-        lines_of(panel, ABLATIONS, place % 4 == 0)
+        lines_of(panel, [method(name) for name in ABLATIONS], place % 4 == 0)
         panel.axvline(0, color="#555555", linewidth=0.8, linestyle="--")
         own = differences[differences["task"] == task].set_index("projection")
         for line, name in enumerate(ABLATIONS):
             if name in own.index:
                 found = own.loc[name]
-                point(panel, 100 * found["difference"], line, name, 100 * found["low"], 100 * found["high"])
+                point(panel, 100 * found["difference"], line, name, 100 * found["t_low"], 100 * found["t_high"])
             else:
                 left = panel.get_yaxis_transform()
                 panel.text(0.05, line, NOT_RUN, va="bottom", fontsize=5.5, color="#777777", transform=left)
         pairs = int(own["pairs"].max())
-        panel.set_title(f"{task.rsplit('/', 1)[-1]}, n = {pairs} pairs")
-        panel.set_xlabel(f"score - {REFERENCE}'s, points\n(95 % interval)")
+        panel.set_title(f"{names.task(task)}, n = {pairs} pairs")
+        panel.set_xlabel(f"score - {method(REFERENCE)}'s,\nx 100 (95 % t interval)")
     return figure

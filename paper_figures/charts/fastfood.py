@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import names
 from paper_figures.charts.parts import legend, panels, point, say
 from paper_figures.comparison import score
 from paper_figures.sources import NOT_RUN, Sweep, one_cell
@@ -51,10 +52,10 @@ def _scores(axes: Axes, sweep: Sweep | None) -> None:
                     found.text, (place + 0.2 * (line - 1), 0.02), xycoords=("data", "axes fraction"), rotation=90,
                     fontsize=5, color="#777777", ha="center", va="bottom",
                 )  # fmt: skip
-    axes.set_xticks(range(len(tasks)), [task.rsplit("/", 1)[-1] for task in tasks])
+    axes.set_xticks(range(len(tasks)), [names.task(task) for task in tasks])
     axes.set_xlim(-0.5, len(tasks) - 0.5)
-    axes.set_ylabel("score x 100\n(mean, 95 % interval)")
-    axes.set_title(f"score, {sweep.cells['model'].iloc[0]}, n = {count} seeds")
+    axes.set_ylabel("score x 100\n(mean, 95 % t interval)")
+    axes.set_title(f"score, {names.model(sweep.cells['model'].iloc[0])}, n = {count} seeds")
 
 
 def _cost(axes: Axes, model: pd.DataFrame, key: str, interval: bool) -> None:
@@ -65,5 +66,5 @@ def _cost(axes: Axes, model: pd.DataFrame, key: str, interval: bool) -> None:
             if len(own) and pd.notna(own[key].iloc[0]):
                 low, high = (own[f"{key}_{end}"].iloc[0] if interval else None for end in ("low", "high"))
                 point(axes, place + 0.2 * (line - 1), own[key].iloc[0], name, low, high, upright=True)
-    axes.set_xticks(range(len(bases)), bases)
+    axes.set_xticks(range(len(bases)), [names.model(base) for base in bases])
     axes.set_xlim(-0.5, len(bases) - 0.5)

@@ -7,6 +7,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from experiments.names import method
 from paper_figures.charts.parts import panels
 
 ACROSS = 6
@@ -19,7 +20,7 @@ def draw(grams: dict[str, np.ndarray], space: str) -> Figure:
     for (name, values), panel in zip(grams.items(), axes, strict=True):
         most = float(np.abs(values).max())
         panel.imshow(values / most, cmap=COLOURS, norm=SCALE, interpolation="nearest", rasterized=True)
-        panel.set_title(name, fontsize=6)
+        panel.set_title(method(name), fontsize=6)
         panel.set_xticks([])
         panel.set_yticks([])
         panel.grid(False)

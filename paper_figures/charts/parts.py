@@ -72,11 +72,12 @@ def lines_of(axes: Axes, labels: Sequence[str], show: bool = True) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def legend(figure: Figure, names: Iterable[str], columns: int = 6) -> None:
-    """A legend of projections above the panels."""
-    handles = [
-        Line2D([], [], color=style.colour(name), marker=style.marker(name), linestyle="none", label=name)
-        for name in sorted(names)
-    ]
+def legend(figure: Figure, names: Iterable[str], columns: int = 6, lines: bool = False) -> None:
+    """A legend of projections above the panels, with the dashes of their lines where they are drawn as lines."""
+    looks = [style.line(name) | ({} if lines else {"linestyle": "none"}) for name in style.order(names)]
+    handles = [Line2D([], [], **look) for look in looks]
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2, handletextpad=0.3)
+        figure.legend(
+            handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2, handletextpad=0.3,
+            handlelength=3.0 if lines else 1.0,
+        )  # fmt: skip

@@ -3,50 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from paper_figures.charts.parts import LINE, heading, lines_of, point, say
+from paper_figures.charts.parts import LINE, MISSING, heading, lines_of, point, say
 from paper_figures.comparison import Comparison, Row
+from paper_figures.published import claims
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN
 
-EMPTY = 0.55
+EMPTY = 0.4
+# characters of a line
+WRAP = 120
 
 
 def draw(spec: Comparison, rows: Sequence[Row]) -> Figure:
     """Each panel has an axis of its own: the blocks are different models."""
-    blocks = list(dict.fromkeys(row.block for row in rows))
-    members = [[row for row in rows if row.block == block] for block in blocks]
-    heights = [0.75 + LINE * len(own) if _drawn(own) else EMPTY for own in members]
-    figure, axes = plt.subplots(
-        len(blocks), len(spec.columns), figsize=(style.PAGE, sum(heights)), height_ratios=heights, squeeze=False
-    )
-    for block, own, line in zip(blocks, members, axes, strict=True):
-        for place, (column, panel) in enumerate(zip(spec.columns, line, strict=True)):
-            _panel(panel, own, column, place == 0, len(spec.columns) > 4)
-        heading(line[0], block + _count(own))
-    for column, panel in zip(spec.columns, axes[-1], strict=True):
-        panel.set_xlabel(f"{column}, {spec.unit}")
-    for line in axes[:-1]:
+    blocks = {block: [row for row in rows if row.block == block] for block in dict.fromkeys(row.block for row in rows)}
+    heights = [1.0 + LINE * len(own) if drawn(own) else EMPTY for own in blocks.values()]
+    figure = plt.figure(figsize=(style.PAGE, sum(heights)))
+    grid = figure.add_gridspec(len(blocks), len(spec.columns), height_ratios=heights)
+    for number, (block, own) in enumerate(blocks.items()):
+        if not drawn(own):
+            _line(figure.add_subplot(grid[number, :]), spec, block, own)
+            continue
+        line = [figure.add_subplot(grid[number, place]) for place in range(len(spec.columns))]
         for column, panel in zip(spec.columns, line, strict=True):
-            panel.set_xlabel(f"{column}, {spec.unit}" if panel.lines or panel.collections else column)
+            _panel(panel, own, column, panel is line[0], len(spec.columns) > 4)
+            panel.set_xlabel(f"{column},\n{spec.unit_of(column)}", fontsize=6)
+        heading(line[0], block + _count(own))
     return figure
+
+
+def _line(axes: Axes, spec: Comparison, block: str, rows: Sequence[Row]) -> None:
+    """A block without a number: why, and what is reported of it in words."""
+    words = sorted({score.text for row in rows for score in row.scores.values()})
+    said = [f"; reported without numbers: {claim}" for claim in claims(spec.name)] if words == [NOT_AVAILABLE] else []
+    text = fill(f"{block}: {' / '.join(words)}{''.join(said)}", WRAP)
+    axes.set_axis_off()
+    axes.text(0, 0.5, text, va="center", color=MISSING, fontsize=7).set_in_layout(False)
 
 
 def _count(rows: Sequence[Row]) -> str:
     """How many runs a point stands for."""
-    if not _drawn(rows):
-        return ""
     counts = sorted({score.n for row in rows for score in row.scores.values() if score.n})
     if not counts:
         return ": n not known to us"
     return f": n = {counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} seeds, mean and 95 % interval"
 
 
-def _drawn(rows: Sequence[Row]) -> bool:
+def drawn(rows: Sequence[Row]) -> bool:
+    """Whether there is a number among them."""
     return any(score.value is not None for row in rows for score in row.scores.values())
 
 

@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from analysis import scores, style
+from analysis import style
+from experiments.names import method, model, task
+from experiments.statistics import COMPLETE, unit
 from paper_figures.charts.parts import MISSING, PUBLISHED, legend, missing, panels, point, say
 from paper_figures.sources import NOT_RUN, Sweep, complete, one_task
 
@@ -32,7 +34,7 @@ def stored(sweeps: Sequence[Sweep]) -> Figure:
     figure, axes = panels(len(shown), 3, 2.1)
     for (sweep, part), panel in zip(shown, axes, strict=True):
         against(panel, part, "adapter_bytes", "stored bytes")
-        panel.set_title(f"{sweep.name}: {one_task(part, sweep.name)}")
+        panel.set_title(f"{task(one_task(part, sweep.name))} ({sweep.name})")
     legend(figure, {name for _, part in shown for name in part["projection"]})
     return figure
 
@@ -45,20 +47,26 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
     if usable.empty:
         say(axes, "no complete cell")
         return
-    metric = usable["metric"].iloc[0]
     places = _beside(usable[key])
     for name, own in usable.assign(x=places).groupby("projection", sort=True):
         for cell in own.itertuples():
             low, high = 100 * cell.score_low, 100 * cell.score_high
             point(axes, cell.x, 100 * cell.score, name, low, high, upright=True)
         if own[key].is_unique:
-            axes.plot(own["x"], 100 * own["score"], color=style.colour(name), linewidth=0.8, alpha=0.6)
+            axes.plot(
+                own["x"],
+                100 * own["score"],
+                color=style.colour(name),
+                linestyle=style.dash(name),
+                linewidth=0.8,
+                alpha=0.6,
+            )
     logarithmic(axes)
     counts = sorted(set(usable["n"]))
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    axes.set_ylabel(f"{metric}, %" if metric == "accuracy" else f"{metric} x 100")
-    _name_lost(axes, cells[cells["status"] != scores.COMPLETE])
-    axes.set_xlabel(f"{label}, equal ones side by side\n(n = {seeds} seeds, 95 % interval)")
+    axes.set_ylabel(unit(usable["metric"].iloc[0]))
+    _name_lost(axes, cells[cells["status"] != COMPLETE])
+    axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {seeds} seeds, 95 % t interval)")
 
 
 def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:
@@ -67,7 +75,7 @@ def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:
     height = NAMED * (high - low)
     axes.set_ylim(low, high + height * len(lost))
     for line, cell in enumerate(lost.itertuples(), start=1):
-        place, text = (0.02, high + height * (len(lost) - line)), f"{cell.projection}: {cell.status}"
+        place, text = (0.02, high + height * (len(lost) - line)), f"{method(cell.projection)}: {cell.status}"
         axes.annotate(text, place, xycoords=axes.get_yaxis_transform(), va="bottom", fontsize=5.5, color=MISSING)
 
 
@@ -109,6 +117,10 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
+def _place(sweep: Sweep) -> str:
+    return f"{model(sweep.cells['model'].iloc[0])}, {task(one_task(sweep.cells, sweep.name))}"
+
+
 def against_d(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
     """The published scan of d beside ours."""
     figure, axes = panels(2, 2, 2.3)
@@ -122,7 +134,7 @@ def against_d(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
         say(axes[1], f"ours: {NOT_RUN}")
         return figure
     against(axes[1], sweep.cells, "trained", "trained numbers")
-    axes[1].set_title(f"ours: {sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
+    axes[1].set_title(f"ours: {_place(sweep)}")
     legend(figure, set(sweep.cells["projection"]))
     return figure
 
@@ -142,7 +154,7 @@ def against_r(published: pd.DataFrame, sweep: Sweep | None) -> Figure:
         return figure
     against(axes[1], sweep.cells, "r", "rank r")
     _only_at(axes[1], sweep.cells["r"])
-    axes[1].set_title(f"ours: {sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
+    axes[1].set_title(f"ours: {_place(sweep)}")
     legend(figure, set(sweep.cells["projection"]))
     return figure
 
@@ -154,6 +166,6 @@ def against_rows(sweep: Sweep | None) -> Figure:
     figure, (panel,) = panels(1, 1, 2.6, style.COLUMN)
     against(panel, sweep.cells, "train_size", "training rows")
     _only_at(panel, sweep.cells["train_size"])
-    panel.set_title(f"{sweep.cells['model'].iloc[0]}, {one_task(sweep.cells, sweep.name)}")
+    panel.set_title(_place(sweep))
     legend(figure, set(sweep.cells["projection"]), 4)
     return figure

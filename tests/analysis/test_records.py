@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import records, scores
+import uniproj
+from analysis import records
+from analysis.report.collect import payload
+from experiments import statistics
 from experiments.errors import ExperimentError
+from experiments.settings import RunConfig
 from tests.sweeps import made_up, write
 
 TASKS, METHODS = ["glue/sst2", "glue/stsb"], ["lora", "unilora", "vera"]
@@ -29,7 +34,7 @@ def table() -> pd.DataFrame:
 
 def test_a_cell_is_the_mean_over_its_seeds_with_students_interval(table: pd.DataFrame, tmp_path: Path) -> None:
     write(tmp_path / "mine", table)
-    cells = scores.cells(records.read(tmp_path).runs)
+    cells = statistics.cells(records.read(tmp_path).runs)
     assert len(cells) == len(TASKS) * len(METHODS) and set(cells["status"]) == {"complete"}
     cell = cells[(cells["task"] == TASKS[1]) & (cells["projection"] == "vera")].iloc[0]
     own = table[(table["task"] == TASKS[1]) & (table["projection"] == "vera")]["score"]
@@ -43,24 +48,28 @@ def test_an_interval_ends_where_the_metric_does(metric: str, ends: tuple, table:
     """Student's interval of 0.05, 0.5, 0.95 is 0.5 -+ 1.1."""
     one = table[(table["task"] == TASKS[0]) & (table["projection"] == "lora")]
     write(tmp_path / "mine", one.assign(metric=metric, score=[0.05, 0.5, 0.95]))
-    cell = scores.cells(records.read(tmp_path).runs).iloc[0]
+    cell = statistics.cells(records.read(tmp_path).runs).iloc[0]
     assert cell["score_low"] == pytest.approx(max(ends[0], -0.618), abs=1e-3) and cell["score_high"] == 1.0
 
 
 def test_differences_pair_the_seeds(table: pd.DataFrame, tmp_path: Path) -> None:
     write(tmp_path / "mine", table)
-    found = scores.differences(records.read(tmp_path).runs, "lora")
+    found = statistics.differences(records.read(tmp_path).runs, "lora")
     one = found[(found["task"] == TASKS[0]) & (found["projection"] == "unilora")].iloc[0]
     wide = table[table["task"] == TASKS[0]].pivot(index="train_seed", columns="projection", values="score")
     gaps = wide["unilora"] - wide["lora"]
     assert one["pairs"] == 3 and one["difference"] == pytest.approx(gaps.mean())
-    assert one["low"] == pytest.approx(stats.t.interval(0.95, 2, loc=gaps.mean(), scale=stats.sem(gaps))[0])
+    assert one["t_low"] == pytest.approx(stats.t.interval(0.95, 2, loc=gaps.mean(), scale=stats.sem(gaps))[0])
 
 
-def test_which_of_several_cells_is_meant_is_not_guessed(table: pd.DataFrame, tmp_path: Path) -> None:
-    again = table[table["projection"] == "lora"].assign(r=8)
+def test_of_several_sizes_of_the_reference_the_largest_is_subtracted(table: pd.DataFrame, tmp_path: Path) -> None:
+    again = table[table["projection"] == "lora"].assign(r=8, trained=73728, score=0.5)
     write(tmp_path / "mine", pd.concat([table, again.assign(folder=again["folder"] + "8")]))
-    assert scores.differences(records.read(tmp_path).runs, "lora").empty
+    found = statistics.differences(records.read(tmp_path).runs, "lora")
+    assert len(found) == 4 and set(found["reference_trained"]) == {73728}
+    one = found[(found["task"] == TASKS[0]) & (found["projection"] == "unilora")].iloc[0]
+    own = table[(table["task"] == TASKS[0]) & (table["projection"] == "unilora")]["score"]
+    assert one["difference"] == pytest.approx(own.mean() - 0.5)
 
 
 @pytest.mark.parametrize(("axis", "values"), [("dropout", [0.0, 0.5]), ("projection_seed", [7, 8])])
@@ -72,9 +81,9 @@ def test_cells_that_differ_in_an_axis_are_not_pooled_as_seeds(axis: str, values:
     parts[1]["score"] += 0.1 * (parts[1]["projection"] == "unilora")
     write(tmp_path / "mine", pd.concat(parts))
     found = records.read(tmp_path).runs
-    cells = scores.cells(found)
+    cells = statistics.cells(found)
     assert len(cells) == 4 and set(cells["n"]) == {3}
-    gaps = scores.differences(found, "lora").set_index(f"cell.{axis}" if "seed" in axis else axis)
+    gaps = statistics.differences(found, "lora").set_index(f"cell.{axis}" if "seed" in axis else axis)
     assert gaps.loc[values[1], "pairs"] == 3
     assert gaps.loc[values[1], "difference"] - gaps.loc[values[0], "difference"] == pytest.approx(0.1)
 
@@ -92,7 +101,7 @@ def test_a_run_that_two_sweeps_share_counts_in_both(tmp_path: Path) -> None:
         listed = own.assign(folder="elsewhere/" + own["folder"], cell=own["projection"])
         listed[["cell", "folder"]].to_csv(tmp_path / "sweeps" / name / "records.csv", index=False)
     found = records.read(tmp_path)
-    cells = scores.cells(found.runs).set_index(["sweep", "projection"])
+    cells = statistics.cells(found.runs).set_index(["sweep", "projection"])
     assert dict(cells["n"]) == {("one", "lora"): 3, ("one", "unilora"): 3, ("two", "lora"): 3}
     assert set(cells["status"]) == {"complete"}
     assert {name: origin["runs"] for name, origin in found.origins.items()} == {"one": 6, "two": 3}
@@ -101,7 +110,7 @@ def test_a_run_that_two_sweeps_share_counts_in_both(tmp_path: Path) -> None:
 def test_a_run_of_two_cells_counts_once_in_each(tmp_path: Path) -> None:
     lora = made_up(TASKS[:1], ["lora"])
     write(tmp_path / "mine", pd.concat([lora.assign(cell=name) for name in ("at 4740", "at 9480")]))
-    cells = scores.cells(records.read(tmp_path).runs)
+    cells = statistics.cells(records.read(tmp_path).runs)
     assert list(cells["n"]) == [3, 3]
 
 
@@ -109,7 +118,7 @@ def test_a_cell_with_a_failed_stuck_or_missing_run_is_not_complete(table: pd.Dat
     table.loc[0, "failed"] = "out of memory"
     table.loc[3, "did_not_train"] = "the loss went from 0.7 to 0.7"
     write(tmp_path / "mine", table.drop(index=6))
-    cells = scores.cells(records.read(tmp_path).runs)
+    cells = statistics.cells(records.read(tmp_path).runs)
     first = cells[cells["task"] == TASKS[0]].set_index("projection")["status"]
     assert dict(first) == {"lora": "incomplete", "unilora": "did not train", "vera": "incomplete"}
 
@@ -152,17 +161,17 @@ def test_nothing_to_read_stops_with_a_sentence(tmp_path: Path) -> None:
 
 def test_the_score_of_one_part_of_the_test(table: pd.DataFrame) -> None:
     table["groups"] = [json.dumps({"gsm8k": k / 100, "math500": 0.0}) for k in range(len(table))]
-    part = scores.of_group(table, "gsm8k")
+    part = statistics.of_group(table, "gsm8k")
     assert list(part["score"]) == [k / 100 for k in range(len(table))]
-    assert scores.of_group(table, "nothing").empty
+    assert statistics.of_group(table, "nothing").empty
 
 
 def test_a_mean_curve_has_the_steps_of_every_run(table: pd.DataFrame, tmp_path: Path) -> None:
     folder = write(tmp_path / "mine", table)
     curves = pd.read_csv(folder / "curves.csv")
     curves = curves[~((curves["folder"] == table["folder"][0]) & (curves["step"] == 30))]
-    cells = scores.cells(table.assign(sweep="mine"))
-    mean = scores.mean_curves(cells, curves)
+    cells = statistics.cells(table.assign(sweep="mine"))
+    mean = statistics.mean_curves(cells, curves)
     own = mean[mean["cell"] == cells.index[cells["projection"] == "lora"][0]]
     runs = table["folder"][:3]
     expected = curves[curves["folder"].isin(runs) & (curves["step"] == 20)]["loss"].mean()
@@ -177,3 +186,56 @@ def test_runs_of_fewer_steps_than_a_logged_loss_have_no_curve(table: pd.DataFram
     (folder / "curves.csv").write_text("folder,step,loss\n")
     with pytest.raises(ExperimentError, match="the curve of every run"):
         records.read(tmp_path)
+
+
+def _as_runs(folder: Path, table: pd.DataFrame, sweep: str | None) -> None:
+    """The same runs as they were trained: a folder each, JSON without NaN, and the tables of their sweep."""
+    settings = {field.name for field in fields(RunConfig)}
+    for values in table.to_dict("records"):
+        place = folder / values.pop("folder")
+        place.mkdir(parents=True)
+        plain = {key: None if pd.isna(value) else value for key, value in values.items() if not key.startswith("cell")}
+        config = {key: plain.pop(key) for key in list(plain) if key in settings}
+        config["hyperparameters"] = {}
+        (place / "config.json").write_text(json.dumps(config))
+        (place / "result.json").write_text(json.dumps({"config": config, **plain}))
+    if sweep is not None:
+        (folder / "sweeps" / sweep).mkdir(parents=True)
+        listed = table[["folder", *(key for key in table if key.startswith("cell"))]]
+        listed.to_csv(folder / "sweeps" / sweep / "records.csv", index=False)
+
+
+@pytest.mark.parametrize("sweep", ["mine", None])
+def test_a_folder_of_runs_and_an_exported_sweep_give_one_table(
+    sweep: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA has no d and no budget, which JSON and CSV write in different ways; nothing has max_new_tokens."""
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    table = made_up(TASKS, METHODS).assign(max_new_tokens=None, target_modules=None)
+    table.loc[table["projection"] == "lora", ["d", "budget"]] = None
+    if sweep is not None:
+        table["cell"] = table["task"] + table["projection"]
+        table["cell.task"], table["cell.projection"] = table["task"], table["projection"]
+    write(tmp_path / "exported" / (sweep or statistics.SINGLE), table)
+    _as_runs(tmp_path / "runs", table, sweep)
+    exported, trained = (payload(records.read(tmp_path / name))["cells"] for name in ("exported", "runs"))
+    assert exported == trained and len(trained) == 6
+    for cell in trained:
+        own, base = (
+            table[(table["projection"] == name) & (table["task"] == TASKS[cell["task"] == "STS-B"])]["score"].to_numpy()
+            for name in (cell["projection"], "lora")
+        )
+        wanted = None if cell["projection"] == "lora" else pytest.approx((own - base).mean())
+        assert cell["gap_difference"] == wanted, cell
+
+
+def test_the_page_calls_own_tasks_by_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    own = ["/home/me/one/reviews", "/home/me/two/reviews", "/home/me/mails"]
+    table = made_up(own, METHODS, model="/home/me/small")
+    table.loc[0, "failed"] = "out of memory"
+    write(tmp_path / "mine", table)
+    found = payload(records.read(tmp_path))
+    assert {cell["task"] for cell in found["cells"]} == {"one/reviews", "two/reviews", "mails"}
+    assert {cell["model"] for cell in found["cells"]} == {"small"} and len(found["cells"]) == 9
+    assert "/home/me" not in json.dumps({key: found[key] for key in ("cells", "failures", "curves")})

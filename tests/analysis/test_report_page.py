@@ -13,10 +13,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import uniproj
 from analysis.report.__main__ import main
+from analysis.report.collect import looks
+from experiments.names import method
 from tests.sweeps import made_up, write
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TASKS = ["glue/sst2", "glue/stsb"]
+TASKS, SHOWN = ["glue/sst2", "glue/stsb"], ["SST-2", "STS-B"]
 NO_RANK = "\u2013"
 METHODS = ["lora", "unilora", "vera", "nola"]
 
@@ -94,19 +96,21 @@ def test_a_click_on_a_heading_sorts_and_another_turns_the_order(page: Page) -> N
 
 
 def test_ranks_are_those_of_complete_cells_of_one_task(page: Page, table: pd.DataFrame) -> None:
-    page.locator("#task").select_option(TASKS[0])
+    page.locator("#task").select_option(SHOWN[0])
     means = table[table["task"] == TASKS[0]].groupby("projection")["score"].mean().drop("nola").sort_values()
-    expected = {name: str(rank) for rank, name in enumerate(reversed(means.index), start=1)} | {"nola": NO_RANK}
+    expected = {method(name): str(rank) for rank, name in enumerate(reversed(means.index), start=1)} | {"NOLA": NO_RANK}
     assert dict(zip(_column(page, 1), _column(page, 2), strict=True)) == expected
 
 
 def test_filters_narrow_tables_and_panels(page: Page) -> None:
     assert page.locator("#budget-panels .panel").count() == len(TASKS)
-    page.locator("#task").select_option(TASKS[1])
-    assert set(_column(page, 6)) == {TASKS[1]} and page.locator("#shown").inner_text() == "4 of 8 cells"
+    page.locator("#task").select_option(SHOWN[1])
+    assert set(_column(page, 6)) == {SHOWN[1]} and page.locator("#shown").inner_text() == "4 of 8 cells"
     assert page.locator("#budget-panels .panel").count() == page.locator("#curve-panels .panel").count() == 1
-    page.locator("#search").fill("unilora")
-    assert _column(page, 1) == ["unilora"] and _column(page, 1, "#cost-table") == ["unilora"]
+    # by the name in settings, and by the one that is shown
+    for words in ("unilora", "uni-lora"):
+        page.locator("#search").fill(words)
+        assert _column(page, 1) == ["Uni-LoRA"] and _column(page, 1, "#cost-table") == ["Uni-LoRA"]
     page.locator("#search").fill("no such thing")
     assert "No cell passes" in page.locator("#leaderboard-table").inner_text()
 
@@ -114,15 +118,19 @@ def test_filters_narrow_tables_and_panels(page: Page) -> None:
 def test_a_point_tells_its_numbers_under_the_pointer_and_to_the_keyboard(page: Page, table: pd.DataFrame) -> None:
     tip = page.locator("#tip")
     assert not tip.is_visible()
-    point = page.locator(".panel", has_text=TASKS[0]).first.locator('.point[data-projection="unilora"]')
+    point = page.locator(".panel", has_text=SHOWN[0]).first.locator('.point[data-projection="unilora"]')
     point.locator(".shape").hover()
     own = table[(table["task"] == TASKS[0]) & (table["projection"] == "unilora")]["score"]
     assert tip.is_visible() and f"accuracy {100 * own.mean():.1f} [" in tip.inner_text()
-    assert "n = 3" in tip.inner_text() and "4,741 trained" in tip.inner_text() and "points to lora" in tip.inner_text()
+    assert (
+        "n = 3" in tip.inner_text()
+        and "4,741 trained" in tip.inner_text()
+        and "points to LoRA with 36,864 trained" in tip.inner_text()
+    )
     page.mouse.move(2, 2)
     assert not tip.is_visible()
     point.focus()
-    assert tip.is_visible() and "unilora" in tip.inner_text()
+    assert tip.is_visible() and "Uni-LoRA" in tip.inner_text()
 
 
 def test_the_nearest_curve_tells_its_loss(page: Page) -> None:
@@ -138,9 +146,70 @@ def test_the_nearest_curve_tells_its_loss(page: Page) -> None:
 def test_the_budget_axis_can_be_chosen_and_a_projection_hidden(page: Page) -> None:
     page.locator("#x").select_option("adapter_bytes")
     assert "stored bytes" in (page.locator("#budget-panels svg").first.text_content() or "")
-    page.locator("#legend button", has_text="lora").first.click()
+    page.locator('#legend button[data-projection="lora"]').click()
     assert page.locator('.point[data-projection="lora"]').count() == 0
     assert page.locator('.point[data-projection="unilora"]').count() == len(TASKS)
+
+
+def test_curves_have_markers_dashes_and_a_legend_that_hides_them(page: Page) -> None:
+    legend = page.locator("#curve-legend button")
+    assert sorted(legend.all_inner_texts()) == sorted(method(name) for name in METHODS)
+    chart = page.locator("#curve-panels svg").first
+    curve = chart.locator('.curve[data-projection="unilora"]')
+    assert curve.locator("path").count() == 1 and curve.locator(".shape").count() >= 1
+    colours = chart.locator(".curve path").evaluate_all("all => all.map(path => getComputedStyle(path).stroke)")
+    assert len(set(colours)) == len(colours) == len(METHODS)
+    page.locator('#curve-legend button[data-projection="unilora"]').click()
+    assert chart.locator('.curve[data-projection="unilora"]').count() == 0
+    for place in ("#legend", "#curve-legend"):
+        assert page.locator(f'{place} button[data-projection="unilora"]').get_attribute("aria-pressed") == "false"
+
+
+def test_a_curve_is_the_mean_of_the_runs_that_trained(page: Page, table: pd.DataFrame, report: Path) -> None:
+    logged = pd.read_csv(report.parent / "results" / "mine" / "curves.csv")
+    own = table[(table["task"] == TASKS[1]) & (table["projection"] == "vera") & table["did_not_train"].isna()]
+    wanted = logged[logged["folder"].isin(own["folder"])].groupby("step")["loss"].mean()
+    found = page.evaluate(
+        """() => { const data = JSON.parse(document.getElementById("data").textContent);
+        const cell = data.cells.find(c => c.projection === "vera" && c.task === "STS-B");
+        return data.curves.find(c => c.cell === cell.id); }"""
+    )
+    assert found["n"] == 2 and dict(found["points"]) == pytest.approx(dict(wanted), abs=1e-4)
+    status = page.locator("#leaderboard-table tr", has_text="did not train").locator("td").last.inner_text()
+    assert status == "1 of 3 did not train"
+
+
+def test_a_plugin_that_is_not_loaded_has_a_colour_of_its_own() -> None:
+    found = looks([*uniproj.names(), "mine", "yours"])
+    for kind in ("light", "dark"):
+        assert len({look[kind] for look in found.values()}) == len(found)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_there_is_a_way_back_from_everywhere(browser: Browser, report: Path, width: int, scheme: str) -> None:
+    page, trouble = _open(browser, report, width, scheme)
+    for place in ("cost", "provenance"):
+        page.evaluate(f"document.getElementById('{place}').scrollIntoView()")
+        assert page.evaluate("scrollY") > 0
+        back = page.locator("nav a", has_text="Top")
+        box = back.bounding_box()
+        assert box is not None and 0 <= box["y"] < 60 and 0 <= box["x"] < width
+        heading = page.locator(f"#{place} h2").bounding_box()
+        assert heading is not None and (heading["y"] >= box["y"] + box["height"] or place == "provenance")
+        back.click()
+        assert page.evaluate("scrollY") == 0
+    page.close()
+    assert trouble == []
+
+
+def test_the_column_that_stays_leaves_room_on_a_narrow_page(browser: Browser, report: Path) -> None:
+    page, _ = _open(browser, report, 390, "dark")
+    for table in ("#leaderboard-table", "#cost-table", "#failed-table"):
+        widths = page.locator(f"{table} td:first-child").evaluate_all(
+            "all => all.map(cell => cell.getBoundingClientRect().width)"
+        )
+        assert max(widths) <= 0.42 * 390, table
+    page.close()
 
 
 def test_what_failed_is_told_and_cannot_write_into_the_page(page: Page) -> None:

@@ -56,6 +56,30 @@ def test_an_exported_sweep_holds_what_the_runs_hold(trained: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_tables_are_made_anew_from_the_records(trained: Path, tmp_path: Path) -> None:
+    tables = trained / "sweeps" / "mine"
+    (tables / "summary.csv").write_text("what another version wrote\n")
+    (tables / "paired.csv").unlink()
+    # so few steps may have taught nothing
+    pd.read_csv(tables / "records.csv").assign(did_not_train=None).to_csv(tables / "records.csv", index=False)
+    assert export.main(["mine", "--runs", str(trained), "--out", str(tmp_path / "kept")]) == 0
+    summary, paired = (pd.read_csv(tmp_path / "kept" / "mine" / f"{name}.csv") for name in ("summary", "paired"))
+    scores = load(trained).set_index("projection")["score"]
+    assert dict(summary.set_index("projection")["score"]) == pytest.approx(dict(scores))
+    assert paired["difference"].item() == pytest.approx(scores["unilora"] - scores["lora"])
+    assert paired[["rows_low", "rows_high"]].notna().all(axis=None)
+
+
+def test_no_path_of_the_machine_is_committed_and_two_folders_of_one_name_stay_apart() -> None:
+    records = pd.DataFrame(
+        {"task": ["/a/one/reviews", "/a/two/reviews", "glue/sst2"], "model": "/models/small",
+         "data": ["hub", "hub", "/a/d"],
+         "plugins": ["[]", "['/home/me/mine.py']", "[]"]}
+    )  # fmt: skip
+    text = "/a/one/reviews,/a/two/reviews,glue/sst2,/models/small,\"['/home/me/mine.py']\",/a/d,3/4"
+    assert export.without_paths(text, records) == "one/reviews,two/reviews,glue/sst2,small,\"['mine.py']\",d,3/4"
+
+
 def test_a_sweep_that_is_not_there_is_named(runs: Path, tmp_path: Path, capsys) -> None:
     assert export.main(["other", "--runs", str(runs), "--out", str(tmp_path)]) == 2
     assert "finished sweeps: none" in capsys.readouterr().err

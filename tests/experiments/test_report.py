@@ -37,7 +37,7 @@ def test_projections_are_ranked_by_their_mean_and_a_stuck_one_is_not(finished: p
 
 def test_the_text_says_what_the_numbers_hide(finished: pd.DataFrame) -> None:
     text = report.as_text(report.summarise(finished), finished, 4740)
-    assert "80.0 ± 1.4" in text and "reference" in text and "not measured" in text
+    assert "80.0 [67.3, 92.7]" in text and "reference" in text and "not measured" in text
     assert "tied_lora cannot come nearer to the budget than +5.0%" in text
-    assert "vera did not train (the loss went from 0.692 to 0.694) and is not ranked" in text
+    assert "vera did not train (train_seed 0: the loss went from 0.692 to 0.694) and is not ranked" in text
     assert "1,566 test rows, majority class 50.0 %, 2 seed(s)" in text

@@ -160,12 +160,3 @@ def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(scores, modules, 
     assert chosen == {"lr": 0.01, "target_modules": modules, "alpha": None}
     (choice,) = read_json(protocol.sweep_folder(runs, asked) / LOCK)["choices"]
     assert choice["at_edge"] == ["target_modules", "alpha"] and not choice["trained"]
-
-
-def test_rates_along_an_axis_are_compared_at_the_same_rate(file: Path) -> None:
-    from experiments import plan, sweep_report
-
-    assert sweep_report.pairing(plan.read(file)) == []  # tuned
-    assert sweep_report.pairing(plan.read(file, ["~tune", "+axes.lr=[0.01,0.05]"])) == ["lr"]
-    own = "+cases=[{lr:0.01},{lr:0.05}]"
-    assert sweep_report.pairing(plan.read(file, ["~tune", own])) == []

@@ -97,7 +97,7 @@ def test_a_method_whose_cost_was_not_measured_is_named(results: Path) -> None:
     table[table["method"] != "fastfood"].to_csv(path, index=False)
     (found, _) = Book(Results(results)).fastfood()
     rows = {row[1]: row[-2:] for row in found.rows if row[0] == "ours"}
-    assert rows["fastfood"] == ["not run", "not run"] and rows["unilora"] == ["1.10 [1.00, 1.20]", "2"]
+    assert rows["Fastfood"] == ["not run", "not run"] and rows["Uni-LoRA"] == ["1.10 [1.00, 1.20]", "2"]
 
 
 def test_some_products_leave_the_table_of_all_as_it_is(results: Path) -> None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import matplotlib.text
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 import uniproj
+from analysis import style
 from experiments.errors import ExperimentError
 from paper_figures import comparison, published
 from paper_figures.__main__ import Book, main, write
 from paper_figures.charts import energy, sizes
 from paper_figures.paper import COMPARISONS, METHODS
 from paper_figures.sources import Results
-from paper_figures.table import Table
+from paper_figures.table import Table, tex
 from tests.sweeps import made_up
 from tests.sweeps import write as write_sweep
 
@@ -40,6 +44,21 @@ def results(tmp_path: Path) -> Path:
 @pytest.fixture
 def table() -> pd.DataFrame:
     return made_up(TASKS, [*METHODS, "unilora_local", "unilora_nonuniform"])
+
+
+@pytest.fixture(scope="module")
+def made() -> Book:
+    """Everything from the committed results, made once."""
+    book = Book(Results(COMMITTED))
+    with style.use():
+        products = {name: list(job()) for name, job in book.jobs().items()}
+    plt.close("all")
+    book.jobs = lambda: {name: own.copy for name, own in products.items()}  # type: ignore[method-assign]
+    return book
+
+
+def _tables(book: Book) -> list[Table]:
+    return [product for job in book.jobs().values() for product in job() if isinstance(product, Table)]
 
 
 def _cells(table: Table, block: str, method: str) -> dict[str, str]:
@@ -76,11 +95,13 @@ def test_published_and_ours_stand_side_by_side_and_gaps_are_named(results: Path,
     theirs = _cells(found, "published", "Uni-LoRA")
     assert theirs["SST-2, %"] == "96.3" and theirs["trained"] == "23K"
     assert set(_cells(found, "published", "Fastfood").values()) >= {"not available"}
+    # a correlation is no percentage
+    assert {*found.columns} >= {"STS-B, Pearson x 100", "CoLA, Matthews x 100"} and "STS-B, %" not in found.columns
     assert _cells(found, "ours, RoBERTa-large", "VeRA")["RTE, %"] == "not run"
     ours = _cells(found, "ours, MiniLM", "Uni-LoRA")
     own = table[(table["task"] == TASKS[0]) & (table["projection"] == "unilora")]["score"]
     assert ours["SST-2, %"].startswith(f"{100 * own.mean():.1f} [") and ours["SST-2, %"].endswith("(n = 3)")
-    assert ours["CoLA, %"] == "not run" and ours["trained"] == "4,741"
+    assert ours["CoLA, Matthews x 100"] == "not run" and ours["trained"] == "4,741"
     assert any("third-party notes" in note for note in found.notes)
 
 
@@ -139,23 +160,26 @@ def test_equal_sizes_stand_side_by_side_in_the_order_of_size() -> None:
 def test_markdown_and_latex_hold_the_same_cells() -> None:
     made = Table("a", "50 % of A_B", ["x|y", "score, %"], [["P^T P - I", "1.0 ± 0.1"]], ["n = 3 & more"])
     assert r"| P^T P - I | 1.0 ± 0.1 |" in made.markdown() and r"x\|y" in made.markdown()
-    assert r"P\textasciicircum{}T P - I & 1.0 $\pm$ 0.1 \\" in made.latex() and r"50 \% of A\_B" in made.latex()
+    assert r"P\textasciicircum{}T P - I & 1.0 $\pm$ 0.1 \\" in made.latex()
+    assert r"50 \% of A\_\allowbreak{}B" in made.latex()
 
 
 def test_every_projection_is_in_the_table_of_properties(results: Path) -> None:
     (found,) = Book(Results(results)).properties()
-    assert [row[0] for row in found.rows] == uniproj.names()
-    rows = {row[0]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
+    assert [row[1] for row in found.rows] == uniproj.names() and found.rows[-1][0] == "VeRA"
+    rows = {row[1]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
     isometric = next(column for column in found.columns if column.startswith("isometric"))
     assert rows["unilora"][isometric] == "yes: 0" and rows["unilora_unnormalised"][isometric].startswith("no: ")
 
 
-def test_everything_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
-    book = Book(Results(COMMITTED))
-    jobs = list(book.jobs())
-    write(book, jobs, tmp_path)
+def test_everything_is_drawn_from_the_committed_results(made: Book, tmp_path: Path) -> None:
+    jobs = list(made.jobs())
+    (tmp_path / "vision.png").write_text("of an earlier call")
+    write(made, jobs, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    drawn = [name for name in jobs if "properties" not in name]
+    # nothing is published of vision that has a number, and nothing was run
+    drawn = [name for name in jobs if "properties" not in name and name != "vision"]
+    assert "vision.png" not in files and "ViT-Large" in (tmp_path / "vision.md").read_text()
     assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} <= files
     assert all(f"{Path(name).stem}.tex" in files for name in files if name.endswith(".md") and name != "tables.md")
     pages = [(tmp_path / name).read_text() for name in files if name.endswith(".md")]
@@ -187,11 +211,11 @@ def test_scans_of_rows_and_of_d_are_shown_with_their_d90(results: Path) -> None:
     scan, figure = book.against_rows()
     assert [row[2] for row in scan.rows if row[0].startswith("ours")] == ["800", "800"] and len(figure.axes) == 1
     table, drawn = book.intrinsic_dimension()
-    (own,) = [row for row in table.rows if row[1] == "unilora"]
+    (own,) = [row for row in table.rows if row[1] == "Uni-LoRA"]
     assert int(own[2].replace(",", "")) == pytest.approx(100 * 47.41 ** (0.08 / 0.09), abs=1)
     assert [line.get_ydata()[0] for line in drawn.axes[0].lines if len(set(line.get_ydata())) == 1][
         -2:
-    ] == pytest.approx([0.68, 0.5])
+    ] == pytest.approx([68, 50])
     plt.close("all")
     lost = whole.drop(index=whole.index[-1])
     write_sweep(results / "sweeps" / "score_against_d", lost)
@@ -208,7 +232,7 @@ def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -
     _, figure = Book(Results(results)).against_rows()
     axes = figure.axes[0]
     (text,) = axes.texts
-    assert text.get_text() == "vera: did not train"
+    assert text.get_text() == "VeRA: did not train"
     ends = [y for lines in axes.collections for segment in lines.get_segments() for _, y in segment]
     figure.canvas.draw()
     assert max(ends) <= axes.transData.inverted().transform(text.get_window_extent())[:, 1].min()
@@ -232,7 +256,8 @@ def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_
 def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
     (found,) = Book(Results(results)).measured()
     rows = {row[0]: row for row in found.rows}
-    assert rows["unilora"][1:3] == ["4,096 x 1,024", "isometric"] and rows["unilora"][6] == "36,864 x 1,024"
+    own = rows["Uni-LoRA"]
+    assert own[1:3] == ["4,096 x 1,024", "isometric"] and own[6] == "36,864 x 1,024" and "LoRA-XS (side=A)" in rows
     assert not any("." in row[1] for row in found.rows)
 
 
@@ -265,8 +290,14 @@ def test_a_landscape_is_drawn_from_its_tables(results: Path) -> None:
         pd.DataFrame(rows).to_csv(results / "landscape" / f"landscape-{key}.csv", index=False)
     (figure,) = Book(Results(results)).landscape()
     above, below = figure.axes
-    assert [text.get_text() for text in above.get_yticklabels()] == ["unilora", "vera (not isometric)"]
-    assert len(below.lines) == 2 and above.get_title(loc="left") == "D = 4,096, d = 64"
+    assert [text.get_text() for text in above.get_yticklabels()] == ["Uni-LoRA", "VeRA *"]
+    # the lines of the lower panel have a legend
+    named = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert (
+        len(below.lines) == 2
+        and {"Uni-LoRA", "VeRA"} <= set(named)
+        and above.get_title(loc="left") == "D = 4,096, d = 64"
+    )
     plt.close(figure)
 
 
@@ -277,11 +308,135 @@ def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
         for d in (64, 512, 4096)
     ]
     figure = energy.draw(pd.DataFrame(rows).astype({"fisher": float}))
-    factor, _, fisher = figure.axes
-    own = [line for line in factor.lines if len(line.get_xdata()) == 3]
-    assert len(own) == 2 and list(own[0].get_ydata()) == pytest.approx([64 / 36864, 512 / 36864, 4096 / 36864])
+    factor, delta, fisher = figure.axes
+    # a line for each method, named at its side: none hides another
+    assert [text.get_text() for text in factor.get_yticklabels()] == ["Uni-LoRA", "Fastfood"]
+    for axes, part in ((factor, 36864), (delta, 40000)):
+        for place, name in enumerate(("unilora", "fastfood")):
+            own = [line for line in axes.lines if line.get_ydata()[0] == place]
+            reached = [line.get_xdata()[0] for line in own if line.get_marker() == style.marker(name)]
+            random = [line.get_xdata()[0] for line in own if line.get_marker() == "|"]
+            assert reached == pytest.approx([d / part for d in (64, 512, 4096)])
+            assert random == pytest.approx([d / 36864 for d in (64, 512, 4096)])
     assert [text.get_text() for text in fisher.texts] == ["not run"]
     plt.close(figure)
     nothing = energy.draw(None)
     assert nothing.axes[0].texts[0].get_text() == "captured energy: not run"
     plt.close(nothing)
+
+
+def test_a_check_of_the_machinery_is_no_study(results: Path) -> None:
+    assert (results / "sweeps" / "smoke" / "records.csv").exists()
+    book = Book(Results(results))
+    assert "smoke" not in [sweep.name for sweep in book.sweeps] and len(book.sweeps) >= 3
+    for figure in (*book.learning_curves(), *book.stored_bytes()):
+        titles = [axes.get_title() for axes in figure.axes]
+        assert titles and not any("smoke" in title or "reviews" in title for title in titles)
+        plt.close(figure)
+
+
+def test_a_curve_leaves_out_what_did_not_train_and_says_so(results: Path, table: pd.DataFrame) -> None:
+    first = (table["task"] == TASKS[0]) & (table["projection"] == "vera") & (table["train_seed"] == 1)
+    table.loc[first, "did_not_train"] = "the loss rose"
+    write_sweep(results / "sweeps" / "glue_budget", table)
+    (figure,) = Book(Results(results)).learning_curves()
+    (panel,) = [axes for axes in figure.axes if axes.get_title() == "SST-2 (glue_budget)"]
+    assert [text.get_text() for text in panel.texts] == ["VeRA: 1 of 3 did not train, left out"]
+    plt.close(figure)
+
+
+def test_methods_tasks_and_models_are_called_by_one_table_of_names(made: Book) -> None:
+    settings = [*uniproj.names(), *(f"glue/{task}" for task in ("sst2", "stsb", "mrpc", "qnli")), "minilm", "smollm2"]
+    wrong = re.compile(rf"(?<![\w`/.(])({'|'.join(map(re.escape, settings))}|sst2|stsb)(?![\w`=]| CSR)")
+    for name, job in made.jobs().items():
+        for product in job():
+            if isinstance(product, Table):
+                # the table of properties has a column of the names in settings
+                cells = [cell for row in product.rows for k, cell in enumerate(row) if product.columns[k] != "name"]
+                texts = [product.title, *product.columns, *cells]
+            else:
+                texts = [text.get_text() for text in product.findobj(matplotlib.text.Text)]
+            found = [text for text in texts if "$" not in text and wrong.search(text)]
+            assert found == [], (name, found)
+
+
+def test_correlations_are_no_percentages(made: Book) -> None:
+    values = published.read()
+    for spec in COMPARISONS:
+        own = values[values["table"] == spec.name]
+        assert [spec.unit_of(column) for column in own["column"]] == list(own["unit"])
+    heads = [head for product in _tables(made) for head in product.columns]
+    assert not any("STS-B" in head and "%" in head for head in heads)
+    assert sum("STS-B, Pearson x 100" in head for head in heads) >= 3
+    labels = [axes.get_ylabel() for figure in made.jobs()["score_against_bytes"]() for axes in figure.axes]
+    assert "Pearson x 100" in labels and "Pearson, %" not in labels
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "runs"])
+def test_results_without_sweeps_stop_with_a_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / name
+    if name != "nowhere":
+        folder.mkdir()
+    if name == "runs":
+        write_sweep(folder / "glue_budget", made_up(TASKS[:1], ["lora"]))
+    assert main(["--results", str(folder), "--out", str(tmp_path / "out"), "--only", "ablations"]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} must hold sweeps/<name>/records.csv" in error and "Pass the folder above" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        ("theta_D[i] = theta_d[index[i]] / sqrt(n)", r"\theta _{D}[i] = \theta _{d}[\mathrm{index}[i]] / \sqrt{n}"),
+        ("max|P^T P - I|", r"\max \vert P^{T}\,\allowbreak P - I\vert "),
+        ("B = diag(lambda_b) B_hat", r"B = \mathrm{diag}(\lambda _{b})\,\allowbreak \hat{B}"),
+        ("1,024 x 120", r"1{,}024\,\allowbreak \times \,\allowbreak 120"),
+    ],
+)
+def test_formulas_are_set_in_math_mode(formula: str, expected: str) -> None:
+    assert tex(f"of ${formula}$") == f"of ${expected}$"
+
+
+def test_tables_are_latex_that_fits_the_page(made: Book, tmp_path: Path) -> None:
+    tables = _tables(made)
+    for table in tables:
+        table.write(tmp_path)
+        text = table.latex()
+        outside = re.sub(r"\$[^$]*\$", "", text.replace(r"\$", ""))
+        assert "$" not in outside and not re.search(r"theta|lambda|P\^T|\bsqrt\(", outside), table.name
+        depth = 0
+        for brace in re.findall(r"(?<!\\)[{}]", text):
+            depth += 1 if brace == "{" else -1
+            assert depth >= 0
+        assert depth == 0 and text.count(r"\begin{") == text.count(r"\end{")
+        shares = [float(share) for share in re.findall(r"dimexpr ([\d.]+)\\linewidth", text)]
+        assert sum(shares) <= 1.005 and len(shares) >= 3
+    if (compiler := shutil.which("pdflatex")) is None:
+        pytest.skip("no pdflatex is installed: the tables were not compiled (Debian: texlive-latex-recommended)")
+    inputs = "".join(rf"\input{{{table.name}.tex}}\clearpage" for table in tables)
+    packages = r"\documentclass{article}\usepackage{array,booktabs,longtable,lscape}"
+    (tmp_path / "all.tex").write_text(rf"{packages}\begin{{document}}{inputs}\end{{document}}")
+    done = subprocess.run(
+        [compiler, "-halt-on-error", "-interaction=nonstopmode", "all.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout and "too large" not in done.stdout
+
+
+def test_what_a_table_cites_is_there(made: Book) -> None:
+    notes = [note for table in _tables(made) for note in table.notes]
+    cited = {file for note in notes for file in re.findall(r"docs/\w+\.md", note)}
+    assert cited and all((ROOT / file).is_file() for file in cited)
+    for file, section in (pair for note in notes for pair in re.findall(r"(docs/\w+\.md), section '([^']+)'", note)):
+        assert f"## {section}\n" in (ROOT / file).read_text()
+
+
+def test_nothing_is_computed_where_figures_are_drawn() -> None:
+    banned = {"mean", "std", "var", "sem", "median", "quantile", "ppf", "interval", "t_interval", "bootstrap"}
+    for path in sorted((ROOT / "paper_figures").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & banned, path

@@ -1,6 +1,7 @@
 // Panels in SVG: axes, points with intervals, curves, and what is said on hover or focus.
 const BOX = { width: 380, height: 270, left: 48, right: 12, top: 10, bottom: 42 };
 const NEAR = 11;
+const MARKED = 5;
 
 function linear(low, high, from, to) {
   return (value) => from + ((value - low) / (high - low || 1)) * (to - from);
@@ -114,7 +115,8 @@ function describe(cell) {
     `${whole(cell.trained)} trained, ${bytes(cell.adapter_bytes)} stored, lr ${digits(cell.lr, 3)}`,
   ];
   if (cell.gap_difference !== null) {
-    lines.push(`${signed(cell.gap_difference)}${interval(cell.gap_low, cell.gap_high, signed)} points to ${DATA.reference}`);
+    lines.push(`${signed(cell.gap_difference)}${interval(cell.gap_t_low, cell.gap_t_high, signed)} points to ${DATA.reference} ` +
+      `with ${whole(cell.gap_reference_trained)} trained, n = ${cell.gap_pairs} pairs`);
   }
   if (cell.status !== "complete") lines.push(cell.status);
   return lines.join("\n");
@@ -131,9 +133,13 @@ function curvePanel(lines) {
   const up = linear(floor, ceiling, height - bottom, top);
   const xTicks = ticks(0, Math.max(...all.map((p) => p[0])), 6);
   const made = frame("Training loss", across, up, xTicks, ticks(floor, ceiling), "optimiser step", "training loss");
-  const paths = lines.map((l) => {
+  const paths = lines.map((l, number) => {
     const d = l.points.map(([s, v], i) => `${i ? "L" : "M"}${across(s).toFixed(1)} ${up(v).toFixed(1)}`).join("");
-    return drawn("path", { class: "curve", d, "data-projection": l.projection, style: `stroke: ${colour(l.projection)}` });
+    const style = `stroke: ${colour(l.projection)}; stroke-dasharray: ${DATA.looks[l.projection].dash || "none"}`;
+    // markers of lines that lie on each other stand at different steps, and at the end of each
+    const marked = l.points.filter((_, i) => i === l.points.length - 1 || (i + number) % MARKED === 0);
+    return drawn("g", { class: "curve", "data-projection": l.projection }, drawn("path", { d, style }),
+      ...marked.map(([s, v]) => shape(l.projection, across(s), up(v), 3.2, false)));
   });
   made.append(...paths);
   made.addEventListener("pointermove", (event) => nearest(event, made, lines, paths, across, up));

@@ -39,7 +39,7 @@ function interval(low, high, show) {
 }
 
 function unit(metric) {
-  return metric === "accuracy" ? "accuracy, %" : `${metric} × 100`;
+  return metric?.endsWith("accuracy") ? "accuracy, %" : `${metric} × 100`;
 }
 
 const POLYGONS = {
@@ -55,6 +55,7 @@ const POLYGONS = {
 };
 POLYGONS.X = POLYGONS.P.map(([x, y]) => [(x - y) * Math.SQRT1_2, (x + y) * Math.SQRT1_2]);
 
+const called = (name) => DATA.names[name] ?? name;
 const colour = (name) => `light-dark(${DATA.looks[name].light}, ${DATA.looks[name].dark})`;
 
 function shape(name, x, y, size, hollow) {
@@ -67,7 +68,9 @@ function shape(name, x, y, size, hollow) {
   return drawn("polygon", { class: "shape", points: path, style });
 }
 
+// what is no projection, such as another library's method, has no mark
 function mark(name) {
+  if (!DATA.looks[name]) return null;
   return drawn("svg", { class: "mark", viewBox: "-8 -8 16 16", "aria-hidden": "true" }, shape(name, 0, 0, 5, false));
 }
 

@@ -16,7 +16,7 @@ for (const [, members] of grouped(DATA.cells)) {
   for (const cell of members) {
     const twins = members.filter((c) => c.projection === cell.projection);
     const differs = ["train_size", "r", "d", "budget", "lr"].find((key) => new Set(twins.map((c) => c[key])).size === twins.length);
-    cell.label = twins.length > 1 && differs ? `${cell.projection}, ${differs} ${whole(cell[differs])}` : cell.projection;
+    cell.label = twins.length > 1 && differs ? `${called(cell.projection)}, ${differs} ${differs === "lr" ? digits(cell.lr, 3) : whole(cell[differs])}` : called(cell.projection);
     cell.ranked = ranked.includes(cell);
     cell.rank = cell.ranked ? ranked.indexOf(cell) + 1 : null;
   }
@@ -42,7 +42,7 @@ function redraw() {
   const kept = DATA.cells.filter(passes);
   leaderboard(kept);
   cost(kept);
-  failed(DATA.failures.map((f) => ({ ...f, label: f.projection })).filter(passes));
+  failed(DATA.failures.map((f) => ({ ...f, label: called(f.projection) })).filter(passes));
   at("shown").textContent = `${kept.length} of ${DATA.cells.length} cells`;
   charts(kept);
 }
@@ -73,5 +73,5 @@ at("about-cards").textContent = `Every projection of the registry on ${DATA.spac
   "that the library's tests use; what is not claimed is measured too. Pictures: opacity is |value| / max, orange is negative.";
 at("cards").append(...DATA.cards.map(card));
 at("origins").append(...DATA.origins.map(origin));
-legend(at("legend"), state.hidden, redraw);
+legends([at("legend"), at("curve-legend")], state.hidden, redraw);
 redraw();

@@ -13,8 +13,8 @@ const LEADERBOARD = [
     show: (r) => `${points(r.score)}${interval(r.score_low, r.score_high, points)}`, title: "Metric × 100, 95 % interval",
   },
   {
-    label: `− ${DATA.reference}`, number: true, value: (r) => r.gap_difference, title: `Paired difference to ${DATA.reference}, points`,
-    show: (r) => `${signed(r.gap_difference)}${interval(r.gap_low, r.gap_high, signed)}`,
+    label: `− ${DATA.reference}`, number: true, value: (r) => r.gap_difference, title: `Difference to ${DATA.reference} of the largest size, paired by seed, points, 95 % interval`,
+    show: (r) => `${signed(r.gap_difference)}${interval(r.gap_t_low, r.gap_t_high, signed)}`,
   },
   number("n", "n", whole),
   text("task", "task"),
@@ -24,7 +24,7 @@ const LEADERBOARD = [
   number("lr", "lr", (v) => digits(v, 3)),
   text("model", "model"),
   text("sweep", "sweep"),
-  { label: "status", value: (r) => r.status, show: (r) => element("span", { class: r.ranked ? "good" : "bad" }, r.status) },
+  { label: "status", value: (r) => r.status, show: (r) => element("span", { class: r.ranked ? "good" : "bad" }, r.did_not_train ? `${r.did_not_train} of ${r.runs} did not train` : r.status) },
 ];
 
 const COST = [
@@ -56,7 +56,7 @@ const FAILED = [
 ];
 
 const OVERHEAD = [
-  { label: "method", value: (r) => r.method, show: (r) => element("span", {}, mark(r.method), r.method) },
+  { label: "method", value: (r) => r.method, show: (r) => element("span", {}, mark(r.method), called(r.method)) },
   text("base", "base"),
   ...["step", "inference"].map((what) => ({
     label: `${what} / LoRA`, number: true, value: (r) => r[`${what}_ratio`],
@@ -97,24 +97,33 @@ function place(cells) {
 }
 
 function meanCurve(cell) {
-  const runs = DATA.curves.filter((c) => c.cell === cell.id).map((c) => new Map(c.points));
-  if (!runs.length) return null;
-  const steps = [...runs[0].keys()].filter((step) => runs.every((r) => r.has(step)));
-  const points = steps.map((step) => [step, runs.reduce((sum, r) => sum + r.get(step), 0) / runs.length]);
-  return { points, n: runs.length, projection: cell.projection, label: cell.label };
+  const found = DATA.curves.find((c) => c.cell === cell.id);
+  return found ? { ...found, projection: cell.projection, label: cell.label } : null;
 }
 
-function legend(holder, hidden, redraw) {
-  const names = [...new Set(DATA.cells.map((c) => c.projection))].sort();
-  holder.replaceChildren(...names.map((name) => {
-    const button = element("button", { type: "button", "aria-pressed": String(!hidden.has(name)) }, mark(name), name);
-    button.addEventListener("click", () => {
-      if (!hidden.delete(name)) hidden.add(name);
-      button.setAttribute("aria-pressed", String(!hidden.has(name)));
-      redraw();
-    });
-    return button;
-  }));
+// the same above both kinds of panels: a click in either hides a projection in all
+function legends(holders, hidden, redraw) {
+  const names = [...new Set(DATA.cells.map((c) => c.projection))].sort((a, b) => called(a).localeCompare(called(b), "en"));
+  const press = (name, holder) => {
+    if (!hidden.delete(name)) hidden.add(name);
+    legends(holders, hidden, redraw);
+    holder.children[names.indexOf(name)].focus();
+    redraw();
+  };
+  for (const holder of holders) {
+    holder.replaceChildren(...names.map((name) => {
+      const pressed = { type: "button", "aria-pressed": String(!hidden.has(name)), "data-projection": name };
+      const button = element("button", pressed, sample(name), called(name));
+      button.addEventListener("click", () => press(name, holder));
+      return button;
+    }));
+  }
+}
+
+function sample(name) {
+  const style = `stroke: ${colour(name)}; stroke-width: 1.6; stroke-dasharray: ${DATA.looks[name].dash || "none"}`;
+  return drawn("svg", { class: "mark wide", viewBox: "-16 -8 32 16", "aria-hidden": "true" },
+    drawn("line", { x1: -16, x2: 16, y1: 0, y2: 0, style }), shape(name, 0, 0, 5, false));
 }
 
 function card(each) {
@@ -126,7 +135,8 @@ function card(each) {
   });
   const conditions = Object.entries(each.claims_if).map(([claim, when]) => `${claim.replaceAll("_", " ")} if ${when}`);
   return element("article", { class: "card", "data-projection": each.name },
-    element("h3", {}, mark(each.name), each.name),
+    element("h3", {}, mark(each.name), called(each.name)),
+    element("p", {}, `name: ${each.name}`),
     element("code", {}, each.formula),
     element("p", {}, `${each.kind}; d: ${each.d_formula}; ${each.source}`),
     element("table", {}, element("tbody", {}, ...rows)),

@@ -1,0 +1,168 @@
+"""What is committed of the studies says one thing: records, tables, figures and docs/evidence.md.
+
+The numbers of the document are worked out from the records with SciPy alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis.report.collect import REFERENCE
+from experiments import statistics
+from experiments.names import table as names
+from paper_figures.comparison import score
+from paper_figures.sources import Results
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = sorted(path.parent.name for path in ROOT.glob("results/sweeps/*/records.csv"))
+PROJECTIONS = {label: name for name, label in names("methods").items()}
+TASKS = {label: name for name, label in names("tasks").items()}
+
+
+def _records(sweep: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "results" / "sweeps" / sweep / "records.csv")
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_summaries_and_differences_are_those_of_the_records(sweep: str) -> None:
+    folder, records = ROOT / "results" / "sweeps" / sweep, _records(sweep)
+    committed = pd.read_csv(folder / "summary.csv").set_index("cell")
+    trained = records[records["failed"].isna() & records["did_not_train"].isna()].groupby("cell")["score"]
+    pd.testing.assert_series_equal(committed["score"], trained.mean().reindex(committed.index), rtol=1e-12)
+    pd.testing.assert_series_equal(
+        committed["score_sd"], trained.std().reindex(committed.index), rtol=1e-9, check_names=False
+    )
+    assert (folder / "summary.csv").read_text() == statistics.summary(records).to_csv(index=False)
+    pairs, again = pd.read_csv(folder / "paired.csv"), statistics.differences(records, REFERENCE)
+    shared = [key for key in pairs if key in again and key != "reference"]
+    pd.testing.assert_frame_equal(pairs[shared], again[shared], check_dtype=False, rtol=1e-12)
+
+
+def test_a_run_that_did_not_train_is_in_no_mean_anywhere() -> None:
+    """VeRA on QNLI: 0.483 of a run whose loss did not move, 0.541 and 0.510 of those that trained."""
+    own = _records("glue_budget")
+    own = own[(own["projection"] == "vera") & (own["task"] == "glue/qnli")]
+    mean = own.loc[own["did_not_train"].isna(), "score"].mean()
+    assert len(own) == 3 and own["did_not_train"].notna().sum() == 1 and abs(mean - own["score"].mean()) > 0.01
+    summary = pd.read_csv(ROOT / "results/sweeps/glue_budget/summary.csv").set_index(["projection", "task"])
+    sweep = Results(ROOT / "results").sweep("glue_budget")
+    assert sweep is not None
+    cell = sweep.cells.set_index(["projection", "task"]).loc[("vera", "glue/qnli")]
+    kept = summary.loc[("vera", "glue/qnli")]
+    assert kept["score"] == cell["score"] == pytest.approx(mean)
+    assert (kept["n"], kept["did_not_train"]) == (cell["n"], cell["did_not_train"]) == (2, 1)
+    seed = own.loc[own["did_not_train"].notna(), "train_seed"].item()
+    assert kept["stuck"].startswith(f"train_seed {seed}: the loss went from") and score(cell).text == "did not train"
+
+
+def _tables() -> dict[str, list[dict[str, str]]]:
+    """The rows of each table of docs/evidence.md, by the heading above it."""
+    found: dict[str, list[dict[str, str]]] = {}
+    heading, heads = "", None
+    for line in (ROOT / "docs" / "evidence.md").read_text().splitlines():
+        if line.startswith("## "):
+            heading = line[3:]
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else None
+        if cells is None or set(line) <= set("|-"):
+            heads = None if cells is None else heads
+        elif heads is None:
+            heads = cells
+        else:
+            found.setdefault(heading, []).append(dict(zip(heads, cells, strict=True)))
+    return found
+
+
+def _projection(row: Mapping[str, str]) -> str | None:
+    label = next(iter(row.values()))
+    return PROJECTIONS.get(re.sub(r" \(.*\)$", "", label))
+
+
+def _spread(values: Sequence[float] | pd.Series) -> float:
+    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+def _mean(values: pd.Series, text: str, digits: int) -> None:
+    """`79.2 ± 0.9`, or the mean alone."""
+    expected = f"{values.mean():.{digits}f}" + (f" ± {_spread(values):.{digits}f}" if "±" in text else "")
+    assert text == expected
+
+
+def _difference(own: pd.DataFrame, other: pd.DataFrame, key: str, scale: float, text: str, digits: int) -> None:
+    """`+1.6 [+0.2, +3.0]`, or the difference alone."""
+    both = own.merge(other, on="train_seed")
+    gaps = scale * (both[f"{key}_x"] - both[f"{key}_y"])
+    ends = [gaps.mean(), gaps.mean() - _spread(gaps), gaps.mean() + _spread(gaps)]
+    found = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
+    assert len(gaps) == 3 and found == [pytest.approx(end, abs=0.5001 * 10**-digits) for end in ends[: len(found)]]
+
+
+def test_the_table_of_four_tasks_is_that_of_the_records() -> None:
+    records, rows = _records("glue_budget"), _tables()["Four GLUE tasks at one budget"]
+    assert {_projection(row) for row in rows} == {*records["projection"], None}
+    for row in rows:
+        own = records[records["projection"] == _projection(row)]
+        means = []
+        for label, text in row.items():
+            task = TASKS.get(label.split(",")[0])
+            scores = 100 * own[own["task"] == task]["score"]
+            if task is None or scores.empty:
+                continue
+            if own[own["task"] == task]["did_not_train"].notna().any():
+                assert text == "did not train"
+                continue
+            _mean(scores, text, 1)
+            means.append(scores.mean())
+        if len(own):
+            assert row["mean"] == (f"{np.mean(means):.1f}" if len(means) == 4 else "")
+
+
+def test_the_table_of_losses_is_that_of_the_records() -> None:
+    records, rows = _records("gsm8k_budget"), _tables()["GSM8K, a model that can hardly do it"]
+    assert {_projection(row) for row in rows} == set(records["projection"])
+    for row in rows:
+        own = records[records["projection"] == _projection(row)]
+        _mean(own["validation"], row["mean"], 3)
+        for label, name in (("minus LoRA", "lora"), ("minus Uni-LoRA", "unilora")):
+            if _projection(row) != name:
+                _difference(own, records[records["projection"] == name], "validation", 1.0, row[label], 3)
+
+
+@pytest.mark.parametrize(
+    ("heading", "sweep", "key"),
+    [
+        ("Score against trained numbers", "score_against_d", "trained"),
+        ("Score against the rank", "score_against_r", "r"),
+        ("Score against training rows", "score_against_rows", "train_size"),
+    ],
+)
+def test_the_tables_of_scans_are_those_of_the_records(heading: str, sweep: str, key: str) -> None:
+    records, rows = _records(sweep), _tables()[heading]
+    lora = records[records["projection"] == "lora"]
+    checked = 0
+    for row in rows:
+        for label, text in list(row.items())[1:]:
+            size = int(re.findall(r"[\d,]+", label)[0].replace(",", ""))
+            at = records[(records[key] - size).abs() <= (0.01 * size if key == "trained" else 0)]
+            first = next(iter(row.values()))
+            if not text:
+                continue
+            checked += 1
+            if first.startswith("VeRA") and key == "trained":
+                # its sizes are near those of the columns, and stand in its name
+                sizes = [int(number.replace(",", "")) for number in re.findall(r"[\d,]+", first)]
+                at = records[records[key] == min(sizes, key=lambda other: abs(np.log(other / size)))]
+            if first.startswith("Uni-LoRA minus LoRA"):
+                # of the same rows, or the largest LoRA
+                base = lora[lora["train_size"] == size] if key == "train_size" else lora
+                base = base[base["trained"] == base["trained"].max()]
+                _difference(at[at["projection"] == "unilora"], base, "score", 100.0, text, 1)
+            else:
+                _mean(100 * at[at["projection"] == _projection(row)]["score"], text, 1)
+    assert checked >= 15
