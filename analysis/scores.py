@@ -18,7 +18,7 @@ COMPLETE, INCOMPLETE, STUCK = "complete", "incomplete", "did not train"
 # what tells two cells apart: every setting of a run, and a seed that is an axis of its sweep; the others repeat it
 SETTINGS = (
     "sweep",
-    *(field.name for field in fields(RunConfig) if field.name not in (*SEEDS, "score_on")),
+    *(field.name for field in fields(RunConfig) if field.name not in (*SEEDS, "score_on", "metric")),
     *(f"cell.{seed}" for seed in SEEDS),
 )
 # settings in which two methods agree that are compared: what remains differs by method

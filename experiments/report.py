@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from experiments import baseline
 from experiments.results import disk_errors, write_json, write_text
 from uniproj.budget import TOLERANCE
 
@@ -71,6 +72,8 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
             "adapter bytes": table["adapter_bytes"].map("{:,}".format),
         }
     )
+    beaten = baseline.beats(runs, "projection")
+    shown.iloc[:, 2] += ["" if beaten.get(p, True) else baseline.MARK for p in table["projection"]]
     return shown.to_string(index=False) + "\n\n" + "\n".join(_notes(table, runs, budget)) + "\n"
 
 
@@ -89,6 +92,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
         f"the head's {first['head']:,} ({first['head_bytes']:,} bytes) are counted apart.",
         "lora is the reference at its own size. Step time: median of paired steps beside PEFT's LoRA at the same rank, "
         "95 % interval.",
+        baseline.RULE,
     ]
     for row in table.itertuples():
         if not pd.isna(row.budget_error) and abs(row.budget_error) > TOLERANCE:
@@ -150,6 +154,7 @@ def write(folder: Path, runs: pd.DataFrame, budget: int) -> None:
     table = summarise(runs)
     text = as_text(table, runs, budget)
     write_text(folder / "table.txt", text)
+    table["beats_majority"] = table["projection"].map(baseline.beats(runs, "projection"))
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")
     write_json(folder / "provenance.json", runs.iloc[0]["provenance"])

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments import tasks
 from experiments.settings import SEEDS
+from experiments.tasks.task import score
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -36,16 +36,16 @@ def _cell(group: pd.DataFrame, seeds: int) -> dict[str, Any]:
     asked = {key: first[key] for key in group.columns if key.startswith("cell")}
     kept = ("task", "model", "projection", "metric", "lr", "r", "d", "trained", "budget_error", "rows", "majority")
     counted = ("D", "adapter_bytes", "resident_bytes", "index_bytes")
-    score = done["score"].astype(float) if len(done) else pd.Series(dtype=float)
-    best = pd.Series([b["score"] for b in done["best"]], dtype=float) if len(done) else score
+    last = done["score"].astype(float) if len(done) else pd.Series(dtype=float)
+    best = pd.Series([b["score"] for b in done["best"]], dtype=float) if len(done) else last
     return {
         **asked,
         **{key: first.get(key) for key in (*kept, *counted)},
         "status": status,
         "seeds": len(done),
         "did_not_train": stuck,
-        "score": score.mean(),
-        "score_sd": score.std(),
+        "score": last.mean(),
+        "score_sd": last.std(),
         "best_score": best.mean(),
         "best_score_sd": best.std(),
     }
@@ -117,21 +117,18 @@ def bootstrap(n: int, statistic: Callable[[np.ndarray], float], resamples: int =
 
 def _over_rows(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> tuple[float, float]:
     """The seeds as they are, the test rows redrawn: the same rows for both methods."""
-    task, data = both["task"].iloc[0], both["data"].iloc[0]
-    ours, base = (
-        np.mean([redrawn(f, task, data) for f in both[column]], axis=0) for column in ("folder", "folder_base")
-    )
+    metric = both["metric"].iloc[0]
+    ours, base = (np.mean([redrawn(f, metric) for f in both[column]], axis=0) for column in ("folder", "folder_base"))
     return _interval(ours - base)
 
 
-def _redrawn(folder: str, name: str, data: str) -> np.ndarray:
+def _redrawn(folder: str, metric: str) -> np.ndarray:
     """Scores of a run on its test rows, redrawn with replacement: (RESAMPLES,), the same rows in every run."""
     rows = pd.read_csv(Path(folder) / "predictions-last.csv")
     rows = rows[[column for column in ("label", "prediction", "group") if column in rows]]
     if len(rows) < 2:
         return np.full(RESAMPLES, np.nan)
-    task = tasks.get(name, data)
-    return np.array([task.score(rows.iloc[chosen]) for chosen in _draws(len(rows), RESAMPLES)])
+    return np.array([score(metric, rows.iloc[chosen]) for chosen in _draws(len(rows), RESAMPLES)])
 
 
 def _draws(n: int, resamples: int) -> np.ndarray:

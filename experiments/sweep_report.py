@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments import baseline
 from experiments.config import REFERENCE
 from experiments.plan import Sweep
 from experiments.protocol import LOCK
@@ -15,13 +16,14 @@ from experiments.results import read_json, write_text
 from experiments.statistics import paired, summarise
 from uniproj.budget import TOLERANCE
 
-NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters")
+NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters", "classes")
 
 
 def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
     """Print the tables and save them in `folder`: records.csv, summary.csv, paired.csv and tables.txt."""
     summary = summarise(records, len(sweep.seeds))
     differences = paired(records, pairing(sweep), reference(sweep, records)) if "score" in records else pd.DataFrame()
+    summary["beats_majority"] = summary["cell"].map(baseline.beats(records, "cell"))
     text = as_text(sweep, folder, records, summary, differences)
     write_text(folder / "records.csv", flat(records).to_csv(index=False))
     write_text(folder / "summary.csv", summary.to_csv(index=False))
@@ -79,6 +81,8 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
         lr=summary["lr"].map("{:g}".format),
         status=summary["status"],
     )
+    shown["last"] += ["" if beaten is not False else baseline.MARK for beaten in summary["beats_majority"]]
+    shown.insert(shown.columns.get_loc("best"), "majority", [_percent(m, math.nan) for m in summary["majority"]])
     if sweep.published:
         shown["published"] = summary["task"].map(lambda task: sweep.published.get(task, "-"))
     return shown.to_string(index=False)
@@ -102,6 +106,7 @@ def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
 
 def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     notes = ["last: after the last step; best: the checkpoint with the best validation score. Mean ± sd over seeds."]
+    notes.append(baseline.RULE)
     incomplete = summary[summary["status"] != "complete"]
     if len(incomplete):
         notes.append(f"{len(incomplete)} of {len(summary)} cells are incomplete or did not train: do not rank them.")
