@@ -47,41 +47,47 @@ def check_rows(task: Task, config: RunConfig) -> None:
     the labels, or the rows that are scored, do not have.
     """
     train = task.split("train")
-    if "image" in train:
+    _check_metric(task, train)
+    if task.family == "image":
         check_pictures(train)
-    is_regression = "label" in train and train["label"].dtype.kind == "f"
-    fitting = OF_NUMBERS if is_regression else OF_CLASSES if "label" in train else ("accuracy",)
-    if task.metric not in fitting:
-        what = "float labels" if is_regression else "classes" if "label" in train else "generated text"
-        raise ExperimentError(
-            f"{task.name}: the metric of {what} must be one of {', '.join(fitting)}, got {task.metric}. Choose one, or "
-            "write the labels as integers or text (classes) or floats (regression)."
-        )
-    if "label" in train and train["label"].nunique() < 2:
-        raise ExperimentError(
-            f"{task.name}/train: labels must be of two {'values' if is_regression else 'classes'} or more, got "
-            f"{_shown(task, train['label'].iloc[0])} alone. Add rows of another."
-        )
-    if task.metric == "F1" and (classes := train["label"].nunique()) > 2:
-        raise ExperimentError(f"{task.name}: F1 is of two classes, got {classes}. Choose macro F1 as the metric.")
     for split in ("validation", "test") if config.score_on == "test" else ("validation",):
-        _check_scored(task, split, scored_rows(task, config, split), train)
+        rows = scored_rows(task, config, split)
+        if task.family == "image":
+            check_pictures(rows)
+        if task.family != "causal":
+            _check_labels(task, split, rows["label"], train["label"])
+        elif split == "test" and task.judge is not None:
+            task.judge("", rows.iloc[0].to_dict())  # raises where what it needs is not installed
 
 
-def _check_scored(task: Task, split: str, rows: pd.DataFrame, train: pd.DataFrame) -> None:
-    if "image" in rows:
-        check_pictures(rows)
-    if "label" not in rows:
-        return
-    labels = rows["label"]
-    if labels.dtype.kind != "f" and labels.max() > train["label"].max():
+def _check_metric(task: Task, train: pd.DataFrame) -> None:
+    kind, fitting = "generated text", {"accuracy"}
+    if task.family != "causal":
+        labels = train["label"]
+        kind, fitting = ("float labels", {*OF_NUMBERS}) if labels.dtype.kind == "f" else ("classes", {*OF_CLASSES})
+        if labels.nunique() < 2:
+            alone = task.classes[labels.iloc[0]] if task.classes else labels.iloc[0]
+            raise ExperimentError(
+                f"{task.name}/train: {kind} must be two or more, got {alone} alone. Add rows of another."
+            )
+        if task.metric == "F1" and labels.nunique() > 2:
+            raise ExperimentError(f"{task.name}: F1 is of two classes, got {labels.nunique()}. Choose macro F1.")
+    if task.metric not in fitting:
         raise ExperimentError(
-            f"{task.name}/{split}: classes must occur in the training rows, which end at {train['label'].max()}, got "
+            f"{task.name}: the metric of {kind} must be one of {', '.join(sorted(fitting))}, got {task.metric}. Choose "
+            "one, or write the labels as integers or text (classes) or floats (regression)."
+        )
+
+
+def _check_labels(task: Task, split: str, labels: pd.Series, train: pd.Series) -> None:
+    if labels.dtype.kind != "f" and labels.max() > train.max():
+        raise ExperimentError(
+            f"{task.name}/{split}: classes must occur in the training rows, which end at {train.max()}, got "
             f"{labels.max()}. Add rows of it to train, or drop it here."
         )
     if task.metric in OF_NUMBERS and labels.nunique() < 2:
         raise ExperimentError(
-            f"{task.name}/{split}: {task.metric} needs rows with two labels or more, got {len(rows)} with "
+            f"{task.name}/{split}: {task.metric} needs rows with two labels or more, got {len(labels)} with "
             f"{labels.nunique()}. Add rows."
         )
 
@@ -90,17 +96,13 @@ def describe(task: Task) -> str:
     """The rows of each split, the classes, and what the best single answer for all test rows scores."""
     rows = {split: task.split(split) for split in SPLITS}
     counts = f"{task.name}: {' / '.join(f'{len(rows[split]):,}' for split in SPLITS)} rows ({', '.join(SPLITS)})"
-    if "label" not in rows["test"] or task.metric in OF_NUMBERS:
+    if task.family == "causal" or task.metric in OF_NUMBERS:
         return f"{counts}, {task.metric}"
     labels = rows["test"]["label"]
     known = task.classes or range(rows["train"]["label"].max() + 1)
     named = f": {', '.join(map(str, known[:MOST_SHOWN]))}{', ..' if len(known) > MOST_SHOWN else ''}"
     majority = score(task.metric, pd.DataFrame({"label": labels, "prediction": constant(task.metric, labels)}))
     return f"{counts}, {len(known)} classes{named}, {task.metric} of the majority {100 * majority:.1f}"
-
-
-def _shown(task: Task, label: float) -> str:
-    return repr(task.classes[int(label)]) if task.classes else str(label)
 
 
 def scored_rows(task: Task, config: RunConfig, split: str) -> pd.DataFrame:

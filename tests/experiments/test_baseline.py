@@ -107,9 +107,11 @@ def test_the_table_of_a_sweep_prints_the_majority_and_marks_its_cells(
 
 
 def test_the_table_of_a_comparison_marks_what_does_not_beat_the_majority(labels, tmp_path: Path) -> None:
-    shown = {"model": "minilm", "task": "mail", "validation": 0.9, "rows": 1000, "lr": 0.01, "r": 4, "trained": 4740, "head": 770, "budget_error": 0.0, "isometry_error": None, "step_ratio": 1.0,
-             "step_ratio_low": 0.9, "step_ratio_high": 1.1, "adapter_bytes": 19272, "head_bytes": 3080,
-             **dict.fromkeys(SEEDS, 0)}  # fmt: skip
+    shown = {
+        "model": "minilm", "task": "mail", "validation": 0.9, "rows": 1000, "lr": 0.01, "r": 4, "trained": 4740,
+        "head": 770, "budget_error": 0.0, "isometry_error": None, "step_ratio": 1.0, "step_ratio_low": 0.9,
+        "step_ratio_high": 1.1, "adapter_bytes": 19272, "head_bytes": 3080, **dict.fromkeys(SEEDS, 0),
+    }  # fmt: skip
     stuck = _runs(tmp_path / "a", [np.zeros_like(labels)], labels).assign(projection="vera", **shown)
     good = _runs(tmp_path / "b", [_flipped(labels, 20)], labels).assign(projection="unilora", **shown)
     runs = pd.concat([stuck, good], ignore_index=True)

@@ -236,7 +236,7 @@ def _config(folder: Path, model: str, **settings: object):
 @pytest.mark.parametrize(
     ("metric", "labels", "message"),
     [
-        ("Pearson", [0, 1, 2], "the metric of classes must be one of accuracy, F1, macro F1, Matthews, got Pearson"),
+        ("Pearson", [0, 1, 2], "the metric of classes must be one of F1, Matthews, accuracy, macro F1, got Pearson"),
         ("accuracy", [0.5, 1.0, 2.0], "the metric of float labels must be one of Pearson, Spearman, got accuracy"),
         ("F1", [0, 1, 2], "F1 is of two classes, got 3. Choose macro F1"),
     ],
@@ -269,7 +269,8 @@ def test_pictures_of_a_class_that_train_lacks_and_files_that_are_none(tmp_path: 
     assert task.classes == ("cat", "dog") and task.split("train")["label"].tolist() == [0, 1]
     with pytest.raises(ExperimentError, match=r"named as those of train \(cat, dog\), got cow"):
         task.split("test")
-    broken = tmp_path / "train" / "dog" / "one.png"
+    (tmp_path / "test" / "cow" / "one.png").unlink()
+    broken = tmp_path / "validation" / "cat" / "one.png"
     broken.write_bytes(b"no picture")
     with pytest.raises(ExperimentError, match=f"{broken} must be a picture"):
         check_rows(task, _config(tmp_path, model, projection="lora", d=None))

@@ -143,7 +143,7 @@ def test_a_projection_that_refuses(name: str, file: Path, tmp_path: Path, runs: 
             "assignment must be 'balanced'",
         ),
         (["axes.projection=[lora_xs]", "~settings.budget", "+settings.r=500"], "lora_xs: "),
-        (["+settings.metric=Pearson"], "the metric of classes must be one of accuracy, F1, macro F1, Matthews"),
+        (["+settings.metric=Pearson"], "the metric of classes must be one of F1, Matthews, accuracy, macro F1"),
         (["+settings.metric=kappa"], "metric must be one of accuracy, F1, macro F1, Matthews, Pearson, Spearman"),
     ],
 )

@@ -141,12 +141,12 @@ def test_published_classes_count_from_0_and_hidden_ones_are_refused() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"train": [0] * 12}, "two classes or more, got 0 alone"),
+        ({"train": [0] * 12}, "classes must be two or more, got 0 alone"),
         (
             {"train": [0, 1] * 6, "test": [0, 2]},
             r"test: labels must occur in the training rows \(0, 1\), got 2 in row 2",
         ),
-        ({"train": [0.5] * 12, "test": [0.5, 1.0]}, "two values or more, got 0.5 alone"),
+        ({"train": [0.5] * 12, "test": [0.5, 1.0]}, "float labels must be two or more, got 0.5 alone"),
         ({"train": [0, 1] * 3}, "at least 10, or a validation file"),
     ],
 )
