@@ -163,3 +163,12 @@ def test_a_single_run_reads_the_rows_it_is_scored_on_before_it_trains(
     # a trial has no use for it
     trial = prepare(runs, resolve({**settings, "score_on": "validation", "epochs": 0.2}).to_json())
     assert train.main([str(trial)]) == 0
+
+
+def test_a_comparison_ranks_by_a_metric_that_its_task_has(model: str, task: str, runs: Path, capsys) -> None:
+    asked = ["--model", model, "--task", task, "--projections", "unilora", "--budget", "200", "--lr", "0.02"]
+    assert compare.main([*asked, "--metric", "Spearman", "--runs", str(runs)]) == 2
+    assert "the metric of classes must be one of" in capsys.readouterr().err and not runs.exists()
+    plain, ranked = (compare.parse([*asked, *more]) for more in ([], ["--metric", "macro F1"]))
+    (config,), (other,) = (compare.configs_of(args, 200, {"unilora": 0.02}) for args in (plain, ranked))
+    assert (config.metric, other.metric) == (None, "macro F1") and "metric" not in config.to_json()
