@@ -70,8 +70,7 @@ def default_budget(task: str, model: str) -> int:
 def settings(args: argparse.Namespace, budget: int) -> dict[str, Any]:
     """What all runs of a comparison share."""
     common: dict[str, Any] = {"task": args.task, "model": args.model, "budget": budget, "device": args.device}
-    if args.metric:
-        common["metric"] = args.metric
+    common |= {"metric": args.metric}
     return common | {"train_size": 1600, "dtype": "bfloat16" if args.device == "cuda" else "float32"}
 
 

@@ -95,7 +95,8 @@ def test_the_table_of_a_sweep_prints_the_majority_and_marks_its_cells(
     monkeypatch.setattr(sweep, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])})
     own = ["~tune", "+settings.lr=1e-6", "settings.epochs=1", "seeds=[1]", "axes.projection=[unilora]"]
     assert sweep.main([str(file), *own, "--runs", str(runs)]) == 0
-    out = capsys.readouterr().out
+    out = (runs / "sweeps" / "mine" / "tables.txt").read_text()
+    assert out in capsys.readouterr().out
     summary = pd.read_csv(runs / "sweeps" / "mine" / "summary.csv").iloc[0]
     labels = tasks.get(summary["task"]).split("test")["label"]
     assert summary["majority"] == labels.value_counts(normalize=True).max()
