@@ -31,11 +31,11 @@ def own(folder: Path) -> Task:
     Raises ExperimentError for labels of two kinds, and for those of another split that train does not have.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return _own(folder, tuple((path.name, path.stat().st_mtime_ns) for path in files))
+    return _own(folder, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
 
 
 @lru_cache
-def _own(folder: Path, written: tuple[tuple[str, int], ...]) -> Task:
+def _own(folder: Path, written: tuple[tuple[str, int, int], ...]) -> Task:
     """The task as long as nothing in the folder is written: every run of a sweep asks for it."""
     train = _rows(folder, "train")
     if {"prompt", "completion"} <= set(train.columns):
