@@ -62,7 +62,7 @@ def complete(rows: pd.DataFrame, family: str, who: str) -> pd.DataFrame:
 
 def first(found: pd.Series) -> int:
     """The number of the first row where this holds, counted from 1."""
-    return int(found.idxmax()) + 1
+    return int(found.index[found].min()) + 1
 
 
 def _check_labels(labels: pd.Series, who: str) -> None:
