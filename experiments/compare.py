@@ -18,7 +18,10 @@ from experiments.checks import check_distinct
 from experiments.config import COMPARED, DEVICES, resolve
 from experiments.errors import ExperimentError
 from experiments.families import adapted_shapes
+from experiments.preflight import check_runs
 from experiments.results import RESULT, RUNS, digest, load_runs, prepare, slug, write_json
+from experiments.settings import RunConfig
+from experiments.tasks.task import METRICS
 from experiments.tune import describe, record, tune
 from experiments.workers import train_all
 from uniproj.errors import ProjectionError
@@ -33,7 +36,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="minilm", help="minilm, smollm2, a hub id, a local folder or a .gguf file")
-    parser.add_argument("--task", default="vader", help="vader, glue/<name>, or a folder of jsonl, tsv or parquet")
+    parser.add_argument("--task", default="vader", help="vader, glue/<name>, or a folder of jsonl, csv, tsv or parquet")
+    parser.add_argument("--metric", choices=list(METRICS), help="what ranks, in place of the task's own")
     parser.add_argument("--projections", nargs="+", default=list(COMPARED), metavar="NAME")
     parser.add_argument("--budget", type=int, help="trained numbers, without the head (default: VeRA's at r = 11)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each sets the four seeds of one repetition")
@@ -66,6 +70,7 @@ def default_budget(task: str, model: str) -> int:
 def settings(args: argparse.Namespace, budget: int) -> dict[str, Any]:
     """What all runs of a comparison share."""
     common: dict[str, Any] = {"task": args.task, "model": args.model, "budget": budget, "device": args.device}
+    common |= {"metric": args.metric}
     return common | {"train_size": 1600, "dtype": "bfloat16" if args.device == "cuda" else "float32"}
 
 
@@ -87,21 +92,29 @@ def choose_rates(args: argparse.Namespace, budget: int, record_to: Path) -> Mapp
         raise ExperimentError(f"compare: --lr must be table, auto or a number, got {args.lr!r}.") from None
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Train what is missing and write the table; returns the exit status."""
-    check(args)
-    budget = args.budget or default_budget(args.task, args.model)
-    asked: dict[str, Any] = {key: getattr(args, key) for key in ("model", "task", "projections", "seeds", "lr")}
-    name = f"comparison-{digest({**asked, 'budget': budget, 'device': args.device})}"
-    folder = args.runs / slug(args.task) / name
-    lr = choose_rates(args, budget, folder / "tuning.json")
-    configs = [
+def configs_of(args: argparse.Namespace, budget: int, lr: Mapping[str, float]) -> list[RunConfig]:
+    """Every run of the comparison at these rates."""
+    return [
         resolve(
             {**settings(args, budget), "projection": projection, "lr": lr[projection], "seed": seed, "timing": True}
         )
         for seed in args.seeds
         for projection in args.projections
     ]
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Train what is missing and write the table; returns the exit status."""
+    check(args)
+    budget = args.budget or default_budget(args.task, args.model)
+    asked: dict[str, Any] = {key: getattr(args, key) for key in ("model", "task", "projections", "seeds", "lr")}
+    if args.metric:
+        asked["metric"] = args.metric
+    name = f"comparison-{digest({**asked, 'budget': budget, 'device': args.device})}"
+    folder = args.runs / slug(args.task) / name
+    # at whatever rate: what fails should fail before rates are tuned
+    check_runs(configs_of(args, budget, dict.fromkeys(args.projections, 1.0)))
+    configs = configs_of(args, budget, choose_rates(args, budget, folder / "tuning.json"))
     runs = [prepare(args.runs, config.to_json()) for config in configs]
     failures = train_all(runs, args.device)
     for run, reason in failures.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +19,8 @@ from experiments.families import adapted_shapes
 from experiments.models import QUANTIZED
 from experiments.settings import SEEDS, RunConfig
 from experiments.tasks.sources import HUB
+from experiments.tasks.task import METRICS
+from uniproj.errors import ProjectionError
 from uniproj.registry import get
 
 REFERENCE = "lora"
@@ -68,8 +71,22 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
     if budget is None:
         return {"r": r, "d": d, "budget": None, "hyperparameters": given}
     shapes = shapes_of(settings["task"], settings.get("data", HUB), settings["model"], settings.get("target_modules"))
-    fitted = get(projection).for_budget(shapes, budget, r)
-    return {"r": fitted.r, "d": fitted.d, "budget": budget, "hyperparameters": {**given, **fitted.hyperparameters}}
+    with errors_of_projection(f"{projection} must say what it trains at a budget of {budget}"):
+        fitted = get(projection).for_budget(shapes, budget, r)
+        sizes = {"r": fitted.r, "d": fitted.d, "hyperparameters": {**given, **fitted.hyperparameters}}
+    check_fields(f"config: {projection}.for_budget: ", RunConfig, sizes)
+    return {**sizes, "budget": budget}
+
+
+@contextmanager
+def errors_of_projection(what: str) -> Iterator[None]:
+    """Turn whatever error a projection raises into a sentence that begins with `what`; its own sentences stay."""
+    try:
+        yield
+    except ProjectionError:
+        raise
+    except Exception as error:  # anything may go wrong in somebody else's class
+        raise ExperimentError(f"config: {what}, got {error!r}. Repair it, or choose another.") from error
 
 
 def shapes_of(
@@ -104,6 +121,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _NEED_MORE = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
 _KNOWN = {
     "score_on": ("validation", "test"),
+    "metric": tuple(METRICS),
     "device": DEVICES,
     "dtype": _DTYPES,
     "base_dtype": _DTYPES,

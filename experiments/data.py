@@ -8,10 +8,13 @@ import pandas as pd
 
 from experiments.errors import ExperimentError
 from experiments.settings import RunConfig
-from experiments.tasks import Task
+from experiments.tasks import SPLITS, Task
+from experiments.tasks.images import check_pictures
+from experiments.tasks.task import OF_CLASSES, OF_NUMBERS, constant, score
 
 # what a row must answer, and what belongs to it
 ANSWERS = ("label", "completion", "answer")
+MOST_SHOWN = 20
 
 
 def draw(rows: pd.DataFrame, size: int | None, seed: int) -> pd.DataFrame:
@@ -37,21 +40,69 @@ def training_rows(rows: pd.DataFrame, config: RunConfig) -> pd.DataFrame:
     return with_noise(draw(rows, config.train_size, config.data_seed), config.label_noise, config.data_seed)
 
 
-def check_classes(task: Task, config: RunConfig, rows: pd.DataFrame) -> None:
-    """Raises ExperimentError where the training rows hold one class alone, or a scored split one that they lack."""
-    if "label" not in rows or rows["label"].dtype.kind == "f":
-        return
-    if rows["label"].nunique() < 2:
-        raise ExperimentError(
-            f"{task.name}/train: labels must be of two classes or more, got {rows['label'].iloc[0]} alone. Add rows of "
-            "another class, or write the labels as floats for a regression."
-        )
+def check_rows(task: Task, config: RunConfig) -> None:
+    """Raises ExperimentError for rows on which the run would fail, now or after its training.
+
+    That is a split that cannot be read, a single class in the training rows, or one that they lack; and a metric that
+    the labels, or the rows that are scored, do not have.
+    """
+    train = task.split("train")
+    _check_metric(task, train)
+    if task.family == "image":
+        check_pictures(train)
     for split in ("validation", "test") if config.score_on == "test" else ("validation",):
-        if (largest := task.split(split)["label"].max()) > rows["label"].max():
+        rows = scored_rows(task, config, split)
+        if task.family == "image":
+            check_pictures(rows)
+        if task.family != "causal":
+            _check_labels(task, split, rows["label"], train["label"])
+        elif split == "test" and task.judge is not None:
+            task.judge("", rows.iloc[0].to_dict())  # raises where what it needs is not installed
+
+
+def _check_metric(task: Task, train: pd.DataFrame) -> None:
+    kind, fitting = "generated text", {"accuracy"}
+    if task.family != "causal":
+        labels = train["label"]
+        kind, fitting = ("float labels", {*OF_NUMBERS}) if labels.dtype.kind == "f" else ("classes", {*OF_CLASSES})
+        if labels.nunique() < 2:
+            alone = task.classes[labels.iloc[0]] if task.classes else labels.iloc[0]
             raise ExperimentError(
-                f"{task.name}/{split}: classes must occur in the training rows, which end at {rows['label'].max()}, "
-                f"got {largest}. Add rows of it to train, or drop it here."
+                f"{task.name}/train: {kind} must be two or more, got {alone} alone. Add rows of another."
             )
+        if task.metric == "F1" and labels.nunique() > 2:
+            raise ExperimentError(f"{task.name}: F1 is of two classes, got {labels.nunique()}. Choose macro F1.")
+    if task.metric not in fitting:
+        raise ExperimentError(
+            f"{task.name}: the metric of {kind} must be one of {', '.join(sorted(fitting))}, got {task.metric}. Choose "
+            "one, or write the labels as integers or text (classes) or floats (regression)."
+        )
+
+
+def _check_labels(task: Task, split: str, labels: pd.Series, train: pd.Series) -> None:
+    if labels.dtype.kind != "f" and labels.max() > train.max():
+        raise ExperimentError(
+            f"{task.name}/{split}: classes must occur in the training rows, which end at {train.max()}, got "
+            f"{labels.max()}. Add rows of it to train, or drop it here."
+        )
+    if task.metric in OF_NUMBERS and labels.nunique() < 2:
+        raise ExperimentError(
+            f"{task.name}/{split}: {task.metric} needs rows with two labels or more, got {len(labels)} with "
+            f"{labels.nunique()}. Add rows."
+        )
+
+
+def describe(task: Task) -> str:
+    """The rows of each split, the classes, and what the best single answer for all test rows scores."""
+    rows = {split: task.split(split) for split in SPLITS}
+    counts = f"{task.name}: {' / '.join(f'{len(rows[split]):,}' for split in SPLITS)} rows ({', '.join(SPLITS)})"
+    if task.family == "causal" or task.metric in OF_NUMBERS:
+        return f"{counts}, {task.metric}"
+    labels = rows["test"]["label"]
+    known = task.classes or range(rows["train"]["label"].max() + 1)
+    named = f": {', '.join(map(str, known[:MOST_SHOWN]))}{', ..' if len(known) > MOST_SHOWN else ''}"
+    majority = score(task.metric, pd.DataFrame({"label": labels, "prediction": constant(task.metric, labels)}))
+    return f"{counts}, {len(known)} classes{named}, {task.metric} of the majority {100 * majority:.1f}"
 
 
 def scored_rows(task: Task, config: RunConfig, split: str) -> pd.DataFrame:

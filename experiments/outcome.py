@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.errors import ExperimentError
 from experiments.results import is_done, write_text
 from experiments.run import HEAD, Run
+from experiments.tasks.task import OF_NUMBERS, constant
 from uniproj.adapters.tensors import HEADS
 from uniproj.projection import Projection
 
@@ -83,11 +84,10 @@ def _scores(run: Run, which: str) -> dict[str, Any]:
 
 
 def _majority(run: Run, predictions: pd.DataFrame) -> float:
-    """The metric of always answering the most frequent label; 0 where there is no such label."""
-    labels = predictions["label"]
-    if run.task.family == "causal" or run.task.metric == "Pearson":
+    """The best score of one answer for all rows; 0 where answers are generated, or correlate with nothing if equal."""
+    if run.task.family == "causal" or run.task.metric in OF_NUMBERS:
         return 0.0
-    return run.task.score(predictions.assign(prediction=labels.mode()[0]))
+    return run.task.score(predictions.assign(prediction=constant(run.task.metric, predictions["label"])))
 
 
 def theta_change(run: Run) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from peft import PeftModel
 
 from experiments import families, tasks
-from experiments.config import shapes_of
-from experiments.data import draw
+from experiments.config import errors_of_projection, shapes_of
+from experiments.data import check_rows, describe, draw
 from experiments.errors import ExperimentError
 from experiments.models import model_config
 from experiments.outcome import ADAPTER, peak_bytes
@@ -25,10 +26,15 @@ from experiments.results import RESULT, digest, is_done, prepare, read_json, run
 from experiments.run import Run
 from experiments.settings import RunConfig
 from uniproj.layout import LoRALayout
+from uniproj.registry import build
+from uniproj.registry import get as projection_of
 
 MEASURED = "doctor.json"
 SCORED_ROWS = 4
 TOLERANCE = 1e-3
+# what decides which rows a run reads, and how it makes P
+ROWS = ("task", "data", "metric", "validation_size", "test_size")
+P = ("task", "data", "model", "target_modules", "projection", "version", "r", "d", "hyperparameters", "projection_seed")
 # what decides the time of a step and the memory of a run
 KIND = (
     *("task", "model", "projection", "r", "d", "batch_size", "max_length"),
@@ -48,16 +54,46 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
     return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
 
 
-def check_layouts(sweep: Sweep) -> None:
-    """Raises ExperimentError for a run whose modules are not in its model, or whose d is above their D."""
-    for config in (config for configs in runs_of(sweep).values() for config in configs):
-        shapes = shapes_of(config.task, config.data, config.model, config.target_modules)
-        D = LoRALayout.from_shapes(shapes, config.r).D
-        if config.d is not None and config.d > D:
-            raise ExperimentError(
-                f"config: d must be at most D = {D} on {config.model} at r = {config.r}, got {config.d}. "
-                "Lower d or raise r."
-            )
+def check(sweep: Sweep) -> None:
+    """`check_runs` of every run that the sweep asks for."""
+    check_runs(config for configs in runs_of(sweep).values() for config in configs)
+
+
+def check_runs(configs: Iterable[RunConfig]) -> None:
+    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, its modules or its projection.
+
+    The test rows are looked at too, whatever these runs are scored on: a choice that they cannot confirm is in vain.
+    """
+    configs = [replace(config, score_on="test") for config in configs]
+    for config in _one_each(configs, ROWS):
+        check_rows(tasks.get(config.task, config.data, config.metric), config)
+    for config in _one_each(configs, P):
+        _check_projection(config)
+
+
+def _one_each(configs: Iterable[RunConfig], keys: Sequence[str]) -> Iterable[RunConfig]:
+    """One run of each kind: those of one kind agree in these settings."""
+    return {json.dumps([getattr(config, key) for key in keys]): config for config in configs}.values()
+
+
+def _check_projection(config: RunConfig) -> None:
+    """Make P as the run will, with made-up base weights, and apply it once each way."""
+    shapes = shapes_of(config.task, config.data, config.model, config.target_modules)
+    layout = LoRALayout.from_shapes(shapes, config.r)
+    if config.d is not None and config.d > layout.D:
+        raise ExperimentError(
+            f"config: d must be at most D = {layout.D} on {config.model} at r = {config.r}, got {config.d}. "
+            "Lower d or raise r."
+        )
+    options = dict(config.hyperparameters)
+    with errors_of_projection(f"{config.projection} must work on {config.model} at r = {config.r}, d = {config.d}"):
+        if projection_of(config.projection).needs_base_weights:
+            drawn = torch.Generator().manual_seed(0)
+            alike = {shape: torch.randn(shape, generator=drawn) for shape in set(shapes.values())}
+            options["base_weights"] = {name: alike[shape] for name, shape in shapes.items()}
+        projection = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
+        with torch.no_grad():
+            projection.adjoint(projection(projection.init_theta(config.init_seed)))
 
 
 def kind(config: RunConfig) -> str:
@@ -86,6 +122,8 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
     if unknown:
         lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
+    asked = _one_each(runs_of(sweep)["confirm"], ("task", "data", "metric"))
+    lines += [f"data     {describe(tasks.get(c.task, c.data, c.metric))}" for c in asked]
     bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in runs_of(sweep)["confirm"]}
     lines += [f"weights  {base}: {_weights(config) / 1e9:.2f} GB" for base, config in sorted(bases.items())]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments import names, statistics
+from experiments import baseline, names, statistics
 from experiments.results import disk_errors, write_json, write_text
 from uniproj.budget import TOLERANCE
 
@@ -33,8 +33,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
-    """The table for a terminal, with what its numbers mean below it."""
+def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = "") -> str:
+    """The table for a terminal, with what its numbers mean below it, and a remark of the command's own."""
     first = runs.iloc[0]
     shown = pd.DataFrame(
         {
@@ -50,7 +50,10 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
             "adapter bytes": table["adapter_bytes"].map("{:,}".format),
         }
     )
-    return shown.to_string(index=False) + "\n\n" + "\n".join(_notes(table, runs, budget)) + "\n"
+    beaten = baseline.beats(runs, "projection")
+    shown.iloc[:, 2] += ["" if beaten.get(p, True) else baseline.MARK for p in table["projection"]]
+    notes = [*_notes(table, runs, budget), *([remark] if remark else [])]
+    return shown.to_string(index=False) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def _percent(row: object) -> str:
@@ -68,6 +71,7 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
         f"the head's {first['head']:,} ({first['head_bytes']:,} bytes) are counted apart.",
         "lora is the reference at its own size. Scores: mean over the seeds that trained, Student's 95 % interval. "
         "Step time: median of paired steps beside PEFT's LoRA at the same rank, 95 % interval.",
+        baseline.RULE,
     ]
     for row in table.itertuples():
         if not pd.isna(row.budget_error) and abs(row.budget_error) > TOLERANCE:
@@ -122,11 +126,12 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
     axes.grid(axis="x", alpha=0.3)
 
 
-def write(folder: Path, runs: pd.DataFrame, budget: int) -> None:
+def write(folder: Path, runs: pd.DataFrame, budget: int, remark: str = "") -> None:
     """Print the table and the name of `folder`, where it is saved as text, CSV and PNG beside provenance.json."""
     table = summarise(runs)
-    text = as_text(table, runs, budget)
+    text = as_text(table, runs, budget, remark)
     write_text(folder / "table.txt", text)
+    table["beats_majority"] = table["projection"].map(baseline.beats(runs, "projection"))
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")
     write_json(folder / "provenance.json", runs.iloc[0]["provenance"])

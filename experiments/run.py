@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from experiments import families, plugins, tasks
 from experiments.callbacks import MetricsLog, StopOnSignal
-from experiments.data import check_classes, scored_rows, training_rows
+from experiments.data import check_rows, scored_rows, training_rows
 from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
 from experiments.models import target_modules
@@ -46,10 +46,10 @@ class Run:
         config = RunConfig.from_json(read_json(folder / CONFIG))
         plugins.load(config.plugins)
         stop = StopOnSignal()
-        task = tasks.get(config.task, config.data)
+        task = tasks.get(config.task, config.data, config.metric)
         family = families.get(task.family)(config, task)
+        check_rows(task, config)
         rows = task.split("train")
-        check_classes(task, config, rows)
         model = attach(config, family, rows)
         trainer = DistributedTrainer(
             model=model,

@@ -9,6 +9,8 @@ from typing import Any
 from experiments.errors import ExperimentError
 from experiments.tasks.sources import HUB
 
+# settings that came after the first records: left out at this value, so that a run keeps the id it had
+LATER: Mapping[str, Any] = {"metric": None}
 # steps between two logged losses
 LOGGING_STEPS = 10
 SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
@@ -24,7 +26,8 @@ class RunConfig:
     data_seed, of which label_noise (a fraction) exchange their labels; validation_size and test_size rows are scored.
     evaluations: how often a run is scored on the validation split, evenly spread; the best and the last count.
     dtype: of the arithmetic (autocast); base_dtype: of the frozen weights; alpha: scale = alpha / r, None for 1;
-    revision: of the model on the hub. score_on: "validation" while tuning, "test" once the choice is locked.
+    revision: of the model on the hub. metric: the one that ranks, None for the task's own.
+    score_on: "validation" while tuning, "test" once the choice is locked.
     """
 
     task: str
@@ -70,10 +73,12 @@ class RunConfig:
     base_dtype: str = "float32"
     alpha: int | None = None
     revision: str | None = None
+    metric: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunConfig:
         """Raises ExperimentError for missing or unknown keys."""
+        values = {**LATER, **values}
         if difference := sorted({f.name for f in fields(cls)} ^ set(values)):
             raise ExperimentError(
                 f"config: a run must have the keys of RunConfig, got a difference in {difference}. "
@@ -82,4 +87,4 @@ class RunConfig:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}

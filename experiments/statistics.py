@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.settings import SEEDS, RunConfig
-from experiments.tasks import Task
+from experiments.tasks.task import score
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -29,7 +29,7 @@ COMPLETE, INCOMPLETE, STUCK = "complete", "incomplete", "did not train"
 # what tells two cells apart: every setting of a run, and a seed that is an axis of its sweep; the others repeat it
 SETTINGS = (
     "sweep",
-    *(field.name for field in fields(RunConfig) if field.name not in (*SEEDS, "score_on")),
+    *(field.name for field in fields(RunConfig) if field.name not in (*SEEDS, "score_on", "metric")),
     *(f"cell.{seed}" for seed in SEEDS),
 )
 # settings in which two methods may differ that are compared
@@ -287,7 +287,5 @@ def _redrawn(folder: str, metric: str) -> np.ndarray:
     rows = rows[[column for column in ("label", "prediction", "group") if column in rows]]
     if len(rows) < 2:
         return np.full(RESAMPLES, np.nan)
-    # its own task may be a folder that is no longer there
-    task = Task(folder, "text", pd.DataFrame, (metric,))
     drawn = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
-    return np.array([task.score(rows.iloc[chosen]) for chosen in drawn])
+    return np.array([score(metric, rows.iloc[chosen]) for chosen in drawn])

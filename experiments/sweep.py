@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """Everything a sweep asks for; returns the exit status."""
     sweep = plan.read(args.file, args.overrides)
     check_launchers(sweep)
-    preflight.check_layouts(sweep)
+    preflight.check(sweep)
     if args.dry_run:
         print(preflight.estimate(sweep, args.runs, at_once(sweep, args.launcher)))
         return 0

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import statistics
+from experiments import baseline, statistics
 from experiments.config import REFERENCE
 from experiments.plan import Sweep
 from experiments.protocol import LOCK
 from experiments.results import read_json, write_text
 from uniproj.budget import TOLERANCE
 
-NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters")
+NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters", "classes")
 
 
 def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
     """Print the tables and save them in `folder`: records.csv, summary.csv, paired.csv and tables.txt."""
     summary, differences = statistics.summary(records), statistics.paired(records, reference(records))
+    summary["beats_majority"] = summary["cell"].map(baseline.beats(records, "cell"))
     text = as_text(sweep, folder, records, summary, differences)
     write_text(folder / "records.csv", flat(records).to_csv(index=False))
     write_text(folder / "summary.csv", summary.to_csv(index=False))
@@ -68,6 +69,8 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
         lr=summary["lr"].map("{:g}".format),
         status=summary["status"],
     )
+    shown["last"] += ["" if beaten is not False else baseline.MARK for beaten in summary["beats_majority"]]
+    shown.insert(shown.columns.get_loc("best"), "majority", [_percent(m) for m in summary["majority"]])
     if sweep.published:
         shown["published"] = summary["task"].map(lambda task: sweep.published.get(task, "-"))
     return shown.to_string(index=False)
@@ -93,7 +96,8 @@ def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
 def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     notes = [
         "last: after the last step, mean over the seeds that trained with Student's 95 % interval; best: mean of the "
-        "checkpoints with the best validation score."
+        "checkpoints with the best validation score.",
+        baseline.RULE,
     ]
     incomplete = summary[summary["status"] != "complete"]
     if len(incomplete):

@@ -77,6 +77,7 @@ def evaluate(current: Run, before: float) -> dict[str, Any]:
     return {
         "config": current.config.to_json(),
         "metric": current.task.metric,
+        "classes": list(current.task.classes) or None,
         **scored,
         **validation,
         "loss_before": finite(before),

@@ -28,7 +28,11 @@ class Classifier(Family):
         return compute
 
     def predict(self, trainer: Trainer, rows: pd.DataFrame) -> pd.DataFrame:
-        return _predicted(trainer.predict(self.encode(rows)))
+        data = self.encode(rows)
+        found = _predicted(trainer.predict(data))
+        # Trainer's batches are of like length, and it leaves the rows in their order
+        sampler = trainer._get_eval_sampler(data)
+        return found if sampler is None else found.set_index(pd.Index(list(sampler))).sort_index(ignore_index=True)
 
 
 def _predicted(output: Any) -> pd.DataFrame:

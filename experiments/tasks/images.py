@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from experiments.errors import ExperimentError
 from experiments.tasks.sources import Source, carve
@@ -36,21 +37,19 @@ def has_pictures(folder: Path) -> bool:
 
 def pictures(folder: Path) -> Task:
     """<folder>/train/<class>/<picture> and test/; validation/ or else a part of train is the validation split."""
-    classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    classes = tuple(sorted({path.parent.name for path in _pictures(folder / "train")}))
 
     def listed(split: str) -> pd.DataFrame:
-        found = [
-            {"image": {"bytes": None, "path": str(path)}, "label": label}
-            for label, name in enumerate(classes)
-            for path in sorted((folder / split / name).glob("*"))
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not found:
+        found = _pictures(folder / split)
+        if not found or {path.parent.name for path in found} - set(classes):
+            unknown = sorted({path.parent.name for path in found} - set(classes))
             raise ExperimentError(
                 f"tasks: {folder / split} must hold pictures ({', '.join(sorted(SUFFIXES))}) in folders named as those "
-                f"of train ({', '.join(classes)}), got none. Add the split."
+                f"of train ({', '.join(classes)}), got {', '.join(unknown) or 'none'}. "
+                f"{'Add pictures of it to train, or drop it here' if unknown else 'Add the split'}."
             )
-        return pd.DataFrame(found)
+        images = [{"bytes": None, "path": str(path)} for path in found]
+        return pd.DataFrame({"image": images, "label": [classes.index(path.parent.name) for path in found]})
 
     def read(split: str) -> pd.DataFrame:
         if split == "test" or ((folder / split).is_dir() and split == "validation"):
@@ -58,4 +57,20 @@ def pictures(folder: Path) -> Task:
         rows = listed("train")
         return rows if (folder / "validation").is_dir() else carve(rows, split)
 
-    return Task(str(folder), "image", read)
+    return Task(str(folder), "image", read, classes=classes)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES)
+
+
+def check_pictures(rows: pd.DataFrame) -> None:
+    """Raises ExperimentError that names the first picture which is none."""
+    for image in rows["image"]:
+        if image["path"] is not None and image["bytes"] is None:
+            try:
+                Image.open(image["path"]).close()
+            except OSError as error:
+                raise ExperimentError(
+                    f"tasks: {image['path']} must be a picture, got: {error}. Repair or remove it."
+                ) from error

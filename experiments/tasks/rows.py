@@ -28,31 +28,41 @@ def text_columns(rows: pd.DataFrame, who: str) -> tuple[str, ...]:
 
 def checked(rows: pd.DataFrame, family: str, who: str) -> pd.DataFrame:
     """The rows with the columns of their family. Raises ExperimentError for a missing column, value or class number."""
-    if family == "causal":
-        needed = ["prompt", "completion"]
-        if missing := set(needed) - set(rows.columns):
-            raise ExperimentError(
-                f"{who}: columns {sorted(missing)} must exist, got {list(rows.columns)}. Rename them."
-            )
-        _check_values(rows[needed], who, "prompt and completion")
-        return rows.reset_index(drop=True)
-    inputs = ["image"] if family == "image" else list(text_columns(rows, who))
-    if missing := {*inputs, "label"} - set(rows.columns):
-        raise ExperimentError(
-            f"{who}: a column {min(missing)!r} must exist, got {list(rows.columns)}. Rename the target."
-        )
-    rows = rows[[*inputs, "label"]].reset_index(drop=True)
-    _check_values(rows, who, f"{family} and label")
-    _check_labels(rows["label"], who)
+    rows = complete(rows, family, who).reset_index(drop=True)
+    if family != "causal":
+        _check_labels(rows["label"], who)
     return rows
 
 
-def _check_values(rows: pd.DataFrame, who: str, what: str) -> None:
-    if rows.empty or rows.isna().any(axis=None):
+def complete(rows: pd.DataFrame, family: str, who: str) -> pd.DataFrame:
+    """The rows with the columns of their family, labels of any kind. Raises ExperimentError for a missing one.
+
+    What is read must be text, and no value may be missing: messages count rows from 1 by the index.
+    """
+    fixed = {"causal": ("prompt", "completion"), "image": ("image",)}
+    inputs = fixed[family] if family in fixed else text_columns(rows, who)
+    needed = [*inputs] if family == "causal" else [*inputs, "label"]
+    if missing := [column for column in needed if column not in rows]:
+        raise ExperimentError(f"{who}: a column {missing[0]!r} must exist, got {list(rows.columns)}. Rename one.")
+    absent = rows[needed].isna()
+    if absent.any(axis=None):
         raise ExperimentError(
-            f"{who}: every row must have {what}, got {len(rows)} rows with {int(rows.isna().sum().sum())} "
-            "missing values (empty, NaN). Drop or fill them."
+            f"{who}: every row must have {' and '.join(needed)}, got {int(absent.sum().sum())} missing values (empty, "
+            f"null, NaN), the first in row {first(absent.any(axis=1))}. Drop or fill them."
         )
+    for column in () if family == "image" else inputs:
+        other = ~rows[column].map(lambda value: isinstance(value, str))
+        if other.any():
+            raise ExperimentError(
+                f"{who}: {column} must be text, got {rows.loc[other, column].iloc[0]!r} in row {first(other)}. "
+                "Write it as one text."
+            )
+    return rows if family == "causal" else rows[needed]
+
+
+def first(found: pd.Series) -> int:
+    """The number of the first row where this holds, counted from 1."""
+    return int(found.index[found].min()) + 1
 
 
 def _check_labels(labels: pd.Series, who: str) -> None:

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from experiments.errors import ExperimentError
+from experiments.tasks.formats import FORMATS
 
 HUB = "hub"
-# of these, "12" is a text and no number
-WRITTEN = ("prompt", "completion", "answer", "text")
-
-
-def read_tsv(path: Path) -> pd.DataFrame:
-    """One row per line under a header; only an empty field is a missing value, "NA" is a text.
-
-    Raises ValueError where a quote joins lines: a stray one would swallow rows.
-    """
-    rows = pd.read_csv(path, sep="\t", dtype=dict.fromkeys(WRITTEN, str), keep_default_na=False, na_values=[""])
-    lines = sum(bool(line.strip()) for line in path.read_text().split("\n")) - 1
-    if len(rows) != lines:
-        raise ValueError(f"{lines} lines make {len(rows)} rows, since a quote opens a field that goes on")
-    return rows
-
-
-FORMATS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
-    ".jsonl": partial(pd.read_json, lines=True, dtype=False, convert_dates=False),
-    ".tsv": read_tsv,
-    ".parquet": pd.read_parquet,
-}
 MOST_HELD_OUT = 1000
 
 
@@ -78,18 +57,24 @@ class Source:
 
 
 def read_file(folder: Path, split: str) -> pd.DataFrame:
-    """The file `split` (or `split_subset`, a part of it) of a folder. Raises ExperimentError if missing or broken."""
+    """The file `split` (or `split_subset`, a part of it) of a folder.
+
+    Raises ExperimentError if it is missing, broken or empty.
+    """
     if not folder.is_dir():
         raise ExperimentError(f"tasks: {folder} must be a folder with {split}, got none. Check `data`.")
     for suffix, read in FORMATS.items():
         for path in (folder / f"{split}{suffix}", folder / f"{split}_subset{suffix}"):
             if path.is_file():
                 try:
-                    return read(path)
-                except ValueError as error:
+                    rows = read(path)
+                except (ValueError, OSError) as error:
                     raise ExperimentError(
                         f"tasks: {path} must be valid {suffix[1:]}, got: {error}. Repair it."
                     ) from error
+                if rows.empty:
+                    raise ExperimentError(f"tasks: {path} must hold rows, got none: it is empty. Fill it.")
+                return rows
     raise ExperimentError(
         f"tasks: {folder} must hold {split} as one of {', '.join(FORMATS)}, got "
         f"{sorted(p.name for p in folder.iterdir())}. Add the file."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,20 +15,36 @@ from experiments.tasks.rows import checked
 from experiments.tasks.sources import Source
 
 SPLITS = ("train", "validation", "test")
+Metric = Callable[[Any, Any], float]
 
 
 def _correlation(statistic: Callable[..., Any]) -> Callable[[Any, Any], float]:
     return lambda labels, predictions: float(statistic(labels, predictions).statistic)
 
 
-METRICS: dict[str, Callable[[Any, Any], float]] = {
+OF_CLASSES: dict[str, Metric] = {
     # scikit-learn's checks take fifty times as long, a thousand times per interval
     "accuracy": lambda labels, predictions: (labels == predictions).mean(),
     "F1": f1_score,
+    "macro F1": partial(f1_score, average="macro"),
     "Matthews": matthews_corrcoef,
-    "Pearson": _correlation(pearsonr),
-    "Spearman": _correlation(spearmanr),
 }
+OF_NUMBERS: dict[str, Metric] = {"Pearson": _correlation(pearsonr), "Spearman": _correlation(spearmanr)}
+METRICS = OF_CLASSES | OF_NUMBERS
+
+
+def score(metric: str, predictions: pd.DataFrame) -> float:
+    """A metric of columns `label` and `prediction`, a fraction; with a column `group`, its mean over groups."""
+    if "group" in predictions:
+        each = [score(metric, rows.drop(columns="group")) for _, rows in predictions.groupby("group")]
+        return sum(each) / len(each)
+    return float(METRICS[metric](predictions["label"], predictions["prediction"]))
+
+
+def constant(metric: str, labels: pd.Series) -> pd.Series:
+    """The best single answer for all rows: for accuracy, the most frequent label."""
+    answers = [pd.Series(label, labels.index) for label in labels.value_counts().index]
+    return max(answers, key=lambda answer: float(METRICS[metric](labels, answer)))
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,7 @@ class Task:
     published: rows per split as the data set's authors state them.
     harness: lm-evaluation-harness's tasks on the same data, each with the source whose files in a data folder have the
         columns that it reads, or None where only the hub has them.
+    classes: what the classes of a user's own data stand for, in the order of their numbers.
     """
 
     name: str
@@ -50,6 +68,7 @@ class Task:
     judge: Callable[[str, Mapping[str, Any]], bool] | None = None
     published: Mapping[str, int] = field(default_factory=dict)
     harness: Mapping[str, Source | None] = field(default_factory=dict)
+    classes: tuple[Any, ...] = ()
 
     def split(self, name: str) -> pd.DataFrame:
         """The checked rows of a split. Raises ExperimentError for unusable columns or values."""
@@ -62,14 +81,8 @@ class Task:
 
     def score(self, predictions: pd.DataFrame) -> float:
         """The metric that ranks, as in `scores`."""
-        return self._score(self.metric, predictions)
+        return score(self.metric, predictions)
 
     def scores(self, predictions: pd.DataFrame) -> dict[str, float]:
         """Every metric of columns `label` and `prediction`, as fractions; with a column `group`, means over groups."""
-        return {metric: self._score(metric, predictions) for metric in self.metrics}
-
-    def _score(self, metric: str, predictions: pd.DataFrame) -> float:
-        if "group" in predictions:
-            each = [self._score(metric, rows.drop(columns="group")) for _, rows in predictions.groupby("group")]
-            return sum(each) / len(each)
-        return float(METRICS[metric](predictions["label"], predictions["prediction"]))
+        return {metric: score(metric, predictions) for metric in self.metrics}

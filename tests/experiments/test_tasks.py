@@ -68,8 +68,6 @@ def test_float_labels_are_a_regression(tmp_path) -> None:
         ({"words": ["a"], "label": [1]}, "columns must hold one of"),
         ({"text": ["a"], "target": [1]}, "a column 'label' must exist"),
         ({"text": ["a", None], "label": [0, 1]}, "every row must have text and label"),
-        ({"text": ["a"], "label": [-1]}, "count from 0, got -1"),
-        ({"text": ["a"], "label": ["good"]}, "labels must be integers"),
         ({"text": ["a", "b"], "label": [0.5, float("nan")]}, "missing values"),
     ],
 )
@@ -130,21 +128,25 @@ def test_glue_scores_on_the_published_validation_split_and_holds_out_part_of_tra
         tasks.get("glue/rte").split("train")
 
 
-def test_a_stray_quote_does_not_swallow_rows(tmp_path) -> None:
-    lines = ["text\tlabel", '"Great, I said.\t1', "Dull.\t0", 'Long."\t0', "NA\t1"]
-    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ExperimentError, match="4 lines make 2 rows, since a quote"):
-        read_file(tmp_path, "train")
-    (tmp_path / "train.tsv").write_text("\n".join(line.replace('"', "") for line in lines))
-    assert read_file(tmp_path, "train")["text"].tolist() == ["Great, I said.", "Dull.", "Long.", "NA"]
+def test_published_classes_count_from_0_and_hidden_ones_are_refused() -> None:
+    for labels, message in (
+        ([0, -1], "count from 0, got -1. -1 marks hidden labels"),
+        (["good"] * 2, "must be integers"),
+    ):
+        task = tasks.Task("glue/x", "text", lambda _, given=labels: pd.DataFrame({"text": ["a", "b"], "label": given}))
+        with pytest.raises(ExperimentError, match=message):
+            task.split("test")
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"train": [0] * 12}, "two classes or more, got 0 alone"),
-        ({"train": [0, 1] * 6, "test": [0, 2]}, "test: classes must occur in the training rows, which end at 1, got 2"),
-        ({"train": [True, False] * 6}, "integers"),
+        ({"train": [0] * 12}, "classes must be two or more, got 0 alone"),
+        (
+            {"train": [0, 1] * 6, "test": [0, 2]},
+            r"test: labels must occur in the training rows \(0, 1\), got 2 in row 2",
+        ),
+        ({"train": [0.5] * 12, "test": [0.5, 1.0]}, "float labels must be two or more, got 0.5 alone"),
         ({"train": [0, 1] * 3}, "at least 10, or a validation file"),
     ],
 )

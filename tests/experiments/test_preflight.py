@@ -1,0 +1,175 @@
+"""What a sweep or a comparison could not finish is said before anything is trained, also by a dry run."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments import compare, sweep, train
+from experiments.config import resolve
+from experiments.results import METRICS, prepare
+
+
+@pytest.fixture
+def folder(tmp_path: Path, task: str) -> Path:
+    """Own data that are in order, to be spoilt."""
+    return Path(shutil.copytree(task, tmp_path / "mine"))
+
+
+def _change(folder: Path, split: str, column: str, value: object, row: int = 0) -> None:
+    path = folder / f"{split}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[row][column] = value
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+def _rename(folder: Path, split: str, old: str, new: str) -> None:
+    path = folder / f"{split}.jsonl"
+    pd.read_json(path, lines=True).rename(columns={old: new}).to_json(path, orient="records", lines=True)
+
+
+SPOILT = {
+    "no test": (lambda f: (f / "test.jsonl").unlink(), "must hold test as one of .jsonl, .tsv, .parquet, .csv"),
+    "no train": (lambda f: (f / "train.jsonl").unlink(), "must hold train as one of"),
+    "empty test": (lambda f: (f / "test.jsonl").write_text(""), "test.jsonl must hold rows, got none: it is empty"),
+    "empty validation": (lambda f: (f / "validation.jsonl").write_text("\n"), "validation.jsonl must hold rows"),
+    "broken test": (lambda f: (f / "test.jsonl").write_text("{"), "test.jsonl must be valid jsonl, got: line 1"),
+    "text label": (lambda f: _change(f, "test", "label", "good", 3), "test: labels must .* got 'good' in row 4"),
+    "null label": (lambda f: _change(f, "test", "label", None, 5), "missing values .* the first in row 6"),
+    "NaN label": (lambda f: _change(f, "validation", "label", float("nan")), "missing values .* the first in row 1"),
+    "unseen in test": (lambda f: _change(f, "test", "label", 7, 2), r"test: labels must occur .* got 7 in row 3"),
+    "unseen between": (lambda f: _change(f, "train", "label", 3), None),
+    "unseen in validation": (lambda f: _change(f, "validation", "label", 2), "validation: labels must occur in the"),
+    "no text": (lambda f: _change(f, "test", "text", None), "test: every row must have text and label"),
+    "two texts": (
+        lambda f: _change(f, "test", "text", ["a", "b"]),
+        r"test: text must be text, got \['a', 'b'\] in row 1",
+    ),
+    "name of text": (lambda f: _rename(f, "test", "text", "review"), "test: the columns must hold one of"),
+    "name of label": (lambda f: _rename(f, "test", "label", "target"), "test: a column 'label' must exist"),
+}
+
+
+@pytest.mark.parametrize("spoilt", [name for name, (_, message) in SPOILT.items() if message])
+def test_own_data_that_a_run_would_fail_on(
+    spoilt: str, folder: Path, file: Path, model: str, runs: Path, capsys
+) -> None:
+    spoil, message = SPOILT[spoilt]
+    spoil(folder)
+    own = [f"settings.task={folder}"]
+    commands = [
+        lambda: sweep.main([str(file), *own, "--dry-run", "--runs", str(runs)]),
+        lambda: sweep.main([str(file), *own, "--runs", str(runs)]),
+        lambda: compare.main(["--model", model, "--task", str(folder), "--lr", "auto", "--runs", str(runs)]),
+    ]
+    for command in commands:
+        assert command() == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said), said
+        assert not runs.exists()
+
+
+def test_rows_in_order_are_counted_with_their_classes(folder: Path, file: Path, runs: Path, capsys) -> None:
+    SPOILT["unseen between"][0](folder)  # a third class, which only train has
+    assert sweep.main([str(file), f"settings.task={folder}", "--dry-run", "--runs", str(runs)]) == 0
+    labels = pd.read_json(folder / "test.jsonl", lines=True)["label"]
+    most = 100 * labels.value_counts().max() / len(labels)
+    line = f"96 / 32 / 48 rows (train, validation, test), 3 classes: 0, 1, 3, accuracy of the majority {most:.1f}"
+    assert line in capsys.readouterr().out and not runs.exists()
+
+
+PLUGIN = """
+from uniproj import Projection, register
+from uniproj.budget import Budget
+from uniproj.projections.unilora import UniLoRA
+
+
+@register("refusing_{name}")
+class Refusing(UniLoRA):
+{body}
+"""
+REFUSING = {
+    "budget": (
+        "    @classmethod\n    def for_budget(cls, shapes, budget, r):\n        return {}['no budget']",
+        "refusing_budget must say what it trains at a budget of 200, got KeyError",
+    ),
+    "nothing": (
+        "    @classmethod\n    def for_budget(cls, shapes, budget, r):\n        return None",
+        "refusing_nothing must say what it trains at a budget of 200, got AttributeError",
+    ),
+    "half": (
+        "    @classmethod\n    def for_budget(cls, shapes, budget, r):\n        return Budget(r=r, d=12.5, trained=12)",
+        "refusing_half.for_budget: d must be an integer or null, got 12.5",
+    ),
+    "made": (
+        "    def __init__(self, layout, d, seed=0):\n        raise RuntimeError('not today')",
+        r"refusing_made must work on .* at r = 4, d = 200, got RuntimeError\('not today'\)",
+    ),
+    "seed": (
+        "    def __init__(self, layout, d, seed=0):\n        super().__init__(layout, d, seed)\n        1 / (2 - seed)",
+        "refusing_seed must work on .* got ZeroDivisionError",
+    ),
+    "applied": (
+        "    def _matvec(self, theta_d):\n        return theta_d.no_such_attribute",
+        "refusing_applied must work on .* got AttributeError",
+    ),
+    "shape": (
+        "    def _rmatvec(self, theta_D):\n        return theta_D[:, :3]",
+        "refusing_shape must work on .* got RuntimeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_projection_that_refuses(name: str, file: Path, tmp_path: Path, runs: Path, capsys) -> None:
+    body, message = REFUSING[name]
+    (tmp_path / "plugin.py").write_text(PLUGIN.format(name=name, body=body))
+    own = [f"+settings.plugins=[{tmp_path / 'plugin.py'}]", f"axes.projection=[lora,refusing_{name}]"]
+    for more in (["--dry-run"], []):
+        assert sweep.main([str(file), *own, *more, "--runs", str(runs)]) == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said), said
+        assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["axes.projection=[unilora]", "+settings.hyperparameters={assignment:dealt}"],
+            "assignment must be 'balanced'",
+        ),
+        (["axes.projection=[lora_xs]", "~settings.budget", "+settings.r=500"], "lora_xs: "),
+        (["+settings.metric=Pearson"], "the metric of classes must be one of F1, Matthews, accuracy, macro F1"),
+        (["+settings.metric=kappa"], "metric must be one of accuracy, F1, macro F1, Matthews, Pearson, Spearman"),
+    ],
+)
+def test_settings_that_only_a_run_would_notice(overrides, message: str, file: Path, runs: Path, capsys) -> None:
+    assert sweep.main([str(file), *overrides, "--dry-run", "--runs", str(runs)]) == 2
+    assert message in capsys.readouterr().err and not runs.exists()
+
+
+def test_a_single_run_reads_the_rows_it_is_scored_on_before_it_trains(
+    folder: Path, model: str, runs: Path, capsys
+) -> None:
+    (folder / "test.jsonl").unlink()
+    settings = {"task": str(folder), "model": model, "projection": "unilora", "d": 8, "seed": 0, "lr": 0.1}
+    place = prepare(runs, resolve(settings).to_json())
+    assert train.main([str(place)]) == 1
+    assert "failed: tasks:" in capsys.readouterr().out and not (place / METRICS).exists()
+    # a trial has no use for it
+    trial = prepare(runs, resolve({**settings, "score_on": "validation", "epochs": 0.2}).to_json())
+    assert train.main([str(trial)]) == 0
+
+
+def test_a_comparison_ranks_by_a_metric_that_its_task_has(model: str, task: str, runs: Path, capsys) -> None:
+    asked = ["--model", model, "--task", task, "--projections", "unilora", "--budget", "200", "--lr", "0.02"]
+    assert compare.main([*asked, "--metric", "Spearman", "--runs", str(runs)]) == 2
+    assert "the metric of classes must be one of" in capsys.readouterr().err and not runs.exists()
+    for more, metric in (([], None), (["--metric", "macro F1"], "macro F1")):
+        settings = compare.settings(compare.parse([*asked, *more]), 200)
+        config = resolve({**settings, "projection": "unilora", "lr": 0.02, "seed": 0})
+        assert config.metric == metric and config.to_json().get("metric", None) == metric
