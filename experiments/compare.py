@@ -21,6 +21,7 @@ from experiments.families import adapted_shapes
 from experiments.results import RESULT, RUNS, digest, load_runs, prepare, slug, write_json
 from experiments.tune import describe, record, tune
 from experiments.workers import train_all
+from uniproj import console
 from uniproj.errors import ProjectionError
 from uniproj.registry import get
 
@@ -112,6 +113,7 @@ def compare(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
     torch.set_num_threads(1)

@@ -19,6 +19,7 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.protocol import LOCK
 from experiments.results import RUNS, disk_errors, metrics, read_json, write_json, write_text
+from uniproj import console
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
     "records.csv",
@@ -117,6 +118,7 @@ def _result(runs: Path, folder: str) -> dict[str, Any]:
     return read_json(runs / short(folder) / "result.json")
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     args = parse(argv)

@@ -21,6 +21,7 @@ from experiments.provenance import provenance
 from experiments.results import read_json, write_json
 from experiments.run import Run
 from experiments.tasks.sources import HUB, Source
+from uniproj import console
 
 FILE = "harness.json"
 
@@ -108,6 +109,7 @@ def table(folder: Path, found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.harness", description=__doc__.splitlines()[0])

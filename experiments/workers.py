@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments.orphans import end_with
 from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
 
 ROOT = Path(__file__).parent.parent
@@ -68,13 +70,10 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
     """
     failures: dict[Path, str] = {}
     waiting = [folder for folder in folders if not is_done(folder)]
-    with (
-        tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="runs", unit="run") as bar,
-        _Pool(over) as pool,
-    ):
+    with Progress(len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
         slots = list(range(1, 1 + processes(device, over)))
         while waiting or pool.children:
-            while slots and (folder := _startable(waiting, bar)):
+            while slots and (folder := _startable(waiting, progress)):
                 pool.start(folder, slots.pop(0))
             time.sleep(POLL_SECONDS)
             for child in pool.finished():
@@ -83,18 +82,40 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
                 if child.process.returncode == BUSY or (child.process.returncode and is_locked(child.folder)):
                     waiting.append(child.folder)
                     continue
-                bar.update()
                 if child.process.returncode:
                     failures[child.folder] = last_words(child.folder)
+                progress.ended(child.folder, child.folder in failures)
     return failures
 
 
-def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
+class Progress:
+    """How far the runs are: a bar on a terminal, elsewhere a line for each run that ends."""
+
+    def __init__(self, total: int, done: int):
+        self.bar = tqdm(total=total, initial=done, desc="runs", unit="run", disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def ended(self, folder: Path, failed: bool = False) -> None:
+        """One more run is done, or has failed."""
+        if self.bar.disable:
+            self.bar.n += 1
+            state = "failed" if failed else "done"
+            print(f"{self.bar.n} of {self.bar.total} runs: {folder} {state}", file=sys.stderr, flush=True)
+        else:
+            self.bar.update()
+
+
+def _startable(waiting: list[Path], progress: Progress) -> Path | None:
     """Take the next run that nobody trains; those that another launcher has finished meanwhile are dropped."""
     for folder in list(waiting):
         if is_done(folder):
             waiting.remove(folder)
-            bar.update()
+            progress.ended(folder)
         elif not is_locked(folder):
             waiting.remove(folder)
             return folder
@@ -102,12 +123,13 @@ def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
 
 
 def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
-    """Begin to train a run, on one thread per process; what it prints is appended to its log."""
+    """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         **({"CUDA_VISIBLE_DEVICES": visible} if not over.torchrun() else {}),
         SHARDED: str(over.sharded).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -122,6 +144,7 @@ def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=functools.partial(end_with, os.getpid()),
         )
 
 
@@ -139,7 +162,7 @@ class _Child:
     def __init__(self, folder: Path, slot: int, over: Processes):
         self.folder, self.slot = folder, slot
         self.process = start(folder, over)
-        self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False)
+        self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False, disable=None)
 
     def show(self) -> None:
         lines = metrics(self.folder)
