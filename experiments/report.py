@@ -54,8 +54,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
-    """The table for a terminal, with what its numbers mean below it."""
+def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = "") -> str:
+    """The table for a terminal, with what its numbers mean below it, and a remark of the command's own."""
     first = runs.iloc[0]
     shown = pd.DataFrame(
         {
@@ -71,7 +71,8 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> str:
             "adapter bytes": table["adapter_bytes"].map("{:,}".format),
         }
     )
-    return shown.to_string(index=False) + "\n\n" + "\n".join(_notes(table, runs, budget)) + "\n"
+    notes = [*_notes(table, runs, budget), *([remark] if remark else [])]
+    return shown.to_string(index=False) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def _percent(row: object) -> str:
@@ -145,10 +146,10 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
     axes.grid(axis="x", alpha=0.3)
 
 
-def write(folder: Path, runs: pd.DataFrame, budget: int) -> None:
+def write(folder: Path, runs: pd.DataFrame, budget: int, remark: str = "") -> None:
     """Print the table and the name of `folder`, where it is saved as text, CSV and PNG beside provenance.json."""
     table = summarise(runs)
-    text = as_text(table, runs, budget)
+    text = as_text(table, runs, budget, remark)
     write_text(folder / "table.txt", text)
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")
