@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,12 @@ def announced(sweep: Sweep, args: argparse.Namespace) -> str:
         }
         for run in runs[:: len(args.seeds)]
     ]
+    rows_at_hand = len(tasks.get(args.task).split("train"))
+    steps = preflight.steps(replace(runs[0], train_size=min(args.train_size, rows_at_hand)))
     missing = [run for run in runs if not is_done(run_folder(args.runs, run.to_json()))]
     tuning = f", after {len(GRID)} or more of each to tune its rate" if args.lr == AUTO else ""
     return (
-        f"{pd.DataFrame(rows).to_string(index=False)}\n\n{len(runs)} runs of {preflight.steps(runs[0])} steps, "
+        f"{pd.DataFrame(rows).to_string(index=False)}\n\n{len(runs)} runs of {steps} steps, "
         f"{len(runs) - len(missing)} done, {len(missing)} to train{tuning}"
     )
 
