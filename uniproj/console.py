@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -46,12 +47,10 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 def _reader_left() -> bool:
-    """Whether standard output has been closed at its other end."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether standard output has been closed at its other end, which is what poll tells without being asked."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    return bool(asked.poll(0))
 
 
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
