@@ -6,6 +6,7 @@ A run that is done is not repeated, an interrupted one resumes: start the same c
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,6 +41,8 @@ TABLE, AUTO = "table", "auto"
 def number(text: str) -> float:
     """A number on the command line; whole ones are the integers that settings hold."""
     value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
     return int(value) if value.is_integer() else value
 
 
@@ -105,9 +108,12 @@ def given_rates(args: argparse.Namespace) -> Mapping[str, float]:
     if args.lr == AUTO:
         return dict.fromkeys(args.projections, rate(GRID[0]))
     try:
-        return dict.fromkeys(args.projections, float(args.lr))
+        lr = float(args.lr)
     except ValueError:
-        raise ExperimentError(f"compare: --lr must be table, auto or a number, got {args.lr!r}.") from None
+        lr = math.nan
+    if not 0 < lr < math.inf:
+        raise ExperimentError(f"compare: --lr must be table, auto or a positive number, got {args.lr!r}. Correct it.")
+    return dict.fromkeys(args.projections, lr)
 
 
 def tuned_rates(args: argparse.Namespace, common: Mapping[str, Any], record_to: Path) -> Mapping[str, float]:
