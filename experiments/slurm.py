@@ -16,7 +16,8 @@ from submitit.helpers import DelayedSubmission
 
 from experiments.errors import ExperimentError
 from experiments.results import is_done, read_json, write_json
-from experiments.workers import Processes, Progress, last_words, start
+from experiments.workers import Processes, last_words, start
+from uniproj.console import DONE, Progress
 
 JOBS = "jobs.json"
 POLL_SECONDS = 5.0
@@ -83,7 +84,7 @@ def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dic
     mine: set[Path] = set()
     failures: dict[Path, str] = {}
     told = {folder for folder in folders if is_done(folder)}
-    with Progress(len(folders), len(told)) as progress:
+    with Progress("run", len(folders), len(told)) as progress:
         while True:
             queued = _queued()
             live = {folder for folder in folders if known.get(str(folder)) in queued}
@@ -92,7 +93,7 @@ def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dic
                 failures[folder] = last_words(folder)
             waiting = [f for f in dict.fromkeys(folders) if f not in live | done | set(failures)]
             for folder in (done | set(failures)) - told:
-                progress.ended(folder, folder in failures)
+                progress.ended(str(folder), "failed" if folder in failures else DONE)
                 told.add(folder)
             progress.bar.set_postfix(queued=len(live), waiting=len(waiting), failed=len(failures))
             if not live and not waiting:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from experiments.orphans import end_with
 from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
+from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent
 LOG, STARTED = "train.log", "--- started ---"
@@ -70,7 +71,7 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
     """
     failures: dict[Path, str] = {}
     waiting = [folder for folder in folders if not is_done(folder)]
-    with Progress(len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
+    with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
         slots = list(range(1, 1 + processes(device, over)))
         while waiting or pool.children:
             while slots and (folder := _startable(waiting, progress)):
@@ -84,30 +85,8 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
                     continue
                 if child.process.returncode:
                     failures[child.folder] = last_words(child.folder)
-                progress.ended(child.folder, child.folder in failures)
+                progress.ended(str(child.folder), "failed" if child.folder in failures else DONE)
     return failures
-
-
-class Progress:
-    """How far the runs are: a bar on a terminal, elsewhere a line for each run that ends."""
-
-    def __init__(self, total: int, done: int):
-        self.bar = tqdm(total=total, initial=done, desc="runs", unit="run", disable=None)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def ended(self, folder: Path, failed: bool = False) -> None:
-        """One more run is done, or has failed."""
-        if self.bar.disable:
-            self.bar.n += 1
-            state = "failed" if failed else "done"
-            print(f"{self.bar.n} of {self.bar.total} runs: {folder} {state}", file=sys.stderr, flush=True)
-        else:
-            self.bar.update()
 
 
 def _startable(waiting: list[Path], progress: Progress) -> Path | None:
@@ -115,7 +94,7 @@ def _startable(waiting: list[Path], progress: Progress) -> Path | None:
     for folder in list(waiting):
         if is_done(folder):
             waiting.remove(folder)
-            progress.ended(folder)
+            progress.ended(str(folder))
         elif not is_locked(folder):
             waiting.remove(folder)
             return folder

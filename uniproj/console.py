@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 from tqdm import tqdm
 
 READER_LEFT = 128 + signal.SIGPIPE
+DONE = "done"
 Arguments = ParamSpec("Arguments")
 
 
@@ -44,6 +45,30 @@ def _bars_on_terminals_only() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = plain
+
+
+class Progress:
+    """How many of some things are done: a bar on a terminal, elsewhere a line for each of them."""
+
+    def __init__(self, what: str, total: int, done: int):
+        self.what = what
+        self.bar = tqdm(total=total, initial=done, desc=f"{what}s", unit=what, disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def ended(self, name: str, outcome: str = DONE) -> None:
+        """One more has come to its end."""
+        if self.bar.disable:
+            self.bar.n += 1
+            print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {outcome}", file=sys.stderr, flush=True)
+            return
+        self.bar.update()
+        if outcome != DONE:
+            tqdm.write(f"{name} {outcome}", file=sys.stderr)
 
 
 def _reader_left() -> bool:
