@@ -21,7 +21,7 @@ from experiments.provenance import provenance
 from experiments.results import read_json, write_json
 from experiments.run import Run
 from experiments.tasks.sources import HUB, Source
-from uniproj import console
+from uniproj import AdapterError, ProjectionError, console
 
 FILE = "harness.json"
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--limit must be at least 1, got {args.limit}")
     try:
         tables = [table(folder, record(folder, args.tasks, args.limit)) for folder in args.folders]
-    except ExperimentError as error:
+    except (ExperimentError, ProjectionError, AdapterError) as error:
         print(error, file=sys.stderr)
         return 2
     print(pd.concat(tables).to_string(index=False, float_format="%.4f"))

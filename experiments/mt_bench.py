@@ -20,7 +20,7 @@ from experiments.outcome import load_trained
 from experiments.results import write_text
 from experiments.run import Run
 from experiments.tasks.instruction import mt_bench
-from uniproj import console
+from uniproj import AdapterError, ProjectionError, console
 
 FILE = "mt_bench.jsonl"
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = load_trained(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
-    except ExperimentError as error:
+    except (ExperimentError, ProjectionError, AdapterError) as error:
         print(error, file=sys.stderr)
         return 2
     write_text(args.folder / FILE, "".join(json.dumps(answer) + "\n" for answer in found))

@@ -86,9 +86,13 @@ def describe(best: Mapping[str, float]) -> str:
 
 @console.command
 def main(argv: list[str] | None = None) -> int:
-    """Tune the default comparison and replace the committed table and its record."""
+    """Tune the default comparison and replace the committed table and its record: 0 done, 2 a trial failed."""
     argparse.ArgumentParser(prog="python -m experiments.tune", description=__doc__).parse_args(argv)
-    trials = tune({**rates.TUNED, "device": "cpu", "seed": 0}, COMPARED, RUNS)
+    try:
+        trials = tune({**rates.TUNED, "device": "cpu", "seed": 0}, COMPARED, RUNS)
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return 2
     write_json(RECORD / "minilm-vader.json", record(trials))
     rates.save(rates.best(trials))
     print(describe(rates.best(trials)))

@@ -10,6 +10,7 @@ import pytest
 from experiments import harness, train
 from experiments.config import resolve
 from experiments.results import load, prepare
+from uniproj import plugins
 
 # prompts of IFEval whose checks a text of letters can pass or fail
 FIRST, ROWS = 60, 10
@@ -69,6 +70,8 @@ def test_a_task_of_ones_own_needs_tasks_by_name(tmp_path: Path, monkeypatch, cap
     assert "got my_reviews. Name the tasks" in caught.err and "--tasks gsm8k" in caught.err and caught.out == ""
     with pytest.raises(SystemExit):
         harness.main([str(tmp_path), "--limit", "0"])
+    monkeypatch.setattr(harness, "load_trained", lambda *_: plugins.load(["gone.py"]))
+    assert harness.main([str(tmp_path)]) == 2 and "gone.py must be a Python file" in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored_is_said(
