@@ -40,7 +40,10 @@ def asked_of_accelerate() -> Processes:
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    words = psutil.Process(os.getppid()).cmdline()
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # no process that this one may look at
+        return ALONE
     launch = next((i for i, word in enumerate(words) if word.endswith("launch")), None)
     if launch is None:
         return ALONE

@@ -72,10 +72,11 @@ class Progress:
 
 
 def _reader_left() -> bool:
-    """Whether standard output has been closed at its other end, which is what poll tells without being asked."""
-    asked = select.poll()
-    asked.register(sys.stdout.fileno(), 0)
-    return bool(asked.poll(0))
+    """Whether standard output has been closed at its other end."""
+    watched = select.poll()
+    # a pipe without a reader is reported whatever events are asked for
+    watched.register(sys.stdout.fileno(), 0)
+    return bool(watched.poll(0))
 
 
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
