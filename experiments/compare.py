@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -96,7 +97,7 @@ def settings(args: argparse.Namespace, budget: int) -> dict[str, Any]:
         "train_size": args.train_size,
         "epochs": args.epochs,
         "r": args.rank,
-        "plugins": [str(Path(plugin).resolve()) if plugin.endswith(".py") else plugin for plugin in args.plugins],
+        "plugins": [os.path.abspath(plugin) if plugin.endswith(".py") else plugin for plugin in args.plugins],
         "dtype": "bfloat16" if args.device == "cuda" else "float32",
     }
 

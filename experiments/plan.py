@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -162,10 +163,10 @@ def _placed(folder: Path, content: Any, key: str = "") -> Any:
     beside, here = folder / content, Path(content)
     if beside.exists() and here.exists() and not beside.samefile(here):
         raise ExperimentError(
-            f"sweep: {key} {content} must lie in one place, got {beside} and {here.resolve()}. Write the whole path."
+            f"sweep: {key} {content} must lie in one place, got {beside} and {here.absolute()}. Write the whole path."
         )
     # data keep the name that they are given in tables; a plugin is found wherever one of its runs is started again
     if here.exists() and key != "plugins":
         return content
     found = beside if beside.exists() else here
-    return str(found.resolve()) if found.exists() else content
+    return os.path.abspath(found) if found.exists() else content
