@@ -108,3 +108,13 @@ def test_a_command_that_imports_peft_prints_its_usage_and_nothing_else() -> None
         [sys.executable, "-m", "experiments.train", "--help"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "") and "usage: python -m experiments.train" in done.stdout
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stderr, expected in ((io.StringIO(), "2 of 3 runs: a done\n3 of 3 runs: b failed\n"), (Terminal(), None)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with console.Progress("run", 3, 1) as progress:
+            progress.ended("a")
+            progress.ended("b", "failed")
+        shown = stderr.getvalue()
+        assert shown == expected or (expected is None and "3/3" in shown and "b failed" in shown)
