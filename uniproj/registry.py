@@ -28,8 +28,8 @@ P = TypeVar("P", bound=type[Projection])
 def register(name: str) -> Callable[[P], P]:
     """Class decorator that gives a Projection its name.
 
-    Raises ProjectionError if the name belongs to another class, for a claim that nothing decides, and for a class without
-    a variant that could be tried.
+    Raises ProjectionError if the name belongs to another class, for a claim that nothing decides, and where there is no
+    variant that could be tried.
     """
 
     def decorate(cls: P) -> P:
