@@ -1,1 +1,5 @@
 """Measurements of projections: each is a package or module that runs as `python -m analysis.<name>`."""
+
+from uniproj import console
+
+console.without_word_of_bitsandbytes()

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import uniproj
 from analysis import style
-from experiments import plugins
 from experiments.errors import ExperimentError
 from experiments.provenance import provenance
 from experiments.results import write_json, write_text
+from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError
 
 Tables = Mapping[str, pd.DataFrame]
@@ -47,7 +47,7 @@ def parser(name: str, summary: str) -> argparse.ArgumentParser:
     """A parser with the options that every command has."""
     options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)
     options.add_argument("--projections", nargs="+", metavar="NAME", help="names of `python -m uniproj list` (all)")
-    options.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help="Python files with your projections")
+    plugins.add_option(options, "+")
     options.add_argument("--out", type=Path, default=Path("results") / name, help="folder of tables and picture")
     options.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return options
@@ -72,6 +72,7 @@ def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     return tqdm(items, desc=what, total=total, disable=None, leave=False)
 
 
+@console.command
 def run(
     name: str,
     options: argparse.ArgumentParser,

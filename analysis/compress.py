@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from experiments import models, plugins
+from experiments import models
 from experiments.errors import ExperimentError
-from uniproj import AdapterError, ProjectionError
+from uniproj import AdapterError, ProjectionError, console, plugins
 from uniproj.adapters.compress import compress
 from uniproj.adapters.lora import LoRAAdapter, read
 
@@ -40,11 +40,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--seed", type=int, default=0, help="of P")
     options.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
     options.add_argument("--base", help="the base model, for projections made of its weights")
-    options.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help="Python files with your projections")
+    plugins.add_option(options)
     options.add_argument("--json", action="store_true", help="print JSON")
     return options.parse_args(argv)
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     args = parse(argv)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis import command, style, subject
-from analysis.spaces import Entry, defaults, entries, vectors
+from analysis.spaces import defaults, entries, vectors
 from analysis.subject import Batch, Head, Subject
 from analysis.training import Trained, train
 from experiments import names
@@ -70,24 +70,27 @@ def landscape(
     for entry in command.bar(
         entries(chosen, subject.layout, d, subject.setting.seed, subject.base_weights), "landscape"
     ):
-        if entry.P is None:
-            norms.append(entry.row())
-            continue
-        start, head = entry.P.init_theta(subject.setting.seed), subject.head
-        before = gradient_norms(subject, entry.P, start, head, unseen)
-        trained = train(subject, entry.P, steps, lr)
-        norms.append(_norms(subject, entry, entry.P, before, trained, unseen))
-        points = along(subject, entry.P, trained.theta_d, trained.head, unseen[:LOSS_BATCHES])
+        entry, found = entry.attempt(lambda P: _of_training(subject, P, steps, lr, unseen))
+        facts, points = found or ({}, [])
+        norms.append({**entry.row(), **facts})
         losses += [{"projection": entry.name, "variant": entry.label, **point} for point in points]
     return pd.DataFrame(norms), pd.DataFrame(losses)
 
 
+def _of_training(
+    subject: Subject, P: Projection, steps: int, lr: float, unseen: Sequence[Batch]
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    before = gradient_norms(subject, P, P.init_theta(subject.setting.seed), subject.head, unseen)
+    trained = train(subject, P, steps, lr)
+    points = along(subject, P, trained.theta_d, trained.head, unseen[:LOSS_BATCHES])
+    return _norms(subject, P, before, trained, unseen), points
+
+
 def _norms(
-    subject: Subject, entry: Entry, P: Projection, before: Tensor, trained: Trained, batches: Sequence[Batch]
+    subject: Subject, P: Projection, before: Tensor, trained: Trained, batches: Sequence[Batch]
 ) -> dict[str, Any]:
     ratio = gradient_norms(subject, P, trained.theta_d, trained.head, batches)
     return {
-        **entry.row(),
         "isometric": acts_as_isometry(P),
         "random": (P.d / P.D) ** 0.5,
         "start": float(before.mean()),

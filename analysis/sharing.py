@@ -94,14 +94,16 @@ def sharing(
     """(a row per projection and choice of hyperparameters as in `describe`, the heat maps as in `picture`)."""
     rows, maps = [], []
     for entry in command.bar(entries(chosen, space, d, seed), "sharing", len(chosen)):
-        if entry.P is None:
-            rows.append(entry.row())
-            continue
-        found = loads(entry.P)
-        rows.append({**entry.row(), **describe(found, space)})
-        named = {"projection": entry.name, "variant": entry.label}
-        maps.append(picture(found, space).assign(**named))
+        entry, found = entry.attempt(lambda P: _described(loads(P), space))
+        facts, heat = found or ({}, None)
+        rows.append({**entry.row(), **facts})
+        if heat is not None:
+            maps.append(heat.assign(projection=entry.name, variant=entry.label))
     return pd.DataFrame(rows), pd.concat(maps, ignore_index=True) if maps else pd.DataFrame()
+
+
+def _described(found: Loads, space: LoRALayout) -> tuple[dict[str, Any], pd.DataFrame]:
+    return describe(found, space), picture(found, space)
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:

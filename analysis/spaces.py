@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from uniproj.testing import sample
 
 # 10 million rows as in the layouts whose growth is measured: all linear layers of a Llama-like model
 MILLIONS = 1e7
+T = TypeVar("T")
 
 
 def _of_model(name: str) -> Shapes:
@@ -70,6 +71,18 @@ class Entry:
         sizes = {} if self.P is None else {"D": self.P.D, "d": self.P.d, "trained": self.P.trained}
         return {"projection": self.name, "variant": self.label, **sizes, "note": self.note}
 
+    def attempt(self, measure: Callable[[Projection], T]) -> tuple[Entry, T | None]:
+        """What `measure` finds of P; None where there is no P, or where it fails, and then the entry's note says so.
+
+        A projection may be anybody's: its error costs the others nothing.
+        """
+        if self.P is None:
+            return self, None
+        try:
+            return self, measure(self.P)
+        except Exception as error:
+            return replace(self, note=_note(error)), None
+
 
 def variants(names: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
     """Each projection with each choice of hyperparameters that its class lists, the default first."""
@@ -89,7 +102,7 @@ def build(
     seed: int = 0,
     base_weights: Mapping[str, Tensor] | None = None,
 ) -> Entry:
-    """The projection, or the sentence with which it refuses this space.
+    """The projection, or the sentence with which it refuses this space, or its error.
 
     base_weights: W (out, in) by module name for methods that need them; without any they are drawn.
     """
@@ -98,8 +111,13 @@ def build(
         options["base_weights"] = base_weights
     try:
         return Entry(name, variant, sample(name, space, min(d, space.D), seed, **options))
-    except ProjectionError as error:
-        return Entry(name, variant, None, str(error))
+    except Exception as error:
+        return Entry(name, variant, None, _note(error))
+
+
+def _note(error: Exception) -> str:
+    is_sentence = isinstance(error, (ProjectionError, ExperimentError))
+    return str(error) if is_sentence else f"failed: {type(error).__name__}: {error}"
 
 
 def entries(

@@ -109,15 +109,11 @@ def spectrum(
     """(a row per projection and choice of hyperparameters, its singular values at up to 33 places of their order)."""
     rows, curves = [], []
     for entry in command.bar(entries(chosen, space, d, seed), "spectrum", len(chosen)):
-        if entry.P is None:
+        entry, found = entry.attempt(lambda P: (*of_projection(P), {} if space.is_flat else of_factors(P)))
+        if found is None:
             rows.append(entry.row())
             continue
-        try:
-            values, facts = of_projection(entry.P)
-        except ExperimentError as error:
-            rows.append({**entry.row(), "note": str(error)})
-            continue
-        paired = {} if space.is_flat else of_factors(entry.P)
+        values, facts, paired = found
         rows.append({**entry.row(), **facts, **paired})
         places = np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))
         curve = {"place": places / max(1, len(values) - 1), "sigma": values[torch.from_numpy(places)].numpy()}

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from experiments import plugins, tasks
+from experiments import tasks
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
 from experiments.families import adapted_shapes
@@ -20,6 +20,7 @@ from experiments.models import QUANTIZED
 from experiments.settings import SEEDS, RunConfig
 from experiments.tasks.sources import HUB
 from experiments.tasks.task import METRICS
+from uniproj import plugins
 from uniproj.errors import ProjectionError
 from uniproj.registry import get
 

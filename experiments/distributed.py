@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from peft import PeftModel
@@ -21,10 +22,45 @@ from transformers import Trainer
 
 from experiments.errors import ExperimentError
 from experiments.settings import RunConfig
-from experiments.workers import SHARDED
+from experiments.workers import ALONE, SHARDED, Processes
 from uniproj.tuner import shard_base
 
 EPOCH_STATE = "epoch_rng_state.pth"
+# what torchrun, and what `accelerate launch`, sets for the processes that it starts
+TORCHRUN, ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"
+
+
+def asked_of_accelerate() -> Processes:
+    """What `accelerate launch --num_processes N` was asked for where it started this process alone.
+
+    That is what it does on CPUs, whatever N: only MPI would start more. Its command line is all that tells N.
+    """
+    if ACCELERATE not in os.environ or "WORLD_SIZE" in os.environ:
+        return ALONE
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # no process that this one may look at
+        return ALONE
+    launch = next((i for i, word in enumerate(words) if word.endswith("launch")), None)
+    if launch is None:
+        return ALONE
+    asked = launch_command_parser().parse_args(words[launch + 1 :])
+    stored = asked.config_file or (Path(default_config_file).is_file() and not asked.cpu)
+    defaults = vars(load_config_from_file(asked.config_file)) if stored else {}
+
+    def option(name: str, otherwise: Any) -> Any:
+        return next((x for x in (getattr(asked, name), defaults.get(name)) if x is not None), otherwise)
+
+    nodes = option("num_machines", 1)
+    return Processes(
+        max(1, option("num_processes", 1) // nodes),
+        nodes=nodes,
+        node=option("machine_rank", 0),
+        address=f"{option('main_process_ip', '')}:{option('main_process_port', 29500)}",
+    )
 
 
 def world_size() -> int:

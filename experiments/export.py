@@ -20,6 +20,7 @@ from experiments import statistics, sweep_report
 from experiments.errors import ExperimentError
 from experiments.protocol import LOCK
 from experiments.results import RUNS, metrics, read_json, short_names, write_json, write_text
+from uniproj import console
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
     "records.csv",
@@ -133,6 +134,7 @@ def _result(runs: Path, folder: str) -> dict[str, Any]:
     return read_json(runs / short(folder) / "result.json")
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     args = parse(argv)

@@ -21,6 +21,7 @@ from experiments.provenance import provenance
 from experiments.results import read_json, write_json
 from experiments.run import Run
 from experiments.tasks.sources import HUB, Source
+from uniproj import AdapterError, ProjectionError, console
 
 FILE = "harness.json"
 
@@ -83,11 +84,22 @@ def _rows(source: Source, data: str) -> Any:
 
 
 def record(folder: Path, tasks: list[str] | None, limit: int | None) -> dict[str, Any]:
-    """Evaluate what harness.json of a finished run lacks, of these tasks or those that belong to the run's own."""
+    """Evaluate what harness.json of a finished run lacks, of these tasks or those that belong to the run's own.
+
+    Raises ExperimentError for a run whose task has none of its own, where none are named.
+    """
     path = folder / FILE
     found = read_json(path) if path.exists() else {}
     run: Run | None = None
-    for name in tasks or list((run := load_trained(folder, "harness")).task.harness):
+    if not tasks:
+        run = load_trained(folder, "harness")
+        tasks = list(run.task.harness)
+    if run is not None and not tasks:
+        raise ExperimentError(
+            f"harness: {folder} must be a run of a task that lm-evaluation-harness has too, got {run.config.task}. "
+            "Name the tasks that a causal model shall answer: --tasks gsm8k,mmlu (`lm-eval ls tasks` lists them)."
+        )
+    for name in tasks:
         if name not in found or found[name]["limit"] != limit:
             run = run or load_trained(folder, "harness")
             found[name] = evaluate(run, name, limit)
@@ -108,6 +120,7 @@ def table(folder: Path, found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.harness", description=__doc__.splitlines()[0])
@@ -115,9 +128,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="in place of those of the run's own task")
     parser.add_argument("--limit", type=int, help="only the first so many rows of each task")
     args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit must be at least 1, got {args.limit}")
     try:
         tables = [table(folder, record(folder, args.tasks, args.limit)) for folder in args.folders]
-    except ExperimentError as error:
+    except (ExperimentError, ProjectionError, AdapterError) as error:
         print(error, file=sys.stderr)
         return 2
     print(pd.concat(tables).to_string(index=False, float_format="%.4f"))

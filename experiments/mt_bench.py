@@ -20,6 +20,7 @@ from experiments.outcome import load_trained
 from experiments.results import write_text
 from experiments.run import Run
 from experiments.tasks.instruction import mt_bench
+from uniproj import AdapterError, ProjectionError, console
 
 FILE = "mt_bench.jsonl"
 
@@ -46,6 +47,7 @@ def _answer(name: str, question: int, turns: list[str]) -> dict[str, Any]:
     return {"question_id": question, "answer_id": answer, "model_id": name, "choices": choices, "tstamp": 0.0}
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.mt_bench", description=__doc__.splitlines()[0])
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = load_trained(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
-    except ExperimentError as error:
+    except (ExperimentError, ProjectionError, AdapterError) as error:
         print(error, file=sys.stderr)
         return 2
     write_text(args.folder / FILE, "".join(json.dumps(answer) + "\n" for answer in found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,12 +15,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments import tasks
 from experiments.checks import check_distinct, check_fields, check_type
 from experiments.config import resolve
 from experiments.errors import ExperimentError
+from experiments.models import PACKAGED
 from experiments.settings import SEEDS, RunConfig
+from experiments.tasks.sources import HUB
 
 CONF = Path(__file__).with_name("conf")
+# where settings stand in a sweep, those that may name files or folders, and the names that stand for none
+PLACED = ("settings", "axes", "cases", "tune")
+PATHS, NAMES = ("task", "data", "model", "plugins"), {*tasks.names(), *PACKAGED, HUB}
 Cell = dict[str, Any]
 # what the sweep itself gives to each run
 OWN = {"seed", "score_on"}
@@ -118,8 +125,10 @@ def _crossed(axes: Mapping[str, Sequence[Any]]) -> Iterator[Cell]:
 def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep of a YAML file. Its `defaults` may take settings from `experiments/conf/settings/`.
 
-    overrides: Hydra's, such as `settings.train_size=64` or `axes.projection=[lora,unilora]`.
-    Raises ExperimentError for a missing or broken file, an unknown key, or a value that cannot be.
+    overrides: Hydra's, such as `settings.train_size=64` or `axes.projection=[lora,unilora]`. A relative path is that of
+    what lies beside the file, or else in the working directory.
+    Raises ExperimentError for a missing or broken file, an unknown key, a value that cannot be, or a relative path that
+    means two things.
     """
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(CONF.parent.parent)) for p in CONF.glob("sweeps/**/*.yaml")))
@@ -138,4 +147,26 @@ def _sweep(path: Path, content: dict[str, Any]) -> Sweep:
     content.setdefault("name", path.stem)
     if unknown := sorted(set(content) - set(known), key=str):
         raise ExperimentError(f"sweep: {path} has unknown keys {unknown}. Known: {', '.join(known)}.")
-    return Sweep(**content)
+    placed = {key: _placed(path.resolve().parent, value) for key, value in content.items() if key in PLACED}
+    return Sweep(**{**content, **placed})
+
+
+def _placed(folder: Path, content: Any, key: str = "") -> Any:
+    """The content of a sweep in `folder`, with its relative paths as they are read from the working directory."""
+    if isinstance(content, dict):
+        return {key: _placed(folder, value, key) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_placed(folder, value, key) for value in content]
+    is_path = key in PATHS and isinstance(content, str) and content not in NAMES
+    if not is_path or (key == "plugins" and not content.endswith(".py")):
+        return content
+    beside, here = folder / content, Path(content)
+    if beside.exists() and here.exists() and not beside.samefile(here):
+        raise ExperimentError(
+            f"sweep: {key} {content} must lie in one place, got {beside} and {here.absolute()}. Write the whole path."
+        )
+    # data keep the name that they are given in tables; a plugin is found wherever one of its runs is started again
+    if here.exists() and key != "plugins":
+        return content
+    found = beside if beside.exists() else here
+    return os.path.abspath(found) if found.exists() else content

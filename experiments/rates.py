@@ -12,7 +12,11 @@ from experiments.errors import ExperimentError
 from experiments.results import write_text
 
 TABLE = Path(__file__).with_name("rates.yaml")
-TUNED_ON = "minilm on vader"
+# the settings of the committed rates
+TUNED: Mapping[str, Any] = {
+    "model": "minilm", "task": "vader", "budget": 4740, "train_size": 1600, "epochs": 2, "r": 4,
+}  # fmt: skip
+TUNED_ON = f"{TUNED['model']} on {TUNED['task']}"
 _HEADER = (
     "# Peak learning rate of theta_d by projection, each the best of its record on the validation split.\n"
     "# Written by `python -m experiments.tune` from tuning/*.json; not edited by hand.\n"
@@ -27,6 +31,18 @@ def best(trials: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         if not trial["did_not_train"] and (known is None or trial["validation"] > known["validation"]):
             chosen[trial["projection"]] = trial
     return {projection: chosen[projection]["lr"] for projection in sorted(chosen)}
+
+
+def remark(settings: Mapping[str, Any]) -> str:
+    """What a reader must know of the committed rates at other settings than their own; nothing at those."""
+    other = {key: settings[key] for key, tuned in TUNED.items() if settings[key] != tuned}
+    if not other:
+        return ""
+    return f"Learning rates were tuned at {_listed(TUNED)}, not at {_listed(other)}: --lr auto tunes them for these."
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def save(rates: Mapping[str, float]) -> None:

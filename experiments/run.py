@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,9 @@ import pandas as pd
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from experiments import families, plugins, tasks
+from experiments import families, tasks
 from experiments.callbacks import MetricsLog, StopOnSignal
 from experiments.data import check_rows, scored_rows, training_rows
 from experiments.distributed import DistributedTrainer, share
@@ -21,6 +22,7 @@ from experiments.families import Family
 from experiments.models import target_modules
 from experiments.results import CONFIG, read_json
 from experiments.settings import LOGGING_STEPS, RunConfig
+from uniproj import plugins
 from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig
 
@@ -61,6 +63,8 @@ class Run:
             compute_metrics=family.metrics,
             callbacks=[MetricsLog(folder), stop],
         )
+        # without a bar, Trainer prints what metrics.jsonl holds
+        trainer.remove_callback(PrinterCallback)
         # Trainer guesses this from the signature, and would sum the mean losses of classifiers over accumulated batches
         trainer.model_accepts_loss_kwargs = family.loss_by_item
         trainer.optimizer = optimizer(model, config, trainer.args)
@@ -159,7 +163,7 @@ def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArgume
         use_cpu=config.device == "cpu",
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
-        disable_tqdm=True,
+        disable_tqdm=not sys.stderr.isatty(),
         # P is the same on every process: it is made from its seed
         ddp_broadcast_buffers=False,
         report_to="none",

@@ -13,11 +13,11 @@ from typing import Any
 
 import submitit
 from submitit.helpers import DelayedSubmission
-from tqdm import tqdm
 
 from experiments.errors import ExperimentError
 from experiments.results import is_done, read_json, write_json
 from experiments.workers import Processes, last_words, start
+from uniproj.console import DONE, Progress
 
 JOBS = "jobs.json"
 POLL_SECONDS = 5.0
@@ -83,7 +83,8 @@ def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dic
     known = read_json(logs / JOBS) if (logs / JOBS).exists() else {}
     mine: set[Path] = set()
     failures: dict[Path, str] = {}
-    with tqdm(total=len(folders), desc="runs", unit="run") as bar:
+    told = {folder for folder in folders if is_done(folder)}
+    with Progress("run", len(folders), len(told)) as progress:
         while True:
             queued = _queued()
             live = {folder for folder in folders if known.get(str(folder)) in queued}
@@ -91,8 +92,10 @@ def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dic
             for folder in (mine - live - done) - set(failures):
                 failures[folder] = last_words(folder)
             waiting = [f for f in dict.fromkeys(folders) if f not in live | done | set(failures)]
-            bar.n = len(done)
-            bar.set_postfix(queued=len(live), waiting=len(waiting), failed=len(failures))
+            for folder in (done | set(failures)) - told:
+                progress.ended(str(folder), "failed" if folder in failures else DONE)
+                told.add(folder)
+            progress.bar.set_postfix(queued=len(live), waiting=len(waiting), failed=len(failures))
             if not live and not waiting:
                 return failures
             if waiting and not live:

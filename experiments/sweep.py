@@ -19,6 +19,7 @@ from experiments.plan import Sweep
 from experiments.results import RUNS
 from experiments.slurm import SlurmOptions
 from experiments.workers import Processes, processes, train_all
+from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 
 INTERRUPTED = 130
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
     args = parse(argv)

@@ -7,6 +7,7 @@ their processes.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,12 +20,15 @@ from typing import Any
 import torch
 
 from experiments import outcome
+from experiments.distributed import TORCHRUN, asked_of_accelerate
 from experiments.errors import ExperimentError
+from experiments.orphans import end_with
 from experiments.outcome import ADAPTER, finite
 from experiments.provenance import provenance
-from experiments.results import BUSY, FAILED, RESULT, disk_errors, is_done, lock, write_json
+from experiments.results import BUSY, CONFIG, FAILED, RESULT, disk_errors, is_done, lock, read_json, write_json
 from experiments.run import Run
 from experiments.steps import isometry, step_times
+from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 
 INTERRUPTED = 130
@@ -95,23 +99,41 @@ def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def main(argv: list[str]) -> int:
+@console.command
+def main(argv: list[str] | None = None) -> int:
     """One run in this process, or this process's part of it; the first process holds the lock."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.train", description=__doc__.split(": ")[0] + ".")
+    parser.add_argument("folder", type=Path, help="of the run, with its config.json: `sweep` and `compare` write it")
+    folder = parser.parse_args(argv).folder
+    if TORCHRUN in os.environ:
+        end_with(os.getppid())
+    elif more := asked_of_accelerate().torchrun():
+        end_with(os.getppid())
+        os.execv(sys.executable, [sys.executable, "-m", *more, "experiments.train", str(folder)])
     torch.set_num_threads(1)
-    folder, is_first = Path(argv[0]), int(os.environ.get("RANK", 0)) == 0
+    is_first = int(os.environ.get("RANK", 0)) == 0
     try:
+        if not (folder / CONFIG).is_file():
+            raise ExperimentError(
+                f"train: {folder} must be the folder of a run, got no {CONFIG} there. Check the path."
+            )
         held = lock(folder) if is_first else None
         if is_first and held is None:
             print(f"train: {folder} must be trained by one process at a time, got a second. Wait for the first.")
             return BUSY
-        if is_done(folder):
-            return 0
-        with disk_errors(folder):
-            return run(folder)
+        if not is_done(folder):
+            with disk_errors(folder):
+                status = run(folder)
+            if status:
+                return status
+        if is_first:
+            result = read_json(folder / RESULT)
+            print(f"{folder} done: {result['metric']} {result['score']} on {result['config']['score_on']}")
+        return 0
     except (ExperimentError, ProjectionError, AdapterError) as error:
         print(f"{FAILED}{error}")
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

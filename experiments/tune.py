@@ -6,6 +6,7 @@ gets one more rate beyond it, until the best lies inside. The test split is neve
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,17 +19,17 @@ from experiments.errors import ExperimentError
 from experiments.provenance import versions
 from experiments.results import RUNS, prepare, row, write_json
 from experiments.workers import train_all
+from uniproj import console
 
-# lr = _rate(k): ..., -6: 1e-3, -5: 3e-3, -4: 1e-2, -3: 3e-2, ...
+# rate(k): ..., -6: 1e-3, -5: 3e-3, -4: 1e-2, -3: 3e-2, ...
 GRID = (-6, -5, -4, -3)
 LOWEST, HIGHEST = -10, 2
 RECORD = Path(__file__).with_name("tuning")
-# VeRA's count at r = 11, which the others come near to
-BUDGET = 4740
 Trial = dict[str, Any]
 
 
-def _rate(k: int) -> float:
+def rate(k: int) -> float:
+    """The k-th rate that is tried."""
     return float(f"{3 if k % 2 else 1}e{k // 2}")
 
 
@@ -40,7 +41,7 @@ def tune(settings: Mapping[str, Any], projections: Sequence[str], runs: Path) ->
     tried = {projection: list(GRID) for projection in projections}
     while True:
         folders = [
-            prepare(runs, resolve({**settings, "projection": p, "lr": _rate(k), "score_on": "validation"}).to_json())
+            prepare(runs, resolve({**settings, "projection": p, "lr": rate(k), "score_on": "validation"}).to_json())
             for p in projections
             for k in tried[p]
         ]
@@ -58,7 +59,7 @@ def tune(settings: Mapping[str, Any], projections: Sequence[str], runs: Path) ->
 
 def _extend(tried: list[int], best: float) -> bool:
     """Add the rate beyond the edge on which the best lies; False if it lies inside or at a limit."""
-    edge = {_rate(min(tried)): min(tried) - 1, _rate(max(tried)): max(tried) + 1}.get(best)
+    edge = {rate(min(tried)): min(tried) - 1, rate(max(tried)): max(tried) + 1}.get(best)
     if edge is None or not LOWEST <= edge <= HIGHEST:
         return False
     tried.append(edge)
@@ -83,10 +84,15 @@ def describe(best: Mapping[str, float]) -> str:
     return "\n".join(f"  {projection:22s} {lr:g}" for projection, lr in best.items())
 
 
-def main() -> int:
-    """Tune the default comparison and replace the committed table and its record."""
-    settings = {"task": "vader", "model": "minilm", "budget": BUDGET, "device": "cpu", "train_size": 1600, "seed": 0}
-    trials = tune(settings, COMPARED, RUNS)
+@console.command
+def main(argv: list[str] | None = None) -> int:
+    """Tune the default comparison and replace the committed table and its record: 0 done, 2 a trial failed."""
+    argparse.ArgumentParser(prog="python -m experiments.tune", description=__doc__).parse_args(argv)
+    try:
+        trials = tune({**rates.TUNED, "device": "cpu", "seed": 0}, COMPARED, RUNS)
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return 2
     write_json(RECORD / "minilm-vader.json", record(trials))
     rates.save(rates.best(trials))
     print(describe(rates.best(trials)))

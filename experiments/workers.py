@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments.orphans import end_with
 from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
+from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent
 LOG, STARTED = "train.log", "--- started ---"
@@ -68,13 +71,10 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
     """
     failures: dict[Path, str] = {}
     waiting = [folder for folder in folders if not is_done(folder)]
-    with (
-        tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="runs", unit="run") as bar,
-        _Pool(over) as pool,
-    ):
+    with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
         slots = list(range(1, 1 + processes(device, over)))
         while waiting or pool.children:
-            while slots and (folder := _startable(waiting, bar)):
+            while slots and (folder := _startable(waiting, progress)):
                 pool.start(folder, slots.pop(0))
             time.sleep(POLL_SECONDS)
             for child in pool.finished():
@@ -83,18 +83,18 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
                 if child.process.returncode == BUSY or (child.process.returncode and is_locked(child.folder)):
                     waiting.append(child.folder)
                     continue
-                bar.update()
                 if child.process.returncode:
                     failures[child.folder] = last_words(child.folder)
+                progress.ended(str(child.folder), "failed" if child.folder in failures else DONE)
     return failures
 
 
-def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
+def _startable(waiting: list[Path], progress: Progress) -> Path | None:
     """Take the next run that nobody trains; those that another launcher has finished meanwhile are dropped."""
     for folder in list(waiting):
         if is_done(folder):
             waiting.remove(folder)
-            bar.update()
+            progress.ended(str(folder))
         elif not is_locked(folder):
             waiting.remove(folder)
             return folder
@@ -102,12 +102,13 @@ def _startable(waiting: list[Path], bar: tqdm) -> Path | None:
 
 
 def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
-    """Begin to train a run, on one thread per process; what it prints is appended to its log."""
+    """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         **({"CUDA_VISIBLE_DEVICES": visible} if not over.torchrun() else {}),
         SHARDED: str(over.sharded).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -122,6 +123,7 @@ def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=functools.partial(end_with, os.getpid()),
         )
 
 
@@ -139,7 +141,7 @@ class _Child:
     def __init__(self, folder: Path, slot: int, over: Processes):
         self.folder, self.slot = folder, slot
         self.process = start(folder, over)
-        self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False)
+        self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False, disable=None)
 
     def show(self) -> None:
         lines = metrics(self.folder)

@@ -23,6 +23,7 @@ from paper_figures.comparison import Comparison
 from paper_figures.paper import COMPARISONS
 from paper_figures.sources import NOT_RUN, Results, Sweep
 from paper_figures.table import Table
+from uniproj import console
 
 OUT = Path(__file__).with_name("out")
 Product = Table | Figure
@@ -198,6 +199,7 @@ def write(book: Book, names: Sequence[str], out: Path) -> None:
     write_text(out / "tables.md", "\n".join(["# Tables\n", *pages, said]))
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description=(__doc__ or "").splitlines()[0])

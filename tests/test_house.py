@@ -20,6 +20,8 @@ SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
+    "plugins": {"errors"},
+    "console": set(),
     "kernels": {"kernels"},
     "budget": set(),
     "projection": {"budget", "errors", "kernels", "layout"},
@@ -31,7 +33,7 @@ ALLOWED = {
 }
 # what measurements may share with training runs: modules that import nothing of either but these
 LEAVES = {
-    *("answers", "errors", "ifeval", "models", "names", "plugins", "provenance", "results", "settings", "statistics"),
+    *("answers", "errors", "ifeval", "models", "names", "orphans", "provenance", "results", "settings", "statistics"),
     *("tasks", "timing"),
 }
 

@@ -235,3 +235,26 @@ def test_check_reports_a_failure(capsys, monkeypatch) -> None:
 
 def test_version_is_that_of_the_package() -> None:
     assert uniproj.__version__ == importlib.metadata.version("uniproj")
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "options", "got", "remedy"),
+    [
+        ("unilora", None, {"d": 11}, "d must lie in [1, D] = [1, 10], got 11", "Lower d or raise D."),
+        ("unilora", None, {"d": 0}, "got 0", "Raise d."),
+        ("fastfood", 2, {"d": 97}, "got 97", "Lower d, raise r or adapt more modules."),
+        ("nola", 2, {"d": 7}, "d must lie in [8, D] = [8, 96], got 7", "Raise d."),
+        ("tinylora", 2, {"u": 25}, "got 100", "Lower what decides d = u * groups."),
+        # D grows with r and d with its square: a higher r is no remedy, and nor is another d
+        ("lora_xs", 500, {}, "r must be at most min(out, in) = 4 of h.0.q, got 500", "Lower r."),
+        ("tinylora", 5, {}, "r must be at most min(out, in) = 4 of h.0.q, got 5", "Lower r."),
+    ],
+)
+def test_a_bound_is_told_with_the_way_back_into_it(
+    name: str, r: int | None, options: dict, got: str, remedy: str
+) -> None:
+    layout = LoRALayout.flat(10) if r is None else LoRALayout.from_shapes(LAYOUT.shapes(), r)
+    weights = {"base_weights": {m: torch.ones(8, 4) for m in layout.modules}} if get(name).needs_base_weights else {}
+    with pytest.raises(ProjectionError) as refused:
+        build(name, layout=layout, **weights, **options)
+    assert got in str(refused.value) and str(refused.value).endswith(f". {remedy}")

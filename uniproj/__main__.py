@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from uniproj import console, plugins
 from uniproj.adapters import commands as exchange
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
@@ -54,14 +55,18 @@ def _check(name: str, seed: int, as_json: bool) -> int:
     """Run the battery on every variant of a projection. Exit status 1 if a check fails."""
     report: list[dict[str, Any]] = []
     for variant in get(name).variants:
-        P = sample(name, _LAYOUT, d=48, seed=seed, **variant)
+        D, d = None, None
         try:
+            P = sample(name, _LAYOUT, d=48, seed=seed, **variant)
+            D, d = P.shape
             checks = check_projection(P)
         except BatteryFailure as failure:
             checks = failure.checks
-        report.append({"variant": dict(variant), "D": P.D, "d": P.d, "checks": [vars(c) for c in checks]})
+        except Exception as error:  # a projection may be anybody's; its other variants are still checked
+            checks = [Check("builds", float("inf"), 0.0, False, f"raised {type(error).__name__}: {error}")]
+        report.append({"variant": dict(variant), "D": D, "d": d, "checks": [vars(c) for c in checks]})
         if not as_json:
-            _print(P.name, variant, P.shape, checks)
+            _print(name, variant, (D, d), checks)
     failed = sum(not c["passed"] for entry in report for c in entry["checks"])
     if as_json:
         # JSON has no NaN: a claim that is decided by its own rule has no limit
@@ -70,7 +75,7 @@ def _check(name: str, seed: int, as_json: bool) -> int:
     return int(failed > 0)
 
 
-def _print(name: str, variant: Any, shape: tuple[int, int], checks: list[Check]) -> None:
+def _print(name: str, variant: Any, shape: tuple[int | None, int | None], checks: list[Check]) -> None:
     print(f"{name} {dict(variant) or ''} (D, d) = {shape}")
     for c in checks:
         limit = "" if c.limit != c.limit else f"limit {c.limit:.1e}"
@@ -115,6 +120,7 @@ def _row(text: str) -> tuple[str, str]:
     return old, new
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m uniproj", description="Projections of LoRA's parameters.")
@@ -138,8 +144,10 @@ def main(argv: list[str] | None = None) -> int:
     restoring.set_defaults(run=lambda args: _restore(args.path, args.json))
     for command in (listing, checking, inspecting, verifying, restoring, *exchange.add_to(commands)):
         command.add_argument("--json", action="store_true", help="print JSON")
+        plugins.add_option(command)
     args = parser.parse_args(argv)
     try:
+        plugins.load(args.plugins)
         return int(args.run(args))
     except (AdapterError, ProjectionError) as error:
         print(error, file=sys.stderr)

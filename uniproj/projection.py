@@ -137,13 +137,14 @@ class Projection(nn.Module, ABC):
     @classmethod
     def check_d(cls, layout: LoRALayout, d: int) -> None:
         """Raises ProjectionError unless min_d <= d <= D."""
-        least = cls.min_d(layout)
-        if not least <= d <= layout.D:
-            change = "Lower d" if cls.free_d else f"Change what decides d = {cls.d_formula}"
-            raise ProjectionError(
-                f"{cls.name}: d must lie in [{least}, D] = [{least}, {layout.D}], got {d}. "
-                f"{change}, raise r or adapt more modules: beyond D a column would be empty."
-            )
+        least, D = cls.min_d(layout), layout.D
+        if not least <= d <= D:
+            way, what = "Raise" if d < least else "Lower", "d" if cls.free_d else f"what decides d = {cls.d_formula}"
+            remedy = f"{way} {what}"
+            if d > D and cls.free_d:
+                # D grows with r, as d does not
+                remedy += " or raise D" if layout.is_flat else ", raise r or adapt more modules"
+            raise ProjectionError(f"{cls.name}: d must lie in [{least}, D] = [{least}, {D}], got {d}. {remedy}.")
 
     # ---- what a method writes ----------------------------------------------------------------------
 

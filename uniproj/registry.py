@@ -28,7 +28,8 @@ P = TypeVar("P", bound=type[Projection])
 def register(name: str) -> Callable[[P], P]:
     """Class decorator that gives a Projection its name.
 
-    Raises ProjectionError if the name belongs to another class, and for a claim that nothing decides.
+    Raises ProjectionError if the name belongs to another class, for a claim that nothing decides, and where there is no
+    variant that could be tried.
     """
 
     def decorate(cls: P) -> P:
@@ -36,6 +37,10 @@ def register(name: str) -> Callable[[P], P]:
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ProjectionError(
                 f"register: the name {name!r} is taken by {known.__module__}.{known.__qualname__}. Choose another."
+            )
+        if not cls.variants:
+            raise ProjectionError(
+                f"register: `variants` of {name} must hold one choice at least, got none. Leave it out."
             )
         cls.name = name
         refuse_unknown(cls)
@@ -70,7 +75,10 @@ def get(name: str) -> type[Projection]:
     if name not in _classes:
         near = difflib.get_close_matches(name, _classes, n=3)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ProjectionError(f"unknown projection {name!r}. {hint}Known: {', '.join(names())}.")
+        raise ProjectionError(
+            f"unknown projection {name!r}. {hint}Known: {', '.join(names())}. One of your own is known once its "
+            "file is imported; commands do that by --plugins FILE."
+        )
     return _classes[name]
 
 

@@ -15,6 +15,7 @@ import torch
 from analysis.bank import batches, models, report, soak, storage, switching
 from experiments.errors import ExperimentError
 from experiments.models import Base
+from uniproj import console
 from uniproj.bank import AdapterBank
 from uniproj.errors import AdapterError
 
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the soak lost something, 2 bad input, 130 interrupted."""
     args = parse(argv)

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from analysis.bank.journal import Journal
+from experiments.orphans import end_with
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
 from uniproj.bank.bank import INDEX, VECTORS
@@ -92,7 +93,7 @@ def run(soak: Soak, kills_per_second: float) -> dict[str, Any]:
     while waiting or alive:
         for worker in waiting:
             born[worker] = soak.journal(worker).size()
-            alive[worker] = context.Process(target=_work, args=(soak, worker))
+            alive[worker] = context.Process(target=_work, args=(soak, worker, os.getpid()))
             alive[worker].start()
         waiting = set()
         time.sleep(chance.expovariate(kills_per_second))
@@ -150,7 +151,8 @@ def _quantiles(seconds: np.ndarray) -> dict[str, float]:
     }
 
 
-def _work(soak: Soak, worker: int) -> None:
+def _work(soak: Soak, worker: int, parent: int) -> None:
+    end_with(parent)
     try:
         _operate(soak, worker)
     except BaseException as error:

@@ -18,6 +18,7 @@ from analysis.capabilities.probe import PROBES, Outcome, Probe, run
 from analysis.capabilities.table import markdown
 from experiments.provenance import device_name
 from experiments.results import write_text
+from uniproj import console
 
 PAGE = Path("docs/capabilities.md")
 SECTIONS = (
@@ -38,6 +39,7 @@ def chosen(words: Sequence[str]) -> list[Probe]:
     return [probe for probe in ordered if not words or any(w in f"{probe.section} {probe.name}" for w in words)]
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 where a capability is answered with "no", 2 where no probe is chosen."""
     parser = argparse.ArgumentParser(

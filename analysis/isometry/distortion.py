@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analysis.command import bar
 from analysis.isometry.measure import deviation
-from analysis.spaces import Entry, entries, vectors
+from analysis.spaces import entries, vectors
 from analysis.subject import Subject
 from analysis.training import Trained, train
 from uniproj import Projection
@@ -52,16 +52,18 @@ def measured(
     """
     pairs, path = [], []
     for entry in bar(entries(chosen, subject.layout, d, subject.setting.seed, subject.base_weights), "training"):
-        if entry.P is None:
-            pairs.append(entry.row())
-            continue
-        trained = train(subject, entry.P, steps, lr, SNAPSHOTS)
-        pairs += _ratios(entry, entry.P, trained)
-        path += _along(entry, entry.P, trained)
+        entry, found = entry.attempt(lambda P: _of_training(P, train(subject, P, steps, lr, SNAPSHOTS)))
+        ratios, along = found or ([{}], [])
+        pairs += [{**entry.row(), **row} for row in ratios]
+        path += [{**entry.row(), **row} for row in along]
     return pd.DataFrame(pairs), pd.DataFrame(path)
 
 
-def _ratios(entry: Entry, P: Projection, trained: Trained) -> list[dict[str, Any]]:
+def _of_training(P: Projection, trained: Trained) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return _ratios(P, trained), _along(P, trained)
+
+
+def _ratios(P: Projection, trained: Trained) -> list[dict[str, Any]]:
     kinds = {
         "random": random_pairs(P),
         "adapters": all_pairs(trained.thetas),
@@ -72,12 +74,12 @@ def _ratios(entry: Entry, P: Projection, trained: Trained) -> list[dict[str, Any
         ratio = distortion(P, x, y)
         spread = {"mean": ratio.mean(), "sd": ratio.std(), "least": ratio.min(), "largest": ratio.max()}
         numbers = {key: float(value) for key, value in spread.items()}
-        found.append({**entry.row(), "pairs": kind, "n": len(ratio), **numbers, "did_train": trained.did_train})
+        found.append({"pairs": kind, "n": len(ratio), **numbers, "did_train": trained.did_train})
     return found
 
 
 @torch.no_grad()
-def _along(entry: Entry, P: Projection, trained: Trained) -> list[dict[str, Any]]:
+def _along(P: Projection, trained: Trained) -> list[dict[str, Any]]:
     """A fixed P is the same at every step: it is measured once, at the start and the end."""
     steps = range(len(trained.steps)) if any(trained.learned) else (0, len(trained.steps) - 1)
     found, seen = [], None
@@ -87,5 +89,5 @@ def _along(entry: Entry, P: Projection, trained: Trained) -> list[dict[str, Any]
         if seen is None or any(trained.learned):
             seen = deviation(P)
         kept = {key: getattr(seen, key) for key in ("max_error", "rms", "gain", "sigma_min", "sigma_max")}
-        found.append({**entry.row(), "step": trained.steps[i], "learned": any(map(bool, trained.learned)), **kept})
+        found.append({"step": trained.steps[i], "learned": any(map(bool, trained.learned)), **kept})
     return found

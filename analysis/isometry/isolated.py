@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from analysis.spaces import Entry, build, layout
-from experiments import plugins
+from experiments.orphans import end_with
+from uniproj import plugins
 
 # Seconds of processor time for one projection: two minutes on two cores, however busy the machine is.
 LIMIT = 240
@@ -29,7 +30,7 @@ def run(
     name: str, variant: Mapping[str, Any], space: str, rank: int, d: int, seed: int, own: Sequence[str]
 ) -> dict[str, Any]:
     """The row of `verdict.row` with `seconds`, `cpu_seconds` and `peak_bytes`, or with a note why there is none."""
-    asked = json.dumps([name, dict(variant), space, rank, d, seed, [str(path) for path in own]])
+    asked = json.dumps([name, dict(variant), space, rank, d, seed, [str(path) for path in own], os.getpid()])
     refused = Entry(name, variant, None).row() | {"verdict": "not measured"}
     done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGXCPU:
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> None:
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     started = time.perf_counter()
-    name, variant, space, rank, d, seed, own = json.loads(argv[0])
+    name, variant, space, rank, d, seed, own, parent = json.loads(argv[0])
+    end_with(parent)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     plugins.load(own)
     row = verdict.row(build(name, variant, layout(space, rank), d, seed))

@@ -17,6 +17,7 @@ from analysis.overhead import adapters, bases, growth, kernel, model, records, r
 from analysis.overhead.problem import SEED
 from experiments.errors import ExperimentError
 from experiments.provenance import device_name, versions
+from uniproj import console
 
 INTERRUPTED = 130
 
@@ -62,6 +63,7 @@ def check_machine(device: str) -> None:
         raise ExperimentError("overhead: --device cuda must be available, got none. Use --device cpu.")
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some measurement failed, 2 bad input, 130 interrupted."""
     args = parse(argv)

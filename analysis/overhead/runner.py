@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from analysis.overhead import records
 from experiments.results import disk_errors
+from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,15 +29,14 @@ def run_all(configs: Sequence[Mapping[str, Any]], out: Path) -> None:
     waiting = [config for config in configs if not records.is_done(out, config)]
     with (
         tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(configs), initial=len(configs) - len(waiting), desc="measured", unit="job") as bar,
+        Progress("measurement", len(configs), len(configs) - len(waiting)) as progress,
     ):
         for config in waiting:
-            bar.set_postfix_str(describe(config))
+            progress.bar.set_postfix_str(describe(config))
             reason = _run(config, out, scratch)
             if reason is not None:
                 records.save_failure(out, config, reason)
-                tqdm.write(f"{describe(config)} failed: {reason}", file=sys.stderr)
-            bar.update()
+            progress.ended(describe(config), DONE if reason is None else f"failed: {reason}")
 
 
 def describe(config: Mapping[str, Any]) -> str:

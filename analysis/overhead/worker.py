@@ -6,12 +6,9 @@ memory, and a crash of one method costs no other's result.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +17,13 @@ from typing import Any
 import torch
 
 from analysis.overhead import records
-
-# of sys/prctl.h
-_PR_SET_PDEATHSIG = 1
+from experiments.orphans import end_with
 
 
 def main(argv: list[str]) -> None:
     """Measure and record; an error goes to standard error, where the parent reads its last line."""
-    _end_with(int(argv[2]))
+    # or it would go on beside the next run and disturb its times
+    end_with(int(argv[2]))
     measure(Path(argv[0]), json.loads(argv[1]))
 
 
@@ -40,13 +36,6 @@ def measure(out: Path, config: Mapping[str, Any]) -> None:
     # what is imported is no method's: the count of live tensors may pass over it, which saves 0.3 s each time
     gc.freeze()
     records.save(out, config, part.measure(config))
-
-
-def _end_with(parent: int) -> None:
-    """Be killed when the parent is: otherwise this process would go on beside the next run and disturb its times."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent process has ended")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from analysis.command import bar
-from analysis.spaces import Entry, build
+from analysis.spaces import build
 from analysis.subject import Head, Subject
+from uniproj import Projection
 from uniproj.adapters.compress import GAUGE_LIMIT, GAUGE_NOTE
 from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
 
@@ -35,9 +36,12 @@ def reconstruct(
     random: d / D. factor: captured energy of the balanced theta_D; as_trained: without balancing; delta_W: of the
     updates, at the factors' fit; fisher: weighted with the Fisher information, at the fit that is best for it.
     score, score_fisher: of the task with the reconstructed adapter and LoRA's head; score_lora: with LoRA itself,
-    score_none: with delta W = 0. method: how theta_d was found.
+    score_none: with delta W = 0. method: how theta_d was found. Raises AdapterError for a LoRA that changes nothing.
     """
     target = balanced(subject.layout, theta_D)
+    scales = {name: layer.scaling["default"] for name, layer in subject.layers.items()}
+    # refuses a LoRA that changes nothing
+    captured_delta_W(subject.layout, scales, target, target)
     weights = fisher(subject, target, head)
     common = {
         "score_lora": subject.score(theta_D, head),
@@ -51,16 +55,20 @@ def reconstruct(
             size = None if entry.P is None else entry.P.d
             if (entry.label, size) not in seen:
                 seen.add((entry.label, size))
-                rows.append({**entry.row(), **_measured(subject, entry, theta_D, target, weights, head), **common})
+                entry, found = entry.attempt(lambda P: _measured(subject, P, theta_D, target, weights, head, scales))
+                rows.append({**entry.row(), **(found or {}), **common})
     return pd.DataFrame(rows)
 
 
 def _measured(
-    subject: Subject, entry: Entry, theta_D: Tensor, target: Tensor, weights: Tensor, head: Head
+    subject: Subject,
+    P: Projection,
+    theta_D: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    head: Head,
+    scales: Mapping[str, float],
 ) -> dict[str, Any]:
-    if entry.P is None:
-        return {}
-    P, scales = entry.P, {name: layer.scaling["default"] for name, layer in subject.layers.items()}
     # a learned P is moved by its fit: each fit has its own
     plain, weighted = fit(P.rebuild(), target), fit(P.rebuild(), target, weights)
     as_trained = captured(theta_D.double(), fit(P.rebuild(), theta_D).theta_D)
@@ -75,5 +83,5 @@ def _measured(
         "fisher": captured(target, weighted.theta_D, weights),
         "score": subject.score(plain.theta_D, head),
         "score_fisher": subject.score(weighted.theta_D, head),
-        "note": GAUGE_NOTE if depends else entry.note,
+        **({"note": GAUGE_NOTE} if depends else {}),
     }

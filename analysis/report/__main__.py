@@ -14,8 +14,10 @@ from analysis.report.collect import payload
 from analysis.report.page import render
 from experiments.errors import ExperimentError
 from experiments.results import RUNS, write_text
+from uniproj import console
 
 
+@console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=(__doc__ or "").splitlines()[0])

@@ -90,7 +90,7 @@ class CausalModel(Family):
         order = list(islice(cycle(by_length), world * -(-len(prompts) // world)))[rank::world]
         model, size = trainer.model.eval(), trainer.args.per_device_eval_batch_size
         found: list[tuple[int, str]] = []
-        for start in tqdm(range(0, len(order), size), desc="generating", disable=rank > 0, mininterval=10):
+        for start in tqdm(range(0, len(order), size), desc="generating", disable=rank > 0 or None):
             chosen = order[start : start + size]
             found += zip(chosen, self._continued(model, [prompts[i] for i in chosen]), strict=True)
         everywhere = dict(gather_object(found) if world > 1 else found)

@@ -234,23 +234,6 @@ def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, cap
         os.kill(int(pid.read_text()), 0)
 
 
-def test_a_measurement_ends_with_its_parent() -> None:
-    child = (
-        "import os, time; from analysis.overhead.worker import _end_with; _end_with(os.getppid()); "
-        "print(os.getpid(), flush=True); time.sleep(60)"
-    )
-    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    with subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert int(process.stdout.readline())
-        process.kill()
-        # the pipe closes when the last process that holds it ends: at once, or after a minute
-        started = time.monotonic()
-        assert process.stdout.read() == "" and time.monotonic() - started < 30
-    with pytest.raises(SystemExit, match="the parent process has ended"):
-        worker._end_with(-1)
-
-
 @pytest.mark.parametrize("name", adapters.names())
 def test_every_adapter_attaches_to_every_kind_of_base(name: str) -> None:
     """A step of the tiny model; the trained numbers are what the method's formula says where it is free."""

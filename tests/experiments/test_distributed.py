@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from experiments.errors import ExperimentError
 from experiments.models import load_tokenizer
 from experiments.results import RESULT, metrics, prepare, read_json
 from experiments.workers import Processes
-from tests.experiments.processes import training_processes
+from tests.experiments.processes import ROOT, training_processes
 
 KINDS = {"ddp": Processes(2), "fsdp2": Processes(2, sharded=True)}
 # sums in another order: a few float32 roundings, grown by Adam's division in the first steps
@@ -84,6 +86,16 @@ def _assert_equal_runs(together: Path, alone: Path) -> None:
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path, settings: dict) -> None:
     config = resolve(settings)
     _assert_equal_runs(_together(tmp_path, config, kind), _alone(tmp_path, config))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_what_one_process_trains(tmp_path: Path, settings: dict) -> None:
+    config = resolve(settings)
+    together = prepare(tmp_path / "together", config.to_json())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launch, "-m", "experiments.train", str(together)], cwd=ROOT, env=environment, check=True)
+    _assert_equal_runs(together, _alone(tmp_path, config))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from experiments import harness, train
 from experiments.config import resolve
 from experiments.results import load, prepare
+from uniproj import plugins
 
 # prompts of IFEval whose checks a text of letters can pass or fail
 FIRST, ROWS = 60, 10
@@ -58,6 +60,18 @@ def test_gsm8k_is_asked_once(runs: Path, tmp_path: Path, llama: str, shared_data
     capsys.readouterr()
     assert harness.main([str(folder), "--limit", "2"]) == 0
     assert "flexible-extract" in capsys.readouterr().out
+
+
+def test_a_task_of_ones_own_needs_tasks_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
+    own = SimpleNamespace(task=SimpleNamespace(harness={}), config=SimpleNamespace(task="my_reviews"))
+    monkeypatch.setattr(harness, "load_trained", lambda *_: own)
+    assert harness.main([str(tmp_path)]) == 2
+    caught = capsys.readouterr()
+    assert "got my_reviews. Name the tasks" in caught.err and "--tasks gsm8k" in caught.err and caught.out == ""
+    with pytest.raises(SystemExit):
+        harness.main([str(tmp_path), "--limit", "0"])
+    monkeypatch.setattr(harness, "load_trained", lambda *_: plugins.load(["gone.py"]))
+    assert harness.main([str(tmp_path)]) == 2 and "gone.py must be a Python file" in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored_is_said(

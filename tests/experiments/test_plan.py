@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from experiments.errors import ExperimentError
 from experiments.plan import CONF, read
 from experiments.results import digest, write_json
 
+ROOT = Path(__file__).parents[2]
 BASE = "settings: {{task: {task}, model: {model}, lr: 0.01, budget: 200}}\n"
 
 
@@ -232,3 +234,43 @@ def test_an_estimate_weighs_each_base_as_it_is_loaded(write, runs: Path, dtypes:
     model = sweep.settings["model"]
     weights = [line for line in text.splitlines() if line.startswith("weights")]
     assert weights == [f"weights  {model} in {form}: {count * width / 1e9:.2f} GB" for form, width in lines.items()]
+
+
+def test_relative_paths_are_those_of_what_lies_beside_the_file(
+    tmp_path: Path, task: str, model: str, monkeypatch
+) -> None:
+    """Wherever the sweep is started; what lies in the working directory alone is found too, as on a command line."""
+    study, elsewhere = tmp_path / "study", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(task, study / "my_reviews")
+    own = (ROOT / "examples" / "cyclic.py").read_text()
+    (study / "mine.py").write_text(own.replace('"cyclic"', '"beside_the_file"'))
+    (elsewhere / "here.py").write_text(own.replace('"cyclic"', '"in_the_directory"'))
+    (study / "mine.yaml").write_text(
+        f"settings: {{model: {model}, task: my_reviews, lr: 0.01, d: 64, plugins: [mine.py]}}\n"
+        "axes: {projection: [beside_the_file]}\n"
+    )
+    found = {}
+    for cwd, file in ((study, "mine.yaml"), (elsewhere, "../study/mine.yaml")):
+        monkeypatch.chdir(cwd)
+        (found[cwd],) = preflight.runs_of(read(Path(file)))["confirm"]
+        assert found[cwd].plugins == [str(study / "mine.py")]
+    assert found[study].task == "my_reviews" and found[elsewhere].task == str(study / "my_reviews")
+    override = ["settings.plugins=[here.py]", "axes.projection=[in_the_directory]"]
+    (run,) = preflight.runs_of(read(Path("../study/mine.yaml"), override))["confirm"]
+    assert run.plugins == [str(elsewhere / "here.py")]
+    (elsewhere / "mine.py").write_text("raise AssertionError")
+    with pytest.raises(ExperimentError, match=r"plugins mine.py must lie in one place, got .*study/mine.py and "):
+        read(Path("../study/mine.yaml"))
+
+
+def test_names_are_no_paths(tmp_path: Path, model: str, monkeypatch) -> None:
+    for name in ("vader", "hub", "statistics"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine.yaml").write_text(
+        f"settings: {{model: {model}, task: vader, data: hub, lr: 0.01, d: 64, plugins: [statistics]}}\n"
+        "axes: {projection: [unilora]}\n"
+    )
+    monkeypatch.chdir("/")
+    (run,) = preflight.runs_of(read(tmp_path / "mine.yaml"))["confirm"]
+    assert (run.task, run.data, list(run.plugins)) == ("vader", "hub", ["statistics"])

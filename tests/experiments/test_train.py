@@ -1,6 +1,7 @@
 """One run and the whole command: results, interruption and resumption, skipping, and no look at the test split."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import compare, outcome, tasks, train
+from experiments import compare, outcome, rates, tasks, train
 from experiments.callbacks import StopOnSignal
 from experiments.config import RunConfig, resolve
 from experiments.results import RESULT, load, metrics, prepare, read_json
+
+CYCLIC = (Path(__file__).parents[2] / "examples" / "cyclic.py").read_text()
 
 
 def _theta(folder: Path) -> torch.Tensor:
     return load_file(folder / "adapter" / "adapter_model.safetensors")["base_model.uniproj_theta_d"]
 
 
-def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig) -> None:
+def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, capsys) -> None:
     folder = prepare(runs, config.to_json())
     assert train.main([str(folder)]) == 0
     result = read_json(folder / RESULT)
@@ -30,6 +33,9 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig) -
     assert result["step_ratio_low"] <= result["step_ratio"] <= result["step_ratio_high"]
     assert {"python", "torch", "peft"} <= result["provenance"]["versions"].keys()
     assert [line["step"] for line in metrics(folder)] and not list(folder.glob("checkpoint-*"))
+    # one line: what Trainer would print is in metrics.jsonl
+    said = capsys.readouterr().out
+    assert said == f"{folder} done: accuracy {result['score']} on test\n"
     row = load(runs).iloc[0]
     assert row["projection"] == "unilora" and row["trained"] == 200 and row["folder"] == str(folder)
 
@@ -111,13 +117,68 @@ def test_the_command_compares_skips_and_draws(runs: Path, model: str, task: str,
     assert {path: path.stat().st_mtime_ns for path in runs.rglob(RESULT)} == stamps and len(stamps) == 2
 
 
+def test_a_dry_run_of_the_command_shows_what_its_options_decide(
+    runs: Path, model: str, task: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "mine.py").write_text(CYCLIC.replace('"cyclic"', '"compared"'))
+    monkeypatch.chdir(tmp_path)
+    options = ["--projections", "lora", "compared", "--plugins", "mine.py", "--budget", "200", "--seeds", "0", "1"]
+    options += ["--lr", "0.02", "--train-size", "40", "--epochs", "3", "--rank", "2"]
+    assert compare.main(["--model", model, "--task", task, *options, "--runs", str(runs), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    # theta_D of four 32 x 32 modules at rank 2; 40 rows in batches of 16, three times
+    assert re.search(r"lora +0.02 +2 +512\b", shown) and re.search(r"compared +0.02 +2 +200\b", shown)
+    assert "4 runs of 9 steps, 0 done, 4 to train" in shown and "tuned" not in shown and not runs.exists()
+    trained: list[Path] = []
+    monkeypatch.setattr(compare, "train_all", lambda folders, _: trained.extend(folders) or {})
+    assert compare.main(["--model", model, "--task", task, *options, "--runs", str(runs)]) == 0
+    config = RunConfig.from_json(read_json(trained[-1] / "config.json"))
+    assert (config.projection, config.r, config.d, config.train_size, config.epochs) == ("compared", 2, 200, 40, 3)
+    # a run finds its plugin wherever it is started
+    assert config.plugins == [str(tmp_path / "mine.py")]
+
+
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [
+        ([], "model {model}, task {task}, budget 300: --lr auto"),
+        (["--train-size", "32", "--rank", "2"], "budget 300, train_size 32, r 2: --lr auto"),
+        (["--lr", "0.1"], None),
+        (["--lr", "auto"], None),
+    ],
+)
+def test_the_command_says_where_its_rates_come_from(
+    options: list[str], other: str | None, runs: Path, model: str, task: str, capsys
+) -> None:
+    asked = ["--projections", "unilora", "--budget", "300", "--runs", str(runs), "--dry-run", *options]
+    assert compare.main(["--model", model, "--task", task, *asked]) == 0
+    shown = capsys.readouterr().out
+    assert ("Learning rates were tuned at model minilm, task vader" in shown) == (other is not None)
+    assert other is None or other.format(model=model, task=task) in shown
+    assert ("tuned first" in shown) == ("auto" in options)
+
+
+def test_endless_epochs_are_refused(runs: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--epochs", "inf", "--runs", str(runs)])
+    assert "--epochs: must be finite, got inf" in capsys.readouterr().err
+
+
+def test_rates_at_home_need_no_remark() -> None:
+    assert rates.remark(rates.TUNED) == ""
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--rank", "0"], "r must be positive"),
+        (["--train-size", "-1"], "train_size must be positive"),
+        (["--epochs", "0"], "epochs must be positive"),
+        (["--plugins", "none.py"], "none.py must be a Python file or module"),
         (["--projections", "uni"], "unknown projection 'uni'"),
         (["--task", "glue/x"], "unknown task 'glue/x'. Known: vader"),
-        (["--lr", "fast"], "--lr must be table, auto or a number"),
-        (["--lr", "nan"], "lr must be a finite number, got nan"),
+        (["--lr", "fast"], "--lr must be table, auto or a positive number, got 'fast'"),
+        (["--lr", "nan"], "--lr must be table, auto or a positive number, got 'nan'"),
         (["--seeds", "1", "1"], "--seeds must hold each value once, got 1 twice"),
         (["--projections", "lora", "lora"], "--projections must hold each value once"),
         (["--budget", "0"], "--budget must be at least 1"),

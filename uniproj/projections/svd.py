@@ -33,20 +33,26 @@ class SingularFactors(Projection):
     power: tuple[float, float]  # exponents of the singular values in (B, A)
 
     def __init__(self, layout: LoRALayout, d: int, seed: int, base_weights: Mapping[str, Tensor], side: str):
-        super().__init__(layout, d, seed)
         if side not in ("A", "B"):
             raise ProjectionError(f"{self.name}: side must be 'A' or 'B', got {side!r}.")
+        # before the bounds of d, which may be a matter of r here
+        for b, a in layout.pairs():
+            if (r := a.shape[0]) > (most := min(b.shape[0], a.shape[1])):
+                raise ProjectionError(
+                    f"{self.name}: r must be at most min(out, in) = {most} of {b.module}, got {r}. Lower r."
+                )
+        super().__init__(layout, d, seed)
         self.side = side
         self.ranks = [a.shape[0] for _, a in layout.pairs()]
         factors: list[tuple[Tensor, Tensor]] = []
         for i, (b, a) in enumerate(layout.pairs()):
             wanted = (b.shape[0], a.shape[1])
             W = base_weights.get(b.module)
-            if W is None or tuple(W.shape) != wanted or self.ranks[i] > min(wanted):
+            if W is None or tuple(W.shape) != wanted:
                 found = "none" if W is None else tuple(W.shape)
                 raise ProjectionError(
-                    f"{self.name}: {b.module} needs a base weight of shape {wanted} and r <= {min(wanted)}, "
-                    f"got {found} and r={self.ranks[i]}. Pass base_weights={{name: (out, in) tensor}} or lower r."
+                    f"{self.name}: {b.module} needs a base weight of shape {wanted}, got {found}. "
+                    "Pass base_weights={name: (out, in) tensor}."
                 )
             U, S, Vh = truncated_svd(W, self.ranks[i], seed)
             factors.append((U * S ** self.power[0], (S ** self.power[1]).unsqueeze(1) * Vh))

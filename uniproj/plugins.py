@@ -1,7 +1,8 @@
-"""A user's own projections: Python files or modules named by a sweep, imported before names are looked up."""
+"""A user's own projections: Python files or modules named on a command line or in a sweep."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -9,19 +10,25 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.errors import ExperimentError
+from uniproj.errors import ProjectionError
+
+
+def add_option(parser: argparse.ArgumentParser, at_once: int | str = 1) -> None:
+    """The option `--plugins`, which may be repeated; at_once: "+" for commands that end in no other words."""
+    help = "modules or Python files that register projections of your own"
+    parser.add_argument("--plugins", nargs=at_once, action="extend", default=[], metavar="FILE", help=help)
 
 
 def load(plugins: Iterable[str]) -> None:
     """Import each plugin, a .py file or the name of an installed module, once per process.
 
-    It registers its projections with `uniproj.register`. Raises ExperimentError if it cannot be imported.
+    It registers its projections with `uniproj.register`. Raises ProjectionError if it cannot be imported.
     """
     for plugin in plugins:
         try:
             _load_file(Path(plugin)) if plugin.endswith(".py") else importlib.import_module(plugin)
-        except Exception as error:  # anything may go wrong in somebody else's file
-            raise ExperimentError(
+        except (Exception, SystemExit) as error:  # anything may go wrong in somebody else's file
+            raise ProjectionError(
                 f"plugins: {plugin} must be a Python file or module that can be imported, got {error!r}. Repair it."
             ) from error
 

@@ -1,0 +1,92 @@
+"""A projection that raises has a row that says so in every analysis, and the others keep theirs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import landscape, sharing, spectrum
+from analysis.isometry import __main__ as isometry
+from analysis.isometry import measured
+from analysis.reconstruction import reconstruct, table
+from analysis.spaces import defaults
+from analysis.subject import Setting, Subject
+from analysis.training import train_lora
+from uniproj import plugins, registry
+
+PLUGIN = """
+from uniproj import register
+from uniproj.registry import get
+
+
+class Failing(get("unilora")):
+    variants = ({},)
+
+
+@register("fails_when_built")
+class FailsWhenBuilt(Failing):
+    def __init__(self, layout, d, seed=0):
+        raise ValueError("no luck")
+
+
+@register("fails_when_used")
+class FailsWhenUsed(Failing):
+    def _matvec(self, theta_d, dtype):
+        raise ValueError("no luck")
+
+    def entries(self):
+        raise ValueError("no luck")
+
+
+@register("fails_in_backward")
+class FailsInBackward(Failing):
+    def _rmatvec(self, theta_D, dtype):
+        raise ValueError("no luck")
+"""
+BUILDING, FORWARD, _ = FAILING = ["fails_when_built", "fails_when_used", "fails_in_backward"]
+NAMES = ["unilora_local", *FAILING, "unilora"]
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    (tmp_path / "failing.py").write_text(PLUGIN)
+    return str(tmp_path / "failing.py")
+
+
+def _failed(rows: pd.DataFrame) -> set[str]:
+    assert list(dict.fromkeys(rows["projection"])) == NAMES
+    failed = rows[rows["note"].str.startswith("failed")]
+    assert set(failed["note"]) == {"failed: ValueError: no luck"}
+    return set(failed["projection"])
+
+
+# of a sparse P these ask no product with its transpose
+@pytest.mark.parametrize(
+    ("main", "key"), [(isometry.main, "verdicts"), (sharing.main, "columns"), (spectrum.main, "spectrum")]
+)
+def test_commands_go_on(main, key: str, plugin: str, tmp_path: Path, capsys) -> None:
+    asked = ["--layout", "eight-64", "--d", "64", "--plugins", plugin, "--json", "--out", str(tmp_path / "out")]
+    more = ["--steps", "0"] if main is isometry.main else []
+    assert main(["--projections", *NAMES, *more, *asked]) == 0
+    found = pd.DataFrame(json.loads(capsys.readouterr().out)[key])
+    assert _failed(found) == {BUILDING, FORWARD}
+    rest = found[~found["note"].str.startswith("failed")]
+    assert {"unilora_local", "unilora"} <= set(rest["projection"])
+    # also where nothing is left to draw
+    assert main(["--projections", BUILDING, *more, *asked]) == 0
+
+
+def test_analyses_of_a_training_go_on(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins.load([plugin])
+    monkeypatch.setattr(table, "FISHER_ROWS", 1)
+    subject, chosen = Subject(Setting(max_length=8, batch_size=2, test_size=4)), defaults(NAMES)
+    pairs, path = measured(subject, chosen, 64, steps=2, lr=1e-3)
+    assert _failed(pairs) == set(FAILING) and set(path["projection"]) == {"unilora_local", "unilora"}
+    norms, losses = landscape.landscape(subject, chosen, 64, steps=1, lr=1e-3)
+    assert _failed(norms) == set(FAILING) and set(losses["projection"]) == {"unilora_local", "unilora"}
+    energy = reconstruct(subject, *train_lora(subject, 1, 1e-2), chosen, [64])
+    assert _failed(energy) == set(FAILING) and energy["factor"].notna().sum() == 2

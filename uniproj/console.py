@@ -1,0 +1,101 @@
+"""What all commands share, `python -m uniproj` and those of the checkout: quiet libraries, and a reader who leaves."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec
+
+from tqdm import tqdm
+
+READER_LEFT = 128 + signal.SIGPIPE
+DONE = "done"
+Arguments = ParamSpec("Arguments")
+
+
+def without_word_of_bitsandbytes() -> None:
+    """Keep back that bitsandbytes found no kernel for 4-bit products on the CPU.
+
+    PEFT imports bitsandbytes wherever it is installed, also for models that are not quantised: to be called before.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """No progress bar of any library where standard error is a pipe or a file, whatever the library asks for."""
+    plain = tqdm.__init__
+
+    def init(self: tqdm, *args: Any, **options: Any) -> None:
+        plain(self, *args, **{**options, "disable": True})
+
+    if not sys.stderr.isatty():
+        tqdm.__init__ = init
+    try:
+        yield
+    finally:
+        tqdm.__init__ = plain
+
+
+class Progress:
+    """How many of some things are done: a bar on a terminal, elsewhere a line for each of them."""
+
+    def __init__(self, what: str, total: int, done: int):
+        self.what = what
+        self.bar = tqdm(total=total, initial=done, desc=f"{what}s", unit=what, disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def ended(self, name: str, outcome: str = DONE) -> None:
+        """One more has come to its end."""
+        if self.bar.disable:
+            self.bar.n += 1
+            print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {outcome}", file=sys.stderr, flush=True)
+            return
+        self.bar.update()
+        if outcome != DONE:
+            tqdm.write(f"{name} {outcome}", file=sys.stderr)
+
+
+def _reader_left() -> bool:
+    """Whether standard output has been closed at its other end."""
+    watched = select.poll()
+    # a pipe without a reader is reported whatever events are asked for
+    watched.register(sys.stdout.fileno(), 0)
+    return bool(watched.poll(0))
+
+
+def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """The `main` of a command: bars on terminals only, and status 141 without a word where `| head` has had enough."""
+
+    @functools.wraps(main)
+    def run(*args: Arguments.args, **options: Arguments.kwargs) -> int:
+        without_word_of_bitsandbytes()
+        try:
+            with _bars_on_terminals_only():
+                try:
+                    return main(*args, **options)
+                finally:
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            if not _reader_left():
+                raise
+            # what is left in the buffer goes nowhere, or Python would complain at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return READER_LEFT
+
+    return run
