@@ -156,9 +156,10 @@ class BlockDiagonal(_Composite):
     @property
     def offset(self) -> Tensor | None:
         offsets = [(p, p.offset) for p in self._children()]
-        if all(c is None for _, c in offsets):
+        given = [c for _, c in offsets if c is not None]
+        if not given:
             return None
-        return torch.cat([torch.zeros(p.D, device=p.device) if c is None else c for p, c in offsets])
+        return torch.cat([given[0].new_zeros(p.D) if c is None else c for p, c in offsets])
 
     def init_theta(self, seed: int = 0) -> Tensor:
         return torch.cat([p.init_theta(seed) for p in self._children()])
