@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from uniproj.adapters.tensors import HEADS
 from uniproj.errors import AdapterError
+from uniproj.tuner.keys import plain
 
 _TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 _PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")
@@ -83,7 +84,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _without_wrappers(name: str) -> str:
-    return _PEFTS.sub("", name)
+    return _PEFTS.sub("", plain(name))
 
 
 def _as_text(shape: torch.Size, of_tokens: int) -> str:
