@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def _llama(vocab_size: int = 64, tied: bool = False) -> PreTrainedModel:
 def _config(base: nn.Module, **fields: Any) -> UniProjConfig:
     bert = "Bert" in type(base).__name__
     places = {"target_modules": ["query"], "task_type": "SEQ_CLS"} if bert else {"target_modules": ["q_proj"]}
-    return UniProjConfig(d=40, r=2, **{**places, **fields})
+    return UniProjConfig(**{"d": 40, "r": 2, **places, **fields})
 
 
 def _saved(folder: Path, base: nn.Module, embeddings: bool = False, **fields: Any) -> Path:
@@ -100,6 +101,17 @@ def test_what_has_no_place_is_named_and_the_base_is_left_alone(case: str, tmp_pa
             PeftModel.from_pretrained(base, folder)
         assert _everything(base) == before
     PeftModel.from_pretrained(trained_on(), folder)
+
+
+def test_tokens_of_a_model_that_does_not_name_its_embedding() -> None:
+    def base() -> nn.Module:
+        return nn.Sequential(OrderedDict(embed_tokens=nn.Embedding(8, 4), q_proj=nn.Linear(4, 4)))
+
+    model = get_peft_model(base(), _config(base(), d=10, trainable_token_indices=[1, 7]))
+    model.add_adapter("other", _config(base(), d=10, trainable_token_indices=[2]))
+    with pytest.raises(AdapterError, match=r"^embed_tokens\.weight: trainable_token_indices must be below 8, .* got 8"):
+        model.add_adapter("beyond", _config(base(), d=10, trainable_token_indices=[8]))
+    assert list(model.peft_config) == ["default", "other"]
 
 
 def test_the_corrected_second_try_works_on_the_same_base(tmp_path: Path) -> None:

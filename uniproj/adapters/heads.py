@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
 from uniproj.adapters.tensors import HEADS
 from uniproj.errors import AdapterError
+from uniproj.tuner.keys import plain
 
 _TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 _PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")
@@ -65,8 +67,7 @@ def check_tokens(indices: Mapping[str, Iterable[int]] | Iterable[int] | None, mo
     if indices is None:
         return
     if not isinstance(indices, Mapping):
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        indices = {_without_wrappers(f".{name}")[1:]: indices for name, m in model.named_modules() if m is embedding}
+        indices = {_get_input_embeddings_name(model, "embed_tokens"): indices}  # as PEFT finds it
     for name, shape in _shapes(model).items():
         for target, tokens in indices.items():
             if name.endswith(f"{target}.weight") and max(tokens, default=0) >= shape[0]:
@@ -83,7 +84,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _without_wrappers(name: str) -> str:
-    return _PEFTS.sub("", name)
+    return _PEFTS.sub("", plain(name))
 
 
 def _as_text(shape: torch.Size, of_tokens: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor, nn, random
 from torch.utils._pytree import tree_leaves, tree_map
 
 from uniproj.errors import AdapterError
@@ -100,7 +100,7 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
         outputs = []
         for pair in (factors, [_linear(torch.zeros_like(weight)) for weight in drawn]):
             # the same noise both times, where the layer itself makes some
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 outputs.append(type(layer).forward(_twin(layer, adapter_name, pair), *args, **kwargs))
         change = outputs[0] - outputs[1]
         if not change.requires_grad or not change.any():
