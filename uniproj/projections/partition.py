@@ -61,7 +61,10 @@ class Partition(Projection):
     @property
     def index(self) -> Tensor:
         """(D,) int32: the column of every row; computed at each call unless it was given."""
-        return self.deal.index().to(self.device) if self._index is None else self._index
+        if self._index is not None:
+            return self._index
+        assert self.deal is not None
+        return self.deal.index().to(self.device)
 
     @index.setter
     def index(self, index: Tensor) -> None:
