@@ -68,17 +68,17 @@ def test_parameters_of_P_have_every_derivative(name: str, i: int) -> None:
     def f(values: dict[str, Tensor]) -> Tensor:
         return functional_call(P, values, (x,)) @ y
 
-    step = 1e-5
+    step = 1e-6
     ends = [f({n: p + s * along[n] for n, p in params.items()}) for s in (step, -step)]
     expected = (ends[0] - ends[1]) / (2 * step)
-    torch.testing.assert_close(jvp(f, (params,), (along,))[1], expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(jvp(f, (params,), (along,))[1], expected, rtol=1e-5, atol=1e-6)
     first = grad(f)(params)
-    torch.testing.assert_close(sum((first[n] * along[n]).sum() for n in params), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sum((first[n] * along[n]).sum() for n in params), expected, rtol=1e-5, atol=1e-6)
     gradients = [grad(f)({n: p + s * along[n] for n, p in params.items()}) for s in (step, -step)]
     second = jvp(grad(f), (params,), (along,))[1]
     for n in params:
         difference = (gradients[0][n] - gradients[1][n]) / (2 * step)
-        torch.testing.assert_close(second[n], difference, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(second[n], difference, rtol=1e-4, atol=1e-5)
     stacked = {n: torch.stack([p, p + along[n]]) for n, p in params.items()}
     assert torch.allclose(torch.vmap(f)(stacked)[1], f({n: p + along[n] for n, p in params.items()}))
     assert torch.allclose(torch.vmap(grad(f))(stacked)[next(iter(params))][0], first[next(iter(params))])
