@@ -25,11 +25,11 @@ ALLOWED = {
     "kernels": {"kernels"},
     "budget": set(),
     "projection": {"budget", "errors", "kernels", "layout"},
-    "registry": {"errors", "layout", "projection", "projections"},
-    "claims": {"kernels", "projection"},
+    "registry": {"claims", "errors", "layout", "projection", "projections"},
+    "claims": {"errors", "kernels", "projection"},
     "algebra": {"errors", "layout", "projection"},
     "projections": {"algebra", "budget", "errors", "kernels", "layout", "projection", "projections", "registry"},
-    "testing": {"claims", "kernels", "layout", "projection", "registry"},
+    "testing": {"claims", "errors", "kernels", "layout", "projection", "registry"},
 }
 # what measurements may share with training runs: modules that import nothing of either but these
 LEAVES = {
@@ -93,7 +93,9 @@ def test_the_library_draws_nothing_from_a_global_generator() -> None:
     banned = ("torch.manual_seed", "cuda.manual_seed", "torch.rand", "np.random.seed", "random.seed", "hash(", "pickle")
     for path in sorted((ROOT / "uniproj").rglob("*.py")):
         text = path.read_text()
-        assert not any(word in text for word in banned if not (word == "hash(" and "__hash__" in text)), path
+        # the battery copies P by pickle, and reads none
+        allowed = {"hash(" if "__hash__" in text else "", "pickle" if path.name == "testing.py" else ""}
+        assert not any(word in text for word in banned if word not in allowed), path
 
 
 def test_analyses_take_every_projection_from_the_registry_and_name_none() -> None:

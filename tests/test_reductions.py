@@ -85,8 +85,8 @@ def test_tied_scalers_on_shared_matrices_are_pefts_vera(seed: int) -> None:
     _, model = wrap("VERA", seed)
     vera, theta_d = from_peft(model)
     tied = TiedLoRA(vera.layout, seed, trained="uv", group="all")
-    tied.get_buffer("B").copy_(vera.get_buffer("B"))
-    tied.get_buffer("A").copy_(vera.get_buffer("A"))
+    tied.B.copy_(vera.B)
+    tied.A.copy_(vera.A)
     assert torch.equal(tied(theta_d), vera(theta_d))
     for name, ours in deltas(tied.layout, tied(theta_d), model).items():
         assert error(ours, peft_delta(layers(model)[name])) < 1e-12
@@ -148,7 +148,7 @@ def test_nola_factors_are_mixtures_of_k_random_matrices(seed: int) -> None:
     assert sum(P.k) == 33 and set(P.k) == {5, 6}
     taken = 0
     for i, (ours, block) in enumerate(zip(layout.split(P(theta_d)), layout.blocks, strict=True)):
-        basis = P.get_buffer(f"P_{i}").double()
+        basis = P.constants()[f"P_{i}"].double()
         assert basis.abs().max() < P.k[i] ** -0.5
         expected = c[i].clone()
         for j in range(P.k[i]):
@@ -161,7 +161,7 @@ def test_nola_factors_are_mixtures_of_k_random_matrices(seed: int) -> None:
 def test_nola_basis_has_variance_one_third_over_k() -> None:
     P = NOLA(LoRALayout.from_shapes({"q": (512, 512)}, 4), d=40)
     for i in range(2):
-        basis = P.get_buffer(f"P_{i}").double()
+        basis = P.constants()[f"P_{i}"].double()
         assert basis.var() * 3 * P.k[i] == pytest.approx(1.0, abs=0.02)
         assert basis.mean().abs() * P.k[i] ** 0.5 < 0.01
 

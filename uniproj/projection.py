@@ -72,7 +72,7 @@ class _EagerMap(_LinearMap):
 
 
 def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    if torch.jit.is_tracing():  # it records no Function that holds a module
+    if torch.jit._trace.is_tracing():  # it records no Function that holds a module
         return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
     way = _LinearMap if torch.compiler.is_compiling() else _EagerMap
     return way.apply(P, x, transposed, dtype or x.dtype)
@@ -320,9 +320,9 @@ class Projection(nn.Module, ABC):
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Keep a number of P as an attribute, in `constants`: a buffer would be averaged with the weights by SWA and EMA.
+        """Keep a number of P in `constants`: as a buffer it would be averaged with the weights by SWA and EMA.
 
-        It is saved with no state, as P is rebuilt from its arguments.
+        It is part of no state dict, as P is rebuilt from its arguments.
         """
         object.__setattr__(self, name, tensor)
 

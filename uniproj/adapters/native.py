@@ -77,8 +77,8 @@ def _moved(theirs: Projection, ours: Projection, theta_d: Tensor) -> Tensor | No
         # one scale per coordinate: where it was rounded, theta_d takes the difference
         return theta_d * theirs.scale / ours.scale if torch.equal(theirs.index, ours.index) else None
     same = theirs.name == ours.name and all(
-        torch.allclose(mine.double(), theirs.get_buffer(name).double(), rtol=_SAME, atol=_SAME)
-        for name, mine in ours.named_buffers()
+        torch.allclose(mine.double(), theirs.constants()[name].double(), rtol=_SAME, atol=_SAME)
+        for name, mine in ours.constants().items()
     )
     if same and isinstance(theirs, TinyLoRA) and isinstance(ours, TinyLoRA):
         return _regrouped(theirs, ours, theta_d)

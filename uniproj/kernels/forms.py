@@ -144,7 +144,7 @@ class _Differentiable(torch.autograd.Function):
 
 def _differentiable(registered: Operator, ops: Sequence[Operator], i: int) -> Operator:
     def operator(*inputs: Any) -> Tensor:
-        if torch.jit.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
+        if torch.jit._trace.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
             return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
         torch._dynamo.graph_break("uniproj: torch.compile cannot trace torch.func's derivatives of this operator.")
         call = _Call(registered, ops, i, [None if isinstance(x, Tensor) else x for x in inputs])
@@ -153,7 +153,7 @@ def _differentiable(registered: Operator, ops: Sequence[Operator], i: int) -> Op
     return operator
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _differentiated() -> bool:
     """Whether forward mode or a transform of torch.func other than vmap is at work."""
     levels = torch._C._functorch.get_interpreter_stack() or []

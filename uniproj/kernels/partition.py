@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -81,34 +81,24 @@ _indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _made(kept: WeakTensorKeyDictionary, key: Tensor, make: Callable[[], object]) -> Any:
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
-
-
-def _copy_out(x: Tensor, key: Tensor, index: Callable[[], Tensor], size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """x (n, d) -> (n, D) in dtype by the index that `key` decides."""
-    if uses_numba(x.device):
-        return tiles.take(x, *_made(_tiles, key, lambda: tiles.tile(index(), size[1])), size, dtype)
-    return _take(x, _made(_indices, key, lambda: index().to(x.device)), size[1], dtype)
-
-
-def _sum_in(y: Tensor, key: Tensor, index: Callable[[], Tensor], size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """y (n, D) -> (n, d) in dtype by the index that `key` decides."""
-    if uses_numba(y.device):
-        return tiles.sum_by_column(y, *_made(_tiles, key, lambda: tiles.tile(index(), size[1])), size, dtype)
-    return _sum_by_column(y, _made(_indices, key, lambda: index().to(y.device)), size[1], dtype)
+def _tiles_of(key: Tensor, index: Callable[[], Tensor], d: int) -> tuple[Tensor, Tensor]:
+    if key not in _tiles:
+        _tiles[key] = tiles.tile(index(), d)
+    return _tiles[key]
 
 
 def _copy_by_index(x: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As `take`; on the CPU by tiles."""
-    return _copy_out(x, index, lambda: index, size, dtype)
+    if uses_numba(x.device):
+        return tiles.take(x, *_tiles_of(index, lambda: index, size[1]), size, dtype)
+    return _take(x, index, size[1], dtype)
 
 
 def _sum_by_index(y: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As `sum_by_column`; on the CPU by tiles."""
-    return _sum_in(y, index, lambda: index, size, dtype)
+    if uses_numba(y.device):
+        return tiles.sum_by_column(y, *_tiles_of(index, lambda: index, size[1]), size, dtype)
+    return _sum_by_column(y, index, size[1], dtype)
 
 
 sum_by_index, copy_by_index = register_form(
@@ -128,11 +118,14 @@ def _deal_out(
     dtype: torch.dtype,
 ) -> Tensor:
     """x (n, d), a `Deal` -> (n, D) in dtype; Triton needs no index of D entries."""
+    deal = Deal(by_row, by_position, groups, tables)
     if uses_triton(x.device):
         from uniproj.kernels.triton.partition import deal_out
 
         return deal_out(x.detach().to(dtype), by_row, groups, tables, size[0])
-    return _copy_out(x, tables, lambda: _index_of(by_row, by_position, groups, tables), size, dtype)
+    if uses_numba(x.device):
+        return tiles.take(x, *_tiles_of(tables, lambda: _index_of(deal), size[1]), size, dtype)
+    return _take(x, _kept_index(deal), size[1], dtype)
 
 
 def _gather_in(
@@ -145,15 +138,24 @@ def _gather_in(
     dtype: torch.dtype,
 ) -> Tensor:
     """y (n, D) -> (n, d): each column sums its rows, Triton in the order pi^-1(j), pi^-1(j + d), ..."""
+    deal = Deal(by_row, by_position, groups, tables)
     if uses_triton(y.device):
         from uniproj.kernels.triton.partition import gather_in
 
         return gather_in(y.detach(), by_position, groups, tables, size[1], dtype)
-    return _sum_in(y, tables, lambda: _index_of(by_row, by_position, groups, tables), size, dtype)
+    if uses_numba(y.device):
+        return tiles.sum_by_column(y, *_tiles_of(tables, lambda: _index_of(deal), size[1]), size, dtype)
+    return _sum_by_column(y, _kept_index(deal), size[1], dtype)
 
 
-def _index_of(*deal: Tensor) -> Tensor:
-    return Deal(*[tensor.cpu() for tensor in deal]).index()
+def _index_of(deal: Deal) -> Tensor:
+    return Deal(*[getattr(deal, field.name).cpu() for field in fields(deal)]).index()
+
+
+def _kept_index(deal: Deal) -> Tensor:
+    if deal.tables not in _indices:
+        _indices[deal.tables] = _index_of(deal).to(deal.tables.device)
+    return _indices[deal.tables]
 
 
 gather_in, deal_out = register_form(

@@ -24,8 +24,8 @@ class Partition(Projection):
     One non-zero per row makes the columns orthogonal; dividing each by its norm makes P^T P = I_d exactly
     (whatever the index). With `normalise=False` the non-zeros are 1 and P^T P = diag(n_j).
     `dealt`: the groups of rows that a keyed permutation deals out, or any index (D,). The scale is applied to the d
-    numbers. State: 8 d bytes and O(sqrt D); 4 D bytes of index or tiles on the CPU only, where they are built at the
-    first use; Triton computes the index in the kernel. A given index is stored, 4 D bytes.
+    numbers. State: 8 d bytes and O(sqrt D); the operators keep 4 D bytes of index or tiles, made at the first use,
+    except on a GPU, where Triton computes the index in the kernel. A given index is stored, 4 D bytes more.
 
     Raises ProjectionError if a column is empty or the index leaves [0, d).
     """
@@ -61,7 +61,10 @@ class Partition(Projection):
     @property
     def index(self) -> Tensor:
         """(D,) int32: the column of every row; computed at each call unless it was given."""
-        return self.deal.index().to(self.device) if self._index is None else self._index
+        if self._index is not None:
+            return self._index
+        assert self.deal is not None
+        return self.deal.index().to(self.device)
 
     @index.setter
     def index(self, index: Tensor) -> None:

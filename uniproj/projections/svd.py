@@ -85,7 +85,7 @@ class SingularFactors(Projection):
 
     def _place(self, stacks: list[Tensor], letter: str) -> Tensor:
         """theta_D (n, D) with these (n, modules alike, rows, columns) factors on one side and zeros on the other."""
-        theta_D = stacks[0].new_zeros(len(stacks[0]), self.D)
+        theta_D = stacks[0].new_zeros(stacks[0].shape[0], self.D)
         blocks = [pair["BA".index(letter)] for pair in self.layout.pairs()]
         for members, stack in zip(self.alike, stacks, strict=True):
             for i, x in zip(members, stack.flatten(2).unbind(1), strict=True):
@@ -244,7 +244,7 @@ class TinyLoRA(SingularFactors):
         return [torch.einsum("nu,uij->nij", v[:, g], P) for g, P in zip(self.group, drawn, strict=True)]
 
     def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
-        sums = [grads[0].new_zeros(len(grads[0]), self.u) for _ in range(self.d // self.u)]
+        sums = [grads[0].new_zeros(grads[0].shape[0], self.u) for _ in range(self.d // self.u)]
         for g, x, P in zip(self.group, grads, self._drawn(grads[0].dtype), strict=True):
             sums[g] = sums[g] + torch.einsum("nij,uij->nu", x, P)
         return torch.cat(sums, dim=1)

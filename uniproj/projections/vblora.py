@@ -98,7 +98,7 @@ class VBLoRA(Projection):
     def _turn(self, piece: Tensor, rows: int, columns: int, factor: str) -> Tensor:
         if factor == "A":
             return piece.flatten(1)
-        return piece.view(len(piece), rows // self.b, columns, self.b).transpose(2, 3).flatten(1)
+        return piece.view(piece.shape[0], rows // self.b, columns, self.b).transpose(2, 3).flatten(1)
 
     def _disassemble(self, theta_D: Tensor) -> Tensor:
         """(n, D) -> (n, D / b, b), the inverse of `_assemble`."""
@@ -106,7 +106,7 @@ class VBLoRA(Projection):
         for x, block in zip(self.layout.split(theta_D), self.layout.blocks, strict=True):
             if block.factor == "B":
                 x = x.unflatten(1, (-1, self.b)).transpose(2, 3)
-            pieces.append(x.reshape(len(x), -1, self.b))
+            pieces.append(x.reshape(x.shape[0], -1, self.b))
         return torch.cat(pieces, dim=1)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:

@@ -243,8 +243,8 @@ def _vera_pairs(adapter: _Adapter, P: VeRA, theta_d: Tensor) -> Iterator[_Pair]:
         for block, ours in zip(side.blocks, part.split(side.scaler_sizes), strict=True):
             yield _Pair(f"{block.module}.{name}", adapter.tensor(block.module, name), ours)
     (out, _), (_, in_) = P.sides[0].sizes[0], P.sides[1].sizes[0]
-    yield _Pair("vera_B", adapter.shared("vera_B")[:out], P.get_buffer("B").view(out, -1), fixed)
-    yield _Pair("vera_A", adapter.shared("vera_A")[:, :in_], P.get_buffer("A").view(-1, in_), fixed)
+    yield _Pair("vera_B", adapter.shared("vera_B")[:out], P.B.view(out, -1), fixed)
+    yield _Pair("vera_A", adapter.shared("vera_A")[:, :in_], P.A.view(-1, in_), fixed)
 
 
 def _build_vblora(adapter: _Adapter) -> VBLoRA:
@@ -268,7 +268,7 @@ def _build_tinylora(adapter: _Adapter) -> TinyLoRA:
     P = TinyLoRA(adapter.layout, weights, config.projection_seed, adapter.shared("u"), config.weight_tying)
     P.group = [int(_tinylora_key(adapter, module)) for module in adapter.layout.modules]
     for i in range(len(P.ranks)):
-        setattr(P, f"P_{i}", P.get_buffer(f"P_{i}").double())
+        setattr(P, f"P_{i}", P.constants()[f"P_{i}"].double())
     return P
 
 
@@ -293,7 +293,7 @@ def _tinylora_pairs(adapter: _Adapter, P: TinyLoRA, theta_d: Tensor) -> Iterator
         v = adapter.tensor(module, "tinylora_v")[key]
         yield _Pair(f"{module}.tinylora_v", v, theta_d.view(-1, P.u)[group])
         drawn = adapter.fixed_without("save_projection")
-        for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", P.get_buffer(f"P_{i}"), drawn)):
+        for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", P.constants()[f"P_{i}"], drawn)):
             name = f"tinylora_{letter}"
             yield _Pair(f"{module}.{name}", adapter.tensor(module, name), ours, fixed)
 

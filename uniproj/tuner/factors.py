@@ -242,8 +242,12 @@ def _equal(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
 
 
 def _derives() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, whose tensors must not outlive it."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether torch.func, forward mode or torch.jit.trace is at work, whose tensors must not outlive it."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit._trace.is_tracing()
+    )
 
 
 def _in_backward() -> bool:
