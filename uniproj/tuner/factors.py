@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 
-_OWNER = "uniproj.owner"
 _steps = 0  # of all optimisers of this process
 
 
@@ -42,12 +41,13 @@ class ThetaD:
     """One theta_D, as views by slot of the layout, and what it was made of.
 
     No views are left once a backward has passed through. step: optimiser steps of this process before it was made.
-    inputs: copies of theta_d and P's Parameters (and of a mixture's rows), where it may serve another call; none where
-    it has a graph.
+    node: that of the graph which made it. inputs: without a graph, copies of theta_d and P's Parameters (and of a
+    mixture's rows), since it may serve another call.
     """
 
     views: Mapping[int, Tensor]
     step: int
+    node: Any = None
     dtype: torch.dtype | None = None
     inputs: Sequence[Tensor] = ()
 
@@ -58,17 +58,11 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.inside = False
         self.current: ThetaD | None = None
+        self.walkable: ThetaD | None = None
         self.mixture: Mixture | None = None
 
     def __reduce__(self) -> Any:
         return type(self), ()
-
-
-class _Owner:
-    """The thread that runs a forward, and calls its backward."""
-
-
-_owners = threading.local()
 
 
 class FactorSource:
@@ -85,8 +79,8 @@ class FactorSource:
     - under torch.compile, torch.func or forward-mode differentiation projects anew and keeps nothing.
     A layer called by itself is a call of its own.
 
-    All of a call's state belongs to its thread, and a thread of autograd to the one that called backward. Only a
-    theta_D without a graph, which nobody changes, is shared between threads.
+    All of a call's state belongs to its thread. Shared are a theta_D without a graph, which nobody changes, and in a
+    backward, which a GPU walks in a thread of its own, those whose graph it walks.
 
     dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would cast
     each of them to it.
@@ -99,7 +93,7 @@ class FactorSource:
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
         self._here = _Here()
         self._kept: ThetaD | None = None
-        self._walkable: MutableMapping[_Owner, ThetaD] = weakref.WeakKeyDictionary()
+        self._live: list[weakref.ref[ThetaD]] = []
 
     @property
     def projection(self) -> Projection:
@@ -159,17 +153,21 @@ class FactorSource:
             return ThetaD(self._views(self._project()), 0)
         if not self.wants_grad():
             return self._without_graph()
-        of_forward = self._walkable.get(_owner()) if _in_backward() else None
-        return of_forward if of_forward is not None and of_forward.views else self._with_graph()
+        return self._of_forward() or self._with_graph()
+
+    def _of_forward(self) -> ThetaD | None:
+        """The theta_D that the backward of this moment is going to walk through."""
+        live = [theta_D for ref in self._live if (theta_D := ref()) and theta_D.views] if _in_backward() else []
+        return next((theta_D for theta_D in live if torch._C._will_engine_execute_node(theta_D.node)), None)
 
     def _with_graph(self) -> ThetaD:
-        owner = _owner()
-        self._walkable.pop(owner, None)  # the old theta_D goes first, so that there are never two
+        self._here.walkable = None  # the old theta_D goes first, so that there are never two
         # what P saves is no part of a checkpointed layer, which may find theta_D ready when it runs again
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             flat = self._project()
-        self._walkable[owner] = theta_D = ThetaD(self._views(flat), _steps)
+        self._here.walkable = theta_D = ThetaD(self._views(flat), _steps, flat.grad_fn)
         flat.register_hook(_end(weakref.ref(theta_D)))
+        self._live = [*(ref for ref in self._live if ref() is not None), weakref.ref(theta_D)]
         return theta_D
 
     def _without_graph(self) -> ThetaD:
@@ -182,7 +180,7 @@ class FactorSource:
         with torch.inference_mode(False), torch.no_grad():
             # copied first: what another thread changes meanwhile then differs from the copy
             copies = [p.detach().clone() for p in inputs]
-            theta_D = ThetaD(self._views(self._project()), _steps, dtype, copies)
+            theta_D = ThetaD(self._views(self._project()), _steps, None, dtype, copies)
         self._kept = theta_D
         return theta_D
 
@@ -211,10 +209,7 @@ class FactorSource:
         return dict(enumerate(self.projection.layout.split(theta_D)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_walkable": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _walkable=weakref.WeakKeyDictionary())
+        return {**self.__dict__, "_kept": None, "_live": []}
 
 
 def _holds(theta_D: ThetaD) -> bool:
@@ -230,7 +225,7 @@ def _end(theta_D: weakref.ref[ThetaD]) -> Callable[[Tensor], None]:
 
     def end(_: Tensor) -> None:
         if (walked := theta_D()) is not None:
-            walked.views = {}
+            walked.views, walked.node = {}, None
 
     return end
 
@@ -252,14 +247,6 @@ def _derives() -> bool:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _owner() -> _Owner:
-    # a GPU's part of a backward runs in a thread of autograd, which inherits what the one that called it has stashed
-    if not torch._C._is_key_in_tls(_OWNER):
-        _owners.own = _Owner()  # held here, as PyTorch 2.11 stashes it without a reference
-        torch._C._stash_obj_in_tls(_OWNER, _owners.own)
-    return torch._C._get_obj_in_tls(_OWNER)
 
 
 class Factor(nn.Module):
