@@ -122,6 +122,17 @@ def test_training_projects_once_per_forward(monkeypatch) -> None:
     assert calls == {"forward": 3, "adjoint": 3}
 
 
+def test_checkpointed_layers_take_the_factors_of_their_forward(monkeypatch) -> None:
+    model = get_peft_model(base_model("llama"), config("llama")).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    projection = type(model.base_model.projections["default"])
+    original = projection._matvec
+    monkeypatch.setattr(projection, "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
+    train_steps(model, "llama", 3)
+    assert len(calls) == 3
+
+
 def test_inference_mode_does_not_poison_training() -> None:
     model = get_peft_model(base_model("llama"), config("llama"))
     with torch.inference_mode():
