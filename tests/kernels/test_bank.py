@@ -85,7 +85,7 @@ def test_gradients_to_second_order() -> None:
         (lambda x, w: bank_gradient(x, w, index, 4, F64), (y, weights)),
         (lambda x, p: weights_gradient(x, p, index, 4, F64), (y, bank)),
     ):
-        assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
+        assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True) and torch.autograd.gradgradcheck(f, inputs)
 
 
 def test_vmap_and_strides() -> None:
