@@ -1,4 +1,4 @@
-"""One thread, quiet libraries, and a reproducible Hypothesis profile (`thorough` draws more, and anew)."""
+"""One thread, quiet libraries, our projections alone, and Hypothesis profiles (`thorough` draws more, and anew)."""
 
 import importlib.metadata
 import os
@@ -12,6 +12,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
+from uniproj import registry
+
+registry.names()
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
 
@@ -22,8 +25,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    # a projection that a test registers goes with it
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

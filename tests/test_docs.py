@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from tests.tuner.models import base_model, batch, config, train_steps
-from uniproj import LoRALayout, ProjectionError, build, get, names, registry
+from uniproj import LoRALayout, ProjectionError, build, get, names
 from uniproj.claims import CHECKS
 from uniproj.testing import check_projection, sample
 
@@ -23,7 +23,6 @@ SHAPES = {"h.0.q": (8, 6), "h.0.v": (4, 6), "h.1.q": (8, 6)}
 
 def _forgetting_examples(monkeypatch) -> None:
     """What a test imports and registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in EXAMPLES:
         monkeypatch.delitem(sys.modules, name, raising=False)

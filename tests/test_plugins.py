@@ -20,7 +20,6 @@ CYCLIC = (Path(__file__).parents[1] / "examples" / "cyclic.py").read_text()
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file that registers `mine`, which this process does not know."""
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     path = tmp_path / "projection.py"
     path.write_text(CYCLIC.replace('"cyclic"', '"mine"'))
     return str(path)
@@ -93,7 +92,6 @@ class Partly(get("unilora")):
 
 
 def test_check_goes_on_after_a_variant_that_cannot_be_built(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     (tmp_path / "partly.py").write_text(PARTLY)
     assert main(["check", "partly", "--json", "--plugins", str(tmp_path / "partly.py")]) == 1
     broken, whole = json.loads(capsys.readouterr().out)["variants"]
@@ -102,7 +100,6 @@ def test_check_goes_on_after_a_variant_that_cannot_be_built(tmp_path: Path, monk
 
 
 def test_a_class_without_variants_is_refused_when_it_is_registered(monkeypatch) -> None:
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     with pytest.raises(ProjectionError, match="`variants` of none must hold one choice at least"):
         registry.register("none")(type("Nothing", (registry.get("unilora"),), {"variants": ()}))
     assert "none" not in registry._classes

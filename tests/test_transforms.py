@@ -139,6 +139,7 @@ def test_export(name: str, i: int, strict: bool, used: bool) -> None:
 
 @each_P
 def test_compile_after_a_call_without_gradients(name: str, i: int) -> None:
+    torch._dynamo.reset()
     P, M, x, y = case(name, i)
     with torch.no_grad():
         P(x)

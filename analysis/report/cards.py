@@ -93,10 +93,16 @@ def picture(values: np.ndarray) -> str:
 
 
 def card(name: str) -> dict[str, Any]:
-    """Everything the page shows of one projection."""
-    P = instance(name)
+    """Everything the page shows of one projection; `failed` says why nothing was measured of one that raised."""
+    try:
+        measured = _measured(instance(name))
+    except Exception as error:  # a projection may be anybody's, and costs the page nothing
+        measured = {"failed": f"{type(error).__name__}: {error}"}
+    return {**describe(name), **measured}
+
+
+def _measured(P: Projection) -> dict[str, Any]:
     return {
-        **describe(name),
         "D": P.D,
         "d": P.d,
         "trained": P.trained,

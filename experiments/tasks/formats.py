@@ -15,6 +15,8 @@ import pandas as pd
 Line = tuple[int, list[str]]
 # a field that csv writes around quotes, which it doubles
 QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+NUMBER = re.compile(r"-?[0-9]{1,300}(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
+CODE = re.compile(r"-?0[0-9]+")
 # a text may be a whole document
 csv.field_size_limit(2**31 - 1)
 
@@ -90,17 +92,25 @@ def _table(lines: list[Line]) -> pd.DataFrame:
             raise ValueError(f"{len(fields)} fields in line {number} under a header of {len(names)}")
     table = pd.DataFrame([fields for _, fields in rows], columns=names, dtype=str)
     table = table.mask(table == "")
-    return table.assign(label=pd.Series(map(_number_or_text, table["label"]))) if "label" in table else table
+    return table.assign(label=_labels(table["label"])) if "label" in table else table
+
+
+def _labels(fields: pd.Series) -> pd.Series:
+    """What labels are, which alone have no type in such a file: 3 and 0.5 are numbers, without spaces around them.
+
+    Where one is written with a leading zero, they are codes and all of them texts. So is what merely can be read as a
+    number: inf, 1_2, other scripts' digits.
+    """
+    bare = fields.map(lambda field: field.strip() if isinstance(field, str) else field).astype(object)
+    texts = bare.dropna()
+    if texts.map(CODE.fullmatch).any():
+        return bare
+    return bare.map(_number_or_text)
 
 
 def _number_or_text(label: str | float) -> str | float:
-    """What a label is, which alone has no type in such a file: 3 and 0.5 are numbers."""
-    # Python's own notation would make 12 of "1_2"
-    for kind in (int, float) if "_" not in str(label) else ():
-        try:
-            return kind(str(label))
-        except ValueError:
-            continue
+    if isinstance(label, str) and NUMBER.fullmatch(label):
+        return float(label) if set(label) & set(".eE") else int(label)
     return label
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.tasks.formats import FORMATS
 from experiments.tasks.rows import complete, first
-from experiments.tasks.sources import carve, read_file
+from experiments.tasks.sources import carve, files, read_file
 from experiments.tasks.task import Task
 
 NUMBER = "a number"
@@ -30,8 +29,8 @@ def own(folder: Path) -> Task:
 
     Raises ExperimentError for labels of two kinds, and for those of another split that train does not have.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return _own(folder, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in files))
+    held = sorted(path for path in folder.iterdir() if path.is_file())
+    return _own(folder, tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in held))
 
 
 @lru_cache
@@ -48,8 +47,7 @@ def _own(folder: Path, written: tuple[tuple[str, int, int], ...]) -> Task:
 
 
 def _rows(folder: Path, split: str) -> pd.DataFrame:
-    own_validation = any((folder / f"validation{suffix}").is_file() for suffix in FORMATS)
-    if split == "test" or own_validation:
+    if split == "test" or files(folder, "validation"):
         return read_file(folder, split)
     return carve(read_file(folder, "train"), split)
 
@@ -86,7 +84,9 @@ def _valued(folder: Path, split: str) -> pd.DataFrame:
 
 def _numbered(folder: Path, classes: Sequence[Any], split: str) -> pd.DataFrame:
     rows = _labelled(folder, split, _rows(folder, split))
-    found = rows["label"].map({label: i for i, label in enumerate(classes)}.get)
+    # of one kind too: True is 1 to Python
+    place = {(_kind(label), label): i for i, label in enumerate(classes)}
+    found = rows["label"].map(lambda label: place.get((_kind(label), label)))
     if found.isna().any():
         row = first(found.isna())
         known = ", ".join(map(repr, classes[:MOST_SHOWN])) + (", .." if len(classes) > MOST_SHOWN else "")

@@ -63,22 +63,33 @@ def read_file(folder: Path, split: str) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise ExperimentError(f"tasks: {folder} must be a folder with {split}, got none. Check `data`.")
-    for suffix, read in FORMATS.items():
-        for path in (folder / f"{split}{suffix}", folder / f"{split}_subset{suffix}"):
-            if path.is_file():
-                try:
-                    rows = read(path)
-                except (ValueError, OSError) as error:
-                    raise ExperimentError(
-                        f"tasks: {path} must be valid {suffix[1:]}, got: {error}. Repair it."
-                    ) from error
-                if rows.empty:
-                    raise ExperimentError(f"tasks: {path} must hold rows, got none: it is empty. Fill it.")
-                return rows
+    if found := files(folder, split):
+        if len(found) > 1:
+            raise ExperimentError(
+                f"tasks: {folder} must hold {split} in one file, got {' and '.join(path.name for path in found)}. "
+                "Remove all but one."
+            )
+        path = found[0]
+        try:
+            rows = FORMATS[path.suffix](path)
+        except (ValueError, OSError, RecursionError) as error:
+            raise ExperimentError(f"tasks: {path} must be valid {path.suffix[1:]}, got: {error}. Repair it.") from error
+        if rows.empty:
+            raise ExperimentError(f"tasks: {path} must hold rows, got none: it is empty. Fill it.")
+        # rows are counted as the file has them, whatever index it brings
+        return rows.reset_index(drop=True)
     raise ExperimentError(
         f"tasks: {folder} must hold {split} as one of {', '.join(FORMATS)}, got "
         f"{sorted(p.name for p in folder.iterdir())}. Add the file."
     )
+
+
+def files(folder: Path, split: str) -> list[Path]:
+    """The files that hold a split: of whole ones all, else those of a part."""
+    for stem in (split, f"{split}_subset"):
+        if found := [path for suffix in FORMATS if (path := folder / f"{stem}{suffix}").is_file()]:
+            return found
+    return []
 
 
 def carve(rows: pd.DataFrame, split: str) -> pd.DataFrame:

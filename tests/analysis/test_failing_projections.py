@@ -15,7 +15,7 @@ from analysis.reconstruction import reconstruct, table
 from analysis.spaces import defaults
 from analysis.subject import Setting, Subject
 from analysis.training import train_lora
-from uniproj import plugins, registry
+from uniproj import plugins
 
 PLUGIN = """
 from uniproj import register
@@ -52,7 +52,6 @@ NAMES = ["unilora_local", *FAILING, "unilora"]
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     (tmp_path / "failing.py").write_text(PLUGIN)
     return str(tmp_path / "failing.py")
 

@@ -138,7 +138,6 @@ def test_real_pairs_and_a_learned_P_along_a_training() -> None:
 def test_the_command_shows_a_plugin_without_being_told_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(uniproj.registry, "_classes", dict(uniproj.registry._classes))
     example = Path(__file__).parents[2] / "examples" / "cyclic.py"
     asked = ["--plugins", str(example), "--steps", "0", "--d", "64", "--json", "--out", str(tmp_path)]
     assert main(["--projections", "cyclic", "lora_xs", *asked]) == 0

@@ -153,6 +153,61 @@ def test_the_distinct_labels_of_train_are_the_classes(suffix: str, labels: list,
     assert [task.classes[i] for i in task.split("test")["label"]] == labels
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["01", "1", "2"], ("01", "1", "2")),
+        (["02139", "12345", "02139"], ("02139", "12345")),
+        (["inf", "nan", "infinity"], ("inf", "infinity", "nan")),
+        (["1_2", "3_4", "1_2"], ("1_2", "3_4")),
+        (["\u0661", "\u0662", "\u0661"], ("\u0661", "\u0662")),
+        ([" a", "a", "b "], ("a", "b")),
+        ([" 3", "3 ", "13"], (3, 13)),
+    ],
+)
+def test_labels_of_files_without_types_are_merged_by_no_reading(suffix, labels, classes, tmp_path: Path) -> None:
+    rows = "".join(f"t{i}{',' if suffix == '.csv' else chr(9)}{label}\n" for i, label in enumerate(labels * 4))
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}{suffix}").write_text(f"text{',' if suffix == '.csv' else chr(9)}label\n{rows}")
+    assert tasks.get(str(tmp_path)).classes == classes
+
+
+@pytest.mark.parametrize(("train", "test"), [([True, False], [1, 0]), ([1, 0], [True, False])])
+def test_truth_values_are_no_numbers_in_another_split(train: list, test: list, tmp_path: Path) -> None:
+    splits = {"train": train * 3, "test": test * 3}
+    folder = _folder(tmp_path, train={"text": list("abcdef"), "label": splits["train"]})
+    _write(pd.DataFrame({"text": list("abcdef"), "label": splits["test"]}), folder / "test.jsonl")
+    with pytest.raises(ExperimentError, match=f"must occur in the training rows .*got {test[0]} in row 1"):
+        tasks.get(str(folder)).split("test")
+
+
+@pytest.mark.parametrize(
+    "index", [list("abcdef"), [5] * 6, list(range(10, 16)), pd.date_range("2020-01-01", periods=6)], ids=str
+)
+def test_rows_are_counted_as_the_file_has_them_whatever_its_index(index, tmp_path: Path) -> None:
+    rows = pd.DataFrame({"text": list("abcdef"), "label": ["x", "y"] * 3})
+    for split in ("train", "validation"):
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    rows.assign(label=["x", "y", "x", "new", "y", "x"]).set_index(pd.Index(index)).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ExperimentError, match="got 'new' in row 4"):
+        tasks.get(str(tmp_path)).split("test")
+
+
+def test_a_split_lies_in_one_file(tmp_path: Path) -> None:
+    _folder(tmp_path, train={"text": list("abcdef"), "label": [0, 1] * 3})
+    _write(pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "train.csv")
+    with pytest.raises(ExperimentError, match=r"train in one file, got train.jsonl and train.csv"):
+        tasks.get(str(tmp_path))
+
+
+def test_a_part_of_the_validation_rows_is_validated_on(tmp_path: Path) -> None:
+    _folder(tmp_path, train={"text": list("abcdef"), "label": [0, 1] * 3})
+    (tmp_path / "validation.jsonl").rename(tmp_path / "validation_subset.jsonl")
+    task = tasks.get(str(tmp_path))
+    assert len(task.split("train")) == len(task.split("validation")) == 6
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_truth_values_and_numbers_written_as_text_are_classes_too(suffix: str, tmp_path: Path) -> None:
     for labels, classes in (([True, False, True], (False, True)), (["10", "9", "9"], ("10", "9"))):
@@ -177,7 +232,7 @@ def test_float_labels_stay_numbers_whatever_the_test_set_holds(suffix: str, tmp_
         ([0, 1, 0, None, 1], "every row must have text and label, got 1 missing values .* the first in row 4"),
         ([0.5, 1.0, float("nan"), 2.0, 1.0], "1 missing values .* the first in row 3"),
         (["a", None, "b", None, "a"], "2 missing values .* the first in row 2"),
-        ([0.5, float("inf"), 1.0, 2.0, 1.5], "got inf in row 2"),
+        ([0.5, float("inf"), 1.0, 2.0, 1.5], "got '?inf'? in row 2"),
         ([True, 1, 0, 1, 0], "got True in row 1, while 4 of 5 are a number"),
         (["a", "", "b", "a", "b"], "got '' in row 2|1 missing values .* the first in row 2"),
         ([[1], [2], [1], [2], [1]], r"got \[1\] in row 1"),

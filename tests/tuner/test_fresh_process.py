@@ -98,3 +98,18 @@ def test_the_card_of_a_lora_stays_as_peft_writes_it(tmp_path: Path) -> None:
     model: PeftModel = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     assert "uniproj" not in (tmp_path / "README.md").read_text()
+
+
+# each of them alone, in this order; the check of heads stands above, on the tuner's keys
+BELOW_THE_TUNER = ["disk", "file", "fit", "header", "identity", "inspect", "patterns", "remap", "tensors"]
+
+
+def test_what_the_tuner_imports_does_not_import_peft(saved: Path) -> None:
+    # PEFT imports the tuner, which would find such a module half made
+    wanted = ", ".join(f"uniproj.adapters.{name}" for name in BELOW_THE_TUNER)
+    _run(f"import sys, {wanted}\nassert 'peft' not in sys.modules", saved)
+
+
+def test_a_command_in_a_fresh_process(saved: Path) -> None:
+    said = _run("from uniproj.__main__ import main; import sys; sys.exit(main(['inspect', 'adapter']))", saved)
+    assert "unilora" in said

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
 from uniproj.adapters.tensors import HEADS
@@ -67,6 +66,8 @@ def check_tokens(indices: Mapping[str, Iterable[int]] | Iterable[int] | None, mo
     if indices is None:
         return
     if not isinstance(indices, Mapping):
+        from peft.utils.other import _get_input_embeddings_name  # here, as PEFT imports the tuner, which imports this
+
         indices = {_get_input_embeddings_name(model, "embed_tokens"): indices}  # as PEFT finds it
     for name, shape in _shapes(model).items():
         for target, tokens in indices.items():

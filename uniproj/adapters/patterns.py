@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from peft.utils.other import get_pattern_key
-
 T = TypeVar("T")
 
 
 def of_module(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
     """The value of the first pattern that fits the module's name, in PEFT's sense; `default` where none does."""
+    from peft.utils.other import get_pattern_key  # here, as PEFT imports the tuner, which imports this module
+
     patterns = patterns or {}
     return patterns.get(get_pattern_key(list(patterns), module), default)
 

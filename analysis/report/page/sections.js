@@ -127,7 +127,7 @@ function sample(name) {
 }
 
 function card(each) {
-  const rows = each.verdicts.map((v) => {
+  const rows = (each.verdicts || []).map((v) => {
     const word = v.claimed ? (v.holds ? "✓ claimed" : "✗ claimed, broken") : v.holds ? "holds here" : "does not hold";
     const kind = v.claimed ? (v.holds ? "good" : "bad") : "soft";
     return element("tr", {}, element("td", {}, v.claim.replaceAll("_", " ")), element("td", { class: kind }, word),
@@ -141,7 +141,7 @@ function card(each) {
     element("p", {}, `${each.kind}; d: ${each.d_formula}; ${each.source}`),
     element("table", {}, element("tbody", {}, ...rows)),
     conditions.length ? element("p", {}, `Conditional: ${conditions.join("; ")}.`) : null,
-    element("div", { class: "pictures" },
+    each.failed ? element("p", { class: "bad" }, `Not measured: ${each.failed}`) : element("div", { class: "pictures" },
       picture(each.gram, `PᵀP, first 64 × 64 of ${each.d}`, each.name),
       picture(each.sharing, "rows reached: A, B of 8 modules (down) by coordinate", each.name)));
 }
