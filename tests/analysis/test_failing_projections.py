@@ -12,6 +12,7 @@ from analysis import landscape, sharing, spectrum
 from analysis.isometry import __main__ as isometry
 from analysis.isometry import measured
 from analysis.reconstruction import reconstruct, table
+from analysis.report import cards
 from analysis.spaces import defaults
 from analysis.subject import Setting, Subject
 from analysis.training import train_lora
@@ -89,3 +90,10 @@ def test_analyses_of_a_training_go_on(plugin: str, monkeypatch: pytest.MonkeyPat
     assert _failed(norms) == set(FAILING) and set(losses["projection"]) == {"unilora_local", "unilora"}
     energy = reconstruct(subject, *train_lora(subject, 1, 1e-2), chosen, [64])
     assert _failed(energy) == set(FAILING) and energy["factor"].notna().sum() == 2
+
+
+def test_the_card_of_the_report_says_so(plugin: str) -> None:
+    plugins.load([plugin])
+    found = {name: cards.card(name) for name in NAMES}
+    assert {name for name, card in found.items() if card.get("failed") == "ValueError: no luck"} == {BUILDING, FORWARD}
+    assert all(card["formula"] for card in found.values())
