@@ -171,8 +171,8 @@ def test_bad_tensors_are_refused(folder: Path, change, message: str) -> None:
     ("change", "message"),
     [
         (lambda t: {k: v for k, v in t.items() if k != IDENTITY}, f"must hold the tensor {IDENTITY}, got none"),
-        (lambda t: {**t, IDENTITY: t[IDENTITY].roll(1, 1)}, "header must be that of the numbers: projection must be"),
-        (lambda t: {**t, IDENTITY: t[IDENTITY][1:].clone()}, r"identity must be of shape \(7, 4\), got \(8, 4\)"),
+        (lambda t: {**t, IDENTITY: t[IDENTITY].roll(1, 0)}, "header must be that of the numbers: projection must be"),
+        (lambda t: {**t, IDENTITY: t[IDENTITY][1:].clone()}, r"identity must be of shape \(7, 5\), got \(8, 5\)"),
     ],
     ids=["none", "another", "shorter"],
 )

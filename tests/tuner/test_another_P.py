@@ -73,7 +73,14 @@ WAYS: dict[str, Callable[[PeftModel, Path, Path], dict[str, Tensor]]] = {
     "torch.save": lambda model, _, place: _through_torch(get_peft_model_state_dict(model), place),
     "bfloat16": lambda model, *_: {k: t.bfloat16() for k, t in get_peft_model_state_dict(model).items()},
     "an average": lambda model, *_: {k: 0.1 * t + 0.9 * t for k, t in get_peft_model_state_dict(model).items()},
+    **{f"{c} times": lambda model, *_, c=c: _combined(model, c, 0.0) for c in (-1.0, 0.5, 2.0)},
 }
+
+
+def _combined(model: PeftModel, a: float, b: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """a x + b y of the adapter's tensors x = y, each product and the sum rounded to `dtype`."""
+    tensors = {k: t.to(dtype) for k, t in get_peft_model_state_dict(model).items()}
+    return {k: a * t + b * t for k, t in tensors.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,7 +100,8 @@ def test_numbers_of_the_same_P_are_taken(way: str, trained: PeftModel, folder: P
     model = _model(init_seed=3)
     result = set_peft_model_state_dict(model, WAYS[way](trained, folder, tmp_path / "copy"))
     found, theta_d = (m.base_model.uniproj_theta_d["default"] for m in (model, trained))
-    assert torch.allclose(found, theta_d, rtol=1e-2 if way == "bfloat16" else 1e-6)
+    factor = float(way.removesuffix(" times")) if way.endswith(" times") else 1.0
+    assert torch.allclose(found, factor * theta_d, rtol=1e-2 if way == "bfloat16" else 1e-6)
     assert result.unexpected_keys == [] and not any("uniproj_" in key for key in result.missing_keys)
 
 
@@ -131,6 +139,39 @@ def test_what_says_nothing_of_itself_is_only_taken_where_pytorch_takes_it(traine
         set_peft_model_state_dict(model, {THETA_D: theta_d, IDENTITY: torch.ones(2)})
     model.load_state_dict({f"{THETA_D}.default": theta_d}, strict=False)
     assert torch.equal(model.base_model.uniproj_theta_d["default"], theta_d)
+
+
+def _loads(model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    set_peft_model_state_dict(model, tensors)
+    assert torch.equal(model.base_model.uniproj_theta_d["default"], tensors[THETA_D].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_sums_in_half_precision_are_of_the_same_P(dtype: torch.dtype, trained: PeftModel) -> None:
+    model = _model()
+    for i in range(1, 20):
+        _loads(model, _combined(trained, i / 20, 1 - i / 20, dtype))
+        _loads(model, _combined(trained, i / 7, 0.3, dtype))
+
+
+def test_arithmetic_after_which_the_identity_tells_nothing_is_refused_with_the_remedy(
+    trained: PeftModel, others: dict[str, PeftModel]
+) -> None:
+    own = get_peft_model_state_dict(trained)
+    another = get_peft_model_state_dict(others["projection_seed"])
+    generator = torch.Generator().manual_seed(0)
+    changed = {
+        "noise": {k: t + 9 * torch.randn(t.shape, generator=generator) for k, t in own.items()},
+        "two Ps": {k: 0.3 * t + 0.7 * another[k] for k, t in own.items()},
+        "a difference": {k: (t - t if k == IDENTITY else t.clone()) for k, t in own.items()},
+    }
+    model = _model()
+    before = model.base_model.uniproj_theta_d["default"].clone()
+    for tensors in changed.values():
+        with pytest.raises(AdapterError, match=rf"^{IDENTITY}: .*no longer tell a P.*copy it from one of the adapters"):
+            set_peft_model_state_dict(model, tensors)
+        assert torch.equal(model.base_model.uniproj_theta_d["default"], before)
+    _loads(model, {**changed["noise"], IDENTITY: own[IDENTITY]})
 
 
 def test_a_checkpoint_of_a_whole_model_from_before_format_3_loads() -> None:
@@ -199,5 +240,5 @@ def test_the_identity_is_made_of_what_the_header_says(folder: Path) -> None:
     header = file.read(folder).header
     assert header is not None
     found = load_file(folder / file.WEIGHTS)[IDENTITY]
-    assert found.shape == (len(header.identity), 4) and torch.equal(found, identity.encode(header))
+    assert found.shape == (len(header.identity), 5) and torch.equal(found, identity.encode(header))
     assert identity.difference(found, header) is None
