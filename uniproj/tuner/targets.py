@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from uniproj.errors import AdapterError
+from uniproj.tuner.keys import plain
 
 
 def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -> None:
@@ -19,10 +20,12 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
     """
     holders = nn.ModuleDict(), nn.ParameterDict()
     taken = adapter_name == "_extra_state" or any(hasattr(holder, adapter_name) for holder in holders)
+    taken = taken or plain(f"{adapter_name}.") != f"{adapter_name}."  # what torch.compile and others put into keys
     if not adapter_name or "." in adapter_name or taken:
         raise AdapterError(
             "add_adapter: the name of an adapter must be one component of a key, without dots and not one that PyTorch "
-            f"uses, such as 'keys' (an attribute of torch.nn.ModuleDict), got {adapter_name!r}. Choose another."
+            f"uses, such as 'keys' (an attribute of torch.nn.ModuleDict) or '_orig_mod', got {adapter_name!r}. "
+            "Choose another."
         )
     for name in (adapter_name, *others):
         if head := next((head for head in heads if name.endswith(head)), None):
