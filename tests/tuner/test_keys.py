@@ -114,6 +114,74 @@ def test_a_model_whose_blocks_were_compiled_is_exported_as_before(trained: PeftM
     assert _weights(tmp_path / "before") == _weights(tmp_path / "after")
 
 
+def _compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")  # type: ignore[no-any-return]
+
+
+class _WithHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc(x))  # type: ignore[no-any-return]
+
+
+def _with_head(compiled: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = _WithHead()
+    if compiled == "head":
+        model.head = _compiled(model.head)
+    elif compiled == "head.1":
+        model.head[1] = _compiled(model.head[1])
+    return _compiled(model) if compiled == "all" else model
+
+
+def _attached(compiled: str) -> PeftModel:
+    settings = UniProjConfig(r=2, d=16, target_modules=["fc"], modules_to_save=["head"])
+    return get_peft_model(_with_head(compiled), settings).eval()
+
+
+@pytest.mark.parametrize("compiled", ["head", "head.1", "all"])
+def test_a_base_with_compiled_parts_takes_the_trained_head_back(compiled: str, tmp_path: Path) -> None:
+    model, x = _attached(compiled), torch.ones(2, 8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 if p.requires_grad else 0.0)
+    model.save_pretrained(tmp_path)
+    head = {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
+    of_file = {key.removeprefix("base_model.model.") for key in file.read(tmp_path).tensors}
+    assert head <= of_file and not any("_orig_mod" in key for key in of_file)
+    again, other = PeftModel.from_pretrained(_with_head(compiled), tmp_path).eval(), _attached(compiled)
+    again.load_adapter(tmp_path, "second")
+    other.load_adapter(tmp_path, "default")
+    for loaded in (again, other):
+        assert torch.equal(loaded(x), model(x))
+    again.set_adapter("second")
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("where", ["wrapper", "head", "head.1"])
+def test_a_head_that_was_compiled_after_attaching_is_saved_and_loaded(where: str, tmp_path: Path) -> None:
+    plain_model, model = _attached(""), _attached("")
+    inner = model.base_model.model
+    if where == "wrapper":
+        inner.head = _compiled(inner.head)
+    elif where == "head":
+        inner.head.modules_to_save["default"] = _compiled(inner.head.modules_to_save["default"])
+    else:
+        inner.head.modules_to_save["default"][1] = _compiled(inner.head.modules_to_save["default"][1])
+    for source, name in ((plain_model, "plain"), (model, "compiled")):
+        source.save_pretrained(tmp_path / name)
+    assert _weights(tmp_path / "plain") == _weights(tmp_path / "compiled")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 if p.requires_grad else 0.0)
+    model.load_adapter(tmp_path / "plain", "default")
+    x = torch.ones(2, 8)
+    assert torch.equal(model(x), plain_model(x))
+
+
 def test_numbers_reach_a_compiled_model() -> None:
     source = get_peft_model(base_model("llama"), config("llama"))
     target = torch.compile(get_peft_model(base_model("llama"), config("llama", init_seed=3)))
@@ -159,7 +227,7 @@ def test_a_process_that_gathered_nothing_saves_nothing(trained: PeftModel, tmp_p
 # names that are in the keys of a method, of the tuner, of heads and of the base
 NAMES = (("tied_lora", "u"), ("tied_lora", "v"), *(("vblora", name) for name in ("logits", "projections", "model")))
 NAMES += tuple(("vblora", name) for name in ("uniproj_theta_d", "uniproj_", "modules_to_save", "weight", "0", "a/b"))
-NAMES += (("vblora", "defaul"), ("vblora", "default2"))
+NAMES += (("vblora", "defaul"), ("vblora", "default2"), ("vblora", "module"))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +264,7 @@ def test_the_name_of_an_adapter_takes_no_tensor_of_another(
     assert get_peft_model_state_dict(again).keys() == first.keys()
 
 
-@pytest.mark.parametrize("name", ["", "default.x", ".", "keys", "training", "get", "_extra_state"])
+@pytest.mark.parametrize("name", ["", "default.x", ".", "keys", "training", "get", "_extra_state", "_orig_mod"])
 def test_a_name_that_is_no_component_of_a_key_is_refused(name: str) -> None:
     base = base_model("llama")
     before = {key: p.requires_grad for key, p in base.named_parameters()}

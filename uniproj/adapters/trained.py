@@ -91,10 +91,10 @@ class Trained:
         other = {name: tensor.detach().cpu() for name, tensor in state.items() if not name.startswith(OWN)}
         config = model.peft_config[adapter_name]
         layout = _as_named_now(P.layout, config)
-        known = {plain(name): name for name in layout.modules}  # parts of the model may have been compiled since
+        known = {plain(f"{name}."): name for name in layout.modules}  # parts of the model may have been compiled since
         modules = tuner.model.named_modules()
         layers = {
-            known[plain(name)]: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling
+            known[plain(f"{name}.")]: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling
         }
         scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
         return cls(P, theta_d, config, layout, scaling, other, tuple(layers))

@@ -106,7 +106,7 @@ def _set_peft_model_state_dict(
     config.takes_other_sizes = rest.get("ignore_mismatched_sizes", False)
     own = {key: tensor for key, tensor in tensors.items() if key.startswith(OWN)}
     try:
-        result = _theirs_set(model, own | beside_P(model, tensors), adapter_name=adapter_name, **rest)
+        result = _theirs_set(model, own | beside_P(model, tensors, adapter_name), adapter_name=adapter_name, **rest)
     except KeyError as error:
         key = str(error.args[0])
         if not key.startswith(HEADS):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from uniproj.adapters.tensors import IDENTITY, OF_P, OWN, THETA_D
 
@@ -39,24 +38,27 @@ def in_file(key: str, adapter_name: str) -> str:
     return OF_P + key.removeprefix(of_P) if key.startswith(of_P) else whole.get(key, key)
 
 
-def places(model: nn.Module) -> dict[str, str]:
-    """{plain name of a module: the one that it has in this model, which may be wrapped inside}."""
-    # what FSDP puts around a whole model is in no state dict, and PEFT looks without it too
-    return {plain(name): name.removeprefix("_fsdp_wrapped_module.") for name, _ in model.named_modules()}
+def beside_P(model: Any, state_dict: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+    """Base weights, and the heads and biases of one adapter, by the names under which PEFT looks for them in `model`.
 
-
-def beside_P(model: nn.Module, state_dict: Mapping[str, Any], unwanted: Iterable[str] = ()) -> dict[str, Any]:
-    """Base weights, heads and biases, by the names of `model`, without the heads of unwanted adapters."""
-    left_out = {
-        f"{plain(name)}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for adapter_name in unwanted
-        for key in module.adapter_state_dict_load_map(adapter_name).values()
-    }
-    found, now = {}, places(model)
+    state_dict: that of a model, or of an adapter; their keys may be those of wrapped modules, or without wrappers.
+    """
+    now, exact, left_out = {}, {}, set()
+    for name, module in model.named_modules():
+        # what FSDP puts around a whole model is in no state dict, and PEFT looks without it too
+        place = f"{name.removeprefix('_fsdp_wrapped_module.')}."
+        now[plain(place)] = place
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for other in model.peft_config:
+                for of_file, of_model in module.adapter_state_dict_load_map(other).items():
+                    if other == adapter_name:
+                        exact.update({plain(key): key for key in (place + of_file, place + of_model)})
+                    else:
+                        left_out.add(plain(place + of_model))
+    found = {}
     for key, value in state_dict.items():
         if not (name := plain(key)).startswith(OWN) and name not in left_out:
-            place, _, leaf = name.rpartition(".")
-            found[f"{now[place]}.{leaf}" if place in now else key] = value
+            leaf = name.rpartition(".")[2]
+            place = now.get(name.removesuffix(leaf), "")
+            found[exact.get(name, place + leaf if place else key)] = value
     return found

@@ -249,8 +249,7 @@ class UniProjModel(LoraModel):
         if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return {}  # all that is sharded was gathered on the first process, which saves it
         own = describe(model, config, adapter_name, {plain(key): value for key, value in state_dict.items()})
-        others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
-        rest = beside_P(model, state_dict, others)
+        rest = beside_P(model, state_dict, adapter_name)
         # PEFT takes heads and embeddings out of this very dictionary afterwards
         state_dict.clear()
         state_dict.update(rest)
