@@ -109,6 +109,7 @@ def test_a_model_whose_blocks_were_compiled_is_exported_as_before(trained: PeftM
     model = copy.deepcopy(trained)
     layers = model.base_model.model.model.layers
     layers[0] = torch.compile(layers[0])
+    layers[1].self_attn.q_proj = torch.compile(layers[1].self_attn.q_proj)  # an adapted layer itself
     for source, name in ((trained, "before"), (model, "after")):
         export(source, tmp_path / name)
     assert _weights(tmp_path / "before") == _weights(tmp_path / "after")
