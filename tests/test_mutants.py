@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tests.mutants import MUTANTS, DetachedBank, LearnedInSecret
-from uniproj import LoRALayout, Projection, ProjectionError, names, register
+from uniproj import LoRALayout, Projection, ProjectionError, get, names, register
 from uniproj.testing import BatteryFailure, check_projection
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (6, 4) for i in range(2) for m in ("q", "v")}, r=2)
@@ -33,6 +34,13 @@ def test_an_undeclared_parameter_is_named() -> None:
         P(torch.ones(13, requires_grad=True))
     P.requires_grad_(False)  # a constant that happens to be a Parameter
     assert P(torch.ones(13, requires_grad=True)).requires_grad
+
+
+def test_a_buffer_of_a_module_inside_is_named() -> None:
+    P = get("unilora")(LAYOUT, d=13)
+    P.norm = nn.BatchNorm1d(3, affine=False)
+    with pytest.raises(ProjectionError, match=r"got the buffer norm.running_mean of a module inside P"):
+        P(torch.ones(13))
 
 
 def test_a_wrong_gradient_is_named() -> None:

@@ -243,6 +243,11 @@ class Projection(nn.Module, ABC):
                 f"{self.name}: P holds Parameters ({names}), but `learned` is False, so they would get no gradient. "
                 "Set learned = True and write _matvec in differentiable torch code, or hold them as plain tensors."
             )
+        if inside := [name for name, _ in self.named_buffers()]:
+            raise ProjectionError(
+                f"{self.name}: P's own numbers must be tensors of a Projection, got the buffer {inside[0]} of a module "
+                "inside P, which averages, casts and state dicts would change. Keep it as an attribute of P."
+            )
 
     def _check(self, x: Tensor, what: str, size: str, n: int) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
