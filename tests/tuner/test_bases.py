@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -229,6 +230,30 @@ def test_a_merge_that_would_change_a_tied_embedding_is_refused() -> None:
     beside = get_peft_model(_tied(), config("llama")).eval()
     before = _logits(beside)
     torch.testing.assert_close(_logits(beside.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "weight_norm of old": nn.utils.weight_norm,
+    "spectral_norm of old": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("norm", COMPUTED)
+def test_a_merge_into_a_weight_that_is_computed_is_refused(norm: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(normed=COMPUTED[norm](nn.Linear(6, 6)), plain=nn.Linear(6, 6)))
+    model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["normed", "plain"])).eval()
+    x = torch.randn(3, 6)
+    before = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterError, match=r"the weight of normed must be a Parameter.*Keep the adapter unmerged"):
+            merge()
+        assert torch.equal(model(x), before)
+    layer = base.normed.base_layer
+    assert torch.equal(dequantised(layer), layer.weight)
 
 
 def test_a_copy_of_a_trained_adapter_by_its_configuration_is_refused() -> None:

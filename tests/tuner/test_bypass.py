@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -145,6 +146,8 @@ READS = {
     "a row": lambda self, x: x * self.lin.weight[0],
     "normed": lambda self, x: F.linear(x, F.normalize(self.lin.weight.detach().clone(), dim=1)),
     "data": lambda self, x: F.linear(x, self.lin.weight.data),
+    "sum": lambda self, x: F.linear(x, self.lin.weight + self.other.weight),
+    "convolution": lambda self, x: F.conv1d(x[None].mT, self.lin.weight[..., None])[0].mT,
 }
 
 
@@ -183,6 +186,46 @@ def test_a_path_of_its_own_without_gradients_or_under_autocast() -> None:
             model(torch.randn(3, 6))
 
 
+class Decoder(nn.Module):
+    """Passes `lin` by in a decode step, which it tells by the cache, by a flag or by the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: object = None, step: bool = False) -> Tensor:
+        past = cache is not None or step or x.shape[1] == 1
+        return self.other(F.linear(x, self.lin.weight) if past else self.lin(x))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [((), {"cache": [1]}), ((None, [1]), {}), ((), {"step": True}), ((None, None, True), {}), "short", "short, named"],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_decode_step_that_comes_later(given) -> None:
+    model, x = _attached(Decoder(), "lin").eval(), torch.randn(2, 3, 6)
+    for _ in range(2):
+        model(x, cache=None)
+        model(x=x, step=False)
+    with pytest.raises(AdapterError, match=r"^lin: the model must call this layer"):
+        if given == "short":
+            model(x[:, :1])
+        elif given == "short, named":
+            model(x=x[:, :1])
+        else:
+            model(x, *given[0], **given[1])
+    model(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_fake_tensors() -> None:
+    model = _attached(Reader(lambda self: True, INNOCENT["its forward called"]), "lin", "other")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.randn(3, 6)).shape == (3, 6)
+
+
 def test_the_adapter_that_is_active_counts() -> None:
     model = _attached(Reader(lambda self: True, READS["linear"]), "other")
     model(torch.randn(3, 6))
@@ -203,6 +246,14 @@ INNOCENT = {
     "its norm, for a log": lambda self, x: (setattr(self, "log", self.lin.weight.norm()), x)[1],
     "called as well": lambda self, x: self.lin(x) + 0.1 * self.lin.weight.norm(),
     "its forward called": lambda self, x: self.lin.forward(x),
+    "idle, kept in the graph": lambda self, x: x + 0.0 * sum(p.sum() for p in self.lin.parameters()),
+    "a penalty": lambda self, x: x.add(1e-4 * sum(p.pow(2).sum() for p in self.parameters())),
+    "far from where it was": lambda self, x: x + (self.lin.weight - torch.eye(6)).pow(2).sum(),
+    "all of them in one vector": lambda self, x: x + nn.utils.parameters_to_vector(self.parameters()).norm(),
+    "not orthogonal": lambda self, x: x + (self.lin.weight @ self.lin.weight.T).sub(torch.eye(6)).square().mean(),
+    "one number of it": lambda self, x: x + 0 * self.lin.weight[0, 0],
+    "a ratio, for a log": lambda self, x: (setattr(self, "log", self.lin.weight.norm() / x.norm()), x)[1],
+    "shaped like it": lambda self, x: x[:1].expand_as(self.lin.weight)[: len(x)],
     "not at all": lambda self, x: x,
 }
 
@@ -212,6 +263,8 @@ def test_no_false_alarms(how: str) -> None:
     model = _attached(Reader(lambda self: True, INNOCENT[how]), "lin", "other")
     for training in (True, False):
         model.train(training)(torch.randn(3, 6))
+    with torch.inference_mode():  # operators come whole
+        model(torch.randn(3, 6))
 
 
 def test_no_alarm_for_parts_experts_and_ties() -> None:

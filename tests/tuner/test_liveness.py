@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,18 @@ def test_a_base_on_the_meta_device_is_probed_when_it_has_weights(dead) -> None:
     dead(True)
     with pytest.raises(AdapterError, match="odd: its A and B must move"):
         model(_x())
+
+
+def test_loading_with_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT then sends what is registered to the meta device, but the base has its weights and the probe its factors."""
+    config = UniProjConfig(d=20, r=2, target_modules=["plain"])
+    get_peft_model(Net(nn.Linear), config).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*could not be probed")
+        PeftModel.from_pretrained(Net(nn.Linear), tmp_path, low_cpu_mem_usage=True)
+        monkeypatch.setattr(LoraLinear, "forward", lambda self, x: self.base_layer(x))
+        with pytest.raises(AdapterError, match=r"^plain: its A and B must move the output of Linear"):
+            PeftModel.from_pretrained(Net(nn.Linear), tmp_path, low_cpu_mem_usage=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

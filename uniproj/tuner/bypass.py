@@ -14,6 +14,8 @@ import torch
 import torch._dynamo
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.jit._trace import is_tracing
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +30,12 @@ _FAST_PATHS: list[tuple[type[nn.Module], str, Any]] = [
 ]
 
 
+# in the names of operators that compute activations with a weight: mm, bmm, _scaled_mm, gemm_4bit, conv2d, _addmv, ..
+_PRODUCTS = (
+    *("mm", "mv", "dot", "inner", "matmul", "linear", "convolution", "conv1d", "conv2d", "conv3d", "conv_", "einsum"),
+    *("cdist", "attention", "transformer", "lstm", "gru", "rnn"),
+)
+
 _COMPILER = torch._dynamo.eval_frame.__file__
 _OF_MODE = (__file__, _COMPILER, torch._compile.__file__)
 
@@ -37,10 +45,15 @@ class Guard:
 
     PyTorch's encoders do so once their fast paths are off, which they are while they hold an adapter. Of all other
     modules it is found out at the first call of each kind (`UniProjModel` says what a call is): in training and
-    evaluation, with and without gradients, with and without autocast, since modules choose their paths by these. A
-    weight counts as read when it, or what was made of it alone, enters an operation together with something else. That
-    is no fault where the layer is called in the same call of the model, or is not adapted at the time. Layers whose
-    weight another module holds too are not judged: it may be that module which reads it; nor is compiled code.
+    evaluation, with and without gradients, with and without autocast, with the same arguments given (neither None nor
+    False), with a sequence of one (axis 1 of the first tensor) and of more, since modules choose their paths by these.
+    A path that is chosen by anything else (how full a cache is, a longer sequence, a number) goes unseen where it is
+    not the one of the first such call.
+
+    A weight counts as read when it, or what was made of it, enters a product (of matrices, a convolution, attention)
+    together with something else; what was reduced to one number, as in penalties and logs, is forgotten. That is no
+    fault where the layer is called in the same call of the model, or is not adapted at the time. Layers whose weight
+    another module holds too are not judged: it may be that module which reads it; nor is compiled or traced code.
 
     Such a call raises AdapterError at its end.
     """
@@ -69,15 +82,16 @@ class Guard:
             setattr(module, name, before)
         self._fast = []
 
-    def begin(self, module: nn.Module, active: Iterable[str]) -> None:
+    def begin(self, module: nn.Module, active: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the model begins at this module."""
-        if torch.compiler.is_compiling() or not self._layers:
+        if torch.compiler.is_compiling() or is_tracing() or not self._layers:
             return
         if (left := _reads.get()) is not None:  # by a call that was interrupted
             left.end()
         first = next(iter(self._layers.values()))
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        kind = module.training, torch.is_grad_enabled(), autocast, first.merged, first.disable_adapters, *active
+        adapters = first.merged, first.disable_adapters, *active
+        kind = module.training, torch.is_grad_enabled(), autocast, adapters, _given(args, kwargs)
         if self._seen.isdisjoint({(self._model, kind), (module, kind)}):
             _reads.set(_Reads(self._model, (module, kind), self._layers))
 
@@ -135,17 +149,28 @@ class _Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        found = [self._made_of.get(_storage(tensor), set()) for tensor in tensors]
+        found = [self._made_of.get(_storage(tensor), set()) if tensor.numel() > 1 else set() for tensor in tensors]
         if any(found) and not _takes_no_numbers(func):
             names = set().union(*found)
-            if all(found):
-                for made in tree_leaves(result):
-                    if isinstance(made, Tensor):
-                        self._note(made, names)
-            else:
-                self.read |= names
-                self.called |= {name for name in names if _runs(self._layers[name])}
+            if not all(found):
+                inside = {name for name in names if _runs(self._layers[name])}
+                self.called |= inside
+                names -= inside
+                if _is_product(func):
+                    self.read |= names
+                    names = set()
+            for made in tree_leaves(result) if names else ():
+                if isinstance(made, Tensor):
+                    self._note(made, names)
         return result
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[frozenset[int | str], bool]:
+    """Which arguments a call has, and whether its sequence has one place, as where a cache holds those before."""
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    axes = next((x.shape for _, x in given if isinstance(x, Tensor) and not x.is_nested and x.ndim > 1), None)
+    one = axes is not None and bool(axes[1] == 1)
+    return frozenset(name for name, value in given if value is not None and value is not False), one
 
 
 def _runs(layer: LoraLayer) -> bool:
@@ -174,11 +199,18 @@ def _applies(layer: LoraLayer) -> bool:
 def _takes_no_numbers(func: Any) -> bool:
     """Whether an operator looks at shape, dtype and device alone: zeros_like, new_empty and the like."""
     name = func.overloadpacket.__name__
-    return name.endswith("_like") or name.startswith("new_")
+    return name.endswith(("_like", "_as")) or name.startswith("new_")
+
+
+def _is_product(func: Any) -> bool:
+    name = func.overloadpacket.__name__
+    return torch.Tag.pointwise not in func.tags and any(word in name for word in _PRODUCTS)
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """A name for where its numbers lie, or None for a tensor without (sharded, wrapped, on the meta device)."""
+    """A name for where its numbers lie, or None for a tensor without (sharded, wrapped, fake, on the meta device)."""
+    if is_fake(tensor):
+        return None
     try:
         storage = tensor.untyped_storage()
         return storage._cdata if storage.data_ptr() else None

@@ -112,7 +112,8 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
 
 def _linear(weight: Tensor) -> nn.Linear:
     found = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    found.weight = nn.Parameter(weight)
+    # with low_cpu_mem_usage PEFT sends to the meta device whatever is registered
+    found._parameters["weight"] = nn.Parameter(weight)
     return found
 
 

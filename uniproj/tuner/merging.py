@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from uniproj.errors import AdapterError
 from uniproj.tuner.quantised import dequantised
@@ -22,8 +23,8 @@ MOST_DRIFT = 0.9
 def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:
     """Warn of the drift of a merge into quantised layers. Changes nothing.
 
-    Raises AdapterError where quantising again would swallow the adapters (a drift of MOST_DRIFT or more), and for a
-    weight that another module uses too and that would change there.
+    Raises AdapterError where quantising again would swallow the adapters (a drift of MOST_DRIFT or more), for a weight
+    that another module uses too and that would change there, and for one that is computed anew at each call.
     """
     layers = _to_merge(model, adapters)
     _refuse_shared(model, layers)
@@ -53,7 +54,16 @@ def merge_drift(model: nn.Module, adapters: Sequence[str]) -> float:
 
 def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {n: m for n, m in layers.items() if set(adapters) & set(m.lora_A) - set(m.merged_adapters)}
+    found = {n: m for n, m in layers.items() if set(adapters) & set(m.lora_A) - set(m.merged_adapters)}
+    for name, layer in found.items():
+        base = layer.get_base_layer()
+        if is_parametrized(base) or "weight" in vars(base):  # the latter by nn.utils.weight_norm or spectral_norm
+            raise AdapterError(
+                f"merge: the weight of {name} must be a Parameter, got one that is computed at each call (weight_norm, "
+                "spectral_norm or another parametrization) and would lose the adapter. Keep the adapter unmerged, or "
+                "call torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm) before attaching it."
+            )
+    return found
 
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:

@@ -147,17 +147,19 @@ class UniProjModel(LoraModel):
             hook.remove()
         adapted = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
         around = {name[:end] for name in adapted for end, letter in enumerate(name) if letter == "."}
-        self._hooks = [self.model.register_forward_pre_hook(self._begin_call)]
-        self._hooks += [self.model.get_submodule(name).register_forward_pre_hook(self._enter) for name in around]
+        self._hooks = []
         for name in {"", *around}:
-            self._hooks.append(self.model.get_submodule(name).register_forward_hook(self._leave, always_call=True))
+            module = self.model.get_submodule(name)
+            enter = self._enter if name else self._begin_call
+            self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # a module that is entered twice was left by KeyboardInterrupt, at which PyTorch runs no hooks
         if self._call.entered is None or self._call.entered is module:
-            self._begin_call(module, args)
+            self._begin_call(module, args, kwargs)
 
-    def _begin_call(self, module: nn.Module, args: Any) -> None:
+    def _begin_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._call.entered = module
         if self._made_by and not torch.compiler.is_compiling():
             self._settle()
@@ -169,7 +171,7 @@ class UniProjModel(LoraModel):
                 if (source.mixture is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
                 source.refresh()
-        self._guard.begin(module, self.active_adapters)
+        self._guard.begin(module, self.active_adapters, args, kwargs)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._call.entered is module:

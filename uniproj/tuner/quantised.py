@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 from accelerate.utils import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from uniproj.errors import AdapterError
@@ -53,6 +55,8 @@ def keep_unpacked(model: nn.Module) -> None:
 
 def dequantised(layer: nn.Module) -> Tensor:
     """The weight that a layer stands for; its own Parameter where it is not quantised. Leaves the layer as it is."""
+    if is_parametrized(layer):  # computed at each look, and such a layer has no shallow copy
+        return cast(Tensor, layer.weight)
     twin = copy.copy(layer)
     # PEFT puts a new weight into 8-bit layers on the CPU, and that one lacks its scales
     twin._parameters = dict(layer._parameters)
