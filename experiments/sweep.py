@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a sweep; those of the paper lie in experiments/conf/sweeps")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as settings.train_size=64")
+    parser.add_argument("overrides", nargs="*", default=[], help="Hydra overrides, such as settings.train_size=64")
     parser.add_argument("--launcher", default="local", choices=list(LAUNCHERS))
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="print counts, memory and time, and train nothing")

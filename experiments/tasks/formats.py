@@ -52,7 +52,7 @@ def read_tsv(path: Path) -> pd.DataFrame:
     quotes, or in lines of unequal length: then quotes are read as in csv. The rest is as in `read_csv`.
     """
     text = _text(path)
-    ended = enumerate((line.removesuffix("\r") for line in text.split("\n")), 1)
+    ended = enumerate((line.removesuffix("\r") for line in text.split("\n" if "\n" in text else "\r")), 1)
     lines = [(number, line.split("\t")) for number, line in ended if line]
     is_quoted = any(QUOTED.fullmatch(field) for _, fields in lines for field in fields if field.startswith('"'))
     if is_quoted or text.startswith('"') or len({len(fields) for _, fields in lines}) > 1:

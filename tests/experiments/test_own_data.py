@@ -381,6 +381,14 @@ def test_the_metric_changes_no_id_where_it_is_not_set(tmp_path: Path, model: str
     assert digest(ranked.to_json()) != digest(config.to_json())
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_line_ends_of_old_macs_end_lines(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"train{suffix}"
+    _write(pd.DataFrame({"text": ["a b", "c"], "label": [0, 1]}), path)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    assert read_file(tmp_path, "train").to_dict("list") == {"text": ["a b", "c"], "label": [0, 1]}
+
+
 def test_line_ends_of_windows_belong_to_no_text(tmp_path: Path) -> None:
     for name, content in {
         "train.csv": 'text,label\r\n"two\r\nlines",1\r\nb,0\r\n',
