@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 
 from tests.tuner.models import base_model, batch, config
+from uniproj import get
 from uniproj.bank import mixed
 from uniproj.tuner import UniProjConfig
 
@@ -178,9 +179,9 @@ def test_moving_averages_swap_in_and_out(part) -> None:
         assert torch.equal(call(model), trained)
 
 
-@pytest.mark.parametrize("projection", ["unilora", "lora_xs", "fastfood"])
+@pytest.mark.parametrize("projection", ["unilora", "lora_xs", "fastfood", "vblora", "tied_lora"])
 def test_functional_call_uses_the_numbers_it_is_given(projection: str) -> None:
-    model = _llama(projection, None if projection == "lora_xs" else 60)
+    model = _llama(projection, 60 if get(projection).free_d else None)
     name = "base_model.uniproj_theta_d.default"
     theta_d, inputs = model.get_parameter(name), {**batch("llama"), "use_cache": False}
 
