@@ -24,7 +24,7 @@ figures: .venv
 
 test: .venv
 	$(PY) -m pytest $(or $(ARGS),-n auto --dist loadfile --cov)
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest -n auto --dist loadfile tests/kernels)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels)
 
 # The lowest supported versions, without Numba, on a part of every kind of test. Their PyTorch exists with CUDA only: 5 GB.
 test-lowest: .venv-lowest
