@@ -1,7 +1,8 @@
-"""Which kinds of gradient checkpointing theta_D bears."""
+"""Gradient checkpointing: which kinds theta_D bears, and what it must not count."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -11,6 +12,14 @@ from uniproj.errors import AdapterError
 def several_processes() -> bool:
     """Whether a process group of more than one process exists."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def uncounted() -> torch.autograd.graph.saved_tensors_hooks:
+    """Within the block, what is saved for backward is no part of a checkpointed region.
+
+    Such a region counts what is saved inside, and would miss what is not made again when it runs again.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def refuse_reentrant(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
+from uniproj.tuner.checkpointing import uncounted
 
 _steps = 0  # of all optimisers of this process
 
@@ -38,31 +39,35 @@ class Mixture:
 
 @dataclass
 class ThetaD:
-    """One theta_D, as views by slot of the layout, and what it was made of.
+    """One theta_D, as the views of all blocks of the layout, and what it was made of.
 
     No views are left once a backward has passed through. step: optimiser steps of this process before it was made.
     node: that of the graph which made it. inputs: without a graph, copies of theta_d and P's Parameters (and of a
     mixture's rows), since it may serve another call.
     """
 
-    views: Mapping[int, Tensor]
+    views: Sequence[Tensor]
     step: int
     node: Any = None
     dtype: torch.dtype | None = None
     inputs: Sequence[Tensor] = ()
 
 
-class _Here(threading.local):
-    """What one thread does with an adapter; a copy of it begins anew."""
+class OfThread(threading.local):
+    """State that belongs to one thread; a copy of it begins anew."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class _Here(OfThread):
+    """What one thread does with an adapter. walkable: holds the last theta_D with a graph, for its backward."""
 
     def __init__(self) -> None:
         self.inside = False
         self.current: ThetaD | None = None
         self.walkable: ThetaD | None = None
         self.mixture: Mixture | None = None
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 class FactorSource:
@@ -162,8 +167,7 @@ class FactorSource:
 
     def _with_graph(self) -> ThetaD:
         self._here.walkable = None  # the old theta_D goes first, so that there are never two
-        # what P saves is no part of a checkpointed layer, which may find theta_D ready when it runs again
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        with uncounted():  # a checkpointed layer may find theta_D ready when it runs again
             flat = self._project()
         self._here.walkable = theta_D = ThetaD(self._views(flat), _steps, flat.grad_fn)
         flat.register_hook(_end(weakref.ref(theta_D)))
@@ -205,8 +209,8 @@ class FactorSource:
             return self.projection(mixture.thetas.index_select(0, mixture.rows), dtype)
         return self.projection(mixture.thetas, dtype).index_select(0, mixture.rows)
 
-    def _views(self, theta_D: Tensor) -> Mapping[int, Tensor]:
-        return dict(enumerate(self.projection.layout.split(theta_D)))
+    def _views(self, theta_D: Tensor) -> Sequence[Tensor]:
+        return self.projection.layout.split(theta_D)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_live": []}
@@ -225,7 +229,7 @@ def _end(theta_D: weakref.ref[ThetaD]) -> Callable[[Tensor], None]:
 
     def end(_: Tensor) -> None:
         if (walked := theta_D()) is not None:
-            walked.views, walked.node = {}, None
+            walked.views, walked.node = (), None
 
     return end
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from uniproj.errors import AdapterError
 from uniproj.kernels.random import uniform
+from uniproj.tuner.checkpointing import uncounted
 
 
 def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
@@ -91,7 +92,7 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
     With this adapter alone, without dropout, and on a twin, so that the layer itself is never in another state.
     """
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    with torch.inference_mode(False), torch.enable_grad(), _saving_for_nobody_else():
+    with torch.inference_mode(False), torch.enable_grad(), uncounted():
         args, kwargs = tree_map(_own, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         shapes = ((A.out_features, A.in_features), (B.out_features, B.in_features))
@@ -140,11 +141,6 @@ def _evaluating(layer: LoraLayer) -> Iterator[None]:
 
 def _own(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _saving_for_nobody_else() -> torch.autograd.graph.saved_tensors_hooks:
-    """Gradient checkpointing counts what is saved for backward in its region, and would miss it when it runs again."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def _row(layer: LoraLayer) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +20,7 @@ from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
-from uniproj.tuner.factors import Factor, FactorSource
+from uniproj.tuner.factors import Factor, FactorSource, OfThread
 from uniproj.tuner.keys import beside_P, in_file, in_model, plain
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
@@ -31,14 +30,11 @@ from uniproj.tuner.targets import adapted_layers, check_name, refuse_copy
 from uniproj.tuner.undo import unchanged_on_failure
 
 
-class _Call(threading.local):
-    """The module by which a thread entered the model; a copy of it begins anew."""
+class _Call(OfThread):
+    """The module by which a thread entered the model."""
 
     def __init__(self) -> None:
         self.entered: nn.Module | None = None
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 class UniProjModel(LoraModel):

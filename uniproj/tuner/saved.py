@@ -162,8 +162,8 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
         found[key] = tensor
     key = in_model(stored.IDENTITY, adapter_name)
     own: Identity = tuner.uniproj_identity[adapter_name]
-    own.check(adapter_name, tensors.get(key, own.get_extra_state()))
     found[key] = own.get_extra_state()
+    own.check(adapter_name, tensors.get(key, found[key]))
     theta_d = in_model(stored.THETA_D, adapter_name)
     # of its own storage: PEFT copies tensors that share one, and loses the note
     found[theta_d] = found[theta_d].detach().clone()
