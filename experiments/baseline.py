@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from experiments.statistics import LEVEL, RESAMPLES, t_interval
-from experiments.tasks.task import METRICS, constant, score
+from experiments.statistics import LEVEL, PREDICTIONS, predictions, redrawn, t_interval
+from experiments.tasks.task import constant
 
-PREDICTIONS = "predictions-last.csv"
 MARK = " *"
 RULE = (
     "majority: the best score of one answer for all test rows. * does not beat it: the mean score lies at or below it, "
@@ -29,6 +28,11 @@ def beats(runs: pd.DataFrame, by: str) -> dict[Hashable, bool]:
     return {value: _beats(group) for value, group in finished.groupby(by, sort=False)}
 
 
+def marks(beaten: Iterable[bool | float]) -> list[str]:
+    """What stands behind each score: MARK where it does not beat the majority."""
+    return ["" if each is not False else MARK for each in beaten]
+
+
 def _beats(runs: pd.DataFrame) -> bool:
     trained = runs[runs["did_not_train"].isna()]
     runs = trained if len(trained) else runs
@@ -44,20 +48,10 @@ def _low_over_rows(runs: pd.DataFrame) -> float:
     folders = [Path(folder) for folder in runs.get("folder", ())]
     if not folders or not all((folder / PREDICTIONS).is_file() for folder in folders):
         return float("nan")
-    metric = runs["metric"].iloc[0]
-    predictions = [pd.read_csv(folder / PREDICTIONS) for folder in folders]
-    first = predictions[0]
-    draws = np.random.default_rng(0).integers(len(first), size=(RESAMPLES, len(first)))
-    gaps = np.mean([_redrawn(metric, rows, draws) for rows in predictions], axis=0)
+    metric, found = runs["metric"].iloc[0], [predictions(folder) for folder in folders]
+    gaps = np.mean([redrawn(rows, metric) for rows in found], axis=0)
     # without such an answer the majority is 0 in every draw
     if runs["majority"].iloc[0] > 0:
-        gaps -= _redrawn(metric, first.assign(prediction=constant(metric, first["label"])), draws)
+        first = found[0]
+        gaps -= redrawn(first.assign(prediction=constant(metric, first["label"])), metric)
     return float(np.quantile(gaps, (1 - LEVEL) / 2))
-
-
-def _redrawn(metric: str, rows: pd.DataFrame, draws: np.ndarray) -> np.ndarray:
-    if "group" in rows:
-        kept = rows[["label", "prediction", "group"]]
-        return np.array([score(metric, kept.iloc[drawn]) for drawn in draws])
-    labels, predicted = rows["label"].to_numpy(), rows["prediction"].to_numpy()
-    return np.array([METRICS[metric](labels[drawn], predicted[drawn]) for drawn in draws])

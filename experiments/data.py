@@ -10,11 +10,10 @@ from experiments.errors import ExperimentError
 from experiments.settings import RunConfig
 from experiments.tasks import SPLITS, Task
 from experiments.tasks.images import check_pictures
-from experiments.tasks.task import OF_CLASSES, OF_NUMBERS, constant, score
+from experiments.tasks.task import OF_CLASSES, OF_NUMBERS, listed
 
 # what a row must answer, and what belongs to it
 ANSWERS = ("label", "completion", "answer")
-MOST_SHOWN = 20
 
 
 def draw(rows: pd.DataFrame, size: int | None, seed: int) -> pd.DataFrame:
@@ -98,11 +97,9 @@ def describe(task: Task) -> str:
     counts = f"{task.name}: {' / '.join(f'{len(rows[split]):,}' for split in SPLITS)} rows ({', '.join(SPLITS)})"
     if task.family == "causal" or task.metric in OF_NUMBERS:
         return f"{counts}, {task.metric}"
-    labels = rows["test"]["label"]
-    known = task.classes or range(rows["train"]["label"].max() + 1)
-    named = f": {', '.join(map(str, known[:MOST_SHOWN]))}{', ..' if len(known) > MOST_SHOWN else ''}"
-    majority = score(task.metric, pd.DataFrame({"label": labels, "prediction": constant(task.metric, labels)}))
-    return f"{counts}, {len(known)} classes{named}, {task.metric} of the majority {100 * majority:.1f}"
+    classes = [str(each) for each in task.classes or range(rows["train"]["label"].max() + 1)]
+    majority = 100 * task.majority(rows["test"])
+    return f"{counts}, {len(classes)} classes: {listed(classes)}, {task.metric} of the majority {majority:.1f}"
 
 
 def scored_rows(task: Task, config: RunConfig, split: str) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
@@ -17,7 +16,6 @@ from torch import Tensor
 from experiments.errors import ExperimentError
 from experiments.results import is_done, write_text
 from experiments.run import HEAD, Run
-from experiments.tasks.task import OF_NUMBERS, constant
 from uniproj.adapters.tensors import HEADS
 from uniproj.projection import Projection
 
@@ -78,16 +76,9 @@ def _scores(run: Run, which: str) -> dict[str, Any]:
         "score": scores[run.task.metric],
         "scores": scores,
         "groups": {name: finite(run.task.score(part.drop(columns="group"))) for name, part in groups},
-        "majority": finite(_majority(run, predictions)),
+        "majority": finite(run.task.majority(predictions)),
         "rows": len(predictions),
     }
-
-
-def _majority(run: Run, predictions: pd.DataFrame) -> float:
-    """The best score of one answer for all rows; 0 where answers are generated, or correlate with nothing if equal."""
-    if run.task.family == "causal" or run.task.metric in OF_NUMBERS:
-        return 0.0
-    return run.task.score(predictions.assign(prediction=constant(run.task.metric, predictions["label"])))
 
 
 def theta_change(run: Run) -> float:

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ SCORED_ROWS = 4
 TOLERANCE = 1e-3
 # what decides which rows a run reads, and how it makes P
 ROWS = ("task", "data", "metric", "validation_size", "test_size")
-P = ("task", "data", "model", "target_modules", "projection", "version", "r", "d", "hyperparameters", "projection_seed")
+OF_P = (
+    *("task", "data", "model", "target_modules"),
+    *("projection", "version", "r", "d", "hyperparameters", "projection_seed"),
+)
 # what decides the time of a step and the memory of a run
 KIND = (
     *("task", "model", "projection", "r", "d", "batch_size", "max_length"),
@@ -67,7 +70,7 @@ def check_runs(configs: Iterable[RunConfig]) -> None:
     configs = [replace(config, score_on="test") for config in configs]
     for config in _one_each(configs, ROWS):
         check_rows(tasks.get(config.task, config.data, config.metric), config)
-    for config in _one_each(configs, P):
+    for config in _one_each(configs, OF_P):
         _check_projection(config)
 
 
@@ -107,9 +110,10 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
     at_once: how many runs the launcher trains at the same time; a stage ends before the next begins.
     """
     lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells"]
-    measured = _measured(sweep, runs)
+    stages = runs_of(sweep)
+    measured = _measured(sweep, stages, runs)
     seconds, unknown = 0.0, 0
-    for stage, configs in runs_of(sweep).items():
+    for stage, configs in stages.items():
         missing = [c for c in configs if not is_done(run_folder(runs, c.to_json()))]
         lines.append(f"{stage:8s} {len(configs):5d} runs, {len(configs) - len(missing)} done, {len(missing)} to train")
         known = [c for c in missing if kind(c) in measured]
@@ -122,9 +126,9 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
     if unknown:
         lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
-    asked = _one_each(runs_of(sweep)["confirm"], ("task", "data", "metric"))
+    asked = _one_each(stages["confirm"], ("task", "data", "metric"))
     lines += [f"data     {describe(tasks.get(c.task, c.data, c.metric))}" for c in asked]
-    bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in runs_of(sweep)["confirm"]}
+    bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in stages["confirm"]}
     lines += [f"weights  {base}: {_weights(config) / 1e9:.2f} GB" for base, config in sorted(bases.items())]
     return "\n".join(lines)
 
@@ -135,10 +139,10 @@ def steps(config: RunConfig) -> int:
     return math.ceil(math.ceil(rows / (config.batch_size * config.accumulation)) * config.epochs)
 
 
-def _measured(sweep: Sweep, runs: Path) -> dict[str, Any]:
+def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Path) -> dict[str, Any]:
     path = sweep_folder(runs, sweep) / MEASURED
     found = read_json(path) if path.exists() else {}
-    for configs in runs_of(sweep).values():
+    for configs in stages.values():
         for config in configs:
             folder = run_folder(runs, config.to_json())
             if (folder / RESULT).exists():

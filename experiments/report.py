@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -30,6 +31,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per projection, best first; a projection of which a run did not train is unranked and comes last."""
     cells = statistics.cells(runs.assign(sweep=statistics.SINGLE, failed=None))
     table = cells.assign(ranked=cells["status"] == statistics.COMPLETE)[list(COLUMNS)]
+    table["beats_majority"] = table["projection"].map(baseline.beats(runs, "projection"))
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
@@ -40,7 +42,7 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = 
         {
             "rank": [i + 1 if ranked else "-" for i, ranked in enumerate(table["ranked"])],
             "projection": table["projection"],
-            f"test {statistics.unit(first['metric'])}": [_percent(row) for row in table.itertuples()],
+            f"test {statistics.unit(first['metric'])}": [_score(row) for row in table.itertuples()],
             "trained": table["trained"].map("{:,}".format),
             "budget error": table["budget_error"].map(lambda e: "reference" if pd.isna(e) else f"{e:+.1%}"),
             "max|PtP-I|": table["isometry_error"].map(lambda e: "not measured" if pd.isna(e) else f"{e:.1e}"),
@@ -50,17 +52,13 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = 
             "adapter bytes": table["adapter_bytes"].map("{:,}".format),
         }
     )
-    beaten = baseline.beats(runs, "projection")
-    shown.iloc[:, 2] += ["" if beaten.get(p, True) else baseline.MARK for p in table["projection"]]
+    shown.iloc[:, 2] += baseline.marks(table["beats_majority"])
     notes = [*_notes(table, runs, budget), *([remark] if remark else [])]
     return shown.to_string(index=False) + "\n\n" + "\n".join(notes) + "\n"
 
 
-def _percent(row: object) -> str:
-    score, low, high = (100 * getattr(row, key) for key in ("score", "score_low", "score_high"))
-    if math.isnan(score):
-        return "none"
-    return f"{score:.1f}" + ("" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]")
+def _score(row: Any) -> str:
+    return "none" if math.isnan(row.score) else statistics.percent(row.score, row.score_low, row.score_high)
 
 
 def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
@@ -131,7 +129,6 @@ def write(folder: Path, runs: pd.DataFrame, budget: int, remark: str = "") -> No
     table = summarise(runs)
     text = as_text(table, runs, budget, remark)
     write_text(folder / "table.txt", text)
-    table["beats_majority"] = table["projection"].map(baseline.beats(runs, "projection"))
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")
     write_json(folder / "provenance.json", runs.iloc[0]["provenance"])

@@ -7,6 +7,7 @@ train is in no mean, difference or curve: its cell counts and names it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import cache
@@ -18,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.settings import SEEDS, RunConfig
-from experiments.tasks.task import score
+from experiments.tasks.task import METRICS, score
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -149,6 +150,12 @@ def unit(metric: str | None) -> str:
     return f"{metric}, %" if str(metric).endswith("accuracy") else f"{metric} x 100"
 
 
+def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
+    """100 times a score, with its interval where there is one."""
+    interval = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return "-" if math.isnan(mean) else f"{100 * mean:.1f}{interval}"
+
+
 def t_interval(values: np.ndarray) -> tuple[float, float]:
     """Student's 95 % interval of a mean; NaN for fewer than two values."""
     if len(values) < 2:
@@ -203,9 +210,9 @@ def paired(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
     `folder` of every run must hold its predictions.
     """
     # the reference's runs are in every pair
-    redrawn = cache(_redrawn)
+    scores = cache(lambda folder, metric: redrawn(predictions(folder), metric))
     found = [
-        {**about, **_difference(both), **_over_rows(both, redrawn)} for about, both in _pairs(runs, reference)
+        {**about, **_difference(both), **_over_rows(both, scores)} for about, both in _pairs(runs, reference)
     ]  # fmt: skip
     return pd.DataFrame(found, columns=[*_point(runs), *PAIRED])
 
@@ -273,19 +280,29 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _over_rows(both: pd.DataFrame, redrawn: Callable[..., np.ndarray]) -> dict[str, float]:
+def _over_rows(both: pd.DataFrame, scores: Callable[[str, str], np.ndarray]) -> dict[str, float]:
     """The seeds as they are, the test rows redrawn: the same rows for both methods."""
     metric = both["metric"].iloc[0]
-    ours, base = (np.mean([redrawn(f, metric) for f in both[column]], axis=0) for column in ("folder", "folder_base"))
+    ours, base = (np.mean([scores(f, metric) for f in both[column]], axis=0) for column in ("folder", "folder_base"))
     low, high = np.quantile(ours - base, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"rows_low": float(low), "rows_high": float(high)}
 
 
-def _redrawn(folder: str, metric: str) -> np.ndarray:
-    """Scores of a run on its test rows, redrawn with replacement: (RESAMPLES,), the same rows in every run."""
-    rows = pd.read_csv(Path(folder) / PREDICTIONS)
-    rows = rows[[column for column in ("label", "prediction", "group") if column in rows]]
+def predictions(folder: str | Path) -> pd.DataFrame:
+    """The predictions of a finished run, row by row."""
+    return pd.read_csv(Path(folder) / PREDICTIONS)
+
+
+def redrawn(rows: pd.DataFrame, metric: str) -> np.ndarray:
+    """Scores of predictions whose rows are redrawn with replacement: (RESAMPLES,), the same rows for every model.
+
+    NaN for fewer than two rows.
+    """
     if len(rows) < 2:
         return np.full(RESAMPLES, np.nan)
-    drawn = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
-    return np.array([score(metric, rows.iloc[chosen]) for chosen in drawn])
+    draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+    if "group" in rows:
+        kept = rows[["label", "prediction", "group"]]
+        return np.array([score(metric, kept.iloc[drawn]) for drawn in draws])
+    labels, predicted = rows["label"].to_numpy(), rows["prediction"].to_numpy()
+    return np.array([float(METRICS[metric](labels[drawn], predicted[drawn])) for drawn in draws])

@@ -61,24 +61,19 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
     shown = _asked(summary).reset_index(drop=True)
     shown = shown.assign(
         metric=summary["metric"],
-        last=[_percent(r.score, r.score_low, r.score_high) for r in summary.itertuples()],
-        best=[_percent(r.best_score) for r in summary.itertuples()],
+        last=[statistics.percent(r.score, r.score_low, r.score_high) for r in summary.itertuples()],
+        best=[statistics.percent(r.best_score) for r in summary.itertuples()],
         seeds=summary["n"].astype(str) + f"/{len(sweep.seeds)}",
         trained=summary["trained"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
         stored=summary["adapter_bytes"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
         lr=summary["lr"].map("{:g}".format),
         status=summary["status"],
     )
-    shown["last"] += ["" if beaten is not False else baseline.MARK for beaten in summary["beats_majority"]]
-    shown.insert(shown.columns.get_loc("best"), "majority", [_percent(m) for m in summary["majority"]])
+    shown["last"] += baseline.marks(summary["beats_majority"])
+    shown.insert(shown.columns.get_loc("best"), "majority", [statistics.percent(m) for m in summary["majority"]])
     if sweep.published:
         shown["published"] = summary["task"].map(lambda task: sweep.published.get(task, "-"))
     return shown.to_string(index=False)
-
-
-def _percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
-    interval = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return "-" if math.isnan(mean) else f"{100 * mean:.1f}{interval}"
 
 
 def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:

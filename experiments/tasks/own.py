@@ -14,11 +14,10 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.tasks.rows import complete, first
 from experiments.tasks.sources import carve, files, read_file
-from experiments.tasks.task import Task
+from experiments.tasks.task import Task, listed
 
 NUMBER = "a number"
 KINDS = (NUMBER, "text", "true or false")
-MOST_SHOWN = 20
 
 
 def own(folder: Path) -> Task:
@@ -89,7 +88,7 @@ def _numbered(folder: Path, classes: Sequence[Any], split: str) -> pd.DataFrame:
     found = rows["label"].map(lambda label: place.get((_kind(label), label)))
     if found.isna().any():
         row = first(found.isna())
-        known = ", ".join(map(repr, classes[:MOST_SHOWN])) + (", .." if len(classes) > MOST_SHOWN else "")
+        known = listed([repr(each) for each in classes])
         raise ExperimentError(
             f"{folder}/{split}: labels must occur in the training rows ({known}), got "
             f"{rows['label'][row - 1]!r} in row {row}. Add such rows to train, or drop them here; numbers to regress "

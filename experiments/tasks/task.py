@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from experiments.tasks.rows import checked
 from experiments.tasks.sources import Source
 
 SPLITS = ("train", "validation", "test")
+MOST_SHOWN = 20
 Metric = Callable[[Any, Any], float]
 
 
@@ -45,6 +46,11 @@ def constant(metric: str, labels: pd.Series) -> pd.Series:
     """The best single answer for all rows: for accuracy, the most frequent label."""
     answers = [pd.Series(label, labels.index) for label in labels.value_counts().index]
     return max(answers, key=lambda answer: float(METRICS[metric](labels, answer)))
+
+
+def listed(classes: Sequence[str]) -> str:
+    """Classes in a sentence, the first of many."""
+    return ", ".join(classes[:MOST_SHOWN]) + (", .." if len(classes) > MOST_SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ class Task:
     def metric(self) -> str:
         """The metric that ranks."""
         return self.metrics[0]
+
+    def majority(self, rows: pd.DataFrame) -> float:
+        """The best score of one answer for all rows; 0 for generated answers, and for correlations, which need two."""
+        if self.family == "causal" or self.metric in OF_NUMBERS:
+            return 0.0
+        return self.score(rows.assign(prediction=constant(self.metric, rows["label"])))
 
     def score(self, predictions: pd.DataFrame) -> float:
         """The metric that ranks, as in `scores`."""
