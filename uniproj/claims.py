@@ -5,7 +5,6 @@ Notation: P is (D, d); n_j counts the non-zeros of column j, mu_j the modules it
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from uniproj.errors import ProjectionError
+from uniproj.errors import ProjectionError, unknown
 from uniproj.kernels.random import normal, uniform
 from uniproj.projection import Projection
 
@@ -144,9 +143,7 @@ CHECKS: dict[str, Callable[[Projection], Measurement]] = {
 def refuse_unknown(P: Projection | type[Projection]) -> None:
     """Raises ProjectionError for a claim, also one of `claims_if`, that no function of `CHECKS` decides."""
     for claim in sorted({*P.claims, *P.claims_if} - set(CHECKS)):
-        near = difflib.get_close_matches(claim, CHECKS, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ProjectionError(f"{P.name}: unknown claim {claim!r}. {hint}Known: {', '.join(sorted(CHECKS))}.")
+        raise ProjectionError(f"{P.name}: {unknown('claim', claim, CHECKS)}")
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from uniproj.claims import refuse_unknown
-from uniproj.errors import ProjectionError
+from uniproj.errors import ProjectionError, unknown
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 
@@ -73,11 +72,9 @@ def get(name: str) -> type[Projection]:
     """The class of a name. Raises ProjectionError with the nearest known names for an unknown one."""
     _load()
     if name not in _classes:
-        near = difflib.get_close_matches(name, _classes, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ProjectionError(
-            f"unknown projection {name!r}. {hint}Known: {', '.join(names())}. One of your own is known once its "
-            "file is imported; commands do that by --plugins FILE."
+            f"{unknown('projection', name, _classes)} One of your own is known once its file is imported; commands do "
+            "that by --plugins FILE."
         )
     return _classes[name]
 

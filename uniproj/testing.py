@@ -7,7 +7,6 @@ its definition. Inner products are compared relative to norms, never to themselv
 from __future__ import annotations
 
 import copy
-import difflib
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from uniproj.claims import CHECKS, refuse_unknown
-from uniproj.errors import ProjectionError
+from uniproj.errors import ProjectionError, unknown
 from uniproj.kernels.random import normal
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -56,9 +55,8 @@ def check_projection(P: Projection, *, only: Iterable[str] | None = None) -> lis
     ProjectionError for the name of a check or a claim that there is not.
     """
     refuse_unknown(P)
-    if unknown := sorted(set(only or ()) - set(BATTERY)):
-        near = difflib.get_close_matches(unknown[0], BATTERY, n=1)
-        raise ProjectionError(f"unknown check {unknown[0]!r}. {near} Known: {', '.join(BATTERY)}.")
+    for name in sorted(set(only or ()) - set(BATTERY)):
+        raise ProjectionError(unknown("check", name, BATTERY))
     checks = [check for name in (only or BATTERY) for check in _run(name, P)]
     if not all(check.passed for check in checks):
         raise BatteryFailure(P, checks)

@@ -18,9 +18,9 @@ from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError, names
 from uniproj.adapters import file
 from uniproj.adapters.exchange import export
+from uniproj.adapters.keys import plain
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig, UniProjModel
-from uniproj.tuner.keys import plain
 
 LEARNED = ("vblora", "tied_lora")
 

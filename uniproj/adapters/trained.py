@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from uniproj.adapters import base as bases
 from uniproj.adapters import file
 from uniproj.adapters.header import Header
+from uniproj.adapters.keys import plain
 from uniproj.adapters.lora import LoRAAdapter, ranks, scales
 from uniproj.adapters.remap import new_names
 from uniproj.adapters.tensors import OF_P, OWN, THETA_D, check_finite
@@ -24,7 +25,6 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
-from uniproj.tuner.keys import plain
 from uniproj.tuner.model import UniProjModel
 from uniproj.tuner.quantised import BaseWeights
 

@@ -19,10 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from uniproj.adapters import file, identity
 from uniproj.adapters.header import Header
+from uniproj.adapters.keys import plain
 from uniproj.adapters.remap import renamed
 from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.errors import AdapterError
-from uniproj.tuner.keys import beside_P, plain
+from uniproj.tuner.keys import beside_P
 from uniproj.tuner.undo import unchanged_on_failure
 
 _theirs_type = PeftConfig._get_peft_type

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from uniproj.adapters.heads import check_tokens
+from uniproj.adapters.keys import in_file, in_model, plain
 from uniproj.adapters.tensors import IDENTITY, renamed
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
@@ -21,7 +22,7 @@ from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource, OfThread
-from uniproj.tuner.keys import beside_P, in_file, in_model, plain
+from uniproj.tuner.keys import beside_P
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked

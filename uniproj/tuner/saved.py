@@ -15,12 +15,12 @@ from uniproj.adapters import tensors as stored
 from uniproj.adapters.fit import check_fit, warn_of_another_base
 from uniproj.adapters.header import FORMAT_VERSION, Header
 from uniproj.adapters.heads import check_heads
+from uniproj.adapters.keys import in_model
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
-from uniproj.tuner.keys import in_model
 
 if TYPE_CHECKING:
     from uniproj.tuner.model import UniProjModel

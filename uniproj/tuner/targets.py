@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
+from uniproj.adapters.keys import plain
 from uniproj.errors import AdapterError
-from uniproj.tuner.keys import plain
 
 
 def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -> None:
