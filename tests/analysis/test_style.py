@@ -71,12 +71,13 @@ def test_a_name_outside_the_registry_is_grey() -> None:
 
 
 def test_a_figure_is_the_same_file_each_time(tmp_path: Path) -> None:
-    style.save(_figure(), tmp_path / "one.two")
-    style.save(_figure(), tmp_path / "again")
+    for name in ("one.two", "again"):
+        figure = _figure()
+        style.save(figure, tmp_path / name)
+        assert not plt.fignum_exists(figure.number)
     for kind in ("png", "pdf"):
         assert (tmp_path / f"one.two.{kind}").read_bytes() == (tmp_path / f"again.{kind}").read_bytes()
     assert b"CreationDate" not in (tmp_path / "again.pdf").read_bytes()
-    assert not plt.get_fignums()
 
 
 def test_a_folder_that_is_a_file_is_a_sentence(tmp_path: Path) -> None:
