@@ -227,6 +227,8 @@ def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, cap
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # a shell in the background starts its commands with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     assert run(tmp_path, "--parts", "growth") == command.INTERRUPTED == 130
     assert "The same command goes on" in capsys.readouterr().err
