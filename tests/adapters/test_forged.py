@@ -1,6 +1,6 @@
 """Forged files: digest, fingerprint, identity, checksum and configuration agree, as a stranger would make them agree.
 
-Each is refused by a sentence, or loads, within a limit of time and memory; the frozen base stays what it was either way.
+Each is refused by a sentence or loads, in limited time and memory; the frozen base stays what it was either way.
 """
 
 from __future__ import annotations
