@@ -67,7 +67,7 @@ def _splice(r: random.Random, data: bytes) -> bytes:
     ])  # fmt: skip
 
 
-def _edit(r: random.Random, value: Any) -> Any:
+def edit(r: random.Random, value: Any) -> Any:
     """One place of a JSON value replaced, removed, renamed, or exchanged with another."""
     if isinstance(value, dict) and value and r.random() < 0.9:
         key, other = r.choice(list(value)), r.choice(list(value))
@@ -80,7 +80,7 @@ def _edit(r: random.Random, value: Any) -> Any:
         elif what == 2:
             changed[key + r.choice("xA.0")] = changed.pop(key)
         else:
-            changed[key] = _edit(r, changed[key])
+            changed[key] = edit(r, changed[key])
         return changed
     if isinstance(value, list) and value and r.random() < 0.7:
         changed = list(value)
@@ -97,14 +97,14 @@ def _edit(r: random.Random, value: Any) -> Any:
 def _edit_header(r: random.Random, data: bytes) -> bytes:
     header, tensors = parts(data)
     place = header if r.random() < 0.4 else header["__metadata__"]
-    changed = _edit(r, place)
+    changed = edit(r, place)
     if place is not header and isinstance(changed, dict):
         changed = {**header, "__metadata__": changed}
     return joined(changed, tensors)
 
 
 def _edit_config(r: random.Random, data: bytes) -> bytes:
-    return json.dumps(_edit(r, json.loads(data))).encode()
+    return json.dumps(edit(r, json.loads(data))).encode()
 
 
 def _respace(r: random.Random, data: bytes) -> bytes:
