@@ -124,7 +124,9 @@ def test_a_damaged_bank_is_an_error_and_not_an_adapter(damage: str, bank: Adapte
         again.replace("3", vector(3))
         assert torch.equal(again.get("3"), vector(3))
     else:
-        with pytest.raises(AdapterError, match=r"Bring the whole folder back from a backup \(AdapterBank.backup\)") as refused:
+        with pytest.raises(
+            AdapterError, match=r"Bring the whole folder back from a backup \(AdapterBank.backup\)"
+        ) as refused:
             AdapterBank(bank.folder).get("3")
         assert "lost" not in str(refused.value)
     assert not index.exists() or damage != "no index"  # opening makes no new one

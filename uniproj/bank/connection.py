@@ -95,6 +95,7 @@ class Connection:
 
     def _current(self) -> sqlite3.Connection:
         while self._connection is None:
+            self._check_file()
             self._mode = self._fitting_mode()
             try:
                 self._connection = self._connect()
@@ -142,12 +143,16 @@ class Connection:
             self._check(connection)
             # a first use may make the two files beside a database
             self._seen = before if self._unchanging() else self._now()
-            if identity(self._path) != self._file:
-                raise replaced(self._path)
+            self._check_file()
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _check_file(self) -> None:
+        # one that was never there is for SQLite to refuse
+        if self._file is not None and identity(self._path) != self._file:
+            raise replaced(self._path)
 
     def _unchanging(self) -> bool:
         return self._mode not in ("rw", "ro")

@@ -134,6 +134,8 @@ class Index:
             with closing(sqlite3.connect(path)) as target:
                 connection.backup(target)
 
+        # a connection that is open already knows whether the files are those that were opened
+        self.slots()
         self._copying.ask(copy_pages)
 
     def close(self) -> None:

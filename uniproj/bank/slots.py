@@ -86,7 +86,7 @@ class Slots:
 
     def __len__(self) -> int:
         """Slots in the file now."""
-        return (os.fstat(self._file).st_size - self._start) // (4 * self.d)
+        return max(0, os.fstat(self._file).st_size - self._start) // (4 * self.d)
 
     def check(self) -> None:
         """Raises AdapterError if another file lies at the path by now, or none."""
