@@ -151,7 +151,7 @@ def test_readers_wait_for_no_writer(bank: AdapterBank) -> None:
 
 
 def test_writers_wait_for_each_other_and_say_so_when_it_takes_too_long(bank: AdapterBank, monkeypatch) -> None:
-    monkeypatch.setattr("uniproj.bank.index._PATIENCE", 0.05)
+    monkeypatch.setattr("uniproj.bank.connection._PATIENCE", 0.05)
     with bank._index.change(), pytest.raises(AdapterError, match=r"database is locked.*wait for another writer"):
         AdapterBank(bank.folder).add("c", vector(3))
     bank.add("c", vector(3))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -30,51 +26,54 @@ from uniproj.bank.attached import (
     refuse_merged,
     tuner_of,
 )
-from uniproj.bank.index import Change, Entry, Index
-from uniproj.bank.slots import Slots
+from uniproj.bank.backup import copy
+from uniproj.bank.folder import RESTORE, appearing, disk
+from uniproj.bank.index import Change, Index
+from uniproj.bank.slots import Slots, crc
+from uniproj.bank.spool import Spool
 from uniproj.errors import AdapterError
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
-# vectors that are written between two calls of the disk
-_CHUNK = 256
+# bytes of the longest name
+_LONGEST = 2**16
 
 Source = Tensor | nn.Module | str | Path
+Found = TypeVar("Found", list[str], int)
 
 
 class AdapterBank:
     """name -> theta_d (d,) float32, for any number of adapters of one fixed P on one base.
 
-    A folder of two files: `theta_d.safetensors`, a memory-mapped tensor (slots, d) whose metadata is the header of P,
-    and `index.sqlite`, which says what slot holds what name. Opening reads neither of them through, and selecting an
+    A folder of two files: `theta_d.safetensors`, a tensor (slots, d) whose metadata is the header of P, and
+    `index.sqlite`, which says what slot holds what name. Opening reads neither of them through, and selecting an
     adapter costs a copy of d numbers and one projection, whatever the count of adapters.
 
     Every change is whole or did not happen, also where the process dies: new numbers go into a slot that no name uses,
     are brought to the disk, and the names change in one transaction. Readers wait for no writer; writers wait for each
-    other. The folder must lie on a local disk (SQLite's write-ahead mode shares memory), and is copied while nobody
-    writes. The file never shrinks: a deleted adapter leaves its slot to the next one.
+    other. The folder must lie on a local disk (SQLite's write-ahead mode shares memory), and is copied by `backup`. A
+    bank that may not be written is read. The file never shrinks: a deleted adapter leaves its slot to the next one.
 
-    Raises AdapterError for a folder that is no bank, an unknown name, an adapter of another P or with numbers beside
-    theta_d, and for a disk that is full; the bank is then as it was.
+    Raises AdapterError for a folder that is no bank, files that are replaced while they are open or were copied without
+    their last changes, an unknown name, an adapter of another P or with numbers beside theta_d, and for a disk that is
+    full; the bank is then as it was.
     """
 
     def __init__(self, folder: str | Path):
         # absolute: a process may change its working directory
         self.folder = _path(folder)
-        with _disk(self.folder):
+        with disk(self.folder):
             self._slots = Slots(self.folder / VECTORS)
         header = Header.from_metadata(self._slots.metadata, str(self.folder / VECTORS))
         if header is None or header.d != self._slots.d:
-            raise AdapterError(
-                f"bank: {self.folder} must hold the header of its P, got none. Bring it back from a copy."
-            )
+            raise AdapterError(f"bank: {self.folder} must hold the header of its P, got none. {RESTORE}")
         self.header = header
-        self._index = Index(self.folder / INDEX)
+        self._index = Index(self.folder / INDEX, self._slots.written)
         # P of each model that fits -> its layers, for which no second selection walks the model
         self._fitting: WeakKeyDictionary[nn.Module, WeakSet[LoraLayer]] = WeakKeyDictionary()
         if (known := self._index.slots()) > len(self._slots):
             raise AdapterError(
                 f"bank: {self.folder / VECTORS} must have {known} slots, got {len(self._slots)}: it is cut off, or "
-                "another bank's. Bring the whole folder back from a copy."
+                f"another bank's. {RESTORE}"
             )
 
     @classmethod
@@ -82,27 +81,19 @@ class AdapterBank:
         """A new, empty bank for the P of a model's active adapter, or of a saved adapter."""
         folder = _path(folder)
         header, _ = read_adapter(source, "the source of P", "a model")
-        part = folder.with_name(f".{folder.name}.{os.getpid()}")
-        with _disk(folder):
-            if folder.exists():
-                raise AdapterError(f"bank: {folder} must not exist yet, got one. Open it with AdapterBank(folder).")
-            part.mkdir(parents=True)
-            try:
-                Slots.create(part / VECTORS, header.d, header.to_metadata())
-                Index.create(part / INDEX)
-                part.rename(folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        with appearing(folder) as part, disk(folder):
+            Slots.create(part / VECTORS, header.d, header.to_metadata())
+            Index.create(part / INDEX)
         return cls(folder)
 
     # ---- reading ----------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """The names of all adapters, sorted."""
-        return self._index.names()
+        return self._all(self._index.names, len)
 
     def __len__(self) -> int:
-        return self._index.count()
+        return self._all(self._index.count, int)
 
     def __contains__(self, name: object) -> bool:
         return _is_name(name) and self._index.find(name) is not None
@@ -113,15 +104,20 @@ class AdapterBank:
     def get(self, name: str) -> Tensor:
         """A copy of one theta_d, (d,) float32."""
         while True:
-            entry = self._entry(name)
-            row = self._slots.read(entry.slot)
+            entry = self._index.find(_checked(name), sure=False)
+            row = None if entry is None else self._slots.read(entry.slot)
             # the slot may have been given to another while it was copied: then the name has a new version
             if self._index.find(name) == entry:
                 break
-        if _crc(row) != entry.crc:
+        if entry is None or row is None:
+            raise self._unknown(name)
+        self._slots.check()
+        if crc(row) != entry.crc:
+            raise self._slots.altered(name)
+        if not np.isfinite(row).all():
             raise AdapterError(
-                f"bank: the numbers of {name!r} must be those that were written, got others (CRC-32 differs). "
-                f"{self.folder / VECTORS} was altered: bring the folder back from a copy, or replace the adapter."
+                f"bank: the numbers of {name!r:.80} must be finite, got NaN or inf, which no bank takes. "
+                "Do not use this adapter: replace or delete it."
             )
         return torch.from_numpy(row)
 
@@ -176,29 +172,54 @@ class AdapterBank:
         self.add_many([(name, source)])
 
     def add_many(self, adapters: Mapping[str, Source] | Iterable[tuple[str, Source]]) -> None:
-        """Keep new adapters, all of them or none; of an iterable no more than 256 vectors are held at a time."""
-        pairs = iter(adapters.items() if isinstance(adapters, Mapping) else adapters)
-        with self._index.change() as change:
-            while chunk := [(_checked(name), self._vector(source, name)) for name, source in islice(pairs, _CHUNK)]:
-                # not around the pairs: an error of the caller's own disk is the caller's
-                with _disk(self.folder):
+        """Keep new adapters, all of them or none, in one transaction after the last of them was drawn.
+
+        So an iterable may read and write this bank, wait for other threads, and fork; it may not go on in the child.
+        No more than 256 vectors are held at a time: of a longer one the others wait in a file without a name in the
+        bank's folder, which takes as much room again.
+        """
+        with closing(Spool(self.folder)) as spool:
+            for name, source in adapters.items() if isinstance(adapters, Mapping) else adapters:
+                spool.append(_checked(name), self._vector(source, name))
+            with disk(self.folder), self._change() as change:
+                for chunk in spool.chunks():
                     self._put(change, chunk, replacing=False)
 
     def replace(self, name: str, source: Source) -> None:
         """Give a name that is held other numbers; who reads it meanwhile gets the old ones or the new ones, whole."""
         row = self._vector(source, _checked(name))
-        with _disk(self.folder), self._index.change() as change:
+        with disk(self.folder), self._change() as change:
             self._put(change, [(name, row)], replacing=True)
 
     def delete(self, name: str) -> None:
         """Forget an adapter; its slot serves the next one."""
-        with self._index.change() as change:
+        with self._change() as change:
             if not change.remove(_checked(name)):
                 raise self._unknown(name)
+
+    def backup(self, folder: str | Path) -> None:
+        """Copy the bank as it is at one moment to a new folder, while others read and write it.
+
+        All numbers are read and compared with their CRC-32. The folder appears whole or not at all, and is on the disk
+        when this returns. A bank that may not be written can be copied, too.
+        """
+        folder = _path(folder)
+        with appearing(folder) as part, disk(folder):
+            copy(self._index, self._slots, part / INDEX, part / VECTORS)
 
     def close(self) -> None:
         """Let go of the database; the next use opens it again."""
         self._index.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[Change]:
+        self._slots.check()
+        with self._index.change() as change:
+            yield change
+            last = change.last()
+        # the change is made: a disk that refuses to note it refuses nothing else
+        with suppress(OSError):
+            self._slots.note(last)
 
     def _put(self, change: Change, chunk: Sequence[tuple[str, np.ndarray]], replacing: bool) -> None:
         free = change.free(len(chunk))
@@ -212,7 +233,7 @@ class AdapterBank:
             # only now: a slot that is freed here is read by others until the commit
             if change.remove(name) != replacing:
                 raise self._unknown(name) if replacing else self._held(name)
-            change.put(name, slot, _crc(row))
+            change.put(name, slot, crc(row))
 
     def _vector(self, source: Source, name: str) -> np.ndarray:
         if not isinstance(source, Tensor):
@@ -230,11 +251,17 @@ class AdapterBank:
             )
         return row.numpy()
 
-    def _entry(self, name: str) -> Entry:
-        entry = self._index.find(_checked(name))
-        if entry is None:
-            raise self._unknown(name)
-        return entry
+    def _all(self, found: Callable[[int], Found], count: Callable[[Found], int]) -> Found:
+        """What is found with a limit that no bank reaches, since each name has a slot of its own."""
+        while True:
+            most = len(self._slots) + 1
+            if count(answer := found(most)) < most:
+                return answer
+            if len(self._slots) < most:
+                raise AdapterError(
+                    f"bank: {self.folder / INDEX} must have no more names than the {len(self._slots)} slots of "
+                    f"{VECTORS}, got more. {RESTORE}"
+                )
 
     def _held(self, name: str) -> AdapterError:
         return AdapterError(f"bank: {name!r} must be a new name, got one that {self.folder} holds. Use bank.replace.")
@@ -253,28 +280,15 @@ def _path(folder: str | Path) -> Path:
 
 def _is_name(name: object) -> TypeGuard[str]:
     # a lone surrogate is no text that a database could hold
-    return isinstance(name, str) and name != "" and name.encode(errors="replace").decode() == name
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST:
+        return False
+    return len(encoded := name.encode(errors="replace")) <= _LONGEST and encoded.decode() == name
 
 
 def _checked(name: str) -> str:
     if not _is_name(name):
-        raise AdapterError(f"bank: a name must be valid text of at least one letter, got {name!r:.80}. Choose another.")
-    return name
-
-
-def _crc(row: np.ndarray) -> int:
-    return zlib.crc32(row.data)
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            remedy = "Check the path, or bring the whole folder back from a copy."
-        else:
-            remedy = "Nothing saved before is lost: check the path, or free some space, and try again."
         raise AdapterError(
-            f"bank: {folder} must be a folder that can be read and written, got: {error}. {remedy}"
-        ) from error
+            f"bank: a name must be valid text of at least one letter and at most {_LONGEST:,} bytes, got {name!r:.80}. "
+            "Choose another."
+        )
+    return name

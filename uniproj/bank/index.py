@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
 
+from uniproj.bank.connection import Connection
+from uniproj.bank.folder import RESTORE, identity
 from uniproj.errors import AdapterError
 
 # version: never given twice, so an entry that is found again with its version was in place all the time
@@ -24,17 +26,15 @@ CREATE TABLE adapters (
 CREATE TABLE free (slot INTEGER PRIMARY KEY);
 INSERT INTO free VALUES (0);
 """
-# seconds that a writer waits for the others
-_PATIENCE = 60.0
-# how the names of errors begin that refuse a write and leave the database whole
-_REFUSED = (
-    "SQLITE_BUSY",
-    "SQLITE_FULL",
-    "SQLITE_READONLY",
-    "SQLITE_IOERR_WRITE",
-    "SQLITE_IOERR_FSYNC",
-    "SQLITE_IOERR_SHM",
-)
+
+
+def _schema(connection: sqlite3.Connection, most: int = -1) -> set[tuple[object, ...]]:
+    return set(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT ?", (most,)))
+
+
+with closing(sqlite3.connect(":memory:")) as _ours:
+    _ours.executescript(_TABLES)
+    _SCHEMA = _schema(_ours)
 
 
 @dataclass(frozen=True)
@@ -45,54 +45,79 @@ class Entry:
     slot: int
     crc: int
 
+    @classmethod
+    def of(cls, row: Sequence[object]) -> Entry:
+        """Raises AdapterError for a row that no bank has written."""
+        return cls(*map(_integer, row))
+
 
 class Index:
     """name -> slot, and the slots that no name uses.
 
     SQLite in write-ahead mode: readers wait for nobody, the lock of a writer dies with its process, and a commit is on
-    the disk before it returns. One connection reads and another writes, so that the threads of a process do not wait
-    for each other's writes either; both are closed before a fork, which a connection does not survive.
+    the disk before it returns. One connection reads, another writes and a third copies, so that the threads of a
+    process do not wait for each other either; all are closed before a fork, which a connection does not survive.
 
-    Raises AdapterError for a database that cannot be read or written.
+    least: the last change that is known to be committed. Raises AdapterError for a database that cannot be read or
+    written, is not as we make them, knows less than the last change, or is replaced while it is open.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._reading, self._writing = _Connection(path), _Connection(path)
-        _open.add(self)
+    def __init__(self, path: Path, least: Callable[[], int]):
+        # through a link, which may lead to the database of another bank, nothing is written
+        self.path, own = path.resolve(), not path.is_symlink()
+        self._least, opened = least, identity(self.path)
+        self._writing, self._reading, self._copying = (
+            Connection(self.path, opened, own, self._check) for _ in range(3)
+        )
+        with _forking:
+            _open.add(self)
 
     @classmethod
     def create(cls, path: Path) -> None:
         """A new database with the one free slot of a new file."""
-        connection = sqlite3.connect(path)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.executescript(_TABLES)
-        connection.close()
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.executescript(_TABLES)
 
-    def find(self, name: str) -> Entry | None:
-        """The entry of a name."""
-        with self._reading.use() as connection:
-            row = connection.execute("SELECT version, slot, crc FROM adapters WHERE name = ?", (name,)).fetchone()
-        return None if row is None else Entry(*row)
+    def find(self, name: str, sure: bool = True) -> Entry | None:
+        """The entry of a name; sure: as `Connection.ask` has it."""
+        query = "SELECT version, slot, crc FROM adapters WHERE name = ?"
+        row = self._reading.ask(lambda c: c.execute(query, (name,)).fetchone(), sure)
+        return None if row is None else Entry.of(row)
 
-    def names(self) -> list[str]:
-        """Every name, sorted."""
-        with self._reading.use() as connection:
-            return [name for (name,) in connection.execute("SELECT name FROM adapters ORDER BY name")]
+    def names(self, most: int) -> list[str]:
+        """Names in their order, `most` of them at most."""
+        rows = self._reading.ask(
+            lambda c: c.execute("SELECT name FROM adapters ORDER BY name LIMIT ?", (most,)).fetchall()
+        )
+        if wrong := [name for (name,) in rows if type(name) is not str]:
+            raise AdapterError(f"bank: {self.path} must hold names of text, got {wrong[0]!r:.40}. {RESTORE}")
+        return [name for (name,) in rows]
 
-    def count(self) -> int:
-        """How many names there are."""
-        with self._reading.use() as connection:
-            return int(connection.execute("SELECT count(*) FROM adapters").fetchone()[0])
+    def count(self, most: int) -> int:
+        """How many names there are; not counted further than to `most`."""
+        query = "SELECT count(*) FROM (SELECT 1 FROM adapters LIMIT ?)"
+        return int(self._reading.ask(lambda c: c.execute(query, (most,)).fetchone()[0]))
 
     def slots(self) -> int:
         """Slots that are used or free."""
-        with self._reading.use() as connection:
-            return _slots(connection)
+        return self._reading.ask(used_slots)
+
+    def holds(self, version: int) -> bool:
+        """Whether the entry of this version is still in place."""
+        query = "SELECT 1 FROM adapters WHERE version = ?"
+        return self._reading.ask(lambda c: c.execute(query, (version,)).fetchone()) is not None
+
+    def writable(self) -> bool:
+        """Whether this process may write it."""
+        return self._writing.writable()
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        """One transaction: all of it happens, or nothing. Only one at a time, over all processes."""
+        """One transaction: all of it happens, or nothing. Only one at a time, over all processes.
+
+        Nothing within it may run code of a caller, who could wait for a fork that waits for the transaction.
+        """
         with self._writing.use() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -102,11 +127,42 @@ class Index:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
 
+    def copy(self, path: Path) -> None:
+        """Write the database as it is at one moment to a file, in place of what is there."""
+
+        def copy_pages(connection: sqlite3.Connection) -> None:
+            with closing(sqlite3.connect(path)) as target:
+                connection.backup(target)
+
+        # a connection that is open already knows whether the files are those that were opened
+        self.slots()
+        self._copying.ask(copy_pages)
+
     def close(self) -> None:
         """Let go of the files; the next use opens them again."""
-        for connection in (self._reading, self._writing):
+        for connection in self._connections():
             with connection.lock:
                 connection.close()
+
+    def _connections(self) -> tuple[Connection, ...]:
+        # a thread that writes may read and copy besides, but none that reads or copies writes: so none waits in a ring
+        return self._writing, self._reading, self._copying
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        # before the database is asked, since writers go on
+        least = self._least()
+        # a view, a trigger or a column of another kind runs code, or never ends
+        if (found := _schema(connection, len(_SCHEMA) + 1)) != _SCHEMA:
+            other = sorted(str(row[1]) for row in found ^ _SCHEMA)
+            raise AdapterError(
+                f"bank: {self.path} must hold the tables of a bank and nothing else, got other {other!s:.80}. {RESTORE}"
+            )
+        if (known := last_change(connection)) < least:
+            raise AdapterError(
+                f"bank: {self.path} must know change {least} of the vectors beside it, got one that ends with change "
+                f"{known}: it was copied without {self.path.name}-wal while the bank was open, or that file is gone. "
+                f"Copy a bank with AdapterBank.backup. {RESTORE}"
+            )
 
 
 class Change:
@@ -121,7 +177,11 @@ class Change:
 
     def slots(self) -> int:
         """Slots that are used or free."""
-        return _slots(self._connection)
+        return used_slots(self._connection)
+
+    def last(self) -> int:
+        """The last change, this one included."""
+        return last_change(self._connection)
 
     def add_free(self, slots: Sequence[int]) -> None:
         """Enter slots that the file has and the index does not know."""
@@ -131,6 +191,9 @@ class Change:
         """Forget a name and free its slot; False if there is none."""
         freed = self._connection.execute("DELETE FROM adapters WHERE name = ? RETURNING slot", (name,)).fetchall()
         self._connection.executemany("INSERT INTO free VALUES (?)", freed)
+        if freed:
+            # a change of its own, also where no name follows
+            self._connection.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'adapters'")
         return bool(freed)
 
     def put(self, name: str, slot: int, crc: int) -> None:
@@ -139,62 +202,34 @@ class Change:
         self._connection.execute("INSERT INTO adapters (name, slot, crc) VALUES (?, ?, ?)", (name, slot, crc))
 
 
-def _slots(connection: sqlite3.Connection) -> int:
+def last_change(connection: sqlite3.Connection) -> int:
+    """The last version that was given, or the count that a deletion made of it; 0 before the first."""
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'adapters' LIMIT 1").fetchone()
+    return 0 if row is None else _integer(row[0])
+
+
+def used_slots(connection: sqlite3.Connection) -> int:
+    """How many slots there are, used or free."""
     # over the two indices, so in no time that grows with the count of adapters
     last = connection.execute("SELECT (SELECT max(slot) FROM adapters), (SELECT max(slot) FROM free)").fetchone()
-    return 1 + max(-1 if slot is None else int(slot) for slot in last)
+    return 1 + max(-1 if slot is None else _integer(slot) for slot in last)
 
 
-class _Connection:
-    """One connection, opened at its first use, for one thread at a time."""
-
-    def __init__(self, path: Path):
-        self._path, self.lock = path, threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-
-    @contextmanager
-    def use(self) -> Iterator[sqlite3.Connection]:
-        with self.lock:
-            try:
-                if self._connection is None:
-                    self._connection = self._connect()
-                yield self._connection
-            except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorname", "").startswith(_REFUSED):
-                    remedy = (
-                        "Nothing saved before is lost: free some space, make it writable, or wait for another writer."
-                    )
-                else:
-                    remedy = "See that it is there and may be read, or bring the whole folder back from a copy."
-                raise AdapterError(
-                    f"bank: {self._path} must be a database that can be read and written, got: {error}. {remedy}"
-                ) from error
-
-    def _connect(self) -> sqlite3.Connection:
-        # rw: a database that is missing is an error, not a new one
-        connection = sqlite3.connect(
-            f"{self._path.absolute().as_uri()}?mode=rw",
-            uri=True,
-            timeout=_PATIENCE,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        connection.execute("PRAGMA synchronous=FULL")
-        return connection
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+def _integer(value: object) -> int:
+    if type(value) is not int:
+        raise AdapterError(f"bank: the index must hold whole numbers, got {value!r:.40}. {RESTORE}")
+    return value
 
 
+_forking = threading.RLock()
 _open: WeakSet[Index] = WeakSet()
-_held: list[_Connection] = []
+_held: list[Connection] = []
 
 
 def _before_fork() -> None:
+    _forking.acquire()
     for index in list(_open):
-        for connection in (index._reading, index._writing):
+        for connection in index._connections():
             connection.lock.acquire()
             connection.close()
             _held.append(connection)
@@ -203,6 +238,7 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     while _held:
         _held.pop().lock.release()
+    _forking.release()
 
 
 if hasattr(os, "register_at_fork"):

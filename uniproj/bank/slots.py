@@ -1,57 +1,81 @@
-"""theta_d of many adapters in one file: a memory-mapped safetensors tensor that grows in place."""
+"""theta_d of many adapters in one file: a safetensors tensor that grows in place."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 import struct
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from weakref import finalize
 
 import numpy as np
 
+from uniproj.bank.folder import RESTORE, identity, refusal, replaced
 from uniproj.errors import AdapterError
 
 # bytes of the number with which a safetensors file begins: the length of its header
 _LENGTH = 8
 _PAGE = 4096
-TENSOR = "theta_d"
+TENSOR, _METADATA = "theta_d", "__metadata__"
+# more than the header of any P; what claims to be longer was not written by us
+_LONGEST_HEADER = 2**24
 # a file grows by this part of itself at least, so that few writes have to wait for it
 _GROWTH = 32
+# the last line of the metadata, and the end of the header after it
+_LINE, _DIGITS, _END = "uniproj.bank.written", 20, b"}}"
+_WRITTEN = re.compile(rb'"%s":"([ 0-9]{%d})"}} *\Z' % (re.escape(_LINE).encode(), _DIGITS))
 
 
 class Slots:
     """`theta_d` (slots, d) float32 in a safetensors file of one tensor, whose header leaves its length as it grows.
 
-    Readers map the file and copy single slots; one writer at a time (the caller sees to that) fills slots which nobody
-    reads. The count of slots is that of the file's size: the one in the header follows it, for other programs, and is
-    set right by the next writer if a crash came between the two.
+    Readers copy single slots out of the open file, so one that is cut off below them is an error and no signal; one
+    writer at a time (the caller sees to that) fills slots which nobody reads. The count of slots is that of the file's
+    size: the one in the header follows it, for other programs, and is set right by the next writer if a crash came
+    between the two.
 
-    Raises AdapterError for a file that is no such tensor.
+    Raises AdapterError for a file that is no such tensor, and for one that was put in place of the opened one.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with path.open("rb") as file:
-            length = file.read(_LENGTH)
-            self._start = _LENGTH + struct.unpack("<Q", length)[0] if len(length) == _LENGTH else 0
-            # a foreign length may be anything, so no more is read than the file can hold
-            text = file.read(max(0, min(self._start, path.stat().st_size) - _LENGTH))
+        # a pipe without a writer would wait for one
+        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        finalize(self, os.close, self._file)
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._foreign("a folder, pipe or device")
+        self._identity = status.st_dev, status.st_ino
+        self._start = _LENGTH + self._header_length()
+        self._written_at: int | None = None
         try:
-            header = json.loads(text)
-            dtype, self.d = header[TENSOR]["dtype"], int(header[TENSOR]["shape"][1])
-            self.metadata: dict[str, str] = header["__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise self._foreign(f"{type(error).__name__}: {error}") from None
-        if set(header) != {TENSOR, "__metadata__"} or dtype != "F32" or self.d < 1 or self._start % _PAGE:
-            raise self._foreign(f"tensors {sorted(header)}, {dtype}")
-        self._map()
+            header = json.loads(self._header())
+            (_, self.d), dtype = header[TENSOR]["shape"], header[TENSOR]["dtype"]
+            self.metadata: dict[str, str] = {k: text for k, text in header[_METADATA].items() if k != _LINE}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self._foreign(f"{type(error).__name__}: {error!s:.80}") from None
+        if (
+            set(header) != {TENSOR, _METADATA}
+            or dtype != "F32"
+            or type(self.d) is not int
+            or self.d < 1
+            or not all(type(text) is str for text in self.metadata.values())
+            or self._start % _PAGE
+        ):
+            raise self._foreign(f"tensors {sorted(header)!s:.80}, {dtype!r:.20}")
+        if len(self) < 1:
+            raise self._foreign("a file without a whole slot")
 
     @classmethod
     def create(cls, path: Path, d: int, metadata: Mapping[str, str]) -> Slots:
         """A new file with one empty slot."""
-        rest = f'"__metadata__":{json.dumps(dict(metadata))}}}'.encode()
+        rest = f'"{_METADATA}":{json.dumps(dict(metadata))}}}'.encode().removesuffix(_END) + _written_line(0)
         pad = -(_LENGTH + len(_shape(d, 1)) + len(rest)) % _PAGE
         header = _shape(d, 1) + rest + b" " * pad
         with path.open("xb") as file:
@@ -62,19 +86,31 @@ class Slots:
 
     def __len__(self) -> int:
         """Slots in the file now."""
-        return (self.path.stat().st_size - self._start) // (4 * self.d)
+        return max(0, os.fstat(self._file).st_size - self._start) // (4 * self.d)
+
+    def check(self) -> None:
+        """Raises AdapterError if another file lies at the path by now, or none."""
+        if identity(self.path) != self._identity:
+            raise replaced(self.path)
 
     def read(self, slot: int) -> np.ndarray:
-        """A copy of one slot, (d,) float32."""
-        if slot >= len(self._rows):
-            self._map()
-        return np.array(self._rows[slot])
+        """A copy of one slot, (d,) float32; of the file that was opened, see `check`."""
+        row = np.empty(self.d, "<f4")
+        to, at, count = row.view(np.uint8).data, self._place(slot), 0
+        try:
+            while count < len(to) and (more := os.preadv(self._file, [to[count:]], at + count)):
+                count += more
+        except OSError as error:
+            raise refusal(self.path.parent, error) from error
+        if count < len(to):
+            raise self._without(slot)
+        return row
 
     def write(self, rows: Iterable[tuple[int, np.ndarray]]) -> None:
         """Fill slots and wait until the disk has them."""
-        with self.path.open("r+b") as file:
+        with self._writable() as file:
             for slot, row in rows:
-                file.seek(self._end(slot))
+                file.seek(self._place(slot))
                 file.write(np.ascontiguousarray(row, dtype="<f4").data)
             _to_disk(file)
 
@@ -86,7 +122,7 @@ class Slots:
         before = len(self)
         after = before if slots <= before else max(slots, before + before // _GROWTH)
         shape = _shape(self.d, after)
-        with self.path.open("r+b") as file:
+        with self._writable() as file:
             file.seek(_LENGTH)
             if after == before and file.read(len(shape)) == shape:
                 return after
@@ -98,24 +134,104 @@ class Slots:
             _to_disk(file)
         return after
 
+    def written(self) -> int:
+        """The last change of the index that was committed with this file; 0 where none is noted."""
+        at = self._line()
+        # blanks within the number are torn, or not ours
+        text = b"" if at is None else self._steady(_DIGITS, at).strip()
+        return int(text) if text.isdigit() else 0
+
+    def note(self, change: int) -> None:
+        """Say that the index has committed this change: an index that knows less is an older one.
+
+        After a crash, or where two writers overtake each other, too small a number stays, which does no harm. A file
+        of an earlier version gets the line if there is room for it on the page where the header's text ends.
+        """
+        if (at := self._line()) is not None:
+            text = f"{change:{_DIGITS}d}".encode()
+        else:
+            header = self._header()
+            at, text = _LENGTH + len(header.rstrip()) - len(_END), _written_line(change)
+            if at // _PAGE != (at + len(text) - 1) // _PAGE or at + len(text) > self._start:
+                return
+        if change > self.written():
+            with self._writable() as file:
+                file.seek(at)
+                file.write(text)
+
+    def _line(self) -> int | None:
+        """Where the number of the last change lies, if there is one."""
+        if self._written_at is None and (found := _WRITTEN.search(self._header())):
+            self._written_at = _LENGTH + found.start(1)
+        return self._written_at
+
+    def _header_length(self) -> int:
+        begin = os.pread(self._file, _LENGTH, 0)
+        length: int = struct.unpack("<Q", begin)[0] if len(begin) == _LENGTH else 0
+        if length > min(_LONGEST_HEADER, os.fstat(self._file).st_size):
+            raise self._foreign(f"a header of {length:,} bytes")
+        return length
+
+    def _header(self) -> bytes:
+        return self._steady(self._start - _LENGTH, _LENGTH)
+
+    def _steady(self, size: int, at: int) -> bytes:
+        """Bytes as no writer was just changing them."""
+        while (text := os.pread(self._file, size, at)) != os.pread(self._file, size, at):
+            pass
+        return text
+
+    @contextmanager
+    def _writable(self) -> Iterator[BinaryIO]:
+        # a link may lead to the vectors of another bank
+        descriptor = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "r+b") as file:
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != self._identity:
+                raise replaced(self.path)
+            yield file
+
+    def _place(self, slot: int) -> int:
+        if not 0 <= slot < len(self):
+            raise self._without(slot)
+        return self._end(slot)
+
     def _end(self, slots: int) -> int:
         return self._start + 4 * self.d * slots
 
-    def _map(self) -> None:
-        if len(self) < 1:
-            raise self._foreign("a file without a whole slot")
-        self._rows = np.memmap(self.path, dtype="<f4", mode="r", offset=self._start, shape=(len(self), self.d))
+    def altered(self, name: str) -> AdapterError:
+        """The error for numbers that are not those that were written."""
+        return AdapterError(
+            f"bank: the numbers of {name!r:.80} must be those that were written, got others (CRC-32 differs): "
+            f"{self.path} was altered. Replace or delete that adapter. {RESTORE}"
+        )
+
+    def _without(self, slot: int) -> AdapterError:
+        return AdapterError(
+            f"bank: {self.path} must have slot {slot}, got {len(self)} slots: it is cut off, or another bank's. "
+            f"{RESTORE}"
+        )
 
     def _foreign(self, got: str) -> AdapterError:
         return AdapterError(
             f"bank: {self.path} must hold one float32 tensor {TENSOR} (slots, d) as AdapterBank wrote it, got {got}. "
-            "Bring the whole folder back from a copy."
+            f"{RESTORE}"
         )
 
 
 def _shape(d: int, slots: int) -> bytes:
     """The beginning of the header, of one length for any count of slots."""
     return f'{{"{TENSOR}":{{"dtype":"F32","shape":[{slots:20d},{d}],"data_offsets":[0,{4 * d * slots:20d}]}},'.encode()
+
+
+def _written_line(change: int) -> bytes:
+    """The end of the header, of one length for any change."""
+    return f',"{_LINE}":"{change:{_DIGITS}d}"'.encode() + _END
+
+
+def crc(row: np.ndarray) -> int:
+    """The CRC-32 of a vector (d,) float32."""
+    return zlib.crc32(row.data)
 
 
 def _to_disk(file: BinaryIO) -> None:

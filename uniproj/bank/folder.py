@@ -1,0 +1,126 @@
+"""The folder of a bank: it appears whole or not at all, and its files are those that were opened."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from uniproj.errors import AdapterError
+
+RESTORE = "Bring the whole folder back from a backup (AdapterBank.backup)."
+_UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Say of an error of the system which folder it befell, and what to do. Raises AdapterError."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(folder, error) from error
+
+
+def refusal(folder: Path, error: OSError) -> AdapterError:
+    """The sentences for an error of the system."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        remedy = f"Check the path. {RESTORE}"
+    else:
+        remedy = "Nothing saved before is lost: check the path, or free some space, and try again."
+    return AdapterError(f"bank: {folder} must be a folder that can be read and written, got: {error}. {remedy}")
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """What tells the file at a path from all others, as long as somebody has it open; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def replaced(path: str | Path) -> AdapterError:
+    """The error for a file that is another by now, or gone, under an open bank."""
+    return AdapterError(
+        f"bank: {path} must be the file that was opened, got another in its place, or none. "
+        "Open the bank again with AdapterBank(folder), and write again what was written since."
+    )
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes its place at the end of the block, on the disk; after an error it is gone.
+
+    It belongs to this process by a lock that dies with it: what killed processes left is cleared. Raises AdapterError
+    where something lies at the place already.
+    """
+    with disk(folder):
+        if os.path.lexists(folder):
+            raise AdapterError(
+                f"bank: {folder} must not exist yet, got one. Open it with AdapterBank(folder), or choose another path."
+            )
+        _make_parents(folder)
+        _clear(folder)
+        part, lock = _claim(folder)
+    try:
+        yield part
+        with disk(folder):
+            _flush(part)
+            part.rename(folder)
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(folder: Path) -> tuple[Path, int]:
+    """A new folder beside the one that it shall become, and the lock that says that it is being filled."""
+    while True:
+        part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        part.mkdir()
+        # another process may have taken it for a dead one's before it was locked
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(part)
+            if part.exists():
+                return part, lock
+            os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    for left in folder.parent.iterdir():
+        if left.name.startswith(f".{folder.name}.") and left.name.endswith(_UNFINISHED):
+            # one that is locked is being filled, and one of another user is not ours to clear
+            with suppress(OSError):
+                lock = _lock(left)
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _make_parents(folder: Path) -> None:
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+        _flush(parent.parent)
+
+
+def _flush(folder: Path) -> None:
+    """Make the names in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

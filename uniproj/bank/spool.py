@@ -1,0 +1,77 @@
+"""Vectors that wait for the transaction that takes all of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from uniproj.bank.folder import disk
+from uniproj.errors import AdapterError
+
+# vectors in memory, and between two calls of the disk
+_CHUNK = 256
+
+Chunk = list[tuple[str, np.ndarray]]
+
+
+class Spool:
+    """Names and vectors in their order: 256 in memory, those before them in a nameless file in the bank's folder.
+
+    The file is gone with the process. Raises AdapterError where the disk is full, and in a child of the process that
+    began, which shares the file.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._process = folder, os.getpid()
+        self._file: IO[bytes] | None = None
+        self._names: list[str] = []
+        self._chunk: Chunk = []
+
+    def append(self, name: str, row: np.ndarray) -> None:
+        """Keep one more vector (d,) float32."""
+        if len(self._chunk) == _CHUNK:
+            with disk(self._folder):
+                self._write()
+        self._chunk.append((name, row))
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All that was kept."""
+        self._check_process()
+        if self._file is not None:
+            self._file.seek(0)
+            d = len(self._chunk[0][1])
+            for first in range(0, len(self._names), _CHUNK):
+                names = self._names[first : first + _CHUNK]
+                yield [(name, np.frombuffer(self._file.read(4 * d), "<f4")) for name in names]
+        yield self._chunk
+
+    def close(self) -> None:
+        """Give the room back."""
+        if self._file is not None:
+            # a full disk refuses once more
+            with suppress(OSError):
+                self._file.close()
+
+    def _write(self) -> None:
+        self._check_process()
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        for name, row in self._chunk:
+            self._file.write(row.data)
+            self._names.append(name)
+        # nothing is left that a child would write once more
+        self._file.flush()
+        self._chunk = []
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise AdapterError(
+                f"bank: add_many must end in the process {self._process} that began it, got its child {os.getpid()}. "
+                "End the child, or call add_many in it anew."
+            )
