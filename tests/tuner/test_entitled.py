@@ -130,7 +130,7 @@ ADDED: dict[str, tuple[dict[str, Any], str, Tensor, str]] = {
         HEAD,
         f"{BASE}lm_head.weight",
         torch.ones(64, 32).to(torch.complex64),
-        r"must be of dtype .* complex64",
+        r"must be of dtype .* got torch.complex64",
     ),
 }
 

@@ -83,7 +83,7 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
 def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that may be copied into a model: the numbers of one adapter, all of them and no others.
 
-    tensors: of the adapter, with PEFT's keys in the model for what is beside P. Raises AdapterError for tensors that are
+    tensors: of the adapter; what is beside P by PEFT's keys in the model. Raises AdapterError for tensors that are
     missing, misshapen, not finite or a zero saddle, have no place, are of another P, or would change anything beside
     the adapter; a tensor of the base that is as the base has it is passed over.
     """
