@@ -87,15 +87,20 @@ def test_a_scale_that_is_none_is_refused(fields: dict[str, Any], message: str, t
 
 
 def test_heads_of_odd_dtypes_and_numbers_beyond_float32(tmp_path: Path) -> None:
-    folder = _lora(tmp_path / "lora")
+    folder = _lora(tmp_path / "lora", modules_to_save=["lm_head"])
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
     head = "base_model.model.lm_head.weight"
-    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.uint16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
         save_file({**tensors, head: torch.ones(64, 32).to(dtype)}, weights)
         import_adapter(folder, tmp_path / "ours")
         export(tmp_path / "ours", tmp_path / "back")
         assert load_file(tmp_path / "back" / weights.name)[head].dtype == dtype
+    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.uint16, torch.int8):
+        save_file({**tensors, head: torch.ones(64, 32).to(dtype)}, weights)
+        with pytest.raises(AdapterError, match=r"lm_head\.weight must be of dtype float32 .* got "):
+            import_adapter(folder, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     name, factor = next(iter(tensors.items()))
     save_file({**tensors, name: factor.double() * 1e300}, weights)
     with pytest.raises(AdapterError, match="finite"):

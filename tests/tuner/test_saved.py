@@ -174,8 +174,14 @@ def test_an_adapter_that_can_run_code_is_neither_opened_nor_written(tmp_path: Pa
     model = get_peft_model(base_model("llama"), config("llama"))
     with pytest.raises(AdapterError, match=r"must not hold adapter_model\.bin.*safe_serialization=True"):
         model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert not (tmp_path / "bin").exists()
     model.save_pretrained(tmp_path / "safe")
+    (tmp_path / "bin").mkdir()
     shutil.copy(tmp_path / "safe" / file.CONFIG, tmp_path / "bin" / file.CONFIG)
+    torch.save({}, tmp_path / "bin" / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"must not hold adapter_model\.bin"):
+        model.save_pretrained(tmp_path / "bin")
+    assert not (tmp_path / "bin" / file.WEIGHTS).exists()
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     for load in (
         lambda: PeftModel.from_pretrained(base_model("llama"), tmp_path / "bin"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
@@ -16,6 +15,8 @@ from uniproj.adapters import identity
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.disk import exists, read_bytes, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
+from uniproj.adapters.heads import entitled
+from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError, ProjectionError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def read(folder: str | Path) -> SavedAdapter:
     Raises AdapterError, which names the first thing that is not as it must be: a folder without the two files, or with
     adapter_model.bin alone (opening one can run code, so it stays closed); a file that is no regular one, cut off or
     altered; a header of a later format; a projection that is a path, unknown, or of another version; another
-    dtype, shape, NaN, inf; theta_d = 0 where c = 0; a configuration that says otherwise than the header.
+    dtype, shape, NaN, inf; theta_d = 0 where c = 0; a configuration that says otherwise than the header; a tensor to
+    which the configuration does not entitle the file.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -60,17 +62,39 @@ def read(folder: str | Path) -> SavedAdapter:
     if header is None:
         return _read_without_header(folder, fields, tensors)
     _check_agreement(fields, header, folder)
-    return SavedAdapter(_config(_merged(fields, header), folder, header), header, tensors)
+    return _saved(_config(_merged(fields, header), folder, header), header, tensors, folder)
 
 
 def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: UniProjConfig) -> None:
     """Write both files of an adapter, or none: a crash or a full disk leaves those of before.
 
     tensors: `base_model.uniproj_theta_d` (d,), `base_model.uniproj_projections.*` of a learned P, and heads by PEFT's
-    names; the identity that ties them to `header` is added. Raises AdapterError where the disk refuses.
+    names; the identity that ties them to `header` is added. Raises AdapterError for what `read` would refuse, and
+    where the disk refuses.
     """
+    check(folder, tensors, header, config)
     weights = stored.serialise({**tensors, stored.IDENTITY: identity.encode(header)}, header.to_metadata())
     replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: _config_text(header, config)})
+
+
+def check(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    header: Header,
+    config: UniProjConfig,
+    has_offset: bool | None = None,
+) -> None:
+    """Raises AdapterError for tensors that are not written, as they could not be read.
+
+    has_offset: whether P has a c, where that is known; else what its class says.
+    """
+    try:
+        shapes = stored.shapes_without_P(tensors, header.projection, header.d)
+        stored.check_shapes(tensors, shapes, header.projection)
+        stored.check_numbers(tensors, header.projection, has_offset)
+        _beside_P(tensors, config, header, "the adapter")
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: nothing was saved, and what lies there stays as it was: {error}") from None
 
 
 def of_weights(folder: str | Path) -> SavedAdapter:
@@ -84,7 +108,7 @@ def of_weights(folder: str | Path) -> SavedAdapter:
         raise AdapterError(
             f"{folder / WEIGHTS}: must hold the header of an adapter of uniproj, got none. Take the original."
         )
-    return SavedAdapter(config_of(header, folder), header, tensors)
+    return _saved(config_of(header, folder), header, tensors, folder)
 
 
 def restore(folder: str | Path) -> SavedAdapter:
@@ -119,6 +143,20 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
     return Path(found[0]).parent
 
 
+def unsafe(folder: Path) -> AdapterError:
+    """The error of who would write the adapter as a pickle, or beside one."""
+    return AdapterError(
+        f"{folder}: must not hold {UNSAFE}, which uniproj never opens, as that can run code. "
+        "Remove it and save with safe_serialization=True."
+    )
+
+
+def refuse_unsafe(folder: Path) -> None:
+    """Raises AdapterError for a folder with a pickle in it."""
+    if exists(folder / UNSAFE):
+        raise unsafe(folder)
+
+
 def is_ours(folder: Path) -> bool:
     """Whether the weights in a folder begin as those of a uniproj adapter do."""
     try:
@@ -146,15 +184,30 @@ def is_template(folder: Path) -> bool:
 def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     """Header and tensors of the weights, after every check that needs neither model nor configuration."""
     where = str(folder / WEIGHTS)
-    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
-    header = Header.from_metadata(metadata, where)
+    written, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
+    header, tensors = Header.from_metadata(metadata, where), stored.renamed(written)
     if header is not None:
         header.check_version(where)
-        stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
-        stored.check_digest(tensors, metadata, where)
+        shapes = stored.shapes_without_P(tensors, header.projection, header.d)
+        stored.check_shapes(tensors, shapes, header.projection)
+        stored.check_digest(written, metadata, where)
         _check_identity(tensors.pop(stored.IDENTITY, None), header, where)
         stored.check_numbers(tensors, header.projection)
-    return header, stored.renamed(tensors)
+    return header, tensors
+
+
+def _saved(config: UniProjConfig, header: Header | None, tensors: dict[str, Tensor], folder: Path) -> SavedAdapter:
+    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(stored.OWN)}
+    return SavedAdapter(config, header, {**of_P, **_beside_P(tensors, config, header, str(folder / WEIGHTS))})
+
+
+def _beside_P(
+    tensors: Mapping[str, Tensor], config: UniProjConfig, header: Header | None, where: str
+) -> dict[str, Tensor]:
+    """What `heads.entitled` lets through; a file from before the header does not list the adapted modules."""
+    beside = {name: tensor for name, tensor in tensors.items() if not name.startswith(stored.OWN)}
+    modules = None if header is None else new_names(header.layout, config.remap or []).values()
+    return entitled(beside, config, modules, where)
 
 
 def _check_identity(found: Tensor | None, header: Header, where: str) -> None:
@@ -242,9 +295,9 @@ def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str
     config = _config(fields, folder, None)
     theta_d = tensors.get(stored.THETA_D)
     size = config.d if config.d is not None else 0 if theta_d is None else theta_d.numel()
-    stored.check_shapes(tensors, {stored.THETA_D: torch.Size([size])}, config.projection)
+    stored.check_shapes(tensors, stored.shapes_without_P(tensors, config.projection, size), config.projection)
     stored.check_numbers(tensors, config.projection)
-    return SavedAdapter(config, None, tensors)
+    return _saved(config, None, tensors, folder)
 
 
 def _config(fields: dict[str, Any], folder: Path, header: Header | None) -> UniProjConfig:

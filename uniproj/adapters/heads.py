@@ -1,4 +1,4 @@
-"""What is trained beside theta_d (heads, embeddings, tokens, biases): does the model have a place for it?"""
+"""What is trained beside theta_d (heads, embeddings, tokens, biases): may the file hold it, has the model a place?"""
 
 from __future__ import annotations
 
@@ -10,11 +10,69 @@ import torch
 from torch import Tensor, nn
 
 from uniproj.adapters.keys import plain
-from uniproj.adapters.tensors import HEADS
+from uniproj.adapters.tensors import FLOATS, HEADS
 from uniproj.errors import AdapterError
 
 _TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 _PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")
+
+_DELTA = "token_adapter.trainable_tokens_delta"
+# what PEFT puts around and into the modules of a base; the keys of what it trains are saved without
+_INSIDE_PEFT = re.compile(r"(?:^|\.)(?:base_layer|original_module|token_adapter|modules_to_save|lora_[AB])\.")
+_AROUND_BIAS = re.compile(r"(?:(?:^|\.)token_adapter)?(?:^|\.)base_layer$")
+# under bias="all" PEFT saves every bias of a head up to three times: the frozen one, the trained one, and by this key
+_COPY_OF_BIAS = re.compile(r"(?P<head>.+)\.(?:original_module|modules_to_save)\.(?:.+\.)?bias")
+
+
+def entitled(
+    tensors: Mapping[str, Tensor], config: Any, modules: Iterable[str] | None, where: str
+) -> dict[str, Tensor]:
+    """What an adapter's file holds beside the numbers of its method, if its configuration entitles it to all of it.
+
+    These are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
+    keys; of the copies that PEFT makes of a head's biases one is kept. config: that of any method of PEFT; modules: the
+    adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the base, and for
+    one of a dtype that no training gives.
+    """
+    adapted, kept = None if modules is None else set(modules), {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(HEADS)
+        copy = _COPY_OF_BIAS.fullmatch(name) if config.bias == "all" else None
+        if copy and _lies_in(f"{copy['head']}.bias", config.modules_to_save or ()):
+            continue
+        if not key.startswith(HEADS) or plain(key) != key or not _is_trained(name, config, adapted):
+            raise AdapterError(
+                f"{where}: {key} must be what the configuration trains (modules_to_save = {config.modules_to_save}, "
+                f"bias = {config.bias!r}, trainable_token_indices), got a tensor of the base model or of none. Save "
+                "the adapter anew with save_embedding_layers=False, or take it from where it was trained."
+            )
+        _check_dtype(name, tensor, where)
+        kept[key] = tensor
+    return kept
+
+
+def _is_trained(name: str, config: Any, modules: set[str] | None) -> bool:
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and config.bias != "none":
+        layer = _AROUND_BIAS.sub("", module)
+        if (config.bias == "all" or modules is None or layer in modules) and not _INSIDE_PEFT.search(f"{layer}."):
+            return True
+    tokens = getattr(config, "trainable_token_indices", None)
+    if tokens is not None and name.endswith(_DELTA):
+        embedding = f".{name}".removesuffix(f".{_DELTA}")
+        named = not isinstance(tokens, Mapping) or embedding.endswith(tuple(tokens))
+        return named and not _INSIDE_PEFT.search(f"{embedding}.")
+    return _lies_in(name, config.modules_to_save or ()) and not _INSIDE_PEFT.search(name)
+
+
+def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
+    """Raises AdapterError for numbers that no optimiser gave; what a module counts (BatchNorm) may be integers."""
+    trained = name.endswith(("weight", "bias", "delta")) or tensor.is_floating_point() or tensor.is_complex()
+    if trained and tensor.dtype not in FLOATS:
+        raise AdapterError(
+            f"{where}: {name} must be of dtype float32 (or float64, bfloat16, float16), got {tensor.dtype}. Train the "
+            "module unquantised, and save the adapter anew."
+        )
 
 
 def check_heads(
@@ -28,7 +86,6 @@ def check_heads(
     """
     found, names = _shapes(model), []
     for key, tensor in sorted(tensors.items()):
-        # what is packed (a quantised head) has the shape that its packing gave it
         if not key.startswith(HEADS) or not tensor.is_floating_point():
             continue
         own = key.removeprefix(HEADS)

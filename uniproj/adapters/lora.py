@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from uniproj.adapters import peft_folder
+from uniproj.adapters.heads import entitled
 from uniproj.adapters.patterns import of_module, scale
 from uniproj.errors import AdapterError
 from uniproj.layout import Block, LoRALayout
@@ -44,7 +45,8 @@ def read(folder: Path) -> LoRAAdapter:
 
     Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and other starts for
     which PEFT changes the base weights, an alpha that is no number, factors of layers that are
-    not linear, a factor without its pair, and numbers that are not finite.
+    not linear, a factor without its pair, numbers that are not finite, and tensors to which the configuration does not
+    entitle the folder.
     """
     config = peft_folder.read_config(folder, ("LORA",))
     if changed := [name for name in _REFUSED if getattr(config, name, None)]:
@@ -74,6 +76,7 @@ def read(folder: Path) -> LoRAAdapter:
     layout = LoRALayout.from_shapes(shapes, {module: factors[module, "A"].shape[0] for module in modules})
     theta_D = layout.flatten(factors)  # type: ignore[arg-type]
     other = {name: tensor for name, tensor in tensors.items() if name not in found}
+    other = entitled(other, config, modules, str(folder))
     return LoRAAdapter(layout, theta_D, scales(config, layout), config, other)  # type: ignore[arg-type]
 
 

@@ -80,7 +80,7 @@ def write(
 ) -> None:
     """Write both files, or none; `tensors` come one at a time, in the order of `index` (dtype and shape by name).
 
-    Raises AdapterError where the disk refuses; what was there before stays.
+    Raises AdapterError for numbers that are not finite, and where the disk refuses; what was there before stays.
     """
     replace({folder / WEIGHTS: _safetensors(index, tensors), folder / CONFIG: config_text(config).encode()})
 
@@ -95,6 +95,7 @@ def _safetensors(index: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for tensor, (dtype, shape) in zip(tensors, index.values(), strict=True):
+    for tensor, (name, (dtype, shape)) in zip(tensors, index.items(), strict=True):
         assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape)
+        stored.check_finite(tensor, f"{name}, as it would be saved")
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]

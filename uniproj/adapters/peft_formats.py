@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from uniproj.adapters import base as bases
 from uniproj.adapters import peft_folder
+from uniproj.adapters.heads import entitled
 from uniproj.adapters.native import native
 from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
@@ -108,6 +109,7 @@ def read(folder: Path, base: str | nn.Module | None) -> Trained:
     weights = bases.weights_of(model, {name: name for name in shapes}) if kind == "TINYLORA" else None
     found = native(kind, config, P, theta_d, tuple(shapes), weights)
     other = {name: tensor for name, tensor in tensors.items() if name not in own}
+    other = entitled(other, config, shapes, str(folder))
     settings = {
         **_rank_settings(P.layout, config.r),
         "lora_dropout": getattr(config, f"{kind.lower()}_dropout"),

@@ -93,8 +93,22 @@ def shapes_of(projection: Projection) -> dict[str, torch.Size]:
     return {THETA_D: torch.Size([projection.d]), **own}
 
 
+def shapes_without_P(tensors: Mapping[str, Tensor], projection: str, d: int) -> dict[str, torch.Size]:
+    """As `shapes_of`, before P is made: its own numbers, which a learned one alone has, are taken as they are."""
+    of_P = {n: t.shape for n, t in tensors.items() if n.startswith(OF_P)} if get(projection).learned else {}
+    return {THETA_D: torch.Size([d]), **of_P}
+
+
 def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], projection: str) -> None:
-    """Raises AdapterError for a trained tensor that is missing or has another shape or no floating dtype."""
+    """Raises AdapterError for a trained tensor that is missing, has another shape or no floating dtype, or is none.
+
+    shapes: those of theta_d and of P's own numbers, all that may bear such names.
+    """
+    if odd := sorted(name for name in tensors if name.startswith(OWN) and name not in {*shapes, IDENTITY}):
+        raise AdapterError(
+            f"{odd[0]}: the file must hold numbers of {', '.join(shapes)} alone, got these too, which projection "
+            f"{projection!r} does not have. Take the adapter from where it was trained."
+        )
     for name, shape in shapes.items():
         found = tensors.get(name)
         if found is None or found.shape != shape:

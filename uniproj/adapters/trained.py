@@ -19,12 +19,13 @@ from uniproj.adapters.header import Header
 from uniproj.adapters.keys import plain
 from uniproj.adapters.lora import LoRAAdapter, ranks, scales
 from uniproj.adapters.remap import new_names
-from uniproj.adapters.tensors import OF_P, OWN, THETA_D, check_finite
+from uniproj.adapters.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.model import UniProjModel
 from uniproj.tuner.quantised import BaseWeights
 
@@ -42,6 +43,11 @@ class Trained:
     scales: Mapping[str, float]
     other: Mapping[str, Tensor]
     order: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises AdapterError for numbers that no file may hold: NaN, inf, or theta_d = 0 where c = 0."""
+        numbers = {THETA_D: self.theta_d, **dict(self.projection.named_parameters()), **self.other}
+        check_numbers(numbers, self.projection.name, has_offset=self.projection.offset is not None)
 
     @classmethod
     def of_file(cls, folder: str | Path, base: str | nn.Module | None = None) -> Trained:
@@ -68,6 +74,7 @@ class Trained:
             assert shapes is not None and model is not None
             weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None
             P = _built(saved.config, shapes, weights, folder)
+        check_shapes(saved.tensors, shapes_of(P), P.name)
         tensors = dict(saved.tensors)
         theta_d = tensors.pop(THETA_D).float()
         own = {name.removeprefix(OF_P): tensors.pop(name) for name in list(tensors) if name.startswith(OF_P)}
@@ -86,7 +93,8 @@ class Trained:
                 f"{type(tuner).__name__}. Pass adapter_name=."
             )
         P: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
-        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        check_embeddings(model, adapter_name, "auto")
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         theta_d = state[THETA_D].detach().float().to(P.device)
         other = {name: tensor.detach().cpu() for name, tensor in state.items() if not name.startswith(OWN)}
         config = model.peft_config[adapter_name]
@@ -112,8 +120,6 @@ class Trained:
         """
         own = {f"{OF_P}{name}": p.detach().float() for name, p in self.projection.named_parameters()}
         tensors = {THETA_D: self.theta_d.float(), **own, **self.other}
-        for name, tensor in tensors.items():
-            check_finite(tensor, f"{folder}: {name}, as it would be saved")
         config = copy.copy(self.config)
         config.inference_mode = True
         file.write(folder, tensors, Header.of(config, self.projection), config)

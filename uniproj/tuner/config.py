@@ -145,11 +145,7 @@ class UniProjConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write adapter_config.json, whole or not at all. Raises AdapterError beside an adapter_model.bin."""
         folder = Path(save_directory)
-        if (folder / file.UNSAFE).exists():
-            raise AdapterError(
-                f"{folder}: must not hold {file.UNSAFE}, which uniproj never opens, as that can run code. "
-                "Remove it and save with safe_serialization=True."
-            )
+        file.refuse_unsafe(folder)
         fields = self.to_dict()
         if (auto_mapping := kwargs.get("auto_mapping_dict")) is not None:
             fields["auto_mapping"] = auto_mapping

@@ -2,7 +2,8 @@
 
 PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` stands a thin wrapper
 in the place of some of its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones
-before. Each looks whether the adapter is ours, and else calls the original.
+before. Each looks whether the adapter is ours, and else calls the original. PEFT writes file after file, so what cannot
+be written is refused before it begins.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, peft_model
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, peft_model
 from peft.utils import save_and_load
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,6 +24,7 @@ from uniproj.adapters.keys import plain
 from uniproj.adapters.remap import renamed
 from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.errors import AdapterError
+from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P
 from uniproj.tuner.undo import unchanged_on_failure
 
@@ -31,6 +33,7 @@ _theirs_save, _theirs_set = peft_model.safe_save_file, peft_model.set_peft_model
 _theirs_load, _theirs_load_bin = save_and_load.safe_load_file, save_and_load.torch_load
 _theirs_filter = save_and_load._filter_state_dict_for_adapter_name
 _theirs_from_pretrained, _theirs_load_adapter = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+_theirs_save_pretrained = PeftModel.save_pretrained
 # not an attribute of theta_d: torch.save would write it with the tensor, and torch.load refuse to read it
 _belongs_to: Any = WeakTensorKeyDictionary()
 
@@ -117,7 +120,7 @@ def _set_peft_model_state_dict(
             "model, got none of this name. Load it on a base model of the class that it was trained with."
         ) from error
     finally:
-        config.takes_other_sizes = False
+        config.takes_other_sizes = model.peft_config[adapter_name].takes_other_sizes = False
     # what lacks a number was refused; these are other adapters', in whose keys PEFT may find the name of this one
     result.missing_keys[:] = [key for key in result.missing_keys if not plain(key).startswith(OWN)]
     return result
@@ -158,6 +161,32 @@ def _load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any,
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
 
 
+@wraps(_theirs_save_pretrained)
+def _save_pretrained(
+    self: PeftModel,
+    save_directory: str | Path,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: bool | str = "auto",
+    *args: Any,
+    **rest: Any,
+) -> None:
+    ours = [name for name, config in self.peft_config.items() if config.peft_type == file.KIND]
+    for name in (name for name in ours if selected_adapters is None or name in selected_adapters):
+        folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+        if not safe_serialization:
+            raise file.unsafe(folder)
+        file.refuse_unsafe(folder)
+        check_embeddings(self, name, save_embedding_layers)
+        tensors = get_peft_model_state_dict(self, rest.get("state_dict"), name, save_embedding_layers=False)
+        header, config = noted(tensors)
+        if header is not None:  # of processes that shard a model, the first alone has all of it
+            P: Any = self.base_model.projections[name]
+            file.check(folder, tensors, header, config, has_offset=P.offset is not None)
+    theirs = False if ours else save_embedding_layers
+    _theirs_save_pretrained(self, save_directory, safe_serialization, selected_adapters, theirs, *args, **rest)
+
+
 def install() -> None:
     """Stand in PEFT's functions."""
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
@@ -165,4 +194,4 @@ def install() -> None:
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
     PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
-    PeftModel.load_adapter = _load_adapter
+    PeftModel.load_adapter, PeftModel.save_pretrained = _load_adapter, _save_pretrained

@@ -22,7 +22,7 @@ from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.factors import Factor, FactorSource, OfThread
-from uniproj.tuner.keys import beside_P
+from uniproj.tuner.keys import beside_P, biases
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
@@ -252,7 +252,7 @@ class UniProjModel(LoraModel):
         # PEFT takes heads and embeddings out of this very dictionary afterwards
         state_dict.clear()
         state_dict.update(rest)
-        return {**own, **cls._get_learnable_bias_state_dict(model, rest, config)}
+        return {**own, **biases(model, rest, adapter_name)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -263,8 +263,7 @@ class UniProjModel(LoraModel):
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
-        state_dict = renamed(state_dict)
-        check_loaded(tuner, adapter_name, state_dict)
+        state_dict = check_loaded(model, adapter_name, renamed(state_dict))
         tuner._settle()
         now = {plain(key): key for key in model.state_dict()}
         known = {**state_dict, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -15,12 +16,13 @@ from uniproj.adapters import tensors as stored
 from uniproj.adapters.fit import check_fit, warn_of_another_base
 from uniproj.adapters.header import FORMAT_VERSION, Header
 from uniproj.adapters.heads import check_heads
-from uniproj.adapters.keys import in_model
+from uniproj.adapters.keys import in_model, plain
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
+from uniproj.tuner.keys import trained_beside_P
 
 if TYPE_CHECKING:
     from uniproj.tuner.model import UniProjModel
@@ -78,19 +80,73 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
         warn_of_another_base(config.header, getattr(base, "name_or_path", None), getattr(base, "config", None))
 
 
-def check_loaded(tuner: UniProjModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are missing, misshapen, not finite or a zero saddle, have no place, or are of another P."""
+def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that may be copied into a model: the numbers of one adapter, all of them and no others.
+
+    tensors: of the adapter; what is beside P by PEFT's keys in the model. Raises AdapterError for tensors that are
+    missing, misshapen, not finite or a zero saddle, have no place, are of another P, or would change anything beside
+    the adapter; a tensor of the base that is as the base has it is passed over.
+    """
+    tuner: UniProjModel = model.base_model
     projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
     stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
     stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
     config = tuner.peft_config[adapter_name]
     check_heads(tensors, tuner.model, config.modules_to_save, sizes=not config.takes_other_sizes)
+    beside = _check_beside_P(model, adapter_name, tensors)
     own: Identity = tuner.uniproj_identity[adapter_name]  # type: ignore[assignment]
     if found := _difference(tensors, own.header, projection):
         raise AdapterError(
             f"{projection.name}: the adapter {adapter_name!r} of this model must be as that of the numbers: {found}. "
             "Load the file under a new name, or with its own configuration."
         )
+    return {key: tensor for key, tensor in tensors.items() if key in beside or key.startswith(stored.OWN)}
+
+
+def _check_beside_P(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys of the tensors that the adapter trains in this model, heads, tokens and biases; see `check_loaded`."""
+    state = model.base_model.model.state_dict(keep_vars=True)
+    base = {plain(f"{stored.HEADS}{key}"): value for key, value in state.items()}
+    own = trained_beside_P(model, base, adapter_name)
+    other_sizes = model.peft_config[adapter_name].takes_other_sizes
+    found = {}
+    for key, tensor in tensors.items():
+        name = plain(key)
+        if name in own:
+            found[name] = key
+            _check_same_kind(name, own[name], tensor, other_sizes)
+        elif not name.startswith(stored.OWN) and not _is_equal(base.get(name), tensor):
+            raise AdapterError(
+                f"{name}: must be what {adapter_name!r} trains in this model, or as the base has it, got a tensor that "
+                "would change the base or another adapter. Give the base its own weights before the adapter is loaded; "
+                "train others by modules_to_save, trainable_token_indices or bias."
+            )
+    if lacking := next((name for name in own if name not in found), None):
+        raise AdapterError(
+            f"{lacking}: the adapter's file must hold every tensor that it trains in this model, got none of this "
+            "name. Load it on a base model of the class that it was trained with."
+        )
+    return set(found.values())
+
+
+def _check_same_kind(name: str, own: Any, tensor: Tensor, other_sizes: bool) -> None:
+    if not isinstance(own, Tensor):
+        return
+    if own.shape != tensor.shape and not other_sizes:
+        raise AdapterError(
+            f"{name}: must have shape {tuple(own.shape)} as in this model, got {tuple(tensor.shape)}. Load the adapter "
+            "on the base model that it was trained on."
+        )
+    if own.dtype != tensor.dtype and not {own.dtype, tensor.dtype} <= {*stored.FLOATS}:
+        raise AdapterError(
+            f"{name}: must be of dtype {own.dtype} as in this model, got {tensor.dtype}. Use another checkpoint."
+        )
+
+
+def _is_equal(own: Any, tensor: Tensor) -> bool:
+    if not isinstance(own, Tensor) or own.is_meta or (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
+        return False
+    return torch.equal(own.detach(), tensor.to(own.device))
 
 
 def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projection) -> str | None:
