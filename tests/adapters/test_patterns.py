@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,3 +155,36 @@ def test_what_people_write_means_the_same(pattern: str) -> None:
         assert _outcome(lambda config=config: patterns.targets(config, NAMES)[0]) == _outcome(_by_peft, config)
     expected = _outcome(lambda: {name: get_pattern_key([pattern], name) == pattern for name in NAMES})
     assert _outcome(patterns.of_modules, "alpha_pattern", {pattern: True}, NAMES, False) == expected
+
+
+def test_all_patterns_of_a_field_share_their_time_and_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.1)
+    for many in ([HANGS_BOTH], [f"{HANGS_BOTH}{i}" for i in range(1000)]):
+        with pytest.raises(AdapterError, match=r"rank_pattern: all patterns must be matched within 0\.1 s, got '\(\?:"):
+            patterns.of_modules("rank_pattern", dict.fromkeys(many, 1), NAMES, 0)
+    for many in (["." * patterns.LETTERS, "."], ["." * (patterns.LETTERS + 1)]):
+        with pytest.raises(AdapterError, match="alpha_pattern: all patterns together must have at most 65536 letters"):
+            patterns.of_modules("alpha_pattern", dict.fromkeys(many, 1), NAMES, 0)
+
+
+def test_names_in_full_cost_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `remap` writes them: 9 million pairs, for which there would be no time."""
+    names = [f"model.layers.{i}.q-proj" for i in range(3000)]
+    monkeypatch.setattr(patterns, "SECONDS_PER_MODULE", 0.0)
+    found = patterns.of_modules("alpha_pattern", {re.escape(name): i for i, name in enumerate(names)}, names, -1)
+    assert list(found.values()) == list(range(3000))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "[", "*", "a{2,1}", r"\p{L}", "(?R)", "(?V1)a", "(" * 500 + ")" * 500, "a(?i)b"]
+)
+def test_what_is_no_pattern_to_peft_is_refused(pattern: str) -> None:
+    config = LoraConfig(target_modules=pattern)
+    with pytest.raises(AdapterError, match="target_modules: every pattern must be a regular expression, got '"):
+        patterns.targets(config, NAMES)
+    with pytest.raises(AdapterError, match="alpha_pattern: every pattern must be a regular expression, got '"):
+        patterns.of_modules("alpha_pattern", {pattern: 2}, NAMES, 1)
+
+
+def test_a_pattern_that_fits_nothing_is_named() -> None:
+    assert patterns.idle("rank_pattern", {"q_proj": 1, ".*_proj": 2, "k": 3, "[k]": 4}, NAMES) == ["k", "[k]"]

@@ -43,7 +43,7 @@ def linear_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int, 
     if not found:
         raise AdapterError(
             f"base: must have linear modules called {config.target_modules}, got a {type(base).__name__} without any. "
-            "Pass the base model that the adapter was trained on."
+            "Check the base model, and the names."
         )
     return found
 
