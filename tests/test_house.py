@@ -33,7 +33,19 @@ ALLOWED = {
 }
 # what measurements may share with training runs: modules that import nothing of either but these
 LEAVES = {
-    *("answers", "errors", "ifeval", "models", "names", "orphans", "provenance", "results", "settings", "statistics"),
+    *(
+        "answers",
+        "errors",
+        "gguf_header",
+        "ifeval",
+        "models",
+        "names",
+        "orphans",
+        "provenance",
+        "results",
+        "settings",
+        "statistics",
+    ),
     *("tasks", "timing"),
 }
 

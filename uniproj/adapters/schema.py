@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from uniproj.errors import AdapterError, shown
 
@@ -61,9 +61,9 @@ def _text(value: str) -> str:
     return value
 
 
-def _alpha(value: float) -> float:
-    if not _LEAST <= abs(value) <= _MOST:
-        raise ValueError(value)
+def _alpha(value: Any) -> Any:
+    if isinstance(value, int | float) and not _LEAST <= abs(value) <= _MOST:
+        raise ValueError("its size")
     return value
 
 
@@ -75,12 +75,11 @@ MaybeText = Annotated[
 Flag = Annotated[bool, Field(description="true or false")]
 Natural = Annotated[int, Field(ge=0, lt=2**31, description="a whole number in [0, 2^31)")]
 Seed = Annotated[int, Field(ge=0, lt=2**64, description="a whole number in [0, 2^64)")]
-_SIZE = Field(ge=1, lt=2**63, description="a whole number in [1, 2^63)")
-_RANK = Field(ge=1, lt=2**31, description="a whole number in [1, 2^31)")
-Size, Rank = Annotated[int, _SIZE], Annotated[int, _RANK]
+Size = Annotated[int, Field(ge=1, lt=2**63, description="a whole number in [1, 2^63)")]
+Rank = Annotated[int, Field(ge=1, lt=2**31, description="a whole number in [1, 2^31)")]
 Alpha = Annotated[
     int | float,
-    AfterValidator(_alpha),
+    BeforeValidator(_alpha),  # as pydantic reads no integer of thousands of digits
     Field(description=f"a finite number other than 0, of a size in [{_LEAST:g}, {_MOST:g}]"),
 ]
 Rate = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]

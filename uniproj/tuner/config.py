@@ -83,7 +83,7 @@ class UniProjConfig(LoraConfig):
         if self.lora_alpha is None:
             self.lora_alpha = self.r
         # a number of NumPy's is as good as Python's, but no file can hold it
-        vars(self).update({k: v.item() for k, v in vars(self).items() if isinstance(v, np.generic)})
+        self.__dict__.update({k: v.item() for k, v in vars(self).items() if isinstance(v, np.generic)})
         schema.check(schema.Configuration, vars(self), "UniProjConfig: ")
         super().__post_init__()
         self.peft_type = PEFT_TYPE

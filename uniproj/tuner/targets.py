@@ -27,8 +27,8 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
     if not is_name or "." in adapter_name or taken:
         raise AdapterError(
             "add_adapter: the name of an adapter must be one component of a key and of a path, of 1 to "
-            f"{_LONGEST} bytes of visible letters without dots, and not one that PyTorch uses, such as 'keys' (an attribute of "
-            f"torch.nn.ModuleDict) or '_orig_mod', got {shown(adapter_name)}. Choose another."
+            f"{_LONGEST} bytes of visible letters without dots, and not one that PyTorch uses, such as 'keys' (an "
+            f"attribute of torch.nn.ModuleDict) or '_orig_mod', got {shown(adapter_name)}. Choose another."
         )
     for name in (adapter_name, *others):
         if head := next((head for head in heads if name.endswith(head)), None):
