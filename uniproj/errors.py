@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
-_short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = 10
+_LONGEST = 160
 
 
 def printable(text: object) -> str:
@@ -20,9 +20,10 @@ def printable(text: object) -> str:
 def shown(value: object) -> str:
     """A value as a sentence quotes it: as Python writes it, its middle left out where it is long."""
     try:
-        return _short.repr(value)
+        text = _short.repr(value)
     except ValueError:  # Python refuses to write integers of thousands of digits
         return "a number of too many digits"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}..{text[-_LONGEST // 2 :]}"
 
 
 class OneLineError(ValueError):
