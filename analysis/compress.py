@@ -20,6 +20,7 @@ from experiments.errors import ExperimentError
 from uniproj import AdapterError, ProjectionError, console, plugins
 from uniproj.adapters.compress import compress
 from uniproj.adapters.lora import LoRAAdapter, read
+from uniproj.errors import printable
 
 
 def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:
@@ -68,8 +69,8 @@ def _bytes(folder: Path) -> int:
 
 
 def _text(quality: Mapping[str, Any], out: Path) -> str:
-    shown = "\n".join(f"{k:20s} {v:.4g}" if isinstance(v, float) else f"{k:20s} {v}" for k, v in quality.items())
-    return f"{shown}\nAdapter: {out}"
+    lines = [f"{k:20s} {f'{v:.4g}' if isinstance(v, float) else printable(v)}" for k, v in quality.items()]
+    return "\n".join([*lines, f"Adapter: {out}"])
 
 
 if __name__ == "__main__":

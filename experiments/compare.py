@@ -30,7 +30,7 @@ from experiments.tasks.task import METRICS
 from experiments.tune import GRID, describe, rate, record, tune
 from experiments.workers import train_all
 from uniproj import console, plugins
-from uniproj.errors import ProjectionError
+from uniproj.errors import ProjectionError, printable
 from uniproj.layout import LoRALayout
 from uniproj.registry import get
 
@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> int:
     runs = folders(args.runs, (run for cell in planned.cells() for run in planned.confirmations(cell, {})))
     failures = train_all(runs, args.device)
     for run, reason in failures.items():
-        print(f"{run} failed: {reason}", file=sys.stderr)
+        print(printable(f"{run} failed: {reason}"), file=sys.stderr)
     done = [run for run in runs if (run / RESULT).exists()]
     if done:
         report.write(folder, load_runs(done), budget, remark)

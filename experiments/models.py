@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from experiments import gguf_header
 from experiments.errors import ExperimentError
 
 # name -> (distribution, path inside it, GGUF file)
@@ -76,9 +77,11 @@ def packaged_file(package: str, inside: str) -> Path:
 def _read(what: Any, name: str, **options: Any) -> Any:
     """`what.from_pretrained`, with a sentence in place of the library's many kinds of error."""
     where, extra = source(name)
+    if "gguf_file" in extra:
+        gguf_header.check(Path(where, extra["gguf_file"]))
     try:
         return what.from_pretrained(where, **extra, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ExperimentError(
             f"models: {name!r} must be one of {', '.join(PACKAGED)}, a local folder, a .gguf file or a hub id that "
             f"can be reached, got: {_first_line(error)} Check the name."

@@ -25,6 +25,7 @@ from experiments.protocol import sweep_folder
 from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
 from experiments.run import Run
 from experiments.settings import RunConfig
+from uniproj.errors import printable
 from uniproj.layout import LoRALayout
 from uniproj.registry import build
 from uniproj.registry import get as projection_of
@@ -171,7 +172,7 @@ def doctor(sweep: Sweep, runs: Path) -> int:
             print(f"ok      {config.task} {config.projection}: {found[name]['seconds_per_step']:.2f} s per step")
         except Exception as error:  # whatever it is, it would have failed in the queue
             failed += 1
-            print(f"FAILED  {config.task} {config.projection}: {type(error).__name__}: {error}")
+            print(printable(f"FAILED  {config.task} {config.projection}: {type(error).__name__}: {error}"))
     write_json(sweep_folder(runs, sweep) / MEASURED, found)
     print(f"{len(configs) - failed} of {len(configs)} kinds of run work.")
     return 1 if failed else 0

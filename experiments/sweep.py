@@ -20,7 +20,7 @@ from experiments.results import RUNS
 from experiments.slurm import SlurmOptions
 from experiments.workers import Processes, processes, train_all
 from uniproj import console
-from uniproj.errors import AdapterError, ProjectionError
+from uniproj.errors import AdapterError, ProjectionError, printable
 
 INTERRUPTED = 130
 LAUNCHERS: Mapping[str, type[Any]] = {"local": Processes, "slurm": SlurmOptions}
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     records, failures = protocol.confirm(sweep, args.runs, chosen, train)
     sweep_report.write(protocol.sweep_folder(args.runs, sweep), sweep, records)
     for folder, reason in failures.items():
-        print(f"{folder} failed: {reason}", file=sys.stderr)
+        print(printable(f"{folder} failed: {reason}"), file=sys.stderr)
     return 1 if failures else 0
 
 

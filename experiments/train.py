@@ -29,7 +29,7 @@ from experiments.results import BUSY, CONFIG, FAILED, RESULT, disk_errors, is_do
 from experiments.run import Run
 from experiments.steps import isometry, step_times
 from uniproj import console
-from uniproj.errors import AdapterError, ProjectionError
+from uniproj.errors import AdapterError, ProjectionError, printable
 
 INTERRUPTED = 130
 
@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
                 return status
         if is_first:
             result = read_json(folder / RESULT)
-            print(f"{folder} done: {result['metric']} {result['score']} on {result['config']['score_on']}")
+            score = f"{result['metric']} {result['score']} on {result['config']['score_on']}"
+            print(f"{folder} done: {printable(score)}")
         return 0
     except (ExperimentError, ProjectionError, AdapterError) as error:
         print(f"{FAILED}{error}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from uniproj import console, plugins
 from uniproj.adapters import commands as exchange
-from uniproj.errors import AdapterError, ProjectionError
+from uniproj.errors import AdapterError, ProjectionError, printable
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
 from uniproj.testing import BatteryFailure, Check, check_projection, sample
@@ -100,7 +100,7 @@ def _verify(path: str, base: str | None, remap: list[tuple[str, str]], as_json: 
     if as_json:
         print(json.dumps({"holds": said, "warnings": warned}, indent=2))
     else:
-        print("\n".join([*said, *(f"warning: {text}" for text in warned)]))
+        print("\n".join(map(printable, [*said, *(f"warning: {text}" for text in warned)])))
     return 0
 
 

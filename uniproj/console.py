@@ -14,6 +14,8 @@ from typing import Any, ParamSpec
 
 from tqdm import tqdm
 
+from uniproj.errors import printable
+
 READER_LEFT = 128 + signal.SIGPIPE
 DONE = "done"
 Arguments = ParamSpec("Arguments")
@@ -47,6 +49,24 @@ def _bars_on_terminals_only() -> Iterator[None]:
         tqdm.__init__ = plain
 
 
+@contextmanager
+def _visible_output() -> Iterator[None]:
+    """Standard output in lines of visible characters, those that its encoding lacks by their escapes."""
+    stream = sys.stdout
+    plain, encoding = stream.write, getattr(stream, "encoding", None) or "utf-8"
+
+    def write(text: str) -> int:
+        visible = "\n".join(map(printable, text.split("\n")))
+        plain(visible.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    stream.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        stream.write = plain  # type: ignore[method-assign]
+
+
 class Progress:
     """How many of some things are done: a bar on a terminal, elsewhere a line for each of them."""
 
@@ -62,6 +82,7 @@ class Progress:
 
     def ended(self, name: str, outcome: str = DONE) -> None:
         """One more has come to its end."""
+        name, outcome = printable(name), printable(outcome)
         if self.bar.disable:
             self.bar.n += 1
             print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {outcome}", file=sys.stderr, flush=True)
@@ -80,13 +101,14 @@ def _reader_left() -> bool:
 
 
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """The `main` of a command: bars on terminals only, and status 141 without a word where `| head` has had enough."""
+    """The `main` of a command: bars on terminals only, visible characters alone on standard output, and status 141
+    without a word where `| head` has had enough."""
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **options: Arguments.kwargs) -> int:
         without_word_of_bitsandbytes()
         try:
-            with _bars_on_terminals_only():
+            with _bars_on_terminals_only(), _visible_output():
                 try:
                     return main(*args, **options)
                 finally:

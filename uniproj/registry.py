@@ -10,12 +10,14 @@ import pkgutil
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from uniproj.claims import refuse_unknown
-from uniproj.errors import ProjectionError, unknown
+from uniproj.errors import ProjectionError, shown, unknown
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 
@@ -87,6 +89,34 @@ def _integer(name: str, what: str, value: Any) -> Any:
         raise ProjectionError(f"{name}: {what} must be an integer, got {value!r}.") from None
 
 
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _hyperparameters(cls: type[Projection], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, NumPy's numbers as Python's. Raises ProjectionError for a value of another type than the signature
+    of the class says, and for numbers beyond float32."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except NameError:  # names that a class imports for type checkers alone
+        hints = {}
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    for name, value in plain.items():
+        # reading the base weights is left to the method, which may need but one at a time
+        if name not in hints or name == "base_weights":
+            continue
+        try:
+            TypeAdapter(hints[name], config=_STRICT).validate_python(value)
+        except ValidationError:
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise ProjectionError(
+                f"{cls.name}: {name} must be of type {kind}, its numbers finite, got {shown(value)}. Correct it."
+            ) from None
+        if isinstance(value, float) and abs(value) > _LARGEST:
+            raise ProjectionError(f"{cls.name}: {name} must be at most {_LARGEST:.1e} in size, got {value}. Lower it.")
+    return plain
+
+
 def build(
     name: str,
     D: int | None = None,
@@ -99,24 +129,25 @@ def build(
     """The projection of this name, on `layout` or on D coordinates without module structure.
 
     d is needed where the method leaves it free and refused where it contradicts the one that the layout
-    and the hyperparameters decide. Unknown hyperparameters are errors (ProjectionError).
+    and the hyperparameters decide. Unknown hyperparameters, and values of other types than the method's signature says,
+    are errors (ProjectionError).
     """
     cls = get(name)
     if (D is None) == (layout is None):
         raise ProjectionError(f"{name}: pass either D= or layout=, got D={D} and layout={layout}.")
     D, d, seed = _integer(name, "D", D), _integer(name, "d", d), _integer(name, "seed", seed)
     if not 0 <= seed < 2**64:
-        raise ProjectionError(f"{name}: seed must lie in [0, 2^64), got {seed}.")
+        raise ProjectionError(f"{name}: seed must lie in [0, 2^64), got {shown(seed)}.")
     layout = layout if layout is not None else LoRALayout.flat(D)
     accepted = [p for p in inspect.signature(cls).parameters if p not in ("layout", "d", "seed")]
     if unknown := sorted(set(hyperparameters) - set(accepted)):
         raise ProjectionError(f"{name}: unknown hyperparameters {unknown}; this method knows {accepted or 'none'}.")
     if cls.free_d and d is None:
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
-    size = {"d": d} if cls.free_d else {}
+    size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, hyperparameters)
     # P is drawn there whatever the default device, of tensors that may be trained with under any mode
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        projection = cls(layout, **size, seed=seed, **hyperparameters)  # type: ignore[arg-type]
+        projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
     if d is not None and projection.d != d:
         raise ProjectionError(f"{name}: d = {cls.d_formula} = {projection.d} on this layout, got d={d}. Leave d out.")
     return projection

@@ -10,6 +10,7 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
+from uniproj.adapters import architecture
 from uniproj.errors import AdapterError
 from uniproj.tuner.quantised import BaseWeights
 
@@ -24,8 +25,16 @@ _CLASSES = {
 
 
 def weights_of(base: nn.Module, names: Mapping[str, str]) -> BaseWeights:
-    """W (out, in) of modules of a base model; names: theirs in a layout -> in the base."""
-    return BaseWeights({name: base.get_submodule(module) for name, module in names.items()})
+    """W (out, in) of modules of a base model; names: theirs in a layout -> in the base.
+
+    Raises AdapterError for a module that the base does not have.
+    """
+    try:
+        return BaseWeights({name: base.get_submodule(module) for name, module in names.items()})
+    except AttributeError as error:
+        raise AdapterError(
+            f"base: must have every module that the adapter was trained on, got {error}. Pass the adapter's own base."
+        ) from error
 
 
 def load(base: str | nn.Module, config: PeftConfig, weights: bool) -> nn.Module:
@@ -36,15 +45,24 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool) -> nn.Module:
     if isinstance(base, nn.Module):
         return base
     try:
+        architecture.check_sizes(transformers.PretrainedConfig.get_config_dict(base)[0], base)
         found = transformers.AutoConfig.from_pretrained(base)
-        named = getattr(transformers, (found.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        named = getattr(transformers, (found.architectures or ["AutoModel"])[0], None)
         task = getattr(config.task_type, "value", config.task_type)
-        cls = getattr(transformers, _CLASSES[task]) if task in _CLASSES else named
-        if weights:
-            return cls.from_pretrained(base)
-        with torch.device("meta"):
-            return cls.from_config(found) if task in _CLASSES or named is transformers.AutoModel else cls(found)
-    except (OSError, ValueError) as error:
+        if task in _CLASSES:
+            cls = getattr(transformers, _CLASSES[task])
+        else:  # the file may name anything that Transformers holds
+            is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+            cls = named if is_model else transformers.AutoModel
+        with torch.device("meta"), architecture.bounded(base):
+            bare = cls.from_config(found) if hasattr(cls, "from_config") else cls(found)
+        if not weights:
+            return bare
+        architecture.check_weights(base, bare)
+        return cls.from_pretrained(base)
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever a model makes of numbers that are not its own
         raise AdapterError(f"{base}: must be a model that Transformers loads, got {error}. Check the name.") from error
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from uniproj.errors import printable
+
 FORMATS = ("lora", "vllm", "unilora", "vera", "vblora", "tinylora")
 
 
@@ -56,4 +58,5 @@ def _print(report: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        print("\n".join(f"{k:20s} {v:.6g}" if isinstance(v, float) else f"{k:20s} {v}" for k, v in report.items()))
+        for key, value in report.items():
+            print(f"{key:20s} {f'{value:.6g}' if isinstance(value, float) else printable(value)}")

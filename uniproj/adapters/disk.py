@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import Any
 
+from uniproj.adapters.schema import parse_json
 from uniproj.errors import AdapterError
 
 
@@ -39,8 +39,8 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises AdapterError for a file that cannot be read or is none."""
     text = read_bytes(path)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise AdapterError(f"{path}: must be JSON, got {error}. Copy or download it again.") from None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from uniproj.adapters import identity
+from uniproj.adapters import identity, schema
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.disk import exists, read_bytes, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
@@ -250,10 +250,7 @@ def _fields(path: Path) -> dict[str, Any]:
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != KIND:
         raise AdapterError(f"{path}: peft_type must be {KIND}, got {kind!r}. It is an adapter of another method.")
-    for key in FREE - {"auto_mapping"}:
-        wanted = bool if key == "inference_mode" else str
-        if not isinstance(value := fields.get(key), (wanted, type(None))):
-            raise AdapterError(f"{path}: {key} must be {wanted.__name__} or null, got {value!r}. Correct it.")
+    schema.check(schema.Configuration, fields, f"{path}: ")
     return fields
 
 

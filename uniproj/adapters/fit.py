@@ -7,7 +7,7 @@ from typing import Any
 
 from uniproj.adapters.header import Header, quantisation
 from uniproj.adapters.remap import Table, new_names, suggestion
-from uniproj.errors import AdapterError
+from uniproj.errors import AdapterError, printable
 from uniproj.layout import LoRALayout
 
 
@@ -55,7 +55,7 @@ def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None
         old, new = header.base_quantisation or "none", quantised or "none"
         changed.append(f"quantisation {old} (now {new})")
     if changed:
-        warnings.warn(f"{header.projection}: the adapter was trained on {', '.join(changed)}.", stacklevel=2)
+        warnings.warn(f"{header.projection}: the adapter was trained on {printable(', '.join(changed))}.", stacklevel=2)
 
 
 def _sizes(layout: LoRALayout) -> dict[str, tuple[int, int, int]]:

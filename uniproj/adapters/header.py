@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import uniproj
+from uniproj.adapters import schema
 from uniproj.adapters.header_lines import LINES
 from uniproj.adapters.patterns import of_modules, scale
 from uniproj.adapters.remap import new_names
@@ -129,6 +130,8 @@ class Header:
                 raise AdapterError(
                     f"{where}: the header's {f.name} must be what uniproj wrote, got {got} ({error}). {_ALTERED}"
                 ) from None
+        schema.check(schema.Lines, values, f"{where}: the header's ", _ALTERED)
+        schema.check(schema.Configuration, values["settings"], f"{where}: the header's ", _ALTERED)
         header = cls(**values)
         saved, found = metadata.get(f"{PREFIX}layout_fingerprint"), header.layout.fingerprint
         if saved != found:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from uniproj.adapters.schema import Lines, parse_json
 from uniproj.layout import LoRALayout
 
 # more than the Block list of any model; what unpacks to more was not written by us
@@ -41,40 +42,10 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _typed(*kinds: type) -> Callable[[str], Any]:
-    """A reader of JSON that takes these types alone (a bool is no int)."""
-
-    def read(text: str) -> Any:
-        value = json.loads(text)
-        if type(value) not in kinds:
-            raise TypeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
-        return value
-
-    return read
-
-
-def _natural_number(text: str) -> int:
-    value: int = _typed(int)(text)
-    if value < 0:
-        raise ValueError("below 0")
-    return value
-
-
-_TEXT = (_dump, _typed(str))
-_NUMBER = (_dump, _natural_number)
-_MAYBE = (_dump, _typed(str, type(None)))
+_JSON = (_dump, parse_json)
+# what the values may be, `uniproj.adapters.schema.Lines` says
 LINES: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
-    "format_version": _NUMBER,
-    "library_version": _TEXT,
-    "projection": _TEXT,
-    "projection_version": _NUMBER,
-    "projection_kwargs": (_dump, _typed(dict)),
-    "d": _NUMBER,
-    "projection_seed": _NUMBER,
+    **dict.fromkeys(Lines.model_fields, _JSON),
     "layout": (pack, lambda text: LoRALayout.from_json(unpack(text))),
-    "checksum": _TEXT,
-    "base_model": _MAYBE,
-    "base_revision": _MAYBE,
-    "base_quantisation": _MAYBE,
-    "settings": (pack, lambda text: _typed(dict)(unpack(text))),
+    "settings": (pack, lambda text: parse_json(unpack(text))),
 }

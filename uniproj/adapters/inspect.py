@@ -8,6 +8,7 @@ from typing import Any
 
 from uniproj.adapters.file import CONFIG, WEIGHTS, SavedAdapter, read
 from uniproj.adapters.header import PREFIX, Header
+from uniproj.errors import printable
 from uniproj.registry import get
 
 
@@ -38,7 +39,7 @@ def text(found: dict[str, Any]) -> str:
         shown["modules"] = f"{len(modules)}: {rows[0]} .. {rows[1]}"
     settings = found.get("settings") or found["config"]
     shown["settings"] = ", ".join(f"{k}={v}" for k, v in settings.items() if v not in (None, {}, False))
-    return "\n".join(f"{key:20s} {'-' if value is None else value}" for key, value in shown.items())
+    return "\n".join(f"{key:20s} {'-' if value is None else printable(value)}" for key, value in shown.items())
 
 
 def _of_header(header: Header) -> dict[str, Any]:

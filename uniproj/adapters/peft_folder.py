@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from uniproj.adapters import schema
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.disk import exists, read_bytes, read_json, replace
 from uniproj.adapters.file import CONFIG, UNSAFE, WEIGHTS, config_text
@@ -43,6 +44,8 @@ def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:
     kind = peft_type(folder)
     if kind not in kinds:
         raise AdapterError(f"{folder}: must hold an adapter of PEFT type {' or '.join(kinds)}, got {kind}.")
+    fields = schema.Configuration if kind == "LORA" else schema.Places
+    schema.check(fields, read_json(folder / CONFIG), f"{folder / CONFIG}: ")
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:

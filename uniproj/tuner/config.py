@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import LoraConfig
 
-from uniproj.adapters import file
+from uniproj.adapters import file, schema
 from uniproj.adapters.disk import replace
 from uniproj.adapters.header import Header
 from uniproj.adapters.remap import rename
@@ -64,7 +64,8 @@ class UniProjConfig(LoraConfig):
     `layout_fingerprint`, `projection_checksum`, `format_version` and `remap` are a saved adapter's; leave them out.
     `header` is what the file says of itself, or None for a configuration that was not read from a file with one.
 
-    Raises ProjectionError for an unknown projection and AdapterError for a LoRA variant that does not apply.
+    Raises ProjectionError for an unknown projection, and AdapterError for a value that its field cannot hold and for a
+    LoRA variant that does not apply.
     """
 
     lora_alpha: int | None = None  # type: ignore[assignment]
@@ -81,6 +82,9 @@ class UniProjConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = self.r
+        # a number of NumPy's is as good as Python's, but no file can hold it
+        self.__dict__.update({k: v.item() for k, v in vars(self).items() if isinstance(v, np.generic)})
+        schema.check(schema.Configuration, vars(self), "UniProjConfig: ")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         get(self.projection)
@@ -98,10 +102,6 @@ class UniProjConfig(LoraConfig):
                 f"UniProjConfig: projection_kwargs holds hyperparameters of P, got {reserved}. "
                 "Use the fields d, projection_seed and target_modules."
             )
-        try:
-            json.dumps(self.projection_kwargs)
-        except TypeError as error:
-            raise AdapterError(f"UniProjConfig: projection_kwargs must be JSON, {error}.") from None
         self.header: Header | None = None
         self.renames_heads: list[tuple[str, str]] = []  # rows of `remap` that the file does not know yet
         self.takes_other_sizes = False  # while PEFT loads under ignore_mismatched_sizes

@@ -17,8 +17,10 @@ from uniproj.adapters import patterns
 from uniproj.adapters.fit import check_fit
 from uniproj.adapters.keys import plain
 from uniproj.adapters.places import layout_on, targets
-from uniproj.errors import AdapterError
+from uniproj.errors import AdapterError, shown
 from uniproj.tuner.config import UniProjConfig
+
+_LONGEST = 200  # a file system takes 255
 
 
 def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -> None:
@@ -29,11 +31,12 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
     holders = nn.ModuleDict(), nn.ParameterDict()
     taken = adapter_name == "_extra_state" or any(hasattr(holder, adapter_name) for holder in holders)
     taken = taken or plain(f"{adapter_name}.") != f"{adapter_name}."  # what torch.compile and others put into keys
-    if not adapter_name or "." in adapter_name or taken:
+    is_name = adapter_name.isprintable() and 1 <= len(adapter_name.encode()) <= _LONGEST
+    if not is_name or "." in adapter_name or taken:
         raise AdapterError(
-            "add_adapter: the name of an adapter must be one component of a key, without dots and not one that PyTorch "
-            f"uses, such as 'keys' (an attribute of torch.nn.ModuleDict) or '_orig_mod', got {adapter_name!r}. "
-            "Choose another."
+            "add_adapter: the name of an adapter must be one component of a key and of a path, of 1 to "
+            f"{_LONGEST} bytes of visible letters without dots, and not one that PyTorch uses, such as 'keys' (an "
+            f"attribute of torch.nn.ModuleDict) or '_orig_mod', got {shown(adapter_name)}. Choose another."
         )
     for name in (adapter_name, *others):
         if head := next((head for head in heads if name.endswith(head)), None):
