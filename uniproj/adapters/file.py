@@ -144,7 +144,7 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
 
 
 def unsafe(folder: Path) -> AdapterError:
-    """The error of who would write the adapter as a pickle, or beside one."""
+    """The error of who would write a file that can run code, or write beside one."""
     return AdapterError(
         f"{folder}: must not hold {UNSAFE}, which uniproj never opens, as that can run code. "
         "Remove it and save with safe_serialization=True."
@@ -152,7 +152,7 @@ def unsafe(folder: Path) -> AdapterError:
 
 
 def refuse_unsafe(folder: Path) -> None:
-    """Raises AdapterError for a folder with a pickle in it."""
+    """Raises AdapterError for a folder with a file of weights that can run code."""
     if exists(folder / UNSAFE):
         raise unsafe(folder)
 
