@@ -91,13 +91,14 @@ def _claim(folder: Path) -> tuple[Path, int]:
 
 
 def _clear(folder: Path) -> None:
-    for left in folder.parent.iterdir():
-        if left.name.startswith(f".{folder.name}.") and left.name.endswith(_UNFINISHED):
-            # one that is locked is being filled, and one of another user is not ours to clear
-            with suppress(OSError):
-                lock = _lock(left)
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
+    with suppress(OSError):
+        for left in folder.parent.iterdir():
+            if left.name.startswith(f".{folder.name}.") and left.name.endswith(_UNFINISHED):
+                # one that is locked is being filled, and one of another user is not ours to clear
+                with suppress(OSError):
+                    lock = _lock(left)
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
 
 
 def _lock(folder: Path) -> int:
@@ -118,9 +119,10 @@ def _make_parents(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Make the names in a folder last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the names in a folder last through a loss of power, where the system lets it be read."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
