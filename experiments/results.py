@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import IO, Any
 import pandas as pd
 
 from experiments.errors import ExperimentError
+from uniproj.atomic import install, written
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 RUNS = Path("runs")
@@ -82,17 +82,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file as a whole: a reader sees the old content or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with disk_errors(path), written(path, content) as part:
+        install({path: part})
 
 
 def write_json(path: Path, value: Any) -> None:

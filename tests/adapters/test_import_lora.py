@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +128,72 @@ def test_the_place_and_the_arguments_are_checked(tmp_path: Path) -> None:
     for function in (export, import_adapter):
         with pytest.raises(AdapterError, match="must be a folder"):
             function("x" * 300, tmp_path / "out")
+
+
+def _linked(out: Path, source: Path, link: Callable[[Path, Path], object]) -> Path:
+    out.mkdir()
+    link(source / file.WEIGHTS, out / file.WEIGHTS)
+    return out
+
+
+def _moved_into(out: Path, source: Path) -> Path:
+    """The numbers lie in `out`; the source has links to them."""
+    out.mkdir()
+    for name in (file.CONFIG, file.WEIGHTS):
+        (source / name).rename(out / name)
+        (source / name).symlink_to(out / name)
+    return out
+
+
+def _bound(out: Path, source: Path) -> Path:
+    out.mkdir()
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(["mount", "--bind", source, out]).returncode:
+        pytest.skip("no mounts here")
+    return out
+
+
+PLACES = {
+    "itself": lambda out, source: source,
+    "through a missing folder": lambda out, source: out / ".." / source.name,
+    "through a folder": lambda out, source: out.mkdir() or out / ".." / source.name,
+    "link": lambda out, source: out.symlink_to(source) or out,
+    "link to a link": lambda out, source: (out.with_name("m").symlink_to(source), out.symlink_to("m"), out)[2],
+    "relative link": lambda out, source: out.symlink_to(source.name) or out / ".",
+    "link to its weights": lambda out, source: _linked(out, source, lambda old, new: new.symlink_to(old)),
+    "hard link": lambda out, source: _linked(out, source, lambda old, new: new.hardlink_to(old)),
+    "links of the source": _moved_into,
+    "bind mount": _bound,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("function", [export, import_adapter])
+def test_what_is_read_is_never_replaced(
+    function: Callable[..., Any], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = _lora(tmp_path / "lora")
+    if function is export:
+        import_adapter(source, source := tmp_path / "ours")
+    before = {name: (source / name).read_bytes() for name in (file.CONFIG, file.WEIGHTS)}
+    given = tmp_path / "out"
+    out = PLACES[place](given, source)
+    try:
+        for spelling in (out, os.path.relpath(out) if place == "itself" else str(out)):
+            with pytest.raises(AdapterError, match="must be another folder"):
+                function(source, spelling)
+    finally:
+        if place == "bind mount":
+            subprocess.run(["umount", given], check=True)
+    assert {name: (source / name).read_bytes() for name in before} == before
+
+
+def test_another_folder_behind_a_link_is_written(tmp_path: Path) -> None:
+    source, there = _lora(tmp_path / "lora"), tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "link").symlink_to(there)
+    import_adapter(source, tmp_path / "link")
+    model = loaded("llama", there)
+    model.save_pretrained(str(tmp_path / "live"))
+    export(model, tmp_path / "live")  # a live model reads no file
+    assert fields_of(tmp_path / "live")["peft_type"] == "LORA" and (tmp_path / "link").is_symlink()

@@ -40,7 +40,7 @@ def test_a_disk_that_refuses_leaves_the_old_file(folder: Path, monkeypatch, call
             raise OSError(error, os.strerror(error))
         return original(*args)
 
-    monkeypatch.setattr(disk.os, call, refuse)
+    monkeypatch.setattr(os, call, refuse)
     state = "What was saved there before is intact" if call == "fsync" else "Each file there is whole"
     with pytest.raises(AdapterError, match=state):
         save(folder, "fastfood")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 from uniproj.adapters.schema import parse_json
+from uniproj.atomic import install, written
 from uniproj.errors import AdapterError
 
 
@@ -50,25 +49,12 @@ def replace(contents: Mapping[Path, bytes | Iterable[bytes]]) -> None:
     All are written under other names and flushed to the disk before the first takes its place, so a full disk or a
     crash while writing leaves every old file as it was. Raises AdapterError where the disk refuses.
     """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}") for path in contents}
     first = next(iter(contents))
-    try:
+    with ExitStack() as temporary:
         with _disk_errors(first, "What was saved there before is intact"):
-            for path, content in contents.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with parts[path].open("wb") as file:
-                    file.writelines([content] if isinstance(content, bytes) else content)
-                    file.flush()
-                    os.fsync(file.fileno())
+            parts = {path: temporary.enter_context(written(path, content)) for path, content in contents.items()}
         with _disk_errors(first, "Each file there is whole, the old one or the new one"):
-            for path, part in parts.items():
-                os.replace(part, path)
-            for folder in {path.parent for path in contents}:
-                _flush_names(folder)
-    finally:
-        for part in parts.values():
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+            install(parts)
 
 
 @contextmanager
@@ -80,13 +66,3 @@ def _disk_errors(path: Path, state: str) -> Iterator[None]:
             f"{path}: must be writable, got {error.strerror or error}. {state}: free some space or choose another "
             "folder, then save again."
         ) from error
-
-
-def _flush_names(folder: Path) -> None:
-    """Make the renames last through a loss of power, where the system lets a folder be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

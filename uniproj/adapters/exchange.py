@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from uniproj.adapters import lora, peft_folder, peft_formats, vllm
+from uniproj.adapters import file, lora, peft_folder, peft_formats, vllm
 from uniproj.adapters.commands import FORMATS
 from uniproj.adapters.compress import IDENTITY, compress
+from uniproj.adapters.disk import exists
 from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
+
+_FILES = (file.CONFIG, file.WEIGHTS)
 
 
 def export(
@@ -96,5 +101,14 @@ def import_adapter(
 
 
 def _refuse_in_place(source: object, out: str | Path) -> None:
-    if isinstance(source, str | Path) and Path(source).absolute() == Path(out).absolute():
-        raise AdapterError(f"{out}: must be another folder than the one that is read, whose numbers would be lost.")
+    """Raises AdapterError where `out`, by whatever name, is what is read, or one of its files is."""
+    if not isinstance(source, str | Path) or not exists(Path(source)):
+        return
+    # folders on the way to `out` may not exist yet, so no `..` may stay in it
+    read, write = Path(source), Path(os.path.realpath(out))
+    places = [(read, write), *((read / name, write / other) for name, other in product(_FILES, repeat=2))]
+    if any(exists(one) and exists(other) and one.samefile(other) for one, other in places):
+        raise AdapterError(
+            f"{out}: must be another folder than the one that is read, whose numbers would be lost, got {source} "
+            "itself, or links to its files. Choose a new folder."
+        )

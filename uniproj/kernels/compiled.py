@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from threading import Lock
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from uniproj.kernels.threads import forked
 
 # the simplest of Numba's thread pools, which it takes where OpenMP is missing, bears one caller at a time
 _ONE_CALLER = Lock()
@@ -21,6 +25,9 @@ def call(file: str, loop: str, *arguments: Tensor | int) -> None:
 
     function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
     arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
+    if forked():
+        _serial(function)(*arrays)
+        return
     largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
     allowed = torch.get_num_threads()
     with _ONE_CALLER:
@@ -29,6 +36,18 @@ def call(file: str, loop: str, *arguments: Tensor | int) -> None:
     if torch.get_num_threads() != allowed:
         # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch
         torch.set_num_threads(allowed)
+
+
+@cache
+def _serial(loop: Any) -> Any:
+    """The same loop without Numba's threads, which end a forked process that calls one (GNU OpenMP), or hang it."""
+    import numba
+
+    source = loop.py_func
+    alone = FunctionType(source.__code__, source.__globals__, source.__name__)
+    # Numba keeps what it compiled under this name
+    alone.__module__, alone.__qualname__ = source.__module__, f"{source.__qualname__}_serial"
+    return numba.njit(**{**loop.targetoptions, "parallel": False, "nogil": True}, cache=True)(alone)
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:

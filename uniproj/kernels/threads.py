@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,3 +30,18 @@ def in_parallel(piece: Callable[[slice], None], pieces: Iterable[slice]) -> None
 def cut(n: int, size: int) -> list[slice]:
     """[0, n) in slices of `size`."""
     return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+
+def forked() -> bool:
+    """Whether this process was forked, and so has none of the threads that its parent computed with."""
+    return _forked
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)  # PyTorch would wait for ever for those of OpenMP
+
+
+_forked = False
+os.register_at_fork(after_in_child=_after_fork)
