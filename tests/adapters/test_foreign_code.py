@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 
 from tests.adapters.fixtures import base
 from uniproj import AdapterError
+from uniproj.__main__ import main
 from uniproj.adapters import base as bases
 from uniproj.adapters.exchange import export, import_adapter
 from uniproj.adapters.trained import Trained
@@ -38,7 +40,7 @@ MAP = {"AutoConfig": "foreign.Config", **dict.fromkeys(("AutoModel", "AutoModelF
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch) -> Path:
     """Adapters, and the folder of a base model whose code writes a file when it runs."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     base().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "foreign.py").write_text(CODE.format(marker=str(tmp_path / "marker")))
     fields = json.loads((tmp_path / "base" / "config.json").read_text())
@@ -64,25 +66,22 @@ def _commands(place: Path) -> list[list[str]]:
     return [f"{command} --base {{0}}/base".format(place).split() for command in commands]
 
 
-def test_code_of_a_base_model_runs_on_request_alone(place: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(place / "modules")}
+def test_code_of_a_base_model_runs_on_request_alone(place: Path, monkeypatch, capsys) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "uniproj", *_commands(place)[0]]
+    done = subprocess.run(words, input="y\n", capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (place / "marker").exists()
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
     for command in _commands(place):
-        done = subprocess.run(
-            [sys.executable, "-m", "uniproj", *command], input="y\n" * 9, capture_output=True, text=True,
-            env=environment,
-        )  # fmt: skip
-        assert done.returncode == 2 and not (place / "marker").exists(), command
-        assert "pass trust_remote_code=True (on the command line --trust-remote-code)" in done.stderr
-        assert "Traceback" not in done.stderr and not list(place.glob("out*"))
+        assert main(command) == 2 and not (place / "marker").exists(), command
+        assert "pass trust_remote_code=True (on the command line --trust-remote-code)" in capsys.readouterr().err
+    assert not list(place.glob("out*"))
     for command in _commands(place)[:2]:
-        trusted = [sys.executable, "-m", "uniproj", *command, "--trust-remote-code"]
-        done = subprocess.run(trusted, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0 and (place / "marker").exists(), done.stderr
-        (place / "marker").unlink()
+        assert main([*command, "--trust-remote-code"]) == 0 and (place / "marker").exists()
 
 
 def test_so_does_each_function(place: Path, monkeypatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
     foreign = str(place / "base")
     for call in (
         lambda: verify(place / "ours", foreign),

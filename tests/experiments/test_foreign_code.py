@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 from transformers import BertConfig
 
+from analysis import sharing
 from analysis.report.__main__ import main as report_main
 from experiments import compare, export, harness, models, mt_bench, plan, sweep, train, trust
 from experiments.config import RunConfig, resolve
@@ -154,7 +156,7 @@ class Model(BertForSequenceClassification):
 @pytest.fixture
 def foreign(model: str, tmp_path: Path, marker: Path, monkeypatch) -> str:
     """The folder of a model that brings its own code."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "foreign"
     load_tokenizer(model).save_pretrained(folder)
     BertConfig.from_pretrained(model).save_pretrained(folder)
@@ -169,7 +171,7 @@ def foreign(model: str, tmp_path: Path, marker: Path, monkeypatch) -> str:
 
 
 def test_code_of_a_model_runs_on_request_alone(
-    foreign: str, task: str, runs: Path, tmp_path: Path, config: RunConfig, marker: Path, monkeypatch
+    foreign: str, task: str, runs: Path, tmp_path: Path, config: RunConfig, marker: Path, monkeypatch, capsys
 ) -> None:
     content = {
         "settings": {"task": task, "model": foreign, "budget": 200, "lr": 0.05},
@@ -177,21 +179,16 @@ def test_code_of_a_model_runs_on_request_alone(
     }
     (tmp_path / "s.yaml").write_text(json.dumps(content))
     folder = prepare(runs, replace(config, model=foreign).to_json())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    for words in (
-        ["experiments.sweep", str(tmp_path / "s.yaml"), "--dry-run"],
-        ["experiments.train", str(folder)],
-        ["experiments.compare", "--model", foreign, "--task", task, "--dry-run"],
-        ["analysis.sharing", "--layout", foreign],
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
+    for main, words in (
+        (sweep.main, [str(tmp_path / "s.yaml"), "--dry-run"]),
+        (train.main, [str(folder)]),
+        (compare.main, ["--model", foreign, "--task", task, "--dry-run"]),
+        (sharing.main, ["--layout", foreign]),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", *words], input="y\n" * 9, capture_output=True, text=True, env=environment,
-            cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode in (1, 2) and not marker.exists(), words
-        assert "if you trust it pass --trust-remote-code" in done.stdout + done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
+        assert main(words) in (1, 2) and not marker.exists(), main
+        said = capsys.readouterr()
+        assert "if you trust it pass --trust-remote-code" in said.out + said.err
     for load_it in (load_tokenizer, model_config, lambda name: Base(name).load(TextClassifier.auto)):
         with pytest.raises(ExperimentError, match="--trust-remote-code"):
             load_it(foreign)
