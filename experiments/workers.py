@@ -102,7 +102,7 @@ def _startable(waiting: list[Path], progress: Progress) -> Path | None:
     return None
 
 
-def start(folder: Path, over: Processes, code: Sequence[str]) -> subprocess.Popen:
+def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> subprocess.Popen:
     """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one.
 
     code: `trust.words` of the launcher, for what a folder names is not imported.
