@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import uniproj
 from analysis import style
+from experiments import models
 from experiments.errors import ExperimentError
 from experiments.provenance import provenance
 from experiments.results import write_json, write_text
@@ -48,6 +49,7 @@ def parser(name: str, summary: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)
     options.add_argument("--projections", nargs="+", metavar="NAME", help="names of `python -m uniproj list` (all)")
     plugins.add_option(options, "+")
+    plugins.add_trust(options)
     options.add_argument("--out", type=Path, default=Path("results") / name, help="folder of tables and picture")
     options.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return options
@@ -82,6 +84,7 @@ def run(
 ) -> int:
     """Measure, write every table as CSV, all of them as JSON, and the picture; exit status 0, 2 bad input, 130."""
     args = options.parse_args(argv)
+    models.trust_remote_code(args.trust_remote_code)
     try:
         tables = measure(args)
         write(name, args, tables, draw)

@@ -42,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
     options.add_argument("--base", help="the base model, for projections made of its weights")
     plugins.add_option(options)
+    plugins.add_trust(options)
     options.add_argument("--json", action="store_true", help="print JSON")
     return options.parse_args(argv)
 
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         plugins.load(args.plugins)
+        models.trust_remote_code(args.trust_remote_code)
         adapter = read(args.folder)
         base = load_base(args.base, adapter) if args.base else None
         trained, quality = compress(adapter, args.projection, args.d, args.seed, args.options, base)

@@ -168,7 +168,7 @@ def _run(place: Path) -> dict[str, Any] | None:
 
 
 def _unfinished(place: Path) -> str:
-    # a folder without a lock was never trained; asking would create one
+    # a folder without a lock was never trained
     if not (place / LOCK).exists():
         return "not started"
     return "still training" if is_locked(place) else "did not finish: start the same command again"

@@ -25,8 +25,7 @@ T = TypeVar("T")
 
 def _of_model(name: str) -> Shapes:
     """The modules that PEFT adapts by default, from the configuration of a model without its weights."""
-    with torch.device("meta"):
-        base = AutoModel.from_config(models.model_config(name))
+    base = models.unloaded(AutoModel, name)
     targets = models.target_modules(name)
     linear = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in targets}
     return {n: (m.out_features, m.in_features) for n, m in linear.items()}

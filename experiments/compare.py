@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments import preflight, rates, report, tasks
+from experiments import preflight, rates, report, tasks, trust
 from experiments.checks import check_distinct
 from experiments.config import COMPARED, DEVICES, shapes_of
 from experiments.errors import ExperimentError
@@ -29,7 +29,7 @@ from experiments.settings import RunConfig
 from experiments.tasks.task import METRICS
 from experiments.tune import GRID, describe, rate, record, tune
 from experiments.workers import train_all
-from uniproj import console, plugins
+from uniproj import console
 from uniproj.errors import ProjectionError, printable
 from uniproj.layout import LoRALayout
 from uniproj.registry import get
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default="vader", help="vader, glue/<name>, or a folder of jsonl, csv, tsv or parquet")
     parser.add_argument("--metric", choices=list(METRICS), help="what ranks, in place of the task's own")
     parser.add_argument("--projections", nargs="+", default=list(COMPARED), metavar="NAME")
-    plugins.add_option(parser, "+")
+    trust.add_options(parser)
     parser.add_argument("--budget", type=int, help="trained numbers, without the head (default: VeRA's at r = 11)")
     parser.add_argument("--rank", type=int, default=rates.TUNED["r"], help="r where a method leaves it free (4)")
     parser.add_argument("--train-size", type=int, default=rates.TUNED["train_size"], help="rows to train on (1600)")
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Fail on a bad name, number or device before anything is trained."""
-    plugins.load(args.plugins)
+    trust.apply(args)
     tasks.get(args.task)
     for option in ("projections", "seeds"):
         check_distinct(f"compare: --{option}", getattr(args, option))

@@ -66,6 +66,8 @@ def export(name: str, runs: Path, out: Path) -> Path:
         CURVES: curves(runs, results).to_csv(index=False),
     }
     if (tables / LOCK).exists():
+        if (tables / LOCK).is_symlink():  # whose target would be committed, whatever it is
+            raise ExperimentError(f"export: {tables / LOCK} must be a file, got a link. Put the file itself there.")
         texts[LOCK] = (tables / LOCK).read_text()
     folder = out / name
     for file, text in texts.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments import trust
 from experiments.errors import ExperimentError
 from experiments.outcome import load_trained
 from experiments.provenance import provenance
@@ -38,7 +39,8 @@ def evaluate(run: Run, name: str, limit: int | None = None) -> dict[str, Any]:
     if run.task.family != "causal":
         raise ExperimentError(f"harness: {run.folder} must be a run of a causal model, got {run.task.family}.")
     tokenizer = run.family.processor
-    model = HFLM(pretrained=run.model.eval(), tokenizer=tokenizer, batch_size=4 * run.config.batch_size)
+    rows = 4 * run.config.batch_size
+    model = HFLM(pretrained=run.model.eval(), tokenizer=tokenizer, batch_size=rows, trust_remote_code=False)
     try:
         found = simple_evaluate(
             model,
@@ -127,10 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folders", type=Path, nargs="+", help="finished runs of causal models")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="in place of those of the run's own task")
     parser.add_argument("--limit", type=int, help="only the first so many rows of each task")
+    trust.add_options(parser)
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit must be at least 1, got {args.limit}")
     try:
+        trust.apply(args)
         tables = [table(folder, record(folder, args.tasks, args.limit)) for folder in args.folders]
     except (ExperimentError, ProjectionError, AdapterError) as error:
         print(error, file=sys.stderr)

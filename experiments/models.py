@@ -44,6 +44,21 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
+# whether Python code that comes with a model may run in this process; no setting of a run says so
+_trusted = False
+
+
+def trust_remote_code(given: bool) -> None:
+    """Let this process run the code that comes with models, if `given`: `--trust-remote-code` of its command line."""
+    global _trusted
+    _trusted = _trusted or given
+
+
+def trusts_remote_code() -> bool:
+    """Whether it may."""
+    return _trusted
+
+
 def source(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` reads for a name: a folder or hub id, and its further arguments.
 
@@ -80,8 +95,13 @@ def _read(what: Any, name: str, **options: Any) -> Any:
     if "gguf_file" in extra:
         gguf_header.check(Path(where, extra["gguf_file"]))
     try:
-        return what.from_pretrained(where, **extra, **options)
+        return what.from_pretrained(where, trust_remote_code=_trusted, **extra, **options)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ExperimentError(
+                f"models: {name!r} must be a model of Transformers' own, got one that needs Python code which comes "
+                "with it. Read that code, and if you trust it pass --trust-remote-code."
+            ) from error
         raise ExperimentError(
             f"models: {name!r} must be one of {', '.join(PACKAGED)}, a local folder, a .gguf file or a hub id that "
             f"can be reached, got: {_first_line(error)} Check the name."
@@ -96,6 +116,12 @@ def _first_line(error: Exception) -> str:
 def model_config(name: str) -> PretrainedConfig:
     """The configuration of a model, without its weights."""
     return _read(AutoConfig, name)
+
+
+def unloaded(what: Any, name: str) -> PreTrainedModel:
+    """The model as this transformers class, on the meta device: its modules and shapes without weights."""
+    with torch.device("meta"):
+        return what.from_config(model_config(name), trust_remote_code=_trusted)
 
 
 def target_modules(name: str) -> list[str]:

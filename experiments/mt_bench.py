@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments import trust
 from experiments.errors import ExperimentError
 from experiments.families.causal import CausalModel
 from experiments.outcome import load_trained
@@ -53,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.mt_bench", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a finished run of a causal model")
     parser.add_argument("--questions", type=int, help="only the first so many of the 80")
+    trust.add_options(parser)
     args = parser.parse_args(argv)
     try:
+        trust.apply(args)
         run = load_trained(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
     except (ExperimentError, ProjectionError, AdapterError) as error:

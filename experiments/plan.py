@@ -127,8 +127,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
     overrides: Hydra's, such as `settings.train_size=64` or `axes.projection=[lora,unilora]`. A relative path is that of
     what lies beside the file, or else in the working directory.
-    Raises ExperimentError for a missing or broken file, an unknown key, a value that cannot be, or a relative path that
-    means two things.
+    Raises ExperimentError for a missing or broken file, an unknown key, a value that cannot be or is to be looked up
+    (`${..}`), or a relative path that means two things.
     """
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(CONF.parent.parent)) for p in CONF.glob("sweeps/**/*.yaml")))
@@ -136,10 +136,22 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     try:
         with initialize_config_dir(config_dir=str(path.resolve().parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[f"hydra.searchpath=[file://{CONF}]", *overrides])
-        content = OmegaConf.to_container(composed, resolve=True)
+        content = OmegaConf.to_container(composed)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         raise ExperimentError(f"sweep: {path} must be a sweep, got: {error}. Repair it or the overrides.") from error
+    for text in _texts(content):
+        # records are published, and `oc.env` would write any variable of this machine into them
+        if "${" in text:
+            raise ExperimentError(f"sweep: {path} must spell its values out, got {text!r}. Write the value itself.")
     return _sweep(path, dict(content))  # type: ignore[arg-type]
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Every text that a sweep holds as a value."""
+    if isinstance(content, str):
+        yield content
+    for held in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _texts(held)
 
 
 def _sweep(path: Path, content: dict[str, Any]) -> Sweep:

@@ -18,7 +18,7 @@ from experiments import families, tasks
 from experiments.config import errors_of_projection, shapes_of
 from experiments.data import check_rows, describe, draw
 from experiments.errors import ExperimentError
-from experiments.models import model_config
+from experiments.models import unloaded
 from experiments.outcome import ADAPTER, peak_bytes
 from experiments.plan import Sweep
 from experiments.protocol import sweep_folder
@@ -155,8 +155,7 @@ def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Pat
 
 def _weights(config: RunConfig) -> int:
     """Bytes of the base of a run as it is loaded, from its configuration."""
-    with torch.device("meta"):
-        base = families.get(tasks.get(config.task, config.data).family).auto.from_config(model_config(config.model))
+    base = unloaded(families.get(tasks.get(config.task, config.data).family).auto, config.model)
     quantized = {"int8": 1.0, "nf4": 0.56}
     width = quantized[config.quantization] if config.quantization else getattr(torch, config.base_dtype).itemsize
     return int(sum(p.numel() for p in base.parameters()) * width)

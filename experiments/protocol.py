@@ -56,7 +56,19 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
             f"tune: {path} must hold the choice of this sweep's trials, got that of others: the sweep was changed "
             "after its choice was locked. Give the changed sweep another name."
         )
-    return {choice["cell_digest"]: choice["chosen"] for choice in lock["choices"]}
+    chosen = {choice["cell_digest"]: choice["chosen"] for choice in lock["choices"]}
+    for key, each in trials.items():
+        if chosen.get(key) not in (tried := _points(sweep, each)):
+            raise ExperimentError(
+                f"tune: {path} must choose for each cell what was tried, such as {tried[0]}, got {chosen.get(key)} for "
+                f"{key}. It was edited: move it away and run the same command again."
+            )
+    return chosen
+
+
+def _points(sweep: Sweep, trials: Sequence[RunConfig]) -> list[dict[str, Any]]:
+    """The settings that each trial tries."""
+    return [{key: getattr(trial, key) for key in sweep.tuned()} for trial in trials]
 
 
 def _lock(sweep: Sweep, runs: Path, trials: Mapping[str, Sequence[RunConfig]], asked: str) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def _lock(sweep: Sweep, runs: Path, trials: Mapping[str, Sequence[RunConfig]], a
 
 def _choose(sweep: Sweep, cell: Cell, runs: Path, trials: Sequence[RunConfig]) -> dict[str, Any]:
     assert sweep.tune is not None
-    points = [{key: getattr(trial, key) for key in sweep.tuned()} for trial in trials]
+    points = _points(sweep, trials)
     records = pd.DataFrame([row(run_folder(runs, trial.to_json())) for trial in trials])
     records["point"] = [json.dumps(point) for point in points]
     means = records.groupby("point", sort=False)["validation_best"].mean()

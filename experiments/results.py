@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,8 +135,9 @@ def is_done(folder: Path) -> bool:
 
 def lock(folder: Path) -> IO[str] | None:
     """The lock of a run, held as long as the file is open and the process lives; None if another process has it."""
-    with disk_errors(folder):
-        file = (folder / LOCK).open("w")
+    # nothing is written: the file may be a link, or another program's
+    with disk_errors(folder / LOCK):
+        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,11 +147,21 @@ def lock(folder: Path) -> IO[str] | None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process trains this run now."""
-    held = lock(folder)
-    if held is None:
+    """Whether a process trains this run now; one whose lock is missing, a link or not to be read is free.
+
+    Nothing is written.
+    """
+    try:
+        # a pipe would be waited for
+        file = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    held.close()
+    finally:
+        os.close(file)
     return False
 
 

@@ -22,7 +22,6 @@ from experiments.families import Family
 from experiments.models import target_modules
 from experiments.results import CONFIG, read_json
 from experiments.settings import LOGGING_STEPS, RunConfig
-from uniproj import plugins
 from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig
 
@@ -45,8 +44,8 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
+        """The run of a folder. What its config.json names as `plugins` is not imported: that is for whoever calls."""
         config = RunConfig.from_json(read_json(folder / CONFIG))
-        plugins.load(config.plugins)
         stop = StopOnSignal()
         task = tasks.get(config.task, config.data, config.metric)
         family = families.get(task.family)(config, task)

@@ -14,6 +14,7 @@ from typing import Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
+from experiments import trust
 from experiments.errors import ExperimentError
 from experiments.results import is_done, read_json, write_json
 from experiments.workers import Processes, last_words, start
@@ -46,13 +47,13 @@ class SlurmOptions:
 class Job:
     """What runs on each node of an allocation: one run as a child, told to write a checkpoint when time is up."""
 
-    def __init__(self, over: Processes):
-        self.over = over
+    def __init__(self, over: Processes, code: Sequence[str]):
+        self.over, self.code = over, code
 
     def __call__(self, folder: str) -> int:
         # SLURM sends the signal to every process of the job: the run inherits it blocked, and is told by `checkpoint`
         signal.pthread_sigmask(signal.SIG_BLOCK, {TIME_IS_UP})
-        self._child = start(Path(folder), self._here())
+        self._child = start(Path(folder), self._here(), self.code)
         # a thread waits: the signal handler that calls `checkpoint` may wait again, which Popen.wait itself cannot
         self._waiter = threading.Thread(target=self._child.wait)
         self._waiter.start()
@@ -71,7 +72,7 @@ class Job:
         """Called by submitit on a time limit or preemption: the run is requeued and goes on from its checkpoint."""
         self._child.terminate()
         self._waiter.join()
-        return DelayedSubmission(Job(self.over), folder)
+        return DelayedSubmission(Job(self.over, self.code), folder)
 
 
 def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[Path, str]:
@@ -120,7 +121,7 @@ def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[str
         )
         over = Processes(options.processes, options.sharded, nodes=int(options.parameters.get("nodes", 1)))
         with executor.batch():
-            jobs = [executor.submit(Job(over), str(folder.resolve())) for folder in wave]
+            jobs = [executor.submit(Job(over, trust.words()), str(folder.resolve())) for folder in wave]
     except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
         raise ExperimentError(
             f"slurm: sbatch must accept launcher.slurm.parameters, got: {error}. Correct them."

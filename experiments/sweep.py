@@ -12,14 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments import plan, preflight, protocol, slurm, sweep_report
+from experiments import models, plan, preflight, protocol, slurm, sweep_report
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
 from experiments.plan import Sweep
 from experiments.results import RUNS
 from experiments.slurm import SlurmOptions
 from experiments.workers import Processes, processes, train_all
-from uniproj import console
+from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError, printable
 
 INTERRUPTED = 130
@@ -38,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="print counts, memory and time, and train nothing")
     parser.add_argument("--doctor", action="store_true", help="one step, save, load and merge of each kind of run")
+    plugins.add_trust(parser)
     return parser.parse_args(argv)
 
 
@@ -85,6 +86,7 @@ def check_launchers(sweep: Sweep) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Everything a sweep asks for; returns the exit status."""
+    models.trust_remote_code(args.trust_remote_code)
     sweep = plan.read(args.file, args.overrides)
     check_launchers(sweep)
     preflight.check(sweep)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from experiments import outcome
+from experiments import outcome, trust
 from experiments.distributed import TORCHRUN, asked_of_accelerate
 from experiments.errors import ExperimentError
 from experiments.orphans import end_with
@@ -104,15 +104,19 @@ def main(argv: list[str] | None = None) -> int:
     """One run in this process, or this process's part of it; the first process holds the lock."""
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=__doc__.split(": ")[0] + ".")
     parser.add_argument("folder", type=Path, help="of the run, with its config.json: `sweep` and `compare` write it")
-    folder = parser.parse_args(argv).folder
+    trust.add_options(parser)
+    args = parser.parse_args(argv)
+    folder = args.folder
     if TORCHRUN in os.environ:
         end_with(os.getppid())
     elif more := asked_of_accelerate().torchrun():
         end_with(os.getppid())
-        os.execv(sys.executable, [sys.executable, "-m", *more, "experiments.train", str(folder)])
+        words = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, "-m", *more, "experiments.train", *words])
     torch.set_num_threads(1)
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
+        trust.apply(args)
         if not (folder / CONFIG).is_file():
             raise ExperimentError(
                 f"train: {folder} must be the folder of a run, got no {CONFIG} there. Check the path."

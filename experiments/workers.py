@@ -15,6 +15,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments import trust
 from experiments.orphans import end_with
 from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
 from uniproj.console import DONE, Progress
@@ -101,8 +102,11 @@ def _startable(waiting: list[Path], progress: Progress) -> Path | None:
     return None
 
 
-def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
-    """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one."""
+def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> subprocess.Popen:
+    """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one.
+
+    code: `trust.words` of the launcher, for what a folder names is not imported.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
         **os.environ,
@@ -118,7 +122,7 @@ def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
         log.flush()
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once
         return subprocess.Popen(
-            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder)],
+            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder), *code],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -140,7 +144,7 @@ class _Child:
 
     def __init__(self, folder: Path, slot: int, over: Processes):
         self.folder, self.slot = folder, slot
-        self.process = start(folder, over)
+        self.process = start(folder, over, trust.words())
         self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False, disable=None)
 
     def show(self) -> None:

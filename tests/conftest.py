@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
-from uniproj import registry
+from uniproj import plugins, registry
 
 registry.names()
 torch.set_num_threads(1)
@@ -31,6 +31,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     # a projection that a test registers goes with it, and so do the handlers of a training that fails
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.setattr(plugins, "_loaded", {})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,21 @@ def test_analyses_take_every_projection_from_the_registry_and_name_none() -> Non
     for path in own:
         constants = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         assert not (constants & set(names())) - {"lora"}, path
+
+
+BESIDE = [*sorted((ROOT / "paper_figures" / "notebooks").glob("*.ipynb")), *sorted((ROOT / "examples").glob("*.py"))]
+LOADERS = ("from_pretrained", "from_config", "load_dataset", "pipeline", "HFLM")
+# PEFT's own, which read adapters and run no code of theirs
+ADAPTERS = ("PeftModel.", "PeftConfig.", "UniProjConfig.", "super().")
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *BESIDE], ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_loads_a_model_says_whether_its_code_may_run(path: Path) -> None:
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        text = "\n".join(line for lines in cells for line in lines if not line.startswith("%"))
+    for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        if called.split(".")[-1] in LOADERS and not called.startswith(ADAPTERS):
+            assert "trust_remote_code" in {keyword.arg for keyword in call.keywords}, f"line {call.lineno}: {called}"

@@ -90,14 +90,14 @@ def _inspect(path: Path, as_json: bool) -> int:
     return 0
 
 
-def _verify(path: str, base: str | None, remap: list[tuple[str, str]], as_json: bool) -> int:
+def _verify(args: argparse.Namespace) -> int:
     from uniproj.adapters.verify import verify
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        said = verify(path, base, dict(remap))
+        said = verify(args.path, args.base, dict(args.remap), args.trust_remote_code)
     warned = [str(w.message) for w in caught if w.category is UserWarning]
-    if as_json:
+    if args.json:
         print(json.dumps({"holds": said, "warnings": warned}, indent=2))
     else:
         print("\n".join(map(printable, [*said, *(f"warning: {text}" for text in warned)])))
@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     verifying.add_argument("path")
     verifying.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
     verifying.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
-    verifying.set_defaults(run=lambda args: _verify(args.path, args.base, args.remap, args.json))
+    plugins.add_trust(verifying)
+    verifying.set_defaults(run=_verify)
     restoring = commands.add_parser("restore", help="write adapter_config.json anew, from the header of the weights")
     restoring.add_argument("path", type=Path)
     restoring.set_defaults(run=lambda args: _restore(args.path, args.json))

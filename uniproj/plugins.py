@@ -1,4 +1,7 @@
-"""A user's own projections: Python files or modules named on a command line or in a sweep."""
+"""Code of others that a command may run: projections of one's own, and what comes with a base model.
+
+Only a command line or a sweep file names any: what a saved adapter or a record of a run names is not imported.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +21,20 @@ def add_option(parser: argparse.ArgumentParser, at_once: int | str = 1) -> None:
     """The option `--plugins`, which may be repeated; at_once: "+" for commands that end in no other words."""
     help = "modules or Python files that register projections of your own"
     parser.add_argument("--plugins", nargs=at_once, action="extend", default=[], metavar="FILE", help=help)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option `--trust-remote-code`."""
+    help = "run the Python code that comes with a base model; read it first"
+    parser.add_argument("--trust-remote-code", action="store_true", help=help)
+
+
+_loaded: dict[str, None] = {}
+
+
+def loaded() -> list[str]:
+    """What this process was told to import, for the command line of another one."""
+    return list(_loaded)
 
 
 def load(plugins: Iterable[str]) -> None:
@@ -31,6 +49,7 @@ def load(plugins: Iterable[str]) -> None:
             raise ProjectionError(
                 f"plugins: {plugin} must be a Python file or module that can be imported, got {error!r}. Repair it."
             ) from error
+        _loaded[os.path.abspath(plugin) if plugin.endswith(".py") else plugin] = None
 
 
 def _load_file(path: Path) -> None:

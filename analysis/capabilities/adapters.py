@@ -83,8 +83,8 @@ def _(folder: Path) -> None:
 
 @probe(PEFT, "`AutoPeftModelForCausalLM.from_pretrained`")
 def _(folder: Path) -> None:
-    path, expected = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder)))
-    same(logits(AutoPeftModelForCausalLM.from_pretrained(path)), expected, "logits")
+    path, expected = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False))
+    same(logits(AutoPeftModelForCausalLM.from_pretrained(path, trust_remote_code=False)), expected, "logits")
 
 
 @probe(PEFT, "`get_peft_model_state_dict`, `set_peft_model_state_dict`")
@@ -282,6 +282,6 @@ def _(folder: Path) -> None:
 
 @probe(PEFT, "`adapter_config.json` names the method and the base")
 def _(folder: Path) -> None:
-    path, _ = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder)))
+    path, _ = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False))
     written = json.loads((path / "adapter_config.json").read_text())
     check(written["peft_type"] == "UNIPROJ" and written["base_model_name_or_path"], f"got {written['peft_type']}")

@@ -269,7 +269,8 @@ def _(folder: Path) -> str:
 
 def _offloaded(folder: Path) -> Any:
     path = saved_llama(folder)
-    return AutoModelForCausalLM.from_pretrained(path, device_map=DEVICE_MAP, offload_folder=folder / "offload")
+    options = {"device_map": DEVICE_MAP, "offload_folder": folder / "offload"}
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
 
 
 @probe(BASES, "`device_map` with layers on CPU and disk: forward, gradient, merging")

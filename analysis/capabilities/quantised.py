@@ -43,7 +43,7 @@ def quantised(folder: Path, kind: str) -> Any:
     path = folder / "base"
     name = str(path) if path.exists() else saved_llama(folder)
     return AutoModelForCausalLM.from_pretrained(
-        name, quantization_config=BitsAndBytesConfig(**KINDS[kind]), device_map="cpu"
+        name, quantization_config=BitsAndBytesConfig(**KINDS[kind]), device_map="cpu", trust_remote_code=False
     )
 
 

@@ -212,7 +212,7 @@ def _(folder: Path) -> None:
 @probe(TRANSFORMERS, "`pipeline()` with a `PeftModel`")
 def _(folder: Path) -> None:
     model = trained()
-    written = pipeline("text-generation", model=model, tokenizer=tokenizer())(
+    written = pipeline("text-generation", model=model, tokenizer=tokenizer(), trust_remote_code=False)(
         "a b c", max_new_tokens=4, do_sample=False, return_full_text=False
     )
     ids = tokenizer()("a b c", return_tensors="pt")["input_ids"]
@@ -222,14 +222,14 @@ def _(folder: Path) -> None:
 
 @probe(TRANSFORMERS, "`pipeline()` with the folder of an adapter")
 def _(folder: Path) -> None:
-    path, _ = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder)))
-    pipeline("text-generation", model=str(path), tokenizer=tokenizer())
+    path, _ = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False))
+    pipeline("text-generation", model=str(path), tokenizer=tokenizer(), trust_remote_code=False)
 
 
 @probe(TRANSFORMERS, "`AutoModelForCausalLM.from_pretrained` with the folder of an adapter")
 def _(folder: Path) -> None:
-    path, expected = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder)))
-    same(logits(AutoModelForCausalLM.from_pretrained(path)), expected, "logits")
+    path, expected = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False))
+    same(logits(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)), expected, "logits")
 
 
 @probe(TRANSFORMERS, "`PreTrainedModel.add_adapter` (PeftAdapterMixin)")

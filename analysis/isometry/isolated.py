@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from analysis.spaces import Entry, build, layout
+from experiments import models
 from experiments.orphans import end_with
 from uniproj import plugins
 
@@ -30,7 +31,8 @@ def run(
     name: str, variant: Mapping[str, Any], space: str, rank: int, d: int, seed: int, own: Sequence[str]
 ) -> dict[str, Any]:
     """The row of `verdict.row` with `seconds`, `cpu_seconds` and `peak_bytes`, or with a note why there is none."""
-    asked = json.dumps([name, dict(variant), space, rank, d, seed, [str(path) for path in own], os.getpid()])
+    trusts = models.trusts_remote_code()
+    asked = json.dumps([name, dict(variant), space, rank, d, seed, [str(path) for path in own], trusts, os.getpid()])
     refused = Entry(name, variant, None).row() | {"verdict": "not measured"}
     done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGXCPU:
@@ -50,10 +52,11 @@ def main(argv: list[str]) -> None:
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     started = time.perf_counter()
-    name, variant, space, rank, d, seed, own, parent = json.loads(argv[0])
+    name, variant, space, rank, d, seed, own, trusts, parent = json.loads(argv[0])
     end_with(parent)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     plugins.load(own)
+    models.trust_remote_code(trusts)
     row = verdict.row(build(name, variant, layout(space, rank), d, seed))
     row |= {
         "seconds": time.perf_counter() - started,

@@ -68,7 +68,7 @@ def _random(shape: Llama, vocabulary: int, tied: bool) -> Callable[[], PreTraine
             num_key_value_heads=shape.kv_heads,
             tie_word_embeddings=tied,
         )
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     return load
 

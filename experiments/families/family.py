@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from experiments.models import Base, model_config, target_modules
+from experiments.models import Base, target_modules, unloaded
 from experiments.tasks import Task
 from uniproj.adapters.places import linear_modules
 
@@ -86,8 +86,8 @@ def adapted_shapes(family: str, model: str, targets: Sequence[str] | str | None 
 
 @cache
 def _adapted_shapes(family: str, model: str, targets: tuple[str, ...] | str | None) -> dict[str, tuple[int, int]]:
+    base = unloaded(get(family).auto, model)
     with torch.device("meta"):
-        base = get(family).auto.from_config(model_config(model))
         chosen = targets if isinstance(targets, str) else list(targets or target_modules(model))
         # a classification head is trained whole: PEFT's LoRA leaves it out under this task type, as the tuner does
         lora = LoraConfig(r=1, target_modules=chosen, task_type=get(family).task_type)

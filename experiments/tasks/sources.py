@@ -48,7 +48,7 @@ class Source:
         from datasets import load_dataset
 
         try:
-            return load_dataset(self.hub, self.subset, split=split).to_pandas()
+            return load_dataset(self.hub, self.subset, split=split, trust_remote_code=False).to_pandas()
         except (OSError, ValueError) as error:
             raise ExperimentError(
                 f"tasks: {self.hub} {self.subset or ''} must be in the local cache or on a hub that can be reached, "

@@ -229,11 +229,12 @@ def test_an_estimate_follows_how_many_runs_the_launcher_trains_at_once(
 )
 def test_an_estimate_weighs_each_base_as_it_is_loaded(write, runs: Path, dtypes: str, lines: dict, monkeypatch) -> None:
     large = BertConfig(vocab_size=30000, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
-    monkeypatch.setattr(preflight, "model_config", lambda name: large)
+    with torch.device("meta"):
+        base = AutoModelForSequenceClassification.from_config(large)
+    monkeypatch.setattr(preflight, "unloaded", lambda *_: base)
     sweep = read(write(f"axes: {{projection: [lora], {dtypes}}}\n"))
     text = preflight.estimate(sweep, runs, at_once=1)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForSequenceClassification.from_config(large).parameters())
+    count = sum(p.numel() for p in base.parameters())
     model = sweep.settings["model"]
     weights = [line for line in text.splitlines() if line.startswith("weights")]
     assert weights == [f"weights  {model} in {form}: {count * width / 1e9:.2f} GB" for form, width in lines.items()]

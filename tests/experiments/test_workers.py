@@ -64,7 +64,7 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_one_line_for_each_run_where_standard_error_is_no_terminal(folders: list[Path], monkeypatch, capsys) -> None:
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
     status = {"trains": "exit 0", "fails": "exit 1"}
-    monkeypatch.setattr(workers, "start", lambda folder, _: subprocess.Popen(["sh", "-c", status[folder.name]]))
+    monkeypatch.setattr(workers, "start", lambda folder, *_: subprocess.Popen(["sh", "-c", status[folder.name]]))
     assert list(workers.train_all(folders, "cpu")) == [folders[2]]
     first, second = sorted(capsys.readouterr().err.splitlines())
     assert first.startswith("2 of 3 runs: ") and second.startswith("3 of 3 runs: ")

@@ -142,7 +142,8 @@ def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
     long = replace(config, timing=False, epochs=epochs, evaluations=1, plugins=plugins)
     whole, folder = prepare(tmp_path / "whole", long.to_json()), prepare(runs, long.to_json())
     monkeypatch.setattr(StopOnSignal, "on_step_end", StopOnSignal.on_step_end)  # what the plug-in replaces, put back
-    assert train.main([str(whole)]) == 0
+    # the launcher knows its plugins, and tells its jobs
+    assert train.main([str(whole), "--plugins", *plugins]) == 0
     with Launched([folder], SlurmOptions(PARAMETERS), tmp_path / "logs") as launcher:
         launcher.wait_until(lambda: metrics(folder))
         (job,) = _states()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from uniproj import plugins
 from uniproj.errors import printable
 
 FORMATS = ("lora", "vllm", "unilora", "vera", "vblora", "tinylora")
@@ -31,13 +32,14 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     into.set_defaults(run=_import)
     for command in (out, into):
         command.add_argument("--base", help="the base model: a folder or a name on the hub")
+        plugins.add_trust(command)
     return [out, into]
 
 
 def _export(args: argparse.Namespace) -> int:
     from uniproj.adapters.exchange import export  # PEFT and Transformers take seconds to import
 
-    export(args.path, args.out, args.to, args.rank, args.base)
+    export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
     _print({"format": args.to, "bytes": _bytes(args.out), "folder": args.out}, args.json)
     return 0
 
@@ -45,7 +47,8 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from uniproj.adapters.exchange import import_adapter
 
-    report = import_adapter(args.path, args.out, args.projection, args.d, args.seed, args.options, args.base)
+    given = (args.projection, args.d, args.seed, args.options, args.base, args.trust_remote_code)
+    report = import_adapter(args.path, args.out, *given)
     _print({**report, "bytes_before": _bytes(args.path), "bytes": _bytes(args.out), "folder": args.out}, args.json)
     return 0
 

@@ -33,13 +33,15 @@ def compress(
     seed: int,
     options: Mapping[str, Any],
     base: str | nn.Module | None,
+    trust_remote_code: bool = False,
 ) -> tuple[Trained, dict[str, Any]]:
     """A uniproj adapter whose theta_D is nearest to a LoRA's, and its quality.
 
     A theta_D in the image of P is kept as it is, to float32's rounding; any other is balanced first.
 
     base: the model that the adapter belongs to (or its name), for projections that are made of its weights; any other
-    projection needs the shapes alone. Raises ProjectionError or AdapterError where the projection refuses them.
+    projection needs the shapes alone. trust_remote_code: whether Python code that comes with a model of this name may
+    run. Raises ProjectionError or AdapterError where the projection refuses them.
     """
     if not isinstance(options, Mapping):
         raise AdapterError(
@@ -51,7 +53,7 @@ def compress(
             raise AdapterError(
                 f"compress: {projection} is made of the base weights, which a LoRA folder does not hold. Pass --base."
             )
-        model = bases.load(base, adapter.config, weights=True)
+        model = bases.load(base, adapter.config, True, trust_remote_code)
         needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
     own, target = P.rebuild(), adapter.theta_D.double()

@@ -28,12 +28,14 @@ def export(
     rank: int | None = None,
     base: str | nn.Module | None = None,
     adapter_name: str = "default",
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a uniproj adapter (a folder, or the one of a live model) as an adapter of PEFT, with the same updates.
 
     to: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm", LoRA under vLLM's rules,
     padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of that projection. base: the
-    base model or its name, where P is made of its weights, and for "tinylora".
+    base model or its name, where P is made of its weights, and for "tinylora"; trust_remote_code: whether Python code
+    that comes with a model of this name may run.
 
     Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
     """
@@ -47,7 +49,7 @@ def export(
     if isinstance(source, PeftModel):
         trained = Trained.of_model(source, adapter_name)
     elif isinstance(source, str | Path):
-        trained = Trained.of_file(source, base)
+        trained = Trained.of_file(source, base, trust_remote_code)
     else:
         raise AdapterError(
             f"export: the source must be a PeftModel or the folder of an adapter, got {type(source).__name__}. "
@@ -69,12 +71,14 @@ def import_adapter(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     base: str | nn.Module | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter of PEFT (LORA, UNILORA, VERA, VBLORA, TINYLORA) as a uniproj adapter; returns what it is.
 
     Without `projection` the updates stay the same: P is PEFT's own where its seed makes it again, else the identity
     (`lora`, D numbers). With it they are the nearest that this projection has at `d`; the energy that is lost is among
-    what is returned. base: the base model or its name, for all but LORA, and for projections made of its weights.
+    what is returned. base: the base model or its name, for all but LORA, and for projections made of its weights;
+    trust_remote_code: whether Python code that comes with a model of this name may run.
 
     Raises AdapterError or ProjectionError; what lay in `out` then stays as it was.
     """
@@ -83,10 +87,10 @@ def import_adapter(
     if peft_folder.read_config(path, ("LORA", *peft_formats.CONFIGS)).peft_type == "LORA":
         adapter, native = lora.read(path), None
     else:
-        native = peft_formats.read(path, base)
+        native = peft_formats.read(path, base, trust_remote_code)
         adapter = native.lora()
     if native is None or projection is not None:
-        trained, report = compress(adapter, projection or IDENTITY, d, seed, options or {}, base)
+        trained, report = compress(adapter, projection or IDENTITY, d, seed, options or {}, base, trust_remote_code)
         report["lost_energy"] = 1.0 - report["captured_delta_W"]
     elif d is not None or seed or options:
         raise AdapterError(

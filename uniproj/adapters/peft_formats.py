@@ -87,12 +87,12 @@ def write(trained: Trained, kind: str, folder: Path) -> None:
     peft_folder.write(folder, {**config.to_dict(), "inference_mode": True}, index, tensors.values())
 
 
-def read(folder: Path, base: str | nn.Module | None) -> Trained:
+def read(folder: Path, base: str | nn.Module | None, trust_remote_code: bool = False) -> Trained:
     """An adapter of one of the four PEFT types, with the same updates to the last bits of float32.
 
     P is made again from its seed where `native` finds how; else every A and B is kept as `lora`, D numbers.
-    base: the base model (its configuration is enough but for TINYLORA). Raises AdapterError without it, and for tensors
-    that do not fit it.
+    base: the base model (its configuration is enough but for TINYLORA); trust_remote_code: whether Python code that
+    comes with a model of this name may run. Raises AdapterError without it, and for tensors that do not fit it.
     """
     config = peft_folder.read_config(folder, tuple(CONFIGS))
     tensors = peft_folder.read_tensors(folder)
@@ -102,7 +102,7 @@ def read(folder: Path, base: str | nn.Module | None) -> Trained:
             f"{folder}: which modules an adapter of {kind} belongs to, and in which order, the base model alone tells. "
             f"{_PASS_BASE}"
         )
-    model = bases.load(base, config, weights=kind == "TINYLORA")
+    model = bases.load(base, config, kind == "TINYLORA", trust_remote_code)
     shapes = linear_modules(model, config)
     own = {name: tensor for name, tensor in tensors.items() if f".{kind.lower()}_" in name}
     with bases.quietly():

@@ -52,10 +52,13 @@ class Trained:
         check_numbers(numbers, self.projection.name, has_offset=self.projection.offset is not None)
 
     @classmethod
-    def of_file(cls, folder: str | Path, base: str | nn.Module | None = None) -> Trained:
+    def of_file(
+        cls, folder: str | Path, base: str | nn.Module | None = None, trust_remote_code: bool = False
+    ) -> Trained:
         """A saved adapter. Raises AdapterError for a bad file, and where P cannot be made without the base model.
 
-        base: the base model (or its name), for a P that is made of its weights, and for a file without a header.
+        base: the base model (or its name), for a P that is made of its weights, and for a file without a header;
+        trust_remote_code: whether Python code that comes with a model of this name may run.
         """
         saved = file.read(file.locate(folder))
         needs_weights = get(saved.config.projection).needs_base_weights
@@ -66,7 +69,7 @@ class Trained:
                 else "the file was written before format 1 and does not list its modules"
             )
             raise AdapterError(f"{folder}: the base model must be given, as {why}. Pass --base.")
-        model = None if base is None else bases.load(base, saved.config, needs_weights)
+        model = None if base is None else bases.load(base, saved.config, needs_weights, trust_remote_code)
         shapes = None if model is None else linear_modules(model, saved.config)
         if saved.header is not None:
             weights = None

@@ -19,11 +19,16 @@ from uniproj.registry import get
 from uniproj.tuner.files import heads_by_new_names
 
 
-def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] | None = None) -> list[str]:
+def verify(
+    path: str | Path,
+    base: str | None = None,
+    remap: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
     """What was checked of a saved adapter, a sentence each.
 
-    base: name or folder of a model, of which only the configuration is loaded. Raises AdapterError for the first
-    thing that does not hold.
+    base: name or folder of a model, of which only the configuration is loaded; trust_remote_code: whether Python code
+    that comes with it may run. Raises AdapterError for the first thing that does not hold.
     """
     saved = read(locate(path))
     header, said = saved.header, [f"{path}: the file is as it was written"]
@@ -43,11 +48,12 @@ def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] |
     if table:
         rename(saved.config, header.layout, table)
     if base is not None:
-        bare = bases.load(base, saved.config, weights=False)
+        bare = bases.load(base, saved.config, weights=False, trust_remote_code=trust_remote_code)
         check_tokens(saved.config.trainable_token_indices, bare)
         names = check_fit(header, layout_on(bare, saved.config), saved.config.remap or [])
         heads = check_heads(heads_by_new_names(saved.tensors, table), bare, saved.config.modules_to_save)
-        warn_of_another_base(header, base, AutoConfig.from_pretrained(base))
+        of_base = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        warn_of_another_base(header, base, of_base)
         said.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
         if heads:
             rest = f" and {len(heads) - 3} more" if len(heads) > 3 else ""
