@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import uniproj
 from uniproj.adapters.header_lines import LINES
-from uniproj.adapters.patterns import of_module, scale
+from uniproj.adapters.patterns import of_modules, scale
 from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
@@ -96,12 +96,12 @@ class Header:
     @property
     def scales(self) -> dict[str, float]:
         """s of every module, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
-        given, found = self.settings, {}
-        names = new_names(self.layout, given.get("remap") or [])
+        given, names = self.settings, new_names(self.layout, self.settings.get("remap") or [])
+        alphas = of_modules("alpha_pattern", given.get("alpha_pattern"), names.values(), given.get("lora_alpha"))
+        found = {}
         for b, _ in self.layout.pairs():
-            r = b.shape[1]
-            alpha = of_module(given.get("alpha_pattern"), names[b.module], given.get("lora_alpha", r))
-            found[b.module] = scale(alpha, r, given.get("use_rslora"))
+            r, alpha = b.shape[1], alphas[names[b.module]]
+            found[b.module] = scale(r if alpha is None else alpha, r, given.get("use_rslora"))
         return found
 
     def to_metadata(self) -> dict[str, str]:

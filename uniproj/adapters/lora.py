@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from uniproj.adapters import peft_folder
-from uniproj.adapters.patterns import of_module, scale
+from uniproj.adapters.patterns import of_modules, scale
 from uniproj.errors import AdapterError
 from uniproj.layout import Block, LoRALayout
 
@@ -72,6 +72,12 @@ def read(folder: Path) -> LoRAAdapter:
         raise AdapterError(f"{folder}: every factor must belong to a linear layer, got {odd or 'none'}. Leave it out.")
     shapes = {module: (factors[module, "B"].shape[0], factors[module, "A"].shape[1]) for module in modules}
     layout = LoRALayout.from_shapes(shapes, {module: factors[module, "A"].shape[0] for module in modules})
+    for (module, r), (_, A) in zip(ranks(config, layout.modules).items(), layout.pairs(), strict=True):
+        if r != A.shape[0]:
+            raise AdapterError(
+                f"{folder}: the factors of {module} must have the rank of the configuration, {r!r}, got {A.shape[0]}. "
+                "Correct r or rank_pattern."
+            )
     theta_D = layout.flatten(factors)  # type: ignore[arg-type]
     other = {name: tensor for name, tensor in tensors.items() if name not in found}
     return LoRAAdapter(layout, theta_D, scales(config, layout), config, other)  # type: ignore[arg-type]
@@ -110,7 +116,7 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
 def _check_scale(config: LoraConfig, folder: Path) -> None:
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     for name, pattern in patterns.items():
-        if not isinstance(pattern, Mapping | None) or any(not _is_regex(key) for key in pattern or {}):
+        if not isinstance(pattern, Mapping | None):
             raise AdapterError(f"{folder}: {name} must map patterns of names to numbers, got {pattern!r}. Correct it.")
     values = {
         "lora_alpha": config.lora_alpha,
@@ -121,13 +127,6 @@ def _check_scale(config: LoraConfig, folder: Path) -> None:
             raise AdapterError(f"{folder}: {name} must be a finite number other than 0, got {value!r}. Correct it.")
 
 
-def _is_regex(text: str) -> bool:
-    try:
-        return bool(re.compile(text))
-    except re.error:
-        return False
-
-
 def lora_settings(config: LoraConfig) -> dict[str, Any]:
     """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
     names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
@@ -136,16 +135,13 @@ def lora_settings(config: LoraConfig) -> dict[str, Any]:
 
 def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
     """The rank of every module, with the pattern that fits its name."""
-    return {module: of_module(config.rank_pattern, module, config.r) for module in modules}
+    return of_modules("rank_pattern", config.rank_pattern, modules, config.r)
 
 
 def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
     """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
-    found = {}
-    for _, block in layout.pairs():
-        alpha = of_module(config.alpha_pattern, block.module, config.lora_alpha)
-        found[block.module] = scale(alpha, rank or block.shape[0], config.use_rslora)
-    return found
+    alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
+    return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}
 
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:

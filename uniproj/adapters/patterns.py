@@ -1,21 +1,180 @@
-"""Rank and alpha of a module as PEFT finds them: by the pattern that fits its name, else those of the configuration."""
+"""Which modules the patterns of a configuration fit: as PEFT matches them, and in bounded time.
+
+PEFT matches by `re`, which a short pattern such as `(([a-z]+)+)+!` keeps busy for longer than anyone waits. Here a
+pattern means the same, and is matched by `regex`, which stops when it is told to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import regex
+
+from uniproj.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 T = TypeVar("T")
 
+# what the patterns of one field may take together: seconds of a processor, and letters. A match that somebody meant
+# takes microseconds
+SECONDS, SECONDS_PER_MODULE, LETTERS = 1.0, 1e-4, 2**16
 
-def of_module(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
-    """The value of the first pattern that fits the module's name, in PEFT's sense; `default` where none does."""
-    from peft.utils.other import get_pattern_key  # here, as PEFT imports the tuner, which imports this module
+# what PEFT puts before and after a pattern
+_SIZE = r"(.*\.)?(", r")$"
+_HEAD = r"(^|.*\.)", r"($|\..*)"
+_LAYER = r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
-    patterns = patterns or {}
-    return patterns.get(get_pattern_key(list(patterns), module), default)
+# a name, as re.escape writes it
+_LITERAL = re.compile(r"(?:\w|-|\\[^\w\s])+", re.ASCII)
+# what `re` takes for a brace, and `regex` for a number of errors
+_BRACE = re.compile(r"(\\.)|\{(?!\d+\}|\d*,\d*\})", re.DOTALL)
+
+
+def of_modules(field: str, patterns: Mapping[str, T] | None, modules: Iterable[str], default: T) -> dict[str, T]:
+    """{module: the value of the first pattern that fits its name}; `default` where none does.
+
+    field: rank_pattern or alpha_pattern. Raises AdapterError for what is no pattern, and for one that takes too long.
+    """
+    values = list((patterns or {}).values())
+    found = _fitting(field, patterns or {}, modules)
+    # a name that is a key, and no pattern of itself, is one for PEFT too
+    return {m: values[min(places)] if places else (patterns or {}).get(m, default) for m, places in found.items()}
+
+
+def idle(field: str, patterns: Mapping[str, Any] | None, modules: Iterable[str]) -> list[str]:
+    """The patterns that fit none of the modules. Raises AdapterError as `of_modules` does."""
+    used = {place for places in _fitting(field, patterns or {}, modules).values() for place in places}
+    return [pattern for place, pattern in enumerate(patterns or {}) if place not in used]
+
+
+def targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Of these modules those that PEFT adapts for a configuration, and those that it is told to leave as they are.
+
+    Raises AdapterError as `of_modules` does.
+    """
+    names, wanted = list(names), config.target_modules
+    left = _named("exclude_modules", getattr(config, "exclude_modules", None), names)
+    matching = _Matching("modules_to_save", len(names))
+    for head in getattr(config, "modules_to_save", None) or ():
+        left |= set(filter(matching.by(head, *_HEAD), names))
+    found = _named("target_modules", wanted, names) - left
+    if not isinstance(wanted, str):
+        found = _in_layers(config, found, set(wanted or ()))
+    return [name for name in names if name in found], left
+
+
+def fits(field: str, pattern: str, name: str) -> bool:
+    """Whether a pattern fits a name as a whole. Raises AdapterError as `of_modules` does."""
+    return bool(_named(field, pattern, [name]))
 
 
 def scale(alpha: float, r: int, use_rslora: bool | None) -> float:
     """s of delta W = s B A: alpha / r, or alpha / sqrt(r) under use_rslora."""
     return alpha / (r**0.5 if use_rslora else r)
+
+
+def _fitting(field: str, patterns: Iterable[str], modules: Iterable[str]) -> dict[str, list[int]]:
+    """{module: the places of all patterns that fit its name}."""
+    modules = list(modules)
+    matching, names = _Matching(field, len(modules)), _Ends()
+    others: list[tuple[int, _Match]] = []
+    for place, text in enumerate(patterns):
+        if _LITERAL.fullmatch(text):
+            names.add(re.sub(r"\\(.)", r"\1", text), place)
+        else:
+            others.append((place, matching.by(text, *_SIZE)))
+    return {m: [*names.of(m), *(place for place, match in others if match(m))] for m in modules}
+
+
+def _named(field: str, wanted: str | Iterable[str] | None, names: list[str]) -> set[str]:
+    """The names that a pattern fits as a whole, or that end in one of several names."""
+    if isinstance(wanted, str):
+        return set(filter(_Matching(field, len(names)).by(wanted), names))
+    ends = _Ends()
+    for place, end in enumerate(wanted or ()):
+        ends.add(end, place)
+    return {name for name in names if ends.of(name)}
+
+
+def _in_layers(config: Any, found: set[str], in_full: set[str]) -> set[str]:
+    """Those of layers_to_transform, and those that target_modules names in full, to which it does not apply."""
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None or layers == []:
+        return found
+    wanted, around = {layers} if isinstance(layers, int) else set(layers), getattr(config, "layers_pattern", None) or ()
+    matching = _Matching("layers_pattern", len(found))
+    matches = [matching.by(text, *_LAYER) for text in ([around] if isinstance(around, str) else around)]
+
+    def layer(name: str) -> int | None:
+        match = next(filter(None, (match(name) for match in matches or [_ANY_LAYER.match])), None)
+        return None if match is None or match["idx"] is None else int(match["idx"])
+
+    return {name for name in found if name in in_full or layer(name) in wanted}
+
+
+class _Ends:
+    """Runs of components in which names may end, each with the place where it was given first."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self._lengths: set[int] = set()
+
+    def add(self, end: str, place: int) -> None:
+        self._places.setdefault(end, place)
+        self._lengths.add(len(end))
+
+    def of(self, name: str) -> list[int]:
+        """The places of those in which a name ends."""
+        starts = [len(name) - n for n in self._lengths if n <= len(name)]
+        starts = [start for start in starts if start == 0 or name[start - 1] == "."]
+        return [self._places[name[start:]] for start in starts if name[start:] in self._places]
+
+
+_Match = Callable[[str], Any]
+
+
+class _Matching:
+    """All matches of the patterns of one field, which have their time and their letters together."""
+
+    def __init__(self, field: str, modules: int):
+        self._field, self._letters = field, 0
+        self._seconds = SECONDS + SECONDS_PER_MODULE * modules
+        self._end = time.thread_time() + self._seconds
+
+    def by(self, text: str, before: str = "", after: str = "") -> _Match:
+        """The function of a name that matches it by this pattern: as a whole, or from its start by a longer one."""
+        self._letters += len(text)
+        if self._letters > LETTERS:
+            raise AdapterError(
+                f"{self._field}: all patterns together must have at most {LETTERS} letters, got more. Name the modules."
+            )
+        whole = f"{before}{text}{after}"
+        try:
+            re.compile(whole)  # `regex` takes more than PEFT does
+            pattern = regex.compile(_BRACE.sub(lambda m: m[1] or r"\{", whole), regex.VERSION0)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise AdapterError(
+                f"{self._field}: every pattern must be a regular expression, got {text!r:.80} ({error}). Correct it."
+            ) from None
+        run = pattern.match if before else pattern.fullmatch
+
+        def match(name: str) -> Any:
+            left = self._end - time.thread_time()
+            try:
+                return run(name, timeout=left) if left > 0 else self._stop(text)
+            except (TimeoutError, MemoryError):
+                self._stop(text)
+
+        return match
+
+    def _stop(self, text: str) -> NoReturn:
+        raise AdapterError(
+            f"{self._field}: all patterns must be matched within {self._seconds:.1f} s, got {text!r:.80}, which takes "
+            "longer. Name the modules in place of it."
+        ) from None

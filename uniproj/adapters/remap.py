@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from uniproj.adapters.patterns import of_module
+from uniproj.adapters.patterns import of_modules
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 
@@ -50,8 +50,9 @@ def rename(config: UniProjConfig, layout: LoRALayout, table: Table) -> None:
     _check_used(table, [*before.values(), *(config.modules_to_save or [])])
     ranks = {now[b.module]: b.shape[1] for b, _ in layout.pairs()}
     if config.alpha_pattern:
-        alphas = {now[m]: of_module(config.alpha_pattern, before[m], config.lora_alpha) for m in now}
-        config.alpha_pattern = {re.escape(m): alpha for m, alpha in alphas.items() if alpha != config.lora_alpha}
+        alphas = of_modules("alpha_pattern", config.alpha_pattern, before.values(), config.lora_alpha)
+        own = {re.escape(now[m]): alphas[before[m]] for m in now}
+        config.alpha_pattern = {m: alpha for m, alpha in own.items() if alpha != config.lora_alpha}
     config.rank_pattern = {re.escape(module): r for module, r in ranks.items() if r != config.r}
     config.target_modules = set(now.values())
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
