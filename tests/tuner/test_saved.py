@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.adapters.saved import reconfigure
-from tests.tuner.models import base_model, batch, config, train_steps
+from tests.tuner.models import TARGETS, base_model, batch, config, train_steps
 from uniproj import AdapterError
 from uniproj.adapters import file
 from uniproj.tuner import UniProjConfig
@@ -289,3 +290,37 @@ def test_a_configuration_of_another_P_is_told_by_its_field(tmp_path: Path) -> No
         PeftModel.from_pretrained(base_model("llama"), tmp_path, config=other)
     with pytest.raises(AdapterError, match="remap must be a dict"):
         PeftModel.from_pretrained(base_model("llama"), tmp_path, remap=[("a", "b")])
+
+
+WITH_PATTERNS = {
+    "target_modules": {"target_modules": r".*layers\.\d+\.(self_attn\.[qv]_proj|mlp\.down_proj)"},
+    "rank_pattern": {"rank_pattern": {r"layers\.1\..*": 3, "v_proj": 2, r"^.*\.0\..*down_proj": 5}},
+    "alpha_pattern": {"alpha_pattern": {r"(q|v)_proj": 8, r".*\.mlp\..*": 3}, "use_rslora": True},
+    "exclude_modules": {"exclude_modules": r".*\.0\..*v_proj"},
+    "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": ["blocks", "la[xy]ers"]},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["up_proj"], "rank_pattern": {"[kq]_proj": 1}},
+}
+
+
+@pytest.mark.parametrize("fields", WITH_PATTERNS.values(), ids=WITH_PATTERNS)
+def test_an_adapter_with_patterns_is_that_of_peft_and_comes_back_whole(fields, tmp_path: Path) -> None:
+    plain = {"r": 4, "lora_alpha": 4, "target_modules": TARGETS["llama"]}
+    theirs = get_peft_model(base_model("llama"), LoraConfig(**plain | fields))
+    model = get_peft_model(base_model("llama"), config("llama", **fields))
+    layers = [
+        {n: (m.r["default"], m.scaling["default"]) for n, m in each.named_modules() if isinstance(m, LoraLayer)}
+        for each in (theirs, model)
+    ]
+    assert layers[0] == layers[1]
+    train_steps(model, "llama", 2)
+    model.save_pretrained(tmp_path / "first")
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "first")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch("llama")).logits, model.eval()(**batch("llama")).logits)
+    loaded.save_pretrained(tmp_path / "second")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    for field, value in fields.items():
+        if value != "all-linear":
+            saved = getattr(loaded.peft_config["default"], field)
+            assert saved == (set(value) if field == "exclude_modules" and not isinstance(value, str) else value)

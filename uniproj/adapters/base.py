@@ -8,9 +8,7 @@ from collections.abc import Mapping
 import torch
 import transformers
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from uniproj.errors import AdapterError
 from uniproj.tuner.quantised import BaseWeights
@@ -48,26 +46,6 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool) -> nn.Module:
             return cls.from_config(found) if task in _CLASSES or named is transformers.AutoModel else cls(found)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{base}: must be a model that Transformers loads, got {error}. Check the name.") from error
-
-
-def linear_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the modules that PEFT adapts for this configuration, in their order of registration.
-
-    Raises AdapterError where there are none.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    for name, module in base.named_modules():
-        if check_target_module_exists(config, name):
-            if isinstance(module, nn.Linear):
-                found[name] = (module.out_features, module.in_features)
-            elif isinstance(module, Conv1D):
-                found[name] = (module.nf, module.nx)
-    if not found:
-        raise AdapterError(
-            f"base: must have linear modules called {config.target_modules}, got a {type(base).__name__} without any. "
-            "Pass the base model that the adapter was trained on."
-        )
-    return found
 
 
 def bare(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:

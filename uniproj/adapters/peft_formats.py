@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from uniproj.adapters import base as bases
 from uniproj.adapters import peft_folder
 from uniproj.adapters.native import native
+from uniproj.adapters.places import linear_modules
 from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
@@ -101,7 +102,7 @@ def read(folder: Path, base: str | nn.Module | None) -> Trained:
             f"{_PASS_BASE}"
         )
     model = bases.load(base, config, weights=kind == "TINYLORA")
-    shapes = bases.linear_modules(model, config)
+    shapes = linear_modules(model, config)
     own = {name: tensor for name, tensor in tensors.items() if f".{kind.lower()}_" in name}
     with bases.quietly():
         P, theta_d = from_peft(_filled(folder, config, kind, shapes, own))

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from uniproj.adapters import base as bases
 from uniproj.adapters import file
+from uniproj.adapters.fit import check_fit
 from uniproj.adapters.header import Header
 from uniproj.adapters.keys import plain
 from uniproj.adapters.lora import LoRAAdapter, ranks, scales
+from uniproj.adapters.places import layout_on, linear_modules
 from uniproj.adapters.remap import new_names
 from uniproj.adapters.tensors import OF_P, OWN, THETA_D, check_finite
 from uniproj.errors import AdapterError
@@ -59,10 +61,12 @@ class Trained:
             )
             raise AdapterError(f"{folder}: the base model must be given, as {why}. Pass --base.")
         model = None if base is None else bases.load(base, saved.config, needs_weights)
-        shapes = None if model is None else bases.linear_modules(model, saved.config)
+        shapes = None if model is None else linear_modules(model, saved.config)
         if saved.header is not None:
-            names = new_names(saved.header.layout, saved.config.remap or [])
-            weights = bases.weights_of(model, names) if needs_weights and model is not None else None
+            weights = None
+            if model is not None:
+                names = check_fit(saved.header, layout_on(model, saved.config), saved.config.remap or [])
+                weights = bases.weights_of(model, names) if needs_weights else None
             P = saved.header.build(weights, str(folder))
         else:
             assert shapes is not None and model is not None

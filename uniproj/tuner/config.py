@@ -105,6 +105,9 @@ class UniProjConfig(LoraConfig):
         self.header: Header | None = None
         self.renames_heads: list[tuple[str, str]] = []  # rows of `remap` that the file does not know yet
         self.takes_other_sizes = False  # while PEFT loads under ignore_mismatched_sizes
+        # while PEFT injects: the modules to adapt, each with r and alpha, and those to leave as they are
+        self.places: dict[str, tuple[int, Any]] | None = None
+        self.left: set[str] = set()
         self._attached: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from uniproj.adapters import file, identity
 from uniproj.adapters.header import Header
 from uniproj.adapters.keys import plain
+from uniproj.adapters.patterns import fits
 from uniproj.adapters.remap import renamed
 from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.errors import AdapterError
@@ -83,6 +84,11 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
         tensors[IDENTITY] = identity.encode(saved.header)
     note(tensors[THETA_D], saved.header, saved.config)
     return tensors
+
+
+def _fits_target(target_pattern: str, key: str) -> bool:
+    # on saving; PEFT does not say whose pattern it is, and for every pattern that ends the answer is the same
+    return fits("target_modules", target_pattern, key)
 
 
 def _load_bin(source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,5 +170,6 @@ def install() -> None:
     peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
+    save_and_load.match_target_against_key = _fits_target
     PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
     PeftModel.load_adapter = _load_adapter

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from uniproj.adapters import patterns
 from uniproj.adapters.heads import check_tokens
 from uniproj.adapters.keys import in_file, in_model, plain
 from uniproj.adapters.tensors import IDENTITY, renamed
@@ -27,7 +29,7 @@ from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
 from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, own_config
-from uniproj.tuner.targets import adapted_layers, check_name, refuse_copy
+from uniproj.tuner.targets import adapted_layers, check_name, named_in_full, refuse_copy
 from uniproj.tuner.undo import unchanged_on_failure
 
 
@@ -72,11 +74,26 @@ class UniProjModel(LoraModel):
             if first:
                 self._prepare()
             theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
-            # P makes every A and B, so those that PEFT draws here may stay on the meta device
-            super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
+            self._prepare_adapter_config(given, self.get_model_config(model))
+            with named_in_full(self.peft_config, adapter_name, model):
+                # P makes every A and B, so those that PEFT draws here may stay on the meta device
+                super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
             self._attach(adapter_name, asked)
             refuse_copy(twins, self.uniproj_theta_d, adapter_name)
             _set_requires_grad(theirs)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: UniProjConfig, key: str) -> Any:
+        if peft_config.places is None:
+            return bool(patterns.targets(peft_config, [key])[0])
+        return _ExcludedModule() if key in peft_config.left else key in peft_config.places
+
+    def _create_and_replace(
+        self, lora_config: UniProjConfig, adapter_name: str, *args: Any, current_key: str, **kwargs: Any
+    ) -> None:
+        own = copy.copy(lora_config)
+        own.r, own.lora_alpha = (lora_config.places or {}).get(current_key, (own.r, own.lora_alpha))
+        super()._create_and_replace(own, adapter_name, *args, current_key=current_key, **kwargs)
 
     def _prepare(self) -> None:
         self.uniproj_theta_d = nn.ParameterDict()
@@ -91,7 +108,7 @@ class UniProjModel(LoraModel):
 
     def _attach(self, adapter_name: str, asked: Iterable[str] | str | None) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
-        layers = as_saved(adapted_layers(self.model, adapter_name, asked), config, adapter_name)
+        layers = as_saved(adapted_layers(self.model, adapter_name, asked), config)
         first = next(iter(layers.values()))
         is_trained = first.lora_A[adapter_name].weight.requires_grad
         projection = self._build(config, adapter_name, layers)

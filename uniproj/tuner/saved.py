@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from uniproj.adapters import identity
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.fit import check_fit, warn_of_another_base
+from uniproj.adapters.fit import warn_of_another_base
 from uniproj.adapters.header import FORMAT_VERSION, Header
 from uniproj.adapters.heads import check_heads
 from uniproj.adapters.keys import in_model
+from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -39,15 +40,11 @@ def layout_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> LoRALayout:
     return LoRALayout.from_shapes(shapes, ranks)
 
 
-def as_saved(layers: dict[str, LoraLayer], config: UniProjConfig, adapter_name: str) -> dict[str, LoraLayer]:
-    """The adapted modules by the names under which P was made: those in the file, for an adapter out of one.
-
-    Raises AdapterError with the first module in which the model differs from the file.
-    """
+def as_saved(layers: dict[str, LoraLayer], config: UniProjConfig) -> dict[str, LoraLayer]:
+    """The adapted modules by the names under which P was made: those in the file, for an adapter out of one."""
     if config.header is None:
         return layers
-    names = check_fit(config.header, layout_of(layers, adapter_name), config.remap or [])
-    return {saved: layers[now] for saved, now in names.items()}
+    return {saved: layers[now] for saved, now in new_names(config.header.layout, config.remap or []).items()}
 
 
 def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) -> None:

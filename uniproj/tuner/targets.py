@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
+from uniproj.adapters import patterns
+from uniproj.adapters.fit import check_fit
 from uniproj.adapters.keys import plain
+from uniproj.adapters.places import layout_on, targets
 from uniproj.errors import AdapterError
+from uniproj.tuner.config import UniProjConfig
 
 
 def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -> None:
@@ -33,6 +41,37 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
                 f"add_adapter: the name of an adapter must not end like a module that is saved whole, got {name!r} and "
                 f"modules_to_save = {head!r}. Choose another name."
             )
+
+
+@contextmanager
+def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: nn.Module) -> Iterator[None]:
+    """While inside, the configuration of a new adapter names its modules one by one, and PEFT has nothing to match.
+
+    Raises AdapterError for patterns that cannot be matched, and for a saved adapter that the model does not fit, before
+    anything is made for it.
+    """
+    given = configs[adapter_name]
+    _maybe_include_all_linear_layers(given, model)
+    if given.header is not None:
+        check_fit(given.header, layout_on(model, given), given.remap or [])
+    modules, left = targets(model, given)
+    ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
+    alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if idle := patterns.idle(field, getattr(given, field), modules):
+            said = f"{field}: every pattern must fit an adapted module, got {idle!s:.200}, which change nothing."
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+    named = configs[adapter_name] = copy.copy(given)
+    named.places, named.left = {name: (ranks[name], alphas[name]) for name in modules}, left
+    named.rank_pattern, named.alpha_pattern = {}, {}
+    if is_pattern := isinstance(given.target_modules, str):
+        named.target_modules = set(modules) or {given.target_modules}
+    try:
+        yield
+    finally:
+        configs[adapter_name] = given
+    if not is_pattern:  # of many names PEFT keeps the ends that tell them from others
+        given.target_modules = named.target_modules
 
 
 def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
