@@ -6,7 +6,6 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 
-from experiments.models import target_modules
 from experiments.run import Run, optimizer
 from experiments.timing import compare_steps
 from uniproj.claims import isometry_error
@@ -24,11 +23,10 @@ def isometry(run: Run) -> dict[str, Any]:
 def step_times(run: Run) -> dict[str, Any]:
     """This run's step beside PEFT's LoRA of the same rank, on a batch of median length. Trains the model further."""
     config, args = run.config, run.trainer.args
-    targets = config.target_modules or target_modules(config.model)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.r,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=list(run.projection.layout.modules),
         task_type=run.family.task_type,
         modules_to_save=list(run.family.modules_to_save) if run.family.modules_to_save else None,
     )

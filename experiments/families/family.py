@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from experiments.models import Base, model_config, target_modules
 from experiments.tasks import Task
+from uniproj.adapters.places import linear_modules
 
 if TYPE_CHECKING:
     from experiments.settings import RunConfig
@@ -91,5 +91,4 @@ def _adapted_shapes(family: str, model: str, targets: tuple[str, ...] | str | No
         chosen = targets if isinstance(targets, str) else list(targets or target_modules(model))
         # a classification head is trained whole: PEFT's LoRA leaves it out under this task type, as the tuner does
         lora = LoraConfig(r=1, target_modules=chosen, task_type=get(family).task_type)
-        inject_adapter_in_model(lora, base)
-    return {name: (m.out_features, m.in_features) for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    return linear_modules(base, lora)

@@ -159,7 +159,10 @@ def test_broken_settings_are_refused(tmp_path: Path, settings: str, message: str
         ({"scheduler": "warmup_stable_decay"}, "scheduler must be one of"),  # needs arguments that no setting gives
         ({"optimizer": "zigzag"}, "optimizer must be one of adamw_torch"),
         ({"device": "gpu"}, "device must be one of cpu, cuda, mps"),
-        ({"target_modules": ["nope"]}, r"target_modules \['nope'\], got: Target modules {'nope'} not found"),
+        (
+            {"target_modules": ["nope"]},
+            r"target_modules \['nope'\], got: base: must have linear modules called",
+        ),
         ({"target_modules": "("}, "target_modules"),
         ({"target_modules": ["query", "nope"]}, "target_modules must name linear layers of .*, got 'nope'"),
     ],

@@ -3,14 +3,18 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from experiments import compare, sweep, train
 from experiments.config import resolve
 from experiments.results import METRICS, prepare
+from tests.adapters.test_patterns import HANGS_BOTH, HANGS_RE
 
 
 @pytest.fixture
@@ -70,6 +74,17 @@ def test_own_data_that_a_run_would_fail_on(
         said = capsys.readouterr().err
         assert re.search(message, said), said
         assert not runs.exists()
+
+
+@pytest.mark.parametrize(("pattern", "status"), [(rf"{HANGS_RE}|.*\.(query|value)", 0), (HANGS_BOTH, 2)])
+def test_target_modules_that_re_would_not_end_on(pattern: str, status: int, file: Path, runs: Path) -> None:
+    plan = yaml.safe_load(file.read_text())
+    plan["settings"]["target_modules"] = pattern
+    file.write_text(yaml.safe_dump(plan))
+    command = [sys.executable, "-m", "experiments.sweep", str(file), "--dry-run", "--runs", str(runs)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == status, run.stderr
+    assert ("target_modules: all patterns must be matched within" in run.stderr) == (status == 2)
 
 
 def test_rows_in_order_are_counted_with_their_classes(folder: Path, file: Path, runs: Path, capsys) -> None:
