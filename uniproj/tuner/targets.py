@@ -62,7 +62,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
     for field in ("rank_pattern", "alpha_pattern"):
         if idle := patterns.idle(field, getattr(given, field), modules):
-            said = f"{field}: every pattern must fit an adapted module, got {idle}, which change nothing."
+            said = f"{field}: every pattern must fit an adapted module, got {shown(idle)}, which change nothing."
             warnings.warn(said, RuntimeWarning, stacklevel=2)
     named = configs[adapter_name] = copy.copy(given)
     named.places, named.left = {name: (ranks[name], alphas[name]) for name in modules}, left
