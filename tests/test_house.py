@@ -20,6 +20,7 @@ SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
+    "limits": {"errors"},
     "plugins": {"errors"},
     "console": set(),
     "kernels": {"kernels"},

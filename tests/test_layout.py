@@ -92,8 +92,8 @@ def test_a_layout_survives_its_json() -> None:
     ("text", "message"),
     [
         ('[["h.10.v",3,5,1],["h.2.q",7,4,2]]', r"expected h\.2\.q, got h\.10\.v"),
-        ('[["a",2,2,1],["a",2,2,1]]', "must be as to_json writes it"),
-        ('[["a",2,2,true]]', "must be as to_json writes it"),
+        ('[["a",2,2,1],["a",2,2,1]]', "must stand once each, .* got a twice"),
+        ('[["a",2,2,true]]', "must be rows"),
         ('[["a",2,2]]', "must be rows"),
         ('[["a",2,2,0]]', "sizes and rank of at least 1"),
         ('[["a",2,2.5,1]]', "must be rows"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uniproj.adapters import identity
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import exists, read_bytes, read_json, replace
+from uniproj.adapters.disk import exists, opened, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
 from uniproj.errors import AdapterError, ProjectionError
 
@@ -122,17 +122,17 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
 def is_ours(folder: Path) -> bool:
     """Whether the weights in a folder begin as those of a uniproj adapter do."""
     try:
-        with (folder / WEIGHTS).open("rb") as file:
+        with opened(folder / WEIGHTS) as file:
             return PREFIX.encode() in file.read(_FIRST_BYTES)
-    except OSError:
+    except AdapterError:
         return False
 
 
 def says_ours(folder: Path) -> bool:
     """Whether the configuration in a folder is that of a uniproj adapter."""
     try:
-        return dict(json.loads((folder / CONFIG).read_bytes())).get("peft_type") == KIND
-    except (OSError, ValueError, TypeError, RecursionError):
+        return dict(read_json(folder / CONFIG)).get("peft_type") == KIND
+    except (ValueError, TypeError):
         return False
 
 
@@ -146,12 +146,15 @@ def is_template(folder: Path) -> bool:
 def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     """Header and tensors of the weights, after every check that needs neither model nor configuration."""
     where = str(folder / WEIGHTS)
-    tensors, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
-    header = Header.from_metadata(metadata, where)
+    with stored.weights(folder / WEIGHTS) as file:
+        header = Header.from_metadata(file.metadata, where)
+        if header is not None:
+            # all that tells how large the numbers are, before one of them is read
+            header.check_version(where)
+            stored.check_shapes(stored.renamed(file.index), header.shapes(where), header.projection)
+        tensors = file.read()
     if header is not None:
-        header.check_version(where)
-        stored.check_shapes(tensors, {stored.THETA_D: torch.Size([header.d])}, header.projection)
-        stored.check_digest(tensors, metadata, where)
+        stored.check_digest(tensors, file.metadata, where)
         _check_identity(tensors.pop(stored.IDENTITY, None), header, where)
         stored.check_numbers(tensors, header.projection)
     return header, stored.renamed(tensors)

@@ -9,10 +9,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from uniproj import limits
 from uniproj.layout import LoRALayout
 
-# more than the Block list of any model; what unpacks to more was not written by us
-_UNPACKED = 2**24
 _MEMORY = 2**25
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
 
@@ -23,17 +22,18 @@ def pack(value: Any) -> str:
     return base64.b64encode(lzma.compress(text.encode(), lzma.FORMAT_ALONE, filters=_LZMA)).decode()
 
 
-def unpack(text: str) -> str:
-    """What `pack` packed, or zlib, as format 1 did. Raises ValueError for anything else."""
+def unpack(text: str, limit: str) -> str:
+    """What `pack` packed, or zlib, as format 1 did. Raises ValueError for anything else, and beyond a limit's bytes."""
     packed = base64.b64decode(text, validate=True)
     of_format_1 = packed[:1] == b"x"
     inflate: Any = zlib.decompressobj() if of_format_1 else lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MEMORY)
     try:
-        unpacked: bytes = inflate.decompress(packed, _UNPACKED)
+        unpacked: bytes = inflate.decompress(packed, getattr(limits, limit) + 1)
     except (zlib.error, lzma.LZMAError, EOFError) as error:
         raise ValueError(error) from None
+    limits.check(limit, len(unpacked), "the bytes it unpacks to", "packed")
     if not inflate.eof:
-        raise ValueError("cut off, or too long")
+        raise ValueError("cut off")
     return unpacked.decode()
 
 
@@ -51,6 +51,12 @@ def _typed(*kinds: type) -> Callable[[str], Any]:
         return value
 
     return read
+
+
+def _layout(text: str) -> LoRALayout:
+    rows = unpack(text, "header_bytes")
+    limits.check("modules", rows.count("[") - 1, "modules", "rows")
+    return LoRALayout.from_json(rows)
 
 
 def _natural_number(text: str) -> int:
@@ -71,10 +77,10 @@ LINES: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
     "projection_kwargs": (_dump, _typed(dict)),
     "d": _NUMBER,
     "projection_seed": _NUMBER,
-    "layout": (pack, lambda text: LoRALayout.from_json(unpack(text))),
+    "layout": (pack, _layout),
     "checksum": _TEXT,
     "base_model": _MAYBE,
     "base_revision": _MAYBE,
     "base_quantisation": _MAYBE,
-    "settings": (pack, lambda text: _typed(dict)(unpack(text))),
+    "settings": (pack, lambda text: _typed(dict)(unpack(text, "config_bytes"))),
 }

@@ -30,12 +30,12 @@ def grid(n: int) -> tuple[int, int]:
     return a, -(-n // a)
 
 
-def round_tables(n: int, seed: int, stream: str, parts: int = 1) -> Tensor:
-    """F of `parts` bijections of [0, n): (parts * ROUNDS * a,) int32. Raises ValueError for n beyond `MOST`."""
+def round_tables(n: int, seed: int, stream: str, parts: int = 1, first: int = 0) -> Tensor:
+    """F of the bijections first, .. of [0, n): (parts * ROUNDS * a,) int32. Raises ValueError for n beyond `MOST`."""
     if not 0 < n <= MOST:
         raise ValueError(f"permutation: n must lie in [1, {MOST}], got {n}. Split the rows into groups.")
     a, b = grid(n)
-    words = bits(seed, stream, parts * ROUNDS * a).view(parts, ROUNDS, a)
+    words = bits(seed, stream, parts * ROUNDS * a, start=first * ROUNDS * a).view(parts, ROUNDS, a)
     sizes = torch.tensor([b, a] * (ROUNDS // 2)).view(1, ROUNDS, 1)
     return (words * sizes >> 32).int().flatten()
 
@@ -48,8 +48,9 @@ def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor | None = Non
     """
     a, _ = grid(n)
     part = torch.zeros(1, dtype=torch.long) if part is None else part
-    tables = round_tables(n, seed, stream, int(part.max()) + 1)
-    x, first = torch.broadcast_tensors(x, part * (ROUNDS * a))
+    least = int(part.min())
+    tables = round_tables(n, seed, stream, int(part.max()) - least + 1, least)
+    x, first = torch.broadcast_tensors(x, (part - least) * (ROUNDS * a))
     flat, starts, images = x.flatten(), first.flatten(), torch.empty(x.numel(), dtype=torch.long)
 
     def piece(where: slice) -> None:
