@@ -23,7 +23,8 @@ class Select(Projection):
     def __init__(self, layout: LoRALayout, rows: Tensor):
         super().__init__(layout, len(rows))
         ascends = bool((rows[1:] > rows[:-1]).all())
-        if not ascends and rows.unique().numel() != len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < layout.D:
+        distinct = ascends or rows.unique().numel() == len(rows)
+        if not distinct or not 0 <= int(rows.min()) <= int(rows.max()) < layout.D:
             raise ProjectionError(f"select: rows must be distinct and lie in [0, {layout.D}).")
         self.rows = rows.long()
         self.order = None if ascends else self.rows.argsort()

@@ -50,7 +50,7 @@ def _natural(name: str) -> tuple[str, str]:
 
 
 def _sortable(number: re.Match[str]) -> str:
-    """Text that sorts as the number does: what begins it sorts before every letter, then the shorter one comes first."""
+    """Text that sorts as the number does: its beginning comes before every letter, then the shorter number first."""
     digits = str(int(number[0]))
     return f"\0{chr(len(digits))}{digits}"
 

@@ -230,7 +230,7 @@ def _pack_text(text: str) -> str:
 def test_what_unpacks_without_end_is_refused(folder: Path, packed: str) -> None:
     relabel(folder, lambda metadata: {**metadata, "uniproj.layout": packed})
     with pytest.raises(
-        AdapterError, match="layout must be what .* wrote.*cut off|unpacks to must be at most 16,777,216"
+        AdapterError, match=r"layout must be what .* wrote.*cut off|unpacks to must be at most 16,777,216"
     ):
         file.read(folder)
 

@@ -70,6 +70,11 @@ def linear_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int, 
     return found
 
 
+def adapted(base: str | nn.Module, config: PeftConfig) -> int:
+    """How many weights the modules have that PEFT adapts for this configuration."""
+    return sum(out * in_ for out, in_ in linear_modules(load(base, config, weights=False), config).values())
+
+
 def bare(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
     """Linear layers of these names and shapes (out, in), registered in this order; their weights take no memory."""
     root = nn.Module()

@@ -63,7 +63,8 @@ class Trained:
         if saved.header is not None:
             names = new_names(saved.header.layout, saved.config.remap or [])
             weights = bases.weights_of(model, names) if needs_weights and model is not None else None
-            P = saved.header.build(weights, str(folder))
+            of_base = 0 if shapes is None else sum(out * in_ for out, in_ in shapes.values())
+            P = saved.header.build(weights, str(folder), of_base)
         else:
             assert shapes is not None and model is not None
             weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import AutoConfig
 
+from uniproj import limits
 from uniproj.adapters import base as bases
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.file import locate, read
@@ -42,7 +43,9 @@ def verify(path: str | Path, base: str | None = None, remap: Mapping[str, str] |
     if get(header.projection).needs_base_weights:
         said.append(f"P is made of the base weights: its checksum {header.checksum[:12]}.. is checked on loading")
     else:
-        P = header.build(where=str(path))
+        too_large = limits.rows < header.layout.D
+        of_base = bases.adapted(base, saved.config) if base is not None and too_large else 0
+        P = header.build(where=str(path), of_base=of_base)
         stored.check_shapes(saved.tensors, stored.shapes_of(P), header.projection)
         stored.check_numbers(saved.tensors, header.projection, has_offset=P.offset is not None)
         said.append(f"P {P.shape} of {header.projection} has its checksum {header.checksum[:12]}..")

@@ -75,11 +75,8 @@ def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[st
     if place.keys() != set(modules) or len(order) != len(modules):
         odd = sorted(place.keys() ^ set(modules))[:1]
         raise ProjectionError(
-            f"unilora: module_order must list every module once, all {len(modules)}, got {len(order)} names and "
-            f"{odd[0]!r} on one side alone. Take the order of the base model."
-            if odd
-            else f"unilora: module_order must list every module once, got {len(order)} names of {len(modules)} modules. "
-            "Take the order of the base model."
+            f"unilora: module_order must list every module once, {len(modules)} in all, got {len(order)} names"
+            f"{f', and {odd[0]!r} on one side alone' if odd else ''}. Take the order of the base model."
         )
     blocks = sorted(layout.blocks, key=lambda b: (place[b.module], b.factor))
     index, taken = torch.empty(layout.D, dtype=torch.int32), 0
