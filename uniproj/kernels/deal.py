@@ -68,7 +68,9 @@ class Deal:
 
     def counts(self) -> Tensor:
         """(d,) int64: how many rows each column has."""
-        return torch.cat([n // d + (torch.arange(d) < n % d) for _, n, d, *_ in self.groups.tolist()])
+        _, n, d, first, *_ = self.groups.unbind(1)
+        group = torch.repeat_interleave(d)
+        return (n // d)[group] + (torch.arange(len(group)) - first[group] < (n % d)[group])
 
     def index(self) -> Tensor:
         """(D,) int32: the column of every row."""

@@ -78,7 +78,8 @@ def bits_of(seed: int, streams: Sequence[str], parts: Sequence[int], counts: Seq
     In one go: a call of `bits` takes as long as some thousand words do.
     """
     key = key_of(seed, 0)
-    columns = torch.tensor([[stream_id(name), part, n] for name, part, n in zip(streams, parts, counts, strict=True)])
+    named = [[stream_id(name), part, n] for name, part, n in zip(streams, parts, counts, strict=True)]
+    columns = torch.tensor(named, dtype=torch.int64).view(-1, 3)
     blocks = -(-columns[:, 2] // 4)
     owner = torch.repeat_interleave(blocks)
     block = torch.arange(len(owner)) - (blocks.cumsum(0) - blocks)[owner]
