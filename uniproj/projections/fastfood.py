@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from uniproj.projection import Projection
 from uniproj.registry import register
 
 _CACHED, _AT_ONCE = 2**20, 2**26  # numbers transformed at once on the CPU, on a GPU
-_DRAWN = 2**22  # places permuted at once
+_DRAWN = 2**20  # places permuted at once
 
 
 @register("fastfood")
@@ -65,13 +67,23 @@ class Fastfood(Projection):
         return self.numbers.double() * self.norm
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
+        return torch.cat([piece for _, piece in self._pieces(theta_d)], dim=1)
+
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.to(theta_d.device)
+        found = theta_d.new_empty(len(rows))
+        for first, piece in self._pieces(theta_d.unsqueeze(0)):
+            here = (rows >= first) & (rows < first + piece.shape[1])
+            found[here] = piece[0, rows[here] - first]
+        return found
+
+    def _pieces(self, theta_d: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """theta_D (n, D) a few blocks at a time, each with its first row."""
         padded = torch.cat([theta_d, theta_d.new_zeros(theta_d.shape[0], self.n - self.d)], dim=1).unsqueeze(1)
-        parts = []
         for blocks in self._groups(theta_d):
             x = self._permuted(hadamard(padded * self.B[blocks].to(padded.dtype)), self.Pi[blocks])
             x = hadamard(x * self.numbers[blocks].to(x.dtype)) * self._scales(blocks).to(x.dtype)
-            parts.append(x.reshape(x.shape[0], -1)[:, : self.D - blocks.start * self.n])
-        return torch.cat(parts, dim=1)
+            yield blocks.start * self.n, x.reshape(x.shape[0], -1)[:, : self.D - blocks.start * self.n]
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         sums = []
