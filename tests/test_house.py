@@ -22,6 +22,7 @@ ALLOWED = {
     "errors": set(),
     "atomic": set(),
     "layout": {"errors"},
+    "limits": {"errors"},
     "plugins": {"errors"},
     "console": {"errors"},
     "kernels": {"kernels"},

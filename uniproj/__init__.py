@@ -8,6 +8,7 @@ from importlib import import_module
 
 from wrapt import when_imported
 
+from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import Block, LoRALayout
 from uniproj.projection import Projection
@@ -22,6 +23,7 @@ __all__ = [
     "ProjectionError",
     "build",
     "get",
+    "limits",
     "names",
     "register",
 ]

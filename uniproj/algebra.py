@@ -22,15 +22,29 @@ class Select(Projection):
 
     def __init__(self, layout: LoRALayout, rows: Tensor):
         super().__init__(layout, len(rows))
-        if rows.unique().numel() != len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < layout.D:
+        ascends = bool((rows[1:] > rows[:-1]).all())
+        distinct = ascends or rows.unique().numel() == len(rows)
+        if not distinct or not 0 <= int(rows.min()) <= int(rows.max()) < layout.D:
             raise ProjectionError(f"select: rows must be distinct and lie in [0, {layout.D}).")
         self.rows = rows.long()
+        self.order = None if ascends else self.rows.argsort()
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return theta_d.new_zeros(len(theta_d), self.D).index_copy(1, self.rows, theta_d)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         return theta_D.index_select(1, self.rows)
+
+    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(m,) int64: the columns of these rows, and whether a row has any; the others' are arbitrary."""
+        place = torch.searchsorted(self.rows, rows, sorter=self.order).clamp_(max=self.d - 1)
+        columns = place if self.order is None else self.order[place]
+        return columns, self.rows[columns] == rows
+
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        columns, some = self.columns(rows.to(self.rows.device))
+        found = torch.where(some, theta_d[columns], 0.0)
+        return found if self.offset is None else found + self.offset.to(found.dtype)[rows]
 
     def entries(self) -> Entries:
         ones = torch.ones(self.d, dtype=torch.float64, device=self.rows.device)
@@ -88,6 +102,13 @@ class Compose(_Composite):
         outer, inner = self._children()
         return inner._rmatvec(outer._rmatvec(theta_D))
 
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        outer, inner = self._children()
+        if not isinstance(outer, Select) or outer.offset is not None:
+            return super().at_rows(theta_d, rows)
+        columns, some = outer.columns(rows.to(outer.rows.device))
+        return torch.where(some, inner.at_rows(theta_d, columns), 0.0)
+
     @property
     def offset(self) -> Tensor | None:
         outer, inner = self._children()
@@ -118,6 +139,10 @@ class ConcatColumns(_Composite):
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         return torch.cat([p._rmatvec(theta_D) for p in self._children()], dim=1)
+
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        thetas = theta_d.split([p.d for p in self._children()])
+        return torch.stack([p.at_rows(t, rows) for p, t in zip(self._children(), thetas, strict=True)]).sum(0)
 
     @property
     def offset(self) -> Tensor | None:

@@ -8,6 +8,8 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -39,10 +41,18 @@ class Block:
         return slice(self.offset, self.offset + self.numel)
 
 
-def _natural(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Sort key in which layer 2 comes before layer 10; the name itself breaks ties such as 1 and 01."""
-    parts = re.findall(r"\d+|\D+", name)
-    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts), name
+_NUMBER = re.compile(r"\d+")
+
+
+def _natural(name: str) -> tuple[str, str]:
+    """Sort key in which layer 2 comes before layer 10, and a number before text; the name breaks ties such as 1, 01."""
+    return _NUMBER.sub(_sortable, name), name
+
+
+def _sortable(number: re.Match[str]) -> str:
+    """Text that sorts as the number does: its beginning comes before every letter, then the shorter number first."""
+    digits = str(int(number[0]))
+    return f"\0{chr(len(digits))}{digits}"
 
 
 class LoRALayout:
@@ -58,37 +68,49 @@ class LoRALayout:
         self.blocks = tuple(blocks)
         if not self.blocks:
             raise ProjectionError("LoRALayout: a layout needs at least one block, got none. Check target_modules.")
-        self.D = sum(block.numel for block in self.blocks)
-        ends = [0, *(block.rows.stop for block in self.blocks)]
-        if any(block.offset != end for block, end in zip(self.blocks, ends, strict=False)):
-            raise ProjectionError("LoRALayout: blocks must follow one another without gap or overlap. Use from_shapes.")
-        self._index = {(block.module, block.factor): block for block in self.blocks}
+        end = 0
+        for block in self.blocks:
+            if block.offset != end:
+                raise ProjectionError(
+                    "LoRALayout: blocks must follow one another without gap or overlap. Use from_shapes."
+                )
+            end += block.numel
+        self.D = end
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, int]], r: int | Mapping[str, int]) -> LoRALayout:
         """Layout for modules of (out_features, in_features), at one rank or one rank per module."""
+        try:
+            ordered = sorted(shapes, key=_natural)
+        except ValueError:  # Python's own bound
+            raise ProjectionError("LoRALayout: a number in a name must have at most 4,300 digits. Rename it.") from None
+        return cls._of_rows([(name, *shapes[name], r[name] if isinstance(r, Mapping) else r) for name in ordered])
+
+    @classmethod
+    def _of_rows(cls, rows: Iterable[tuple[str, int, int, int]]) -> LoRALayout:
+        """(module, out, in, r) in the order of the layout."""
         blocks: list[Block] = []
         offset = 0
-        for name in sorted(shapes, key=_natural):
-            out_features, in_features = map(operator.index, shapes[name])
-            rank = operator.index(r[name] if isinstance(r, Mapping) else r)
+        for name, *sizes in rows:
+            out_features, in_features, rank = map(operator.index, sizes)
             if min(out_features, in_features, rank) < 1:
                 raise ProjectionError(
                     f"LoRALayout: {name} must have sizes and rank of at least 1, "
                     f"got out={out_features}, in={in_features}, r={rank}."
                 )
-            factors: tuple[tuple[Factor, tuple[int, int]], ...] = (
-                ("B", (out_features, rank)),
-                ("A", (rank, in_features)),
-            )
-            for factor, shape in factors:
-                blocks.append(Block(name, factor, shape, offset))
-                offset += shape[0] * shape[1]
+            blocks.append(Block(name, "B", (out_features, rank), offset))
+            offset += out_features * rank
+            blocks.append(Block(name, "A", (rank, in_features), offset))
+            offset += rank * in_features
         return cls(blocks)
 
     @classmethod
     def flat(cls, D: int) -> LoRALayout:
         """D coordinates without module structure: a single 1 x D block."""
+        try:
+            D = operator.index(D)
+        except TypeError:
+            raise ProjectionError(f"LoRALayout: D must be an integer, got {D!r}. Round it.") from None
         if D < 1:
             raise ProjectionError(f"LoRALayout: D must be at least 1, got {D}.")
         return cls([Block("", "A", (1, D), 0)])
@@ -97,7 +119,7 @@ class LoRALayout:
     def is_flat(self) -> bool:
         return len(self.blocks) == 1
 
-    @property
+    @cached_property
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
@@ -110,27 +132,34 @@ class LoRALayout:
     def from_json(cls, text: str) -> LoRALayout:
         """The layout that `to_json` wrote. Raises ProjectionError for anything else, and for modules out of order."""
         try:
-            rows = [(str(m), out, in_, r) for m, out, in_, r in json.loads(text)]
-            layout = cls.from_shapes({m: (out, in_) for m, out, in_, _ in rows}, {m: r for m, _, _, r in rows})
+            rows = json.loads(text)
+            if any([*map(type, row)] != [str, int, int, int] for row in rows):
+                raise TypeError("got other types")
+            order = [_natural(row[0]) for row in rows]
+            layout = cls._of_rows(rows)
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ProjectionError(f"LoRALayout: modules must be rows [module, out, in, r], {error}.") from None
-        for found, expected in zip([row[0] for row in rows], layout.modules, strict=False):
-            if found != expected:
-                raise ProjectionError(
-                    f"LoRALayout: modules must stand once each, in natural order of their names: expected {expected}, "
-                    f"got {found}."
-                )
-        if layout.to_json() != text:
+        if found := next(((before, after) for before, after in pairwise(order) if before >= after), None):
+            (_, before), (_, after) = found
+            raise ProjectionError(
+                f"LoRALayout: modules must stand once each, in natural order of their names: expected {after}, "
+                f"got {before}{' twice' if before == after else ''}."
+            )
+        if json.dumps(rows, separators=(",", ":")) != text:
             raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
         return layout
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         text = json.dumps([[b.module, b.factor, *b.shape] for b in self.blocks], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def block(self, module: str, factor: Factor) -> Block:
         return self._index[module, factor]
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, Factor], Block]:
+        return {(block.module, block.factor): block for block in self.blocks}
 
     def pairs(self) -> list[tuple[Block, Block]]:
         """(B, A) of every module. Raises ProjectionError on a flat layout, which has no pairs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -186,6 +186,22 @@ class Projection(nn.Module, ABC):
         layout = LoRALayout.from_shapes(shapes, r)
         d = min(max(budget, cls.min_d(layout)), layout.D)
         return Budget(r=r, d=d, trained=d)
+
+    @classmethod
+    def parameter_shapes(cls, layout: LoRALayout, d: int, **hyperparameters: Any) -> Mapping[str, Sequence[int]] | None:
+        """The shapes of P's own Parameters by name, without making P; None where only making it tells them.
+
+        A file that lacks their numbers is then refused before P is made.
+        """
+        return None if cls.learned else {}
+
+    @classmethod
+    def draws(cls, layout: LoRALayout, d: int, **hyperparameters: Any) -> int:
+        """How many random numbers P takes, 0 where they are no more than a multiple of D + d and its Parameters.
+
+        A file that asks for more than `limits.draws` is refused before P is made.
+        """
+        return 0
 
     # ---- what every method gets --------------------------------------------------------------------
 

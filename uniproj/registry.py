@@ -146,8 +146,13 @@ def build(
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
     size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, hyperparameters)
     # P is drawn there whatever the default device, of tensors that may be trained with under any mode
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
+    except ProjectionError:
+        raise
+    except ValueError as error:  # of a kernel, which knows no method
+        raise ProjectionError(f"{name}: {error}") from error
     if d is not None and projection.d != d:
         raise ProjectionError(f"{name}: d = {cls.d_formula} = {projection.d} on this layout, got d={d}. Leave d out.")
     return projection

@@ -62,7 +62,8 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any], bytes], tuple[A
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Save other tensors under the same header, with their own digest: a consistent file of bad numbers."""
     path = folder / file.WEIGHTS
-    tensors, metadata = stored.parse(path.read_bytes(), "test")
+    with stored.weights(path) as saved:
+        tensors, metadata = saved.read(), saved.metadata
     del metadata[stored.DIGEST]
     path.write_bytes(stored.serialise(change(tensors), metadata))
 
@@ -70,7 +71,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
 def relabel(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Save the same tensors under another header, with its own digest."""
     path = folder / file.WEIGHTS
-    tensors, metadata = stored.parse(path.read_bytes(), "test")
+    with stored.weights(path) as saved:
+        tensors, metadata = saved.read(), saved.metadata
     del metadata[stored.DIGEST]
     path.write_bytes(stored.serialise(tensors, change(metadata)))
 

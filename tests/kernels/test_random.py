@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uniproj.kernels.random import bits, normal, philox, signs, stream_id, uniform
+from uniproj.kernels.random import bits, bits_of, normal, philox, signs, stream_id, uniform
 
 # Random123 1.09, kat_vectors, philox4x32 with 10 rounds: (counter, key, output)
 KNOWN = [
@@ -98,3 +98,9 @@ def test_distributions() -> None:
     assert abs(int(signs(3, "s", n).sum())) < 5 * n**0.5
     counts = np.bincount(bits(3, "b", n).numpy() >> 24, minlength=256)
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_words_of_many_streams_are_those_of_each() -> None:
+    streams, parts, counts = ["a", "b", "a", "c"], [0, 3, 2, 0], [1, 9, 4, 0]
+    wanted = [bits(2**40 + 5, *named, part=part) for *named, part in zip(streams, counts, parts, strict=True)]
+    assert torch.equal(bits_of(2**40 + 5, streams, parts, counts), torch.cat(wanted))

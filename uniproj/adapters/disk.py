@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from uniproj import limits
 from uniproj.adapters.schema import parse_json
 from uniproj.atomic import install, written
 from uniproj.errors import AdapterError
@@ -21,13 +24,22 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. Raises AdapterError for a folder, a pipe, a device, or nothing at all."""
-    try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind):
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A regular file. Raises AdapterError for a folder, a pipe, a device, or nothing at all, and waits for none."""
+    with _readable(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe may have no writer
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise AdapterError(f"{path}: must be a regular file, got a folder, pipe or device. Check the path.")
-        return path.read_bytes()
+        with os.fdopen(descriptor, "rb") as file:
+            yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise AdapterError(
             f"{path}: must be a readable file, got {error.strerror or error}. Check the path."
@@ -35,8 +47,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises AdapterError for a file that cannot be read or is none."""
-    text = read_bytes(path)
+    """What a JSON file holds. Raises AdapterError for one that cannot be read, is none, or is beyond `limits`."""
+    with opened(path) as file:
+        limits.check("config_bytes", os.fstat(file.fileno()).st_size, "its bytes", str(path))
+        text = file.read(limits.config_bytes)
     try:
         return parse_json(text)
     except ValueError as error:

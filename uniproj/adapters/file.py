@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uniproj.adapters import identity, schema
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import exists, read_bytes, read_json, replace
+from uniproj.adapters.disk import exists, opened, read_json, replace
 from uniproj.adapters.header import FREE, PREFIX, Header
 from uniproj.adapters.heads import entitled
 from uniproj.adapters.remap import new_names
@@ -160,17 +160,17 @@ def refuse_unsafe(folder: Path) -> None:
 def is_ours(folder: Path) -> bool:
     """Whether the weights in a folder begin as those of a uniproj adapter do."""
     try:
-        with (folder / WEIGHTS).open("rb") as file:
+        with opened(folder / WEIGHTS) as file:
             return PREFIX.encode() in file.read(_FIRST_BYTES)
-    except OSError:
+    except AdapterError:
         return False
 
 
 def says_ours(folder: Path) -> bool:
     """Whether the configuration in a folder is that of a uniproj adapter."""
     try:
-        return dict(json.loads((folder / CONFIG).read_bytes())).get("peft_type") == KIND
-    except (OSError, ValueError, TypeError, RecursionError):
+        return dict(read_json(folder / CONFIG)).get("peft_type") == KIND
+    except (ValueError, TypeError):
         return False
 
 
@@ -184,13 +184,17 @@ def is_template(folder: Path) -> bool:
 def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     """Header and tensors of the weights, after every check that needs neither model nor configuration."""
     where = str(folder / WEIGHTS)
-    written, metadata = stored.parse(read_bytes(folder / WEIGHTS), where)
-    header, tensors = Header.from_metadata(metadata, where), stored.renamed(written)
+    with stored.weights(folder / WEIGHTS) as file:
+        header = Header.from_metadata(file.metadata, where)
+        if header is not None:
+            # all that tells how large the numbers are, before one of them is read
+            header.check_version(where)
+            index = stored.renamed(file.index)
+            stored.check_shapes(index, header.shapes(index, where), header.projection)
+        written = file.read()
+    tensors = stored.renamed(written)
     if header is not None:
-        header.check_version(where)
-        shapes = stored.shapes_without_P(tensors, header.projection, header.d)
-        stored.check_shapes(tensors, shapes, header.projection)
-        stored.check_digest(written, metadata, where)
+        stored.check_digest(written, file.metadata, where)
         _check_identity(tensors.pop(stored.IDENTITY, None), header, where)
         stored.check_numbers(tensors, header.projection)
     return header, tensors

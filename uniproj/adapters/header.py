@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 import uniproj
+from uniproj import limits
 from uniproj.adapters import schema
 from uniproj.adapters.header_lines import LINES
 from uniproj.adapters.patterns import of_modules, scale
 from uniproj.adapters.remap import new_names
+from uniproj.adapters.tensors import OF_P, THETA_D, shapes_without_P
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -123,8 +127,11 @@ class Header:
         values = {}
         for f in fields(cls):
             text = metadata.get(f"{PREFIX}{f.name}")
+            limits.check("config_bytes", len(text or ""), f"the letters of the header's {f.name}", where)
             try:
                 values[f.name] = LINES[f.name][1]("" if text is None else text)
+            except AdapterError as error:
+                raise AdapterError(f"{where}: the header's {f.name}: {error}") from None
             except (ValueError, TypeError, RecursionError) as error:
                 got = "none" if text is None else repr(text[:40])
                 raise AdapterError(
@@ -153,14 +160,42 @@ class Header:
                 f"got version {self.projection_version}, another P. Install uniproj {self.library_version}."
             )
 
-    def build(self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter") -> Projection:
+    def shapes(self, tensors: Mapping[str, Tensor], where: str = "adapter") -> dict[str, torch.Size]:
+        """The trained tensors of the file, by their names there, without making P.
+
+        tensors: those of the file; the numbers of a learned P that does not tell their shapes are taken as they are.
+        Raises AdapterError for a d or hyperparameters that the method refuses.
+        """
+        with self._refused(where):
+            cls = get(self.projection)
+            cls.check_d(self.layout, self.d)
+            own = cls.parameter_shapes(self.layout, self.d, **self.projection_kwargs)
+            if own is None:
+                return shapes_without_P(tensors, self.projection, self.d)
+            return {THETA_D: torch.Size([self.d])} | {f"{OF_P}{name}": torch.Size(own[name]) for name in own}
+
+    def check_cost(self, where: str = "adapter", of_base: int = 0) -> None:
+        """Raises AdapterError for a D beyond `limits.rows`, and for a P that takes more numbers than `limits.draws`.
+
+        of_base: how many weights the adapted modules of the base model have, where it is known: a D up to this is never
+        too large.
+        """
+        limits.check("rows", self.layout.D, "D", where, also=of_base)
+        with self._refused(where):
+            draws = get(self.projection).draws(self.layout, self.d, **self.projection_kwargs)
+        limits.check("draws", draws, f"the random numbers that {self.projection} takes", where)
+
+    def build(
+        self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter", of_base: int = 0
+    ) -> Projection:
         """P, on the CPU, checked against version and checksum.
 
-        base_weights: W (out, in) by the module names of `layout`, for methods made of them. Raises AdapterError for
-        another version or checksum, and for hyperparameters that the method refuses. A P whose Parameters lie on the
-        meta device (`low_cpu_mem_usage`) has no numbers to check yet.
+        base_weights: W (out, in) by the module names of `layout`, for methods made of them. of_base: see `check_cost`.
+        Raises AdapterError for another version or checksum, for hyperparameters that the method refuses, and beyond
+        `limits`. A P whose Parameters lie on the meta device (`low_cpu_mem_usage`) has no numbers to check yet.
         """
         self.check_version(where)
+        self.check_cost(where, of_base)
         options = dict(self.projection_kwargs)
         if get(self.projection).needs_base_weights:
             if base_weights is None:
@@ -168,10 +203,8 @@ class Header:
                     f"{where}: {self.projection} is made of the base model's weights, got none. Pass the base model."
                 )
             options["base_weights"] = base_weights
-        try:
+        with self._refused(where):
             P = build(self.projection, layout=self.layout, d=self.d, seed=self.projection_seed, **options)
-        except (ProjectionError, TypeError, ValueError, ArithmeticError, KeyError) as error:
-            raise AdapterError(f"{where}: P cannot be made from its header: {error}") from error
         if not any(p.is_meta for p in P.parameters()) and (found := P.checksum()) != self.checksum:
             made_of = "other base weights" if base_weights is not None else "another P"
             raise AdapterError(
@@ -179,6 +212,13 @@ class Header:
                 f"on the base model (and dtype) it was trained on, with uniproj {self.library_version}, which wrote it."
             )
         return P
+
+    @contextmanager
+    def _refused(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # what a method makes of hyperparameters that are not its own
+            raise AdapterError(f"{where}: P cannot be made from its header: {error}") from error
 
     def difference(self, other: Header) -> str | None:
         """The first entry of `identity` in which `other` differs, as a clause, or None."""

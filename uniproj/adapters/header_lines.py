@@ -9,11 +9,10 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from uniproj import limits
 from uniproj.adapters.schema import Lines, parse_json
 from uniproj.layout import LoRALayout
 
-# more than the Block list of any model; what unpacks to more was not written by us
-_UNPACKED = 2**24
 _MEMORY = 2**25
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
 
@@ -24,17 +23,18 @@ def pack(value: Any) -> str:
     return base64.b64encode(lzma.compress(text.encode(), lzma.FORMAT_ALONE, filters=_LZMA)).decode()
 
 
-def unpack(text: str) -> str:
-    """What `pack` packed, or zlib, as format 1 did. Raises ValueError for anything else."""
+def unpack(text: str, limit: str) -> str:
+    """What `pack` packed, or zlib, as format 1 did. Raises ValueError for anything else, and beyond a limit's bytes."""
     packed = base64.b64decode(text, validate=True)
     of_format_1 = packed[:1] == b"x"
     inflate: Any = zlib.decompressobj() if of_format_1 else lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MEMORY)
     try:
-        unpacked: bytes = inflate.decompress(packed, _UNPACKED)
+        unpacked: bytes = inflate.decompress(packed, getattr(limits, limit) + 1)
     except (zlib.error, lzma.LZMAError, EOFError) as error:
         raise ValueError(error) from None
+    limits.check(limit, len(unpacked), "the bytes it unpacks to", "packed")
     if not inflate.eof:
-        raise ValueError("cut off, or too long")
+        raise ValueError("cut off")
     return unpacked.decode()
 
 
@@ -42,10 +42,16 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def _layout(text: str) -> LoRALayout:
+    rows = unpack(text, "header_bytes")
+    limits.check("modules", rows.count("[") - 1, "modules", "rows")
+    return LoRALayout.from_json(rows)
+
+
 _JSON = (_dump, parse_json)
 # what the values may be, `uniproj.adapters.schema.Lines` says
 LINES: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
     **dict.fromkeys(Lines.model_fields, _JSON),
-    "layout": (pack, lambda text: LoRALayout.from_json(unpack(text))),
-    "settings": (pack, lambda text: parse_json(unpack(text))),
+    "layout": (pack, _layout),
+    "settings": (pack, lambda text: parse_json(unpack(text, "config_bytes"))),
 }

@@ -15,28 +15,9 @@ from torch import Tensor
 
 from uniproj.adapters import schema
 from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import exists, read_bytes, read_json, replace
+from uniproj.adapters.disk import exists, read_json, replace
 from uniproj.adapters.file import CONFIG, UNSAFE, WEIGHTS, config_text
 from uniproj.errors import AdapterError
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:
@@ -61,7 +42,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).is_file():
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
         raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
-    tensors, _ = stored.parse(read_bytes(folder / WEIGHTS), str(folder / WEIGHTS))
+    with stored.weights(folder / WEIGHTS) as file:
+        tensors = file.read()
     for tensor in tensors.values():
         stored.check_finite(tensor, str(folder))
     return tensors
@@ -94,7 +76,7 @@ def _safetensors(index: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors
     end = 0
     for name, (dtype, shape) in index.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": stored.DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from uniproj import limits
+from uniproj.adapters.disk import opened
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.registry import get
@@ -23,6 +30,26 @@ IDENTITY = f"{OWN}identity"
 _OF_P_BEFORE_FORMAT_3 = "base_model.projections."
 HEADS = "base_model.model."
 DIGEST = "uniproj.sha256"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_MOST_AXES = 64  # of a tensor of PyTorch
+_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -38,26 +65,90 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     return struct.pack("<Q", len(header)) + header + data[start:]
 
 
-def parse(data: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file. Raises AdapterError for anything else, and a digest that differs."""
-    try:
-        tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : _start(data)]).get("__metadata__") or {}
-    except (
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AssertionError,
-        RuntimeError,
-        OverflowError,
-        struct.error,
-    ) as error:
-        raise AdapterError(
-            f"{where}: must be a whole safetensors file, got {len(data)} bytes that are not ({error}). It is "
+class Weights:
+    """A safetensors file of which the header alone has been read: what it says it holds, to be judged first.
+
+    metadata: its lines of text; index: every tensor on the meta device, which has a dtype and a shape and no numbers.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, where: str):
+        self._file, self._where = file, where
+        self._size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        limits.check("file_bytes", self._size, "its bytes", where)
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > self._size - 8:
+                raise ValueError(f"a header of {length} bytes")
+            limits.check("header_bytes", length, "the bytes of its header", where)
+            entries = json.loads(file.read(length).decode(), object_pairs_hook=_once)
+            self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
+            if not all(isinstance(line, str) for line in self.metadata.values()):
+                raise ValueError("metadata that is no text")
+            self._places = {name: _place(entry) for name, entry in entries.items()}
+            end = 0
+            for first, last, _, _ in sorted(self._places.values(), key=lambda place: place[:2]):
+                if first != end:
+                    raise ValueError("tensors that do not follow one another")
+                end = last
+            if 8 + length + end != self._size:
+                raise ValueError(f"{end} bytes of tensors behind a header of {length}")
+            self.index = {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, (_, _, dtype, shape) in self._places.items()
+            }
+        except AdapterError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
+            raise self._not_whole(error) from error
+        self._start = 8 + length
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors with their numbers, each in memory of its own. Raises AdapterError for a file that was cut off
+        meanwhile."""
+        tensors = {}
+        for name, (first, last, dtype, shape) in self._places.items():
+            numbers = bytearray(last - first)
+            self._file.seek(self._start + first)
+            if self._file.readinto(numbers) != len(numbers):
+                raise self._not_whole(f"{name} ends early")
+            flat = torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+        return tensors
+
+    def _not_whole(self, error: object) -> AdapterError:
+        return AdapterError(
+            f"{self._where}: must be a whole safetensors file, got {self._size} bytes that are not ({error}). It is "
             "truncated or altered: copy or download it again."
-        ) from error
-    return tensors, metadata
+        )
+
+
+@contextmanager
+def weights(path: Path) -> Iterator[Weights]:
+    """The file of this path, whose numbers may be read within the block.
+
+    Raises AdapterError for what is no whole safetensors file, and beyond `limits`.
+    """
+    with opened(path) as file:
+        yield Weights(file, str(path))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that stands twice")
+    return found
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[int, int, torch.dtype, list[int]]:
+    """(first byte, end, dtype, shape) of a tensor. Raises ValueError, KeyError or TypeError for what is none."""
+    dtype, shape, (first, last) = _OF_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    known = isinstance(shape, list) and len(shape) <= _MOST_AXES
+    if not known or any(type(number) is not int or not 0 <= number < 2**63 for number in (*shape, first, last)):
+        raise ValueError(f"shape {shape} at {[first, last]}")
+    if last - first != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{last - first} bytes for {entry['dtype']} {shape}")
+    return first, last, dtype, shape
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from uniproj.kernels.compiled import call
 from uniproj.kernels.dispatch import uses_numba
-from uniproj.kernels.permutation import ROUNDS, evaluate, grid, round_tables
+from uniproj.kernels.permutation import ROUNDS, evaluate, grid, tables_of_all
 from uniproj.kernels.threads import cut, in_parallel
 
 _CHUNK = 2**15
@@ -58,17 +58,19 @@ class Deal:
         starts = list(accumulate(sizes, initial=0))[:-1]
         by_position = torch.tensor([[piece.start, q] for piece, q in zip(pieces, starts, strict=True)])
         by_row = by_position[by_position[:, 0].argsort()]
-        tables, fields, position, column, taken = [], [], 0, 0, 0
-        for group in groups:
+        tables, lengths = tables_of_all([group.size for group in groups], seed, [group.stream for group in groups])
+        fields, position, column, taken = [], 0, 0, 0
+        for group, length in zip(groups, lengths, strict=True):
             a, b = grid(group.size)
             fields.append([position, group.size, group.columns, column, b, taken, a])
-            tables.append(round_tables(group.size, seed, group.stream))
-            position, column, taken = position + group.size, column + group.columns, taken + len(tables[-1])
-        return cls(by_row, by_position, torch.tensor(fields), torch.cat(tables))
+            position, column, taken = position + group.size, column + group.columns, taken + length
+        return cls(by_row, by_position, torch.tensor(fields), tables)
 
     def counts(self) -> Tensor:
         """(d,) int64: how many rows each column has."""
-        return torch.cat([n // d + (torch.arange(d) < n % d) for _, n, d, *_ in self.groups.tolist()])
+        _, n, d, first, *_ = self.groups.unbind(1)
+        group = torch.repeat_interleave(d)
+        return (n // d)[group] + (torch.arange(len(group)) - first[group] < (n % d)[group])
 
     def index(self) -> Tensor:
         """(D,) int32: the column of every row."""

@@ -12,11 +12,12 @@ F_t[v] = floor(size w / 2^32), size b or a, with w the word (6 part + t) a + v o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from uniproj.kernels.random import bits
+from uniproj.kernels.random import bits, bits_of
 from uniproj.kernels.threads import cut, in_parallel
 
 ROUNDS = 6
@@ -30,14 +31,28 @@ def grid(n: int) -> tuple[int, int]:
     return a, -(-n // a)
 
 
-def round_tables(n: int, seed: int, stream: str, parts: int = 1) -> Tensor:
-    """F of `parts` bijections of [0, n): (parts * ROUNDS * a,) int32. Raises ValueError for n beyond `MOST`."""
-    if not 0 < n <= MOST:
-        raise ValueError(f"permutation: n must lie in [1, {MOST}], got {n}. Split the rows into groups.")
-    a, b = grid(n)
-    words = bits(seed, stream, parts * ROUNDS * a).view(parts, ROUNDS, a)
+def round_tables(n: int, seed: int, stream: str, parts: int = 1, first: int = 0) -> Tensor:
+    """F of the bijections first, .. of [0, n): (parts * ROUNDS * a,) int32. Raises ValueError for n beyond `MOST`."""
+    a, b = _bounded_grid(n)
+    words = bits(seed, stream, parts * ROUNDS * a, start=first * ROUNDS * a).view(parts, ROUNDS, a)
     sizes = torch.tensor([b, a] * (ROUNDS // 2)).view(1, ROUNDS, 1)
     return (words * sizes >> 32).int().flatten()
+
+
+def tables_of_all(sizes: Sequence[int], seed: int, streams: Sequence[str]) -> tuple[Tensor, list[int]]:
+    """F of one bijection of [0, n) for each n of `sizes`, one after the other, and how many numbers each has."""
+    grids = [_bounded_grid(n) for n in sizes]
+    lengths = [ROUNDS * a for a, _ in grids]
+    words = bits_of(seed, streams, [0] * len(streams), lengths)
+    moduli = torch.tensor([[b, a] * (ROUNDS // 2) for a, b in grids])
+    each = torch.tensor([[a] * ROUNDS for a, _ in grids])
+    return (words * moduli.flatten().repeat_interleave(each.flatten()) >> 32).int(), lengths
+
+
+def _bounded_grid(n: int) -> tuple[int, int]:
+    if not 0 < n <= MOST:
+        raise ValueError(f"permutation: n must lie in [1, {MOST}], got {n}. Split the rows into groups.")
+    return grid(n)
 
 
 def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor | None = None) -> Tensor:
@@ -48,8 +63,9 @@ def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor | None = Non
     """
     a, _ = grid(n)
     part = torch.zeros(1, dtype=torch.long) if part is None else part
-    tables = round_tables(n, seed, stream, int(part.max()) + 1)
-    x, first = torch.broadcast_tensors(x, part * (ROUNDS * a))
+    least = int(part.min())
+    tables = round_tables(n, seed, stream, int(part.max()) - least + 1, least)
+    x, first = torch.broadcast_tensors(x, (part - least) * (ROUNDS * a))
     flat, starts, images = x.flatten(), first.flatten(), torch.empty(x.numel(), dtype=torch.long)
 
     def piece(where: slice) -> None:

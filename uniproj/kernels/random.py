@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,9 +72,37 @@ def bits(
     return _per_block(key, start, count, 4, torch.int64, lambda words: words).to(device)
 
 
+def bits_of(seed: int, streams: Sequence[str], parts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The first counts[k] words of part parts[k] of streams[k], one k after the other, as `bits` gives each of them.
+
+    In one go: a call of `bits` takes as long as some thousand words do.
+    """
+    key = key_of(seed, 0)
+    named = [[stream_id(name), part, n] for name, part, n in zip(streams, parts, counts, strict=True)]
+    columns = torch.tensor(named, dtype=torch.int64).view(-1, 3)
+    blocks = -(-columns[:, 2] // 4)
+    owner = torch.repeat_interleave(blocks)
+    block = torch.arange(len(owner)) - (blocks.cumsum(0) - blocks)[owner]
+    drawn = torch.empty(len(owner), 4, dtype=torch.int64)
+
+    def piece(here: slice) -> None:
+        stream, part, _ = columns[owner[here]].unbind(1)
+        low, high = block[here] & _MASK, block[here] >> 32
+        torch.stack(philox((low, high, stream.contiguous(), part.contiguous()), (key[0], key[1])), 1, out=drawn[here])
+
+    in_parallel(piece, cut(len(owner), _CHUNK))
+    wanted = block.unsqueeze(1) * 4 + torch.arange(4) < columns[owner, 2].unsqueeze(1)
+    return drawn[wanted]
+
+
 def uniform(seed: int, stream: str | int, count: int, *, part: int = 0, start: int = 0) -> Tensor:
     """(count,) float64 in (-1, 1): odd multiples of 2^-32, symmetric about 0."""
-    return (bits(seed, stream, count, part=part, start=start).double() + 0.5) * 2.0**-31 - 1.0
+    return symmetric(bits(seed, stream, count, part=part, start=start))
+
+
+def symmetric(words: Tensor) -> Tensor:
+    """Float64 in (-1, 1) of words of 32 bits."""
+    return words.double().add_(0.5).mul_(2.0**-31).sub_(1.0)
 
 
 def signs(seed: int, stream: str, count: int, *, part: int = 0, start: int = 0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from uniproj.projection import Projection
 from uniproj.registry import register
 
 _CACHED, _AT_ONCE = 2**20, 2**26  # numbers transformed at once on the CPU, on a GPU
+_DRAWN = 2**20  # places permuted at once
 
 
 @register("fastfood")
@@ -38,23 +41,25 @@ class Fastfood(Projection):
         super().__init__(layout, d, seed)
         self.n = 1 << (d - 1).bit_length()
         self.blocks = -(-self.D // self.n)
-        total = self.blocks * self.n
-        row = torch.arange(total)
-        place = row % self.n
-        permutation = permute(place, self.n, seed, "fastfood.Pi", row // self.n).view(-1, self.n)
-        inverse = torch.empty_like(permutation).scatter_(1, permutation, place.view(-1, self.n))
-        numbers = self._numbers(total).view(-1, self.n)
-        norm = self.n**0.5 / numbers.double().norm(dim=1, keepdim=True)
-        self.B = signs(seed, "fastfood.B", total).to(torch.int8).view(-1, self.n)
-        self.numbers = numbers
-        self.norm = norm
-        self.Pi = permutation.int()
-        self.inverse = inverse.int()
+        self.Pi, self.inverse = (torch.empty(self.blocks, self.n, dtype=torch.int32) for _ in range(2))
+        B, numbers = [], []
+        for blocks in cut(self.blocks, max(1, _DRAWN // self.n)):
+            part = torch.arange(blocks.start, blocks.stop).unsqueeze(1)
+            place = torch.arange(self.n).expand(len(part), -1)
+            permutation = permute(place, self.n, seed, "fastfood.Pi", part)
+            self.Pi[blocks] = permutation.int()
+            self.inverse[blocks].scatter_(1, permutation, place.int())
+            first, count = blocks.start * self.n, place.numel()
+            B.append(signs(seed, "fastfood.B", count, start=first).to(torch.int8))
+            numbers.append(self._numbers(first, count))
+        self.B = torch.cat(B).view(-1, self.n)
+        self.numbers = torch.cat(numbers).view(-1, self.n)
+        self.norm = self.n**0.5 / self.numbers.double().norm(dim=1, keepdim=True)
         self.scale = 1.0 / (self.n * self.D) ** 0.5
 
-    def _numbers(self, total: int) -> Tensor:
-        """The diagonals G_b, not yet scaled to their norm."""
-        return normal(self.seed, "fastfood.G", total)
+    def _numbers(self, first: int, count: int) -> Tensor:
+        """Of the diagonals G_b, one after the other, not yet scaled to their norm."""
+        return normal(self.seed, "fastfood.G", count, start=first)
 
     @property
     def G(self) -> Tensor:
@@ -62,13 +67,23 @@ class Fastfood(Projection):
         return self.numbers.double() * self.norm
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
+        return torch.cat([piece for _, piece in self._pieces(theta_d)], dim=1)
+
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.to(theta_d.device)
+        found = theta_d.new_empty(len(rows))
+        for first, piece in self._pieces(theta_d.unsqueeze(0)):
+            here = (rows >= first) & (rows < first + piece.shape[1])
+            found[here] = piece[0, rows[here] - first]
+        return found
+
+    def _pieces(self, theta_d: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """theta_D (n, D) a few blocks at a time, each with its first row."""
         padded = torch.cat([theta_d, theta_d.new_zeros(theta_d.shape[0], self.n - self.d)], dim=1).unsqueeze(1)
-        parts = []
         for blocks in self._groups(theta_d):
             x = self._permuted(hadamard(padded * self.B[blocks].to(padded.dtype)), self.Pi[blocks])
             x = hadamard(x * self.numbers[blocks].to(x.dtype)) * self._scales(blocks).to(x.dtype)
-            parts.append(x.reshape(x.shape[0], -1)[:, : self.D - blocks.start * self.n])
-        return torch.cat(parts, dim=1)
+            yield blocks.start * self.n, x.reshape(x.shape[0], -1)[:, : self.D - blocks.start * self.n]
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         sums = []
@@ -121,5 +136,5 @@ class SignFastfood(Fastfood):
         if self.D % self.n == 0:
             self.claims = self.claims | {"isometric", "orthogonal"}
 
-    def _numbers(self, total: int) -> Tensor:
-        return signs(self.seed, "fastfood.D", total).to(torch.int8)
+    def _numbers(self, first: int, count: int) -> Tensor:
+        return signs(self.seed, "fastfood.D", count, start=first).to(torch.int8)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from uniproj.errors import ProjectionError
 from uniproj.kernels.dispatch import uses_triton
-from uniproj.kernels.gaussian import block_table, times, transpose_times
+from uniproj.kernels.gaussian import block_rows, block_table, times, transpose_times
 from uniproj.kernels.random import normal, uniform
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -19,6 +20,7 @@ from uniproj.registry import register
 
 RESIDENT = 2**28  # entries of P kept in memory (1 GiB in float32); a larger P is drawn tile by tile
 TILE = 2**22  # entries drawn at once
+_HELD = 2**8  # what an entry that is orthonormalised and held costs, in entries that are drawn and forgotten
 
 
 class RandomBlocks(Projection):
@@ -62,6 +64,20 @@ class RandomBlocks(Projection):
         parts = theta_D.split([len(block) for block in blocks], dim=1)
         return torch.cat([y @ block.to(y.dtype) for y, block in zip(parts, blocks, strict=True)], dim=1)
 
+    def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
+        if self.device.type != "cpu":
+            return super().at_rows(theta_d, rows)
+        found = []
+        of_rows = torch.searchsorted(self.table[:, 4].contiguous(), rows, right=True) - 1
+        for row, block in zip(rows.tolist(), of_rows.tolist(), strict=True):
+            fields = self.table[block].tolist()
+            first, _, column, columns = fields[4:]
+            place = slice(row - first, row - first + 1)
+            entries = block_rows(fields, float(self.divisors[block]), self.normals, place)
+            found.append(entries[0].to(theta_d.dtype) @ theta_d[column : column + columns])
+        c = self.offset
+        return torch.stack(found) if c is None else torch.stack(found) + c.to(theta_d.dtype)[rows]
+
     def to_dense(self) -> Tensor:
         return torch.block_diag(*[self._draw(i).double() for i in range(len(self._names))]).to(self.device)
 
@@ -90,6 +106,10 @@ class Gaussian(RandomBlocks):
         super().__init__(layout, d, seed)
         self._prepare("gaussian", [(self.D, d)], [self.D**0.5], normals=True)
         self.P: Tensor | None
+
+    @classmethod
+    def draws(cls, layout: LoRALayout, d: int, **_: Any) -> int:
+        return layout.D * d
 
     def _rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of P, float32."""
@@ -122,7 +142,11 @@ class OrthonormalGaussian(Projection):
             )
         G = normal(seed, "gaussian", self.D * d).double().view(self.D, d)
         Q, R = torch.linalg.qr(G)
-        self.P = Q * torch.sign(R.diagonal())
+        self.P = Q.mul_(torch.sign(R.diagonal()))
+
+    @classmethod
+    def draws(cls, layout: LoRALayout, d: int, **_: Any) -> int:
+        return _HELD * layout.D * d
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return theta_d @ self.P.to(theta_d.dtype).T
@@ -161,6 +185,10 @@ class NOLA(RandomBlocks):
     @classmethod
     def min_d(cls, layout: LoRALayout) -> int:
         return len(layout.blocks)
+
+    @classmethod
+    def draws(cls, layout: LoRALayout, d: int, **_: Any) -> int:
+        return layout.D * -(-d // len(layout.blocks))
 
     def _draw(self, i: int) -> Tensor:
         numbers = uniform(self.seed, "nola", self.layout.blocks[i].numel * self.k[i], part=i)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uniproj.budget import Budget, nearest
-from uniproj.kernels.random import uniform
+from uniproj.kernels.random import bits_of, symmetric
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import register
@@ -17,9 +17,11 @@ from uniproj.registry import register
 def lora_init(layout: LoRALayout, seed: int) -> Tensor:
     """LoRA's starting point (D,) float64: B = 0, A ~ U(+-1/sqrt(in)) (kaiming uniform with a = sqrt 5)."""
     theta_D = torch.zeros(layout.D, dtype=torch.float64)
-    for part, block in enumerate(layout.blocks):
-        if block.factor == "A":
-            theta_D[block.rows] = uniform(seed, "lora.A", block.numel, part=part) / block.shape[1] ** 0.5
+    numbered = [(part, block) for part, block in enumerate(layout.blocks) if block.factor == "A"]
+    parts, counts = [part for part, _ in numbered], [block.numel for _, block in numbered]
+    drawn = symmetric(bits_of(seed, ["lora.A"] * len(parts), parts, counts)).split(counts)
+    for (_, block), numbers in zip(numbered, drawn, strict=True):
+        theta_D[block.rows] = numbers / block.shape[1] ** 0.5
     return theta_D
 
 

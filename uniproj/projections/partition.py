@@ -88,7 +88,10 @@ class Partition(Projection):
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
         """(P theta_d)[rows] from the columns of these rows alone."""
-        columns = self.index[rows] if self.deal is None else self.deal.columns(rows).to(theta_d.device)
+        if self.deal is None:
+            columns = self.index[rows.to(self.device)]
+        else:
+            columns = self.deal.columns(rows.cpu()).to(theta_d.device)
         return theta_d[columns] * self.scale[columns].to(theta_d.dtype)
 
     def entries(self) -> Entries:

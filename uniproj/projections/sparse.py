@@ -23,10 +23,17 @@ def random_rows(D: int, k: int, seed: int) -> Tensor:
 
 def _with_a_row_of_B(layout: LoRALayout, rows: Tensor, seed: int) -> Tensor:
     """The rows, one of them exchanged if all lie in A: with B = 0 throughout A has no gradient, for ever."""
-    rows_of_B = torch.cat([torch.arange(b.rows.start, b.rows.stop) for b in layout.blocks if b.factor == "B"] or [rows])
-    if torch.isin(rows, rows_of_B).any():
+    of_B = [block for block in layout.blocks if block.factor == "B"]
+    first = torch.tensor([block.offset for block in layout.blocks])
+    is_B = torch.tensor([block.factor == "B" for block in layout.blocks])
+    if not of_B or is_B[torch.searchsorted(first, rows, right=True) - 1].any():
         return rows
-    rows[0] = rows_of_B[int(bits(seed, "sparse.B", 1)) % len(rows_of_B)]
+    place = int(bits(seed, "sparse.B", 1)) % sum(block.numel for block in of_B)
+    for block in of_B:
+        if place < block.numel:
+            break
+        place -= block.numel
+    rows[0] = block.offset + place
     return rows.sort().values
 
 

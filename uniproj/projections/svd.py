@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,10 @@ class SingularFactors(Projection):
             U, S, Vh = truncated_svd(W, self.ranks[i], seed)
             factors.append((U * S ** self.power[0], (S ** self.power[1]).unsqueeze(1) * Vh))
         # modules of one shape are multiplied at once
-        shapes = [(b.shape, a.shape) for b, a in layout.pairs()]
-        self.alike = [[i for i, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)]
+        alike: dict[Any, list[int]] = {}
+        for i, (b, a) in enumerate(layout.pairs()):
+            alike.setdefault((b.shape, a.shape), []).append(i)
+        self.alike = list(alike.values())
         for g, members in enumerate(self.alike):
             for letter, stack in zip("BA", zip(*(factors[i] for i in members), strict=True), strict=True):
                 setattr(self, f"{letter}_{g}", torch.stack(stack))
@@ -229,6 +232,10 @@ class TinyLoRA(SingularFactors):
             setattr(self, f"P_{i}", numbers.view(u, r, r))
         if weight_tying == 0.0:
             self.claims = self.claims | {"local"}
+
+    @classmethod
+    def draws(cls, layout: LoRALayout, d: int, u: int = 64, **_: Any) -> int:
+        return u * sum(a.shape[0] ** 2 for _, a in layout.pairs())
 
     @classmethod
     def for_budget(cls, shapes: Mapping[str, tuple[int, int]], budget: int, r: int) -> Budget:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +248,12 @@ class TiedLoRA(SharedFactors):
         {"trained": "Bv"},
     )
 
+    @classmethod
+    def parameter_shapes(cls, layout: LoRALayout, d: int, trained: str = "ABuv", **_: Any) -> dict[str, tuple[int]]:
+        bilinear = {"v": "B", "u": "A"}
+        numbers = {f: sum(b.shape[0] for b in layout.blocks if b.factor == f) for f in bilinear.values()}
+        return {scaler: (numbers[f],) for scaler, f in bilinear.items() if {scaler, f} <= set(trained)}
+
     def __init__(self, layout: LoRALayout, seed: int = 0, trained: str = "ABuv", group: str = "type"):
         super().__init__(layout, seed, trained, _group_of(layout.modules, group, self.name))
         self.claims = self.claims | {"linear" if self.offset is None else "affine"}
@@ -281,5 +288,5 @@ def _group_of(modules: tuple[str, ...], group: str, who: str) -> list[int]:
     if group not in ("type", "all"):
         raise ProjectionError(f"{who}: group must be 'type' or 'all', got {group!r}.")
     keys = [m.rsplit(".", 1)[-1] if group == "type" else "" for m in modules]
-    order = list(dict.fromkeys(keys))
-    return [order.index(key) for key in keys]
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return [number[key] for key in keys]

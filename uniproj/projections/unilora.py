@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class UniLoRA(Partition):
         if assignment == "balanced":
             dealt: Tensor | list[Group] = [Group([slice(0, layout.D)], d, "unilora")]
         elif assignment == "iid":
-            dealt = bits(seed, "unilora.iid", layout.D) * d >> 32
+            dealt = bits(seed, "unilora.iid", layout.D).mul_(d).bitwise_right_shift_(32).int()
         elif assignment == "peft":
             dealt = _peft_index(layout, d, seed, module_order)
         else:
@@ -70,10 +71,15 @@ def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[st
     modules = layout.modules
     given = modules if module_order is None else module_order
     order = [modules[m] if isinstance(m, int) and 0 <= m < len(modules) else str(m) for m in given]
-    if sorted(order) != sorted(modules):
-        raise ProjectionError(f"unilora: module_order must list every module once: {list(layout.modules)}.")
-    blocks = sorted(layout.blocks, key=lambda b: (order.index(b.module), b.factor))
-    index, taken = torch.empty(layout.D, dtype=torch.long), 0
+    place = {module: i for i, module in enumerate(order)}
+    if place.keys() != set(modules) or len(order) != len(modules):
+        odd = sorted(place.keys() ^ set(modules))[:1]
+        raise ProjectionError(
+            f"unilora: module_order must list every module once, {len(modules)} in all, got {len(order)} names"
+            f"{f', and {odd[0]!r} on one side alone' if odd else ''}. Take the order of the base model."
+        )
+    blocks = sorted(layout.blocks, key=lambda b: (place[b.module], b.factor))
+    index, taken = torch.empty(layout.D, dtype=torch.int32), 0
     for block in blocks:
         index[block.rows] = shuffled[taken : taken + block.numel]
         taken += block.numel
@@ -125,11 +131,20 @@ def _shares(d: int, sizes: Sequence[int]) -> list[int]:
     """d split in proportion to the sizes: at least 1 and at most the size each, by largest remainders."""
     D = sum(sizes)
     shares = [max(1, d * size // D) for size in sizes]
-    while sum(shares) != d:
-        step = 1 if sum(shares) < d else -1
-        movable = [i for i, n in enumerate(shares) if 1 <= n + step <= sizes[i]]
-        best = max(movable, key=lambda i: (step * (d * sizes[i] / D - shares[i]), -i))
-        shares[best] += step
+    missing = d - sum(shares)
+    step = 1 if missing > 0 else -1
+
+    def first(i: int) -> tuple[float, int]:
+        """Smallest for the share that is furthest from its proportion."""
+        return step * (shares[i] - d * sizes[i] / D), i
+
+    movable = [first(i) for i, n in enumerate(shares) if 1 <= n + step <= sizes[i]]
+    heapify(movable)
+    for _ in range(abs(missing)):
+        _, i = heappop(movable)
+        shares[i] += step
+        if 1 <= shares[i] + step <= sizes[i]:
+            heappush(movable, first(i))
     return shares
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +50,42 @@ class VBLoRA(Projection):
         topk: int = 2,
         init_logits_std: float = 0.1,
     ):
-        sizes = [size for out, in_ in layout.shapes().values() for size in (out, in_)]
-        b = vector_length or _largest_divisor(math.gcd(*sizes), 256)
-        if any(size % b for size in sizes):
-            raise ProjectionError(
-                f"{self.name}: vector_length must divide every in and out, got {b} for sizes {sorted(set(sizes))}. "
-                f"Their greatest common divisor is {math.gcd(*sizes)}."
-            )
-        h = num_vectors or min(256, max(topk, layout.D // (4 * b)))
-        if not 1 <= topk <= h:
-            raise ProjectionError(f"{self.name}: topk must lie in [1, num_vectors] = [1, {h}], got {topk}.")
+        h, b = self._sizes(layout, num_vectors, vector_length, topk)
         super().__init__(layout, h * b, seed)
         self.h, self.b, self.topk = h, b, topk
         pieces = layout.D // b
         start = init_logits_std * normal(seed, "vblora.logits", pieces * h)
         self.logits = nn.Parameter(start.view(pieces, h))
+
+    @classmethod
+    def _sizes(
+        cls, layout: LoRALayout, num_vectors: int | None, vector_length: int | None, topk: int
+    ) -> tuple[int, int]:
+        """(h, b)."""
+        sizes = [size for out, in_ in layout.shapes().values() for size in (out, in_)]
+        b = vector_length or _largest_divisor(math.gcd(*sizes), 256)
+        if b < 1 or any(size % b for size in sizes):
+            raise ProjectionError(
+                f"{cls.name}: vector_length must divide every in and out, got {b}. Their greatest common divisor is "
+                f"{math.gcd(*sizes)}."
+            )
+        h = num_vectors or min(256, max(topk, layout.D // (4 * b)))
+        if not 1 <= topk <= h:
+            raise ProjectionError(f"{cls.name}: topk must lie in [1, num_vectors] = [1, {h}], got {topk}.")
+        return h, b
+
+    @classmethod
+    def parameter_shapes(
+        cls,
+        layout: LoRALayout,
+        d: int,
+        num_vectors: int | None = None,
+        vector_length: int | None = None,
+        topk: int = 2,
+        **_: Any,
+    ) -> dict[str, tuple[int, int]]:
+        h, b = cls._sizes(layout, num_vectors, vector_length, topk)
+        return {"logits": (layout.D // b, h)}
 
     @classmethod
     def for_budget(cls, shapes: Mapping[str, tuple[int, int]], budget: int, r: int) -> Budget:

@@ -61,15 +61,9 @@ def _save_file(tensors: dict[str, Tensor], filename: str, metadata: dict[str, st
 
 def _get_peft_type(model_id: Any, **hub: Any) -> str:
     folder = Path(model_id, hub.get("subfolder") or "")
-    try:
-        kind = _theirs_type(model_id, **hub)
-    except Exception:
-        if file.is_ours(folder):
-            file.read(folder)  # says what is wrong with the configuration
-        raise
-    if kind != file.KIND and file.is_ours(folder):
-        file.read(folder)
-    return str(kind)
+    if file.is_ours(folder) and not file.says_ours(folder):
+        file.read(folder)  # says what is wrong with the configuration
+    return str(_theirs_type(model_id, **hub))
 
 
 def _is_ours(folder: Path) -> bool:
