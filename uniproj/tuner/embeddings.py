@@ -39,7 +39,7 @@ def _new_tokens(model: PeftModel, adapter_name: str) -> range:
         return range(0)
     if not Path(name, "config.json").exists() and not check_file_exists_on_hf_hub(name, "config.json"):
         return range(0)
-    return range(type(config).from_pretrained(name).vocab_size, size)
+    return range(type(config).from_pretrained(name, trust_remote_code=False).vocab_size, size)
 
 
 def _trains(layer: nn.Module, adapter_name: str, rows: range) -> bool:

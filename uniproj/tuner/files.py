@@ -8,7 +8,8 @@ be written is refused before it begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from uniproj.adapters.keys import plain
 from uniproj.adapters.patterns import fits
 from uniproj.adapters.remap import renamed
 from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
-from uniproj.errors import AdapterError
+from uniproj.errors import AdapterError, ProjectionError
 from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P
 from uniproj.tuner.undo import unchanged_on_failure
@@ -135,6 +136,21 @@ def _new_key(key: str, table: Any) -> str:
     return HEADS + renamed(key.removeprefix(HEADS), table) if key.startswith(HEADS) else key
 
 
+@contextmanager
+def _whole(model: nn.Module, model_id: Any) -> Iterator[None]:
+    """An adapter is attached whole or not at all, and what PEFT says of odd settings in its file is an AdapterError."""
+    try:
+        with unchanged_on_failure(model):
+            yield
+    except (AdapterError, ProjectionError):
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise AdapterError(
+            f"{model_id}: must be an adapter that PEFT can attach to this {type(model).__name__}, got "
+            f"{type(error).__name__}: {error}. Check the base model, or take the original adapter."
+        ) from error
+
+
 @wraps(_theirs_from_pretrained)
 def _from_pretrained(
     cls: type[PeftModel],
@@ -149,7 +165,7 @@ def _from_pretrained(
     kind = PeftConfig._get_peft_type(model_id, **hub) if config is None else getattr(config, "peft_type", None)
     if kind != file.KIND:
         return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
-    with unchanged_on_failure(model):
+    with _whole(model, model_id):
         return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
 
 
@@ -157,7 +173,7 @@ def _from_pretrained(
 def _load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **rest: Any) -> Any:
     if self.peft_type != file.KIND:
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
-    with unchanged_on_failure(self):
+    with _whole(self, model_id):
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
 
 
