@@ -69,16 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fail on a bad name, number or device before anything is trained."""
+    """Fail on a bad name or number before anything is trained."""
     plugins.load(args.plugins)
     tasks.get(args.task)
     for option in ("projections", "seeds"):
         check_distinct(f"compare: --{option}", getattr(args, option))
     for name in args.projections:
         get(name)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[args.device]:
-        raise ExperimentError(f"compare: --device {args.device} must be available, got none. Use --device cpu.")
     if args.budget is not None and args.budget < 1:
         raise ExperimentError(f"compare: --budget must be at least 1, got {args.budget}. Leave it out for the default.")
 

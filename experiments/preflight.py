@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from experiments import families, tasks
-from experiments.config import errors_of_projection, shapes_of
+from experiments.config import check_device, errors_of_projection, shapes_of
 from experiments.data import check_rows, describe, draw
 from experiments.errors import ExperimentError
 from experiments.models import model_config
@@ -57,9 +57,12 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
     return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
 
 
-def check(sweep: Sweep) -> None:
-    """`check_runs` of every run that the sweep asks for."""
-    check_runs(config for configs in runs_of(sweep).values() for config in configs)
+def check(sweep: Sweep, here: bool = True) -> None:
+    """`check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
+    configs = [config for configs in runs_of(sweep).values() for config in configs]
+    for device in sorted({config.device for config in configs}) if here else ():
+        check_device(device)
+    check_runs(configs)
 
 
 def check_runs(configs: Iterable[RunConfig]) -> None:
@@ -126,6 +129,11 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
     if unknown:
         lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
+    for device in sorted({config.device for configs in stages.values() for config in configs}):
+        try:
+            check_device(device)
+        except ExperimentError as error:
+            lines.append(f"device   {error}")
     asked = _one_each(stages["confirm"], ("task", "data", "metric"))
     lines += [f"data     {describe(tasks.get(c.task, c.data, c.metric))}" for c in asked]
     bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in stages["confirm"]}

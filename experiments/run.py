@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from experiments import families, tasks
 from experiments.callbacks import MetricsLog, StopOnSignal
+from experiments.config import check_device
 from experiments.data import check_rows, scored_rows, training_rows
 from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
@@ -46,6 +47,7 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> Run:
         config = RunConfig.from_json(read_json(folder / CONFIG))
+        check_device(config.device)
         plugins.load(config.plugins)
         stop = StopOnSignal()
         task = tasks.get(config.task, config.data, config.metric)
