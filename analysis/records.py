@@ -185,7 +185,7 @@ def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "commits": sorted({str(origin["commit"]) for origin in origins}),
         "first": dates[0] if dates else None,
         "last": dates[-1] if dates else None,
-        "adapters": {row["folder"]: row["adapter_sha256"] for row in rows if "adapter_sha256" in row},
+        "adapters": {row["folder"]: row["adapter_sha256"] for row in rows if row.get("adapter_sha256")},
     }
 
 

@@ -122,7 +122,9 @@ def provenance(records: pd.DataFrame, results: dict[str, dict[str, Any]]) -> dic
         "commits": sorted({str(origin["commit"]) for origin in origins}),
         "first": finished[0] if finished else None,
         "last": finished[-1] if finished else None,
-        "adapters": {short(folder): result["adapter_sha256"] for folder, result in sorted(results.items())},
+        "adapters": {
+            short(f): result["adapter_sha256"] for f, result in sorted(results.items()) if result["adapter_sha256"]
+        },
     }
 
 

@@ -49,7 +49,7 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = 
             "step time / LoRA": [
                 f"{t.step_ratio:.2f} [{t.step_ratio_low:.2f}, {t.step_ratio_high:.2f}]" for t in table.itertuples()
             ],
-            "adapter bytes": table["adapter_bytes"].map("{:,}".format),
+            "adapter bytes": table["adapter_bytes"].map(statistics.count),
         }
     )
     shown.iloc[:, 2] += baseline.marks(table["beats_majority"])

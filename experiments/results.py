@@ -9,10 +9,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -163,10 +165,20 @@ def is_locked(folder: Path) -> bool:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The logged lines so far; a last line cut off by an interruption is left out."""
+    """The logged lines up to the first one that is none: cut off by an interruption, or damaged by a power cut."""
     path = folder / METRICS
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
+    return list(takewhile(lambda line: line is not None, map(_logged, lines)))
+
+
+def _logged(line: str) -> dict[str, Any] | None:
+    """A line of `callbacks.MetricsLog`, or None."""
+    try:
+        found = json.loads(line)
+        is_whole = isinstance(found["step"], int) and isinstance(found["of"], int)
+        return found if is_whole and (found["loss"] is None or math.isfinite(found["loss"])) else None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
 
 
 def load(folder: str | Path) -> pd.DataFrame:

@@ -156,6 +156,11 @@ def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
     return "-" if math.isnan(mean) else f"{100 * mean:.1f}{interval}"
 
 
+def count(number: float | None) -> str:
+    """A number of things in a table, or a dash where it is not known."""
+    return "-" if pd.isna(number) else f"{int(number):,}"
+
+
 def t_interval(values: np.ndarray) -> tuple[float, float]:
     """Student's 95 % interval of a mean; NaN for fewer than two values."""
     if len(values) < 2:
@@ -165,10 +170,11 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
-    """The runs with the score of one part of the test, such as `gsm8k` of metamath; without it, the run is left out."""
+    """The runs of tasks that have this part of the test, such as `gsm8k` of metamath, with their score of it."""
     parts = runs["groups"].map(lambda text: json.loads(text) if isinstance(text, str) else text or {})
     score = parts.map(lambda part: part.get(group) if isinstance(part, dict) else None)
-    return runs.assign(score=score)[score.notna()]
+    # what failed or diverged has no score of any part, and is told with the others
+    return runs.assign(score=score)[runs["task"].isin(runs.loc[score.notna(), "task"])]
 
 
 def over_tasks(runs: pd.DataFrame) -> pd.Series:

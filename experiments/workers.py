@@ -130,7 +130,7 @@ def start(folder: Path, over: Processes = ALONE) -> subprocess.Popen:
 def last_words(folder: Path) -> str:
     """Why a run ended: what it said of its failure, or else the last line of its last start."""
     log = folder / LOG
-    lines = log.read_text().rpartition(STARTED)[2].strip().splitlines() if log.exists() else []
+    lines = log.read_text(errors="replace").rpartition(STARTED)[2].strip().splitlines() if log.exists() else []
     said = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
     return said[0] if said else lines[-1] if lines else f"ended without a word, see {folder}"
 

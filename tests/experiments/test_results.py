@@ -61,8 +61,31 @@ def test_an_edited_configuration_is_refused(runs, config: RunConfig) -> None:
 
 
 def test_a_line_cut_off_by_an_interruption_is_left_out(tmp_path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "of": 9}\n{"step": 2, "o')
-    assert metrics(tmp_path) == [{"step": 1, "of": 9}]
+    line = '{"step": 1, "of": 9, "loss": 0.7}\n'
+    (tmp_path / "metrics.jsonl").write_text(f'{line}{{"step": 2, "o')
+    assert metrics(tmp_path) == [json.loads(line)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        bytes(4096),
+        b"\xff\xfe\x00",
+        b"[1, 2]\n",
+        b"{}\n",
+        b'{"step": 2, "of": 9, "loss": "low"}\n',
+        b'{"step": 2, "of": 9, "loss": NaN}\n',
+        b'{"step": 2, "of": null, "loss": 0.7}\n',
+        b'{"step": 2, "of": 9, "loss": 1' + b"0" * 400 + b"}\n",
+        b"[" * 100_000 + b"\n",
+        b'{"step": 2, "of": 9, "lo\n',
+    ],
+    ids=lambda damage: repr(damage[:24]),
+)
+def test_the_lines_before_a_damaged_one_are_read(damage: bytes, tmp_path) -> None:
+    whole = b'{"step": 1, "of": 9, "loss": 0.7}\n{"step": 2, "of": 9, "loss": null}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damage + b'{"step": 4, "of": 9, "loss": 0.1}\n')
+    assert metrics(tmp_path) == [json.loads(line) for line in whole.splitlines()]
 
 
 def test_the_best_rate_ignores_runs_that_did_not_train() -> None:
