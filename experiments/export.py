@@ -19,7 +19,7 @@ import pandas as pd
 from experiments import statistics, sweep_report
 from experiments.errors import ExperimentError
 from experiments.protocol import LOCK
-from experiments.results import RUNS, metrics, read_json, short_names, write_json, write_text
+from experiments.results import RUNS, metrics, result, short_names, write_json, write_text
 from uniproj import console
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
@@ -133,7 +133,7 @@ def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _result(runs: Path, folder: str) -> dict[str, Any]:
-    return read_json(runs / short(folder) / "result.json")
+    return result(runs / short(folder))
 
 
 @console.command

@@ -22,7 +22,7 @@ from experiments.models import model_config
 from experiments.outcome import ADAPTER, peak_bytes
 from experiments.plan import Sweep
 from experiments.protocol import sweep_folder
-from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
+from experiments.results import digest, is_done, prepare, read_json, result, run_folder, write_json
 from experiments.run import Run
 from experiments.settings import RunConfig
 from uniproj.layout import LoRALayout
@@ -153,8 +153,7 @@ def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Pat
     for configs in stages.values():
         for config in configs:
             folder = run_folder(runs, config.to_json())
-            if (folder / RESULT).exists():
-                cost = read_json(folder / RESULT)["cost"]
+            if is_done(folder) and (cost := result(folder).get("cost")):
                 per_step = cost["train_seconds"] / steps(config)
                 found[kind(config)] = {"seconds_per_step": per_step, "peak_bytes": cost["peak_bytes"]}
     return found

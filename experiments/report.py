@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = "") -> str:
-    """The table for a terminal, with what its numbers mean below it, and a remark of the command's own."""
+def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remarks: Sequence[str] = ()) -> str:
+    """The table for a terminal, with what its numbers mean below it, and remarks of the command's own."""
     first = runs.iloc[0]
     shown = pd.DataFrame(
         {
@@ -53,7 +54,7 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = 
         }
     )
     shown.iloc[:, 2] += baseline.marks(table["beats_majority"])
-    notes = [*_notes(table, runs, budget), *([remark] if remark else [])]
+    notes = [*_notes(table, runs, budget), *remarks]
     return shown.to_string(index=False) + "\n\n" + "\n".join(notes) + "\n"
 
 
@@ -124,10 +125,10 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
     axes.grid(axis="x", alpha=0.3)
 
 
-def write(folder: Path, runs: pd.DataFrame, budget: int, remark: str = "") -> None:
+def write(folder: Path, runs: pd.DataFrame, budget: int, remarks: Sequence[str] = ()) -> None:
     """Print the table and the name of `folder`, where it is saved as text, CSV and PNG beside provenance.json."""
     table = summarise(runs)
-    text = as_text(table, runs, budget, remark)
+    text = as_text(table, runs, budget, remarks)
     write_text(folder / "table.txt", text)
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")

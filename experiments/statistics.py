@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.settings import SEEDS, RunConfig
-from experiments.tasks.task import METRICS, score
+from experiments.tasks.task import METRICS, RANGES, score
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -134,8 +134,7 @@ def _step_ratio(runs: pd.DataFrame) -> dict[str, float]:
 def mean(scores: pd.Series | np.ndarray, metric: str | None) -> dict[str, Any]:
     """n, mean, sd and 95 % t interval of the scores of one metric; the interval ends where the metric does."""
     values = np.asarray(scores, dtype=float)
-    ends = (0.0, 1.0) if str(metric).endswith(("accuracy", "F1")) else (-1.0, 1.0)
-    low, high = np.clip(t_interval(values), *ends)
+    low, high = np.clip(t_interval(values), *RANGES.get(str(metric), (-1.0, 1.0)))
     return {
         "n": len(values),
         "score": values.mean() if len(values) else float("nan"),

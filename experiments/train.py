@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,13 +21,13 @@ from zipfile import ZipFile
 
 import torch
 
-from experiments import outcome
+from experiments import outcome, results
 from experiments.distributed import TORCHRUN, asked_of_accelerate
 from experiments.errors import ExperimentError
 from experiments.orphans import end_with
 from experiments.outcome import ADAPTER, finite
 from experiments.provenance import provenance
-from experiments.results import BUSY, CONFIG, FAILED, RESULT, disk_errors, is_done, lock, read_json, write_json
+from experiments.results import BUSY, CONFIG, FAILED, RESULT, disk_errors, is_done, lock, write_json
 from experiments.run import Run
 from experiments.steps import isometry, step_times
 from uniproj import console
@@ -65,7 +66,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _check_checkpoint(path: Path, step: int) -> dict[str, Any]:
     """Raises for a file that is missing, cut off or damaged; returns the state, the last file that is written."""
-    state = read_json(path / STATE)
+    state: dict[str, Any] = json.loads((path / STATE).read_text())  # the log in it may hold NaN
     if state.get("global_step") != step:
         raise ExperimentError(f"{path / STATE} must be that of step {step}, got {state.get('global_step')!r}.")
     read(path)
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             if status:
                 return status
         if is_first:
-            result = read_json(folder / RESULT)
+            result = results.result(folder)
             score = f"{result['metric']} {result['score']} on {result['config']['score_on']}"
             print(f"{folder} done: {score if result['score'] is not None else result['did_not_train']}")
         return 0

@@ -16,7 +16,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from experiments.orphans import end_with
-from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
+from experiments.results import BUSY, FAILED, damage, is_done, is_locked, metrics
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent
@@ -69,8 +69,8 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
 
     KeyboardInterrupt passes through after every child has written its checkpoint and ended.
     """
-    failures: dict[Path, str] = {}
-    waiting = [folder for folder in folders if not is_done(folder)]
+    failures = {folder: said for folder in folders if (said := damage(folder))}
+    waiting = [folder for folder in folders if folder not in failures and not is_done(folder)]
     with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
         slots = list(range(1, 1 + processes(device, over)))
         while waiting or pool.children:

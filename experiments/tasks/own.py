@@ -6,13 +6,14 @@ import numbers
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.tasks.rows import MOST_CLASSES, complete, first, shown
+from experiments.tasks.rows import MOST_CLASSES, complete, first
 from experiments.tasks.sources import carve, files, read_file
 from experiments.tasks.task import Task, listed
 

@@ -152,7 +152,8 @@ def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(scores, modules, 
     def diverged(folders) -> dict[Path, str]:
         for folder, score in zip(folders, scores, strict=True):
             result = {"config": read_json(folder / CONFIG), "score": None, "did_not_train": "nan", "validation": None}
-            more = {"validation_best": score, "higher_is_better": False, "cost": {"seconds": 1.0}}
+            more = {"validation_best": score, "higher_is_better": False, "cost": {"seconds": 1.0}, "selection": "loss"}
+            more["metric"] = "accuracy"
             write_json(folder / RESULT, {**result, **more})
         return {}
 
