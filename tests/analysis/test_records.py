@@ -206,7 +206,8 @@ def test_a_folder_of_runs_and_an_exported_sweep_give_one_table(
     write(tmp_path / "exported" / (sweep or statistics.SINGLE), table)
     _as_runs(tmp_path / "runs", table, sweep)
     exported, trained = (payload(records.read(tmp_path / name))["cells"] for name in ("exported", "runs"))
-    assert exported == trained and len(trained) == 6
+    # seeds are summed in the order of their folders
+    assert exported == [pytest.approx(cell) for cell in trained] and len(trained) == 6
     for cell in trained:
         own, base = (
             table[(table["projection"] == name) & (table["task"] == TASKS[cell["task"] == "STS-B"])]["score"].to_numpy()
@@ -226,3 +227,54 @@ def test_the_page_calls_own_tasks_by_their_folder(tmp_path: Path, monkeypatch: p
     assert {cell["task"] for cell in found["cells"]} == {"one/reviews", "two/reviews", "mails"}
     assert {cell["model"] for cell in found["cells"]} == {"small"} and len(found["cells"]) == 9
     assert "/home/me" not in json.dumps({key: found[key] for key in ("cells", "failures", "curves")})
+
+
+DAMAGE = {
+    "a result of zeros": (lambda place: (place / "result.json").write_bytes(bytes(512)), "must be whole JSON", True),
+    "a score of 99": (lambda place: _edit(place / "result.json", score=99), r"must lie in [0, 1], got 99", True),
+    "another rate": (lambda place: _edit(place / "result.json", "config", lr=9.0), "whose hash the folder bears", True),
+    "an edited configuration": (lambda place: _edit(place / "config.json", lr=9.0), "It was edited", False),
+    "a configuration of zeros": (lambda place: (place / "config.json").write_bytes(bytes(9)), "whole JSON", False),
+    "no result": (
+        lambda place: _edit(place / "config.json", unlink=place / "result.json"),
+        "named after its hash",
+        False,
+    ),
+}
+
+
+def _edit(path: Path, *inside: str, unlink: Path | None = None, **values: object) -> None:
+    content = json.loads(path.read_text())
+    (content[inside[0]] if inside else content).update(values or {"lr": 9.0})
+    path.write_text(json.dumps(content))
+    if unlink is not None:
+        unlink.unlink()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_run_is_told_beside_the_others(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    table = made_up(TASKS[:1], METHODS[:2])
+    folders = [write_run(tmp_path, values) for values in table.to_dict("records")]
+    spoil, reason, is_known = DAMAGE[damage]
+    spoil(tmp_path / folders[0])
+    found = payload(records.read(tmp_path))
+    (told,) = found["failures"]
+    assert told["kind"] == "damaged" and told["folder"] == folders[0] and reason in told["reason"]
+    cells = {cell["projection"]: (cell["status"], cell["n"]) for cell in found["cells"]}
+    # where its settings can be known, its cell says that one is lost
+    assert cells == {"lora": ("incomplete", 2) if is_known else ("complete", 2), "unilora": ("complete", 3)}
+
+
+def test_damaged_tables_of_a_sweep_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    write(tmp_path / "good", made_up(TASKS[:1], METHODS[:2]))
+    (write(tmp_path / "bad", made_up(TASKS[:1], METHODS[:2])) / "provenance.json").write_bytes(bytes(64))
+    (tmp_path / "overhead").mkdir()
+    (tmp_path / "overhead" / "overhead-model.csv").write_text("a\n1\n")
+    found = payload(records.read(tmp_path))
+    assert {cell["sweep"] for cell in found["cells"]} == {"good"}
+    assert [(each["folder"], each["kind"]) for each in found["failures"]] == [
+        ("bad", "damaged"),
+        ("overhead/overhead-model.csv", "damaged"),
+    ]
