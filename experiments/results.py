@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -215,7 +214,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """The logged lines up to the first one that is none: cut off by an interruption, or damaged by a power cut."""
     path = folder / METRICS
     lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
-    return list(takewhile(lambda line: line is not None, map(_logged, lines)))
+    found = []
+    for line in lines:
+        if (logged := _logged(line)) is None:
+            break
+        found.append(logged)
+    return found
 
 
 def _logged(line: str) -> dict[str, Any] | None:

@@ -157,7 +157,7 @@ def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
 
 def count(number: float | None) -> str:
     """A number of things in a table, or a dash where it is not known."""
-    return "-" if pd.isna(number) else f"{int(number):,}"
+    return "-" if number is None or pd.isna(number) else f"{int(number):,}"
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +51,7 @@ def score(metric: str, predictions: pd.DataFrame) -> float:
 
 def is_score(metric: str, value: object) -> bool:
     """Whether a value is a finite number that this metric can have."""
-    if metric not in RANGES or isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if metric not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
         return False
     low, high = RANGES[metric]
     return low - ROUNDING <= value <= high + ROUNDING
