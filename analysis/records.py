@@ -6,21 +6,30 @@ One row per run, with `sweep`, `failed` (the reason, or NaN) and `folder` (<task
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shown
+from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
+from experiments.checks import check_record
 from experiments.errors import ExperimentError
-from experiments.results import CONFIG, LOCK, METRICS, RESULT, digest, is_locked, metrics, read_json, row
-from experiments.settings import LOGGING_STEPS, SEEDS
+from experiments.results import CONFIG, LOCK, RESULT, as_written, digest, is_locked, metrics, read_json, row
+from experiments.settings import LOGGING_STEPS, SEEDS, RunConfig
 from experiments.statistics import SINGLE
+from experiments.tasks.task import is_score
+
+T = TypeVar("T")
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
+# the folder of a run
+NAMED = re.compile(r".+-[0-9a-f]{12}")
+# how the reason begins why a run failed of which the record is not to be believed
+DAMAGED = "damaged: "
 # columns that every table and picture needs
 NEEDED = ("task", "model", "projection", "score", "metric", "trained", "failed", "did_not_train", "folder", *SEEDS)
 ORIGIN = ("runs", "failed", "hardware", "versions", "commits", "first", "last", "adapters")
@@ -30,43 +39,69 @@ ORIGIN = ("runs", "failed", "hardware", "versions", "commits", "first", "last", 
 class Records:
     """runs: one row each. curves: folder, step, loss. origins: provenance of each sweep, by its name.
 
-    overhead: the table of models of `analysis.overhead`, where it lies beside the sweeps.
+    overhead: the table of models of `analysis.overhead`, where it lies beside the sweeps. damaged: (place, reason) of
+    what could not be read at all; a run of which the settings are known is a row of `runs` that failed.
     """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     origins: dict[str, dict[str, Any]]
     overhead: pd.DataFrame | None = None
+    damaged: Sequence[tuple[str, str]] = ()
 
 
 def read(folder: Path) -> Records:
     """All records below a folder: those of `python -m experiments.sweep` or `compare`, or of `experiments.export`.
 
-    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials.
-    Raises ExperimentError for a folder without records, a missing run, a score that is no number, or runs of one
-    task that differ in metric or test rows.
+    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials. What is
+    damaged is told beside the rest. Raises ExperimentError for a folder without records, or with damaged ones alone,
+    and for runs of one task that differ in metric.
     """
     if not folder.is_dir():
         raise ExperimentError(f"records: {folder} must be a folder, got none. Train something first: `make compare`.")
     exported = sorted(path.parent for path in folder.rglob(RECORDS) if (path.parent / CURVES).exists())
-    found = [read_sweep(path) for path in exported] or _single(folder)
+    damaged: list[tuple[str, str]] = []
+    parts = [told(path.name, damaged, _sweep, path) for path in exported] if exported else _single(folder, damaged)
+    found = [part for part in parts if part is not None]
+    if not found and damaged:
+        raise ExperimentError(damaged[0][1])
     if not found:
         raise ExperimentError(
             f"records: {folder} must hold runs scored on a test split, or exported sweeps, got neither. "
             "Train something first: `make compare`."
         )
     together = Records(
-        pd.concat([part.runs for part in found], ignore_index=True),
+        _marked(pd.concat([part.runs for part in found], ignore_index=True)),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
-        table(overhead, ("base", "method")) if (overhead := folder / OVERHEAD).exists() else None,
+        told(str(OVERHEAD), damaged, table, path, ("base", "method")) if (path := folder / OVERHEAD).exists() else None,
+        damaged,
     )
     check(together.runs, str(folder))
     return together
 
 
+def told(place: str, damaged: list[tuple[str, str]], read: Callable[..., T], *arguments: Any) -> T | None:
+    """What is read, or None where it cannot be: then `damaged` says why."""
+    try:
+        return read(*arguments)
+    except ExperimentError as error:
+        damaged.append((place, str(error)))
+        return None
+
+
 def read_sweep(folder: Path) -> Records:
-    """One sweep as `experiments.export` writes it. Raises ExperimentError as `read` does."""
+    """One sweep as `experiments.export` writes it.
+
+    Raises ExperimentError for a file or a run that is missing or damaged, a score that its metric cannot have, and
+    as `read` does.
+    """
+    found = _sweep(folder)
+    check(found.runs, str(folder))
+    return found
+
+
+def _sweep(folder: Path) -> Records:
     for name in (RECORDS, CURVES, PROVENANCE):
         if not (folder / name).exists():
             raise ExperimentError(
@@ -92,7 +127,6 @@ def read_sweep(folder: Path) -> Records:
         )
     if (folder / CHOICE).exists():
         origin |= trials(folder / CHOICE)
-    check(runs, str(folder))
     return Records(runs.assign(sweep=folder.name), curves, {folder.name: origin})
 
 
@@ -121,34 +155,41 @@ def trials(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _single(folder: Path) -> list[Records]:
+def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
     """Run folders: finished ones, and those that stopped before their end."""
-    places = sorted(path.parent for path in folder.rglob(CONFIG) if path.parent.name != "adapter")
+    found = {path.parent for name in (CONFIG, RESULT) for path in folder.rglob(name)}
     rows, curves = [], []
-    for place in places:
-        values = _run(place)
+    for place in sorted(place for place in found if place.name != "adapter"):
+        known: list[tuple[str, str]] = []
+        values = told(_short(place), known, _run, place)
+        if known and (config := told("", [], _config, place)) and config.get("score_on") != "validation":
+            values = {**config, "folder": _short(place), "failed": DAMAGED + known[0][1]}
+        elif known:
+            damaged += known
         if values is None or values.get("score_on") == "validation":
             continue
         rows.append(values)
-        logged = metrics(place) if (place / METRICS).exists() else []
-        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in logged]
+        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in metrics(place)]
     if not rows:
         return []
-    runs = pd.DataFrame(rows).merge(_members(folder), on="folder", how="left").fillna({"sweep": SINGLE})
+    runs = pd.DataFrame(rows).merge(_members(folder, damaged), on="folder", how="left").fillna({"sweep": SINGLE})
     runs = runs.assign(**{key: None for key in NEEDED if key not in runs})
     folders = runs.groupby("sweep")["folder"]
     origins = {name: _origin([r for r in rows if r["folder"] in set(own)]) for name, own in folders}
     for name, origin in origins.items():
-        if (folder / "sweeps" / name / CHOICE).exists():
-            origin |= trials(folder / "sweeps" / name / CHOICE)
+        if (choice := folder / "sweeps" / name / CHOICE).exists():
+            origin |= told(f"sweeps/{name}/{CHOICE}", damaged, trials, choice) or {}
     return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), origins)]
 
 
-def _members(folder: Path) -> pd.DataFrame:
+def _members(folder: Path, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """folder, sweep and the columns of the cell: a row per run and cell that the tables of a finished sweep name."""
     found = [pd.DataFrame(columns=["folder", "sweep"])]
     for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
-        listed = table(path, ("folder",)).filter(regex=r"^(folder|cell(\..*)?)$")
+        listed = told(str(path.relative_to(folder)), damaged, table, path, ("folder",))
+        if listed is None:
+            continue
+        listed = listed.filter(regex=r"^(folder|cell(\..*)?)$")
         short = listed["folder"].map(lambda run: "/".join(Path(run).parts[-2:]))
         found.append(listed.assign(folder=short, sweep=path.parent.name))
     return pd.concat(found, ignore_index=True)
@@ -156,15 +197,29 @@ def _members(folder: Path) -> pd.DataFrame:
 
 def _run(place: Path) -> dict[str, Any] | None:
     """A run as a row; None for a folder that holds another program's config.json."""
-    short = "/".join(place.parts[-2:])
     if (place / RESULT).exists():
         values = row(place)
         cost = values.pop("cost", None) or {}
-        return {**values, **{f"cost_{key}": value for key, value in cost.items()}, "folder": short, "failed": None}
-    config = read_json(place / CONFIG)
-    if not place.name.endswith(digest(config)):
+        own = {f"cost_{key}": value for key, value in cost.items()}
+        return {**values, **own, "folder": _short(place), "failed": None}
+    config = _config(place)
+    return config and {**config, "folder": _short(place), "failed": _unfinished(place)}
+
+
+def _config(place: Path) -> dict[str, Any] | None:
+    """The settings of a run, None in the folder of another program. Raises ExperimentError for edited ones."""
+    if not NAMED.fullmatch(place.name):
         return None
-    return {**config, "folder": short, "failed": _unfinished(place)}
+    config = read_json(place / CONFIG)
+    with as_written(place / CONFIG, "the folder"):
+        check_record("", RunConfig, config)
+        if not place.name.endswith(digest(config)):
+            raise ExperimentError("the folder must be named after its hash, got another.")
+    return config
+
+
+def _short(place: Path) -> str:
+    return "/".join(place.parts[-2:])
 
 
 def _unfinished(place: Path) -> str:
@@ -185,7 +240,7 @@ def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "commits": sorted({str(origin["commit"]) for origin in origins}),
         "first": dates[0] if dates else None,
         "last": dates[-1] if dates else None,
-        "adapters": {row["folder"]: row["adapter_sha256"] for row in rows if "adapter_sha256" in row},
+        "adapters": {row["folder"]: row["adapter_sha256"] for row in rows if row.get("adapter_sha256")},
     }
 
 
@@ -194,16 +249,35 @@ def distinct(values: Iterable[Any]) -> list[Any]:
     return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
 
 
+def _marked(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, of which those with a score that cannot be are marked as damaged."""
+    usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
+    wrong = DAMAGED + _wrong(usable).dropna()
+    return runs.assign(failed=runs["failed"].astype(object).where(~runs.index.isin(wrong.index), wrong))
+
+
+def _wrong(usable: pd.DataFrame) -> pd.Series:
+    """For each run, why its score cannot be, or None."""
+    scores = pd.to_numeric(usable["score"], errors="coerce").astype(float)
+    said = [
+        None
+        if is_score(metric, score)
+        else f"the score of every run must be a finite number that {metric} can have, got {shown(given)}"
+        for metric, score, given in zip(usable["metric"], scores, usable["score"], strict=True)
+    ]
+    return pd.Series(said, usable.index, dtype=object)
+
+
 def check(runs: pd.DataFrame, where: str) -> None:
-    """Raises ExperimentError for a score that is no number, and for runs that are not comparable.
+    """Raises ExperimentError for a score that its metric cannot have, and for runs that are not comparable.
 
     A run that is marked as failed or as one that did not train may lack a score: it is never ranked.
     """
     usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
-    finite = np.isfinite(pd.to_numeric(usable["score"], errors="coerce").astype(float))
-    if bad := list(usable.loc[~finite, "folder"]):
+    wrong = _wrong(usable)
+    if bad := list(usable.loc[wrong.notna(), "folder"]):
         raise ExperimentError(
-            f"records: the score of every run in {where} must be a finite number, got none in {bad[0]}{_more(bad)}. "
+            f"records: {wrong.dropna().iloc[0]} in {bad[0]}{_more(bad)} of {where}. "
             "Look into its log; delete the folder and train it again."
         )
     for task, group in usable.groupby("task", sort=True):

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from experiments.results import METRICS, disk_errors, metrics, write_text
+from experiments.results import METRICS, disk_errors, write_text
 
 
 class MetricsLog(TrainerCallback):
     """One flushed line of metrics.jsonl per logging step: step, of, loss, grad_norm, learning_rate, epoch.
 
-    A number that is not finite is null. Lines after the checkpoint that a run resumes from are dropped,
-    because those steps are run again.
+    A number that is not finite is null. A run that resumes begins with the lines that its checkpoint remembers: later
+    steps are run again, and what lies on the disk may be damaged.
     """
 
     def __init__(self, folder: Path):
@@ -28,10 +30,9 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = [line for line in metrics(self.folder) if line["step"] <= state.global_step]
-        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        if state.is_world_process_zero:
+            kept = [_line(state.max_steps, entry) for entry in state.log_history if "loss" in entry]
+            write_text(self.folder / METRICS, "".join(kept))
 
     def on_log(
         self,
@@ -43,9 +44,33 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        line = {key: value if math.isfinite(value) else None for key, value in logs.items()}
         with disk_errors(self.folder / METRICS), (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps({"step": state.global_step, "of": state.max_steps, **line}) + "\n")
+            file.write(_line(state.max_steps, {"step": state.global_step, **logs}))
+
+
+def _line(steps: int, logs: Mapping[str, float]) -> str:
+    finite = {key: value if math.isfinite(value) else None for key, value in logs.items()}
+    return json.dumps({"step": logs["step"], "of": steps, **finite}) + "\n"
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends training before anything is scored or saved with trained numbers that are not finite.
+
+    reason: why the run did not train; None as long as it does.
+    """
+
+    reason: str | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # not at every step: the answer is waited for
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+            self.reason = f"it diverged: trained numbers were NaN or infinite at step {state.global_step}"
+            control.should_evaluate = control.should_save = False
+            control.should_training_stop = True
 
 
 class StopOnSignal(TrainerCallback):

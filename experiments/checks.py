@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from experiments.errors import ExperimentError
+from uniproj.errors import shown
 
 _WORDS: dict[Any, str] = {
     int: "an integer",
@@ -28,14 +30,28 @@ def check_fields(where: str, kind: type, values: Mapping[str, Any]) -> None:
         check_type(f"{where}{name}", value, hints[name])
 
 
+def check_record(where: str, kind: type, values: Mapping[str, Any]) -> None:
+    """`check_fields` of what a program wrote: more keys than the dataclass has are another version's.
+
+    Raises ExperimentError for a key that is not there, too, unless its field has a default.
+    """
+    known = {field.name: field for field in fields(kind)}
+    for name, field in known.items():
+        if name not in values and field.default is field.default_factory is MISSING:
+            raise ExperimentError(f"{where}{name} must be there, got keys {', '.join(map(repr, values)) or 'none'}.")
+    check_fields(where, kind, {name: value for name, value in values.items() if name in known})
+
+
 def check_type(what: str, value: Any, hint: Any) -> None:
     """Raises ExperimentError unless `value`, and all that it holds, is of the type `hint`."""
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     found = next((option for option in options if _is(value, get_origin(option) or option)), None)
     if found is None:
-        words = " or ".join(_WORDS[get_origin(option) or option] for option in options)
-        raise ExperimentError(f"{what} must be {words}, got {value!r}. Correct the value.")
-    if isinstance(value, Mapping):
+        words = " or ".join(_WORDS.get(get_origin(option) or option, "a mapping") for option in options)
+        raise ExperimentError(f"{what} must be {words}, got {shown(value)}. Correct the value.")
+    if is_dataclass(found):
+        check_record(f"{what}.", found, value)  # type: ignore[arg-type]
+    elif isinstance(value, Mapping):
         _, item = get_args(found) or (str, Any)
         for key, held in value.items():
             check_type(f"{what}: the name {key!r}", key, str)
@@ -49,6 +65,8 @@ def check_type(what: str, value: Any, hint: Any) -> None:
 def _is(value: Any, kind: Any) -> bool:
     if kind is Any:
         return any(_is(value, each) for each in _WORDS if each is not Any)
+    if is_dataclass(kind):
+        return isinstance(value, Mapping)
     # True is an int to Python, and text is a sequence
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool

@@ -24,7 +24,7 @@ from experiments.errors import ExperimentError
 from experiments.families import adapted_shapes
 from experiments.plan import Sweep
 from experiments.protocol import folders
-from experiments.results import RESULT, RUNS, digest, is_done, load_runs, run_folder, slug, write_json
+from experiments.results import RUNS, digest, is_done, load_runs, run_folder, slug, write_json
 from experiments.settings import RunConfig
 from experiments.tasks.task import METRICS
 from experiments.tune import GRID, describe, rate, record, tune
@@ -76,9 +76,6 @@ def check(args: argparse.Namespace) -> None:
         check_distinct(f"compare: --{option}", getattr(args, option))
     for name in args.projections:
         get(name)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[args.device]:
-        raise ExperimentError(f"compare: --device {args.device} must be available, got none. Use --device cpu.")
     if args.budget is not None and args.budget < 1:
         raise ExperimentError(f"compare: --budget must be at least 1, got {args.budget}. Leave it out for the default.")
 
@@ -184,9 +181,11 @@ def compare(args: argparse.Namespace) -> int:
     failures = train_all(runs, args.device)
     for run, reason in failures.items():
         print(printable(f"{run} failed: {reason}"), file=sys.stderr)
-    done = [run for run in runs if (run / RESULT).exists()]
+    done = [run for run in runs if run not in failures and is_done(run)]
     if done:
-        report.write(folder, load_runs(done), budget, remark)
+        remarks = [remark] if remark else []
+        remarks += [f"{run} failed, so it is in no mean: {reason}" for run, reason in failures.items()]
+        report.write(folder, load_runs(done), budget, remarks)
     return 1 if failures else 0
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -117,6 +118,17 @@ def shapes_of(
 
 
 DEVICES = ("cpu", "cuda", "mps")
+
+
+def check_device(device: str) -> None:
+    """Raises ExperimentError for a device that this machine lacks: Trainer would train on another one in silence."""
+    if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
+        raise ExperimentError(
+            f"config: the device {device} must be one of this machine, got none that can be used. Start it on a "
+            "machine that has one, or choose cpu."
+        )
+
+
 _DTYPES = ("float32", "bfloat16", "float16")
 # Trainer is given no arguments of schedulers, and these need some
 _NEED_MORE = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}

@@ -19,7 +19,7 @@ import pandas as pd
 from experiments import statistics, sweep_report
 from experiments.errors import ExperimentError
 from experiments.protocol import LOCK
-from experiments.results import RUNS, metrics, read_json, short_names, write_json, write_text
+from experiments.results import RUNS, metrics, result, short_names, write_json, write_text
 from uniproj import console
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
@@ -124,7 +124,9 @@ def provenance(records: pd.DataFrame, results: dict[str, dict[str, Any]]) -> dic
         "commits": sorted({str(origin["commit"]) for origin in origins}),
         "first": finished[0] if finished else None,
         "last": finished[-1] if finished else None,
-        "adapters": {short(folder): result["adapter_sha256"] for folder, result in sorted(results.items())},
+        "adapters": {
+            short(f): result["adapter_sha256"] for f, result in sorted(results.items()) if result["adapter_sha256"]
+        },
     }
 
 
@@ -133,7 +135,7 @@ def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _result(runs: Path, folder: str) -> dict[str, Any]:
-    return read_json(runs / short(folder) / "result.json")
+    return result(runs / short(folder))
 
 
 @console.command

@@ -81,6 +81,24 @@ def _scores(run: Run, which: str) -> dict[str, Any]:
     }
 
 
+def unscored(run: Run) -> dict[str, Any]:
+    """What `tested` and `validations` say of a run that diverged: what is known without a prediction."""
+    absent: dict[str, Any] = {"score": None}
+    if run.config.score_on == "test":
+        rows = run.test_rows()
+        absent |= {"scores": {}, "groups": {}, "majority": finite(run.task.majority(rows)), "rows": len(rows)}
+        absent |= {"best": None}
+    return {
+        **absent,
+        "selection": run.family.selection.removeprefix("eval_"),
+        "higher_is_better": run.family.higher_is_better,
+        "validation": None,
+        "validation_best": None,
+        "step": run.trainer.state.global_step,
+        "best_step": None,
+    }
+
+
 def theta_change(run: Run) -> float:
     """Largest change of an entry of theta_d since the start."""
     theta_d = run.model.base_model.uniproj_theta_d["default"].detach().cpu()
@@ -98,20 +116,25 @@ def did_not_train(before: float, after: float, change: float) -> str | None:
     return None
 
 
-def sizes(run: Run) -> dict[str, Any]:
-    """Numbers trained; bytes stored (the file), resident (what P holds besides), and those of them that are indices."""
+def sizes(run: Run, saved: Path | None) -> dict[str, Any]:
+    """Numbers trained; bytes stored (the file), resident (what P holds besides), and those of them that are indices.
+
+    saved: the file of the adapter, None where there is none.
+    """
     P, budget = run.projection, run.config.budget
-    head = sum(p.numel() for name, p in run.model.named_parameters() if p.requires_grad and HEAD in name)
-    saved = run.folder / ADAPTER / "adapter_model.safetensors"
-    with safe_open(saved, "pt") as tensors:
-        head_bytes = sum(tensors.get_tensor(k).nbytes for k in tensors.keys() if k.startswith(HEADS))  # noqa: SIM118
+    heads = [p for name, p in run.model.named_parameters() if p.requires_grad and HEAD in name]
+    head_bytes, adapter_bytes = sum(p.nbytes for p in heads), None
+    if saved is not None:
+        with safe_open(saved, "pt") as tensors:
+            head_bytes = sum(tensors.get_tensor(k).nbytes for k in tensors.keys() if k.startswith(HEADS))  # noqa: SIM118
+        adapter_bytes = saved.stat().st_size - head_bytes
     held = {t.data_ptr(): t for t in held_tensors(P)}.values()
     return {
         "D": P.D,
         "trained": P.trained,
         "budget_error": None if budget is None else P.trained / budget - 1.0,
-        "head": head,
-        "adapter_bytes": saved.stat().st_size - head_bytes,
+        "head": sum(p.numel() for p in heads),
+        "adapter_bytes": adapter_bytes,
         "head_bytes": head_bytes,
         "resident_bytes": sum(t.nbytes for t in held),
         "index_bytes": sum(t.nbytes for t in held if not t.is_floating_point()),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -24,6 +27,8 @@ from experiments.settings import SEEDS, RunConfig
 from experiments.tasks.sources import HUB
 
 CONF = Path(__file__).with_name("conf")
+# of a file, whose aliases and depth its readers would expand: those at hand have about 1,000 bytes
+MOST_BYTES, MOST_DEPTH = 100_000, 20
 # where settings stand in a sweep, those that may name files or folders, and the names that stand for none
 PLACED = ("settings", "axes", "cases", "tune")
 PATHS, NAMES = ("task", "data", "model", "plugins"), {*tasks.names(), *PACKAGED, HUB}
@@ -39,7 +44,8 @@ class Sweep:
     settings: fields of RunConfig that all runs share. cases: settings of which each run has one; axes: settings
     with a list of values, all of which are crossed. tune: `seeds` and the settings to choose among on the validation
     split; seeds: those of the runs that are reported, none of them used for tuning. published: scores others reported,
-    by task. launcher: options of the launchers, by name.
+    by task. launcher: options of the launchers, by name. most_runs: a sweep that asks for more is refused before they
+    are worked out.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     published: Mapping[str, Any] = field(default_factory=dict)
     launcher: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    most_runs: int = 10_000
 
     def __post_init__(self) -> None:
         sweep = f"sweep {self.name}: "
@@ -57,6 +64,11 @@ class Sweep:
         # the name is that of a folder
         if self.name != Path(self.name).name or self.name in ("", ".."):
             raise ExperimentError(f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes out.")
+        if self.size > self.most_runs:
+            raise ExperimentError(
+                f"{sweep}the crossed axes, cases and seeds must ask for at most {self.most_runs:,} runs, got "
+                f"{self.size:,}. Shorten an axis, or raise most_runs in the file."
+            )
         for what in ("cases", "seeds"):
             check_distinct(sweep + what, getattr(self, what))
         for what in ("axes", "tune"):
@@ -91,6 +103,12 @@ class Sweep:
                 f"sweep {self.name}: {own[0]} must be left to the sweep, got it as a setting. Name the seeds of runs "
                 "in `seeds` and `tune.seeds`."
             )
+
+    @property
+    def size(self) -> int:
+        """How many runs are asked for, as counted by the lengths of lists."""
+        trials = math.prod(map(len, self.tune.values())) if self.tune else 0
+        return len(self.cases) * math.prod(map(len, self.axes.values())) * (len(self.seeds) + trials)
 
     def cells(self) -> list[Cell]:
         """cases x axes: what is compared; seeds and tuned settings are added to each."""
@@ -133,6 +151,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(CONF.parent.parent)) for p in CONF.glob("sweeps/**/*.yaml")))
         raise ExperimentError(f"sweep: {path} must be a YAML file, got none. At hand: {known}.")
+    _check_files(path.resolve())
     try:
         with initialize_config_dir(config_dir=str(path.resolve().parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[f"hydra.searchpath=[file://{CONF}]", *overrides])
@@ -152,6 +171,44 @@ def _texts(content: Any) -> Iterator[str]:
         yield content
     for held in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
         yield from _texts(held)
+
+
+def _check_files(path: Path) -> None:
+    """Raises ExperimentError for a sweep, or a file of its `defaults`, that would take much memory or time to read."""
+    waiting, seen = [path], set[Path]()
+    while waiting:
+        file = waiting.pop()
+        if file not in seen and file.is_file():
+            seen.add(file)
+            _check_yaml(file)
+            with suppress(YAMLError, UnicodeError):  # Hydra says what is wrong with it
+                content = yaml.safe_load(file.read_bytes())
+                names = _names(content.get("defaults") if isinstance(content, dict) else None)
+                waiting += [place / f"{name}.yaml" for name in names for place in (path.parent, file.parent, CONF)]
+
+
+def _names(defaults: Any) -> Iterator[str]:
+    """The files of a list of Hydra's `defaults`, without their suffix: `base`, `/settings: minilm`, `optional ..`."""
+    for entry in defaults if isinstance(defaults, list) else ():
+        for group, chosen in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            folder = str(group).split(" ")[-1].partition("@")[0].strip("/")
+            for name in chosen if isinstance(chosen, list) else [chosen]:
+                yield f"{folder}/{name}".strip("/").partition("@")[0].removesuffix(".yaml")
+
+
+def _check_yaml(file: Path) -> None:
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise ExperimentError(f"sweep: {file} must have at most {MOST_BYTES:,} bytes, got {size:,}. Is it a sweep?")
+    depth = 0
+    with suppress(YAMLError, UnicodeError):
+        for event in yaml.parse(file.read_bytes(), yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MOST_DEPTH:
+                found = f"the alias *{event.anchor}" if depth <= MOST_DEPTH else "more"
+                raise ExperimentError(
+                    f"sweep: {file} must spell its values out, at most {MOST_DEPTH} lists and mappings deep, got "
+                    f"{found} in line {event.start_mark.line + 1}. Write the values themselves."
+                )
 
 
 def _sweep(path: Path, content: dict[str, Any]) -> Sweep:

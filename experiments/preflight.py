@@ -15,14 +15,14 @@ import torch
 from peft import PeftModel
 
 from experiments import families, tasks
-from experiments.config import errors_of_projection, shapes_of
+from experiments.config import check_device, errors_of_projection, shapes_of
 from experiments.data import check_rows, describe, draw
 from experiments.errors import ExperimentError
 from experiments.models import unloaded
 from experiments.outcome import ADAPTER, peak_bytes
 from experiments.plan import Sweep
 from experiments.protocol import sweep_folder
-from experiments.results import RESULT, digest, is_done, prepare, read_json, run_folder, write_json
+from experiments.results import digest, is_done, prepare, read_json, result, run_folder, write_json
 from experiments.run import Run
 from experiments.settings import RunConfig
 from uniproj.errors import printable
@@ -58,9 +58,12 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
     return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
 
 
-def check(sweep: Sweep) -> None:
-    """`check_runs` of every run that the sweep asks for."""
-    check_runs(config for configs in runs_of(sweep).values() for config in configs)
+def check(sweep: Sweep, here: bool = True) -> None:
+    """`check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
+    configs = [config for configs in runs_of(sweep).values() for config in configs]
+    for device in sorted({config.device for config in configs}) if here else ():
+        check_device(device)
+    check_runs(configs)
 
 
 def check_runs(configs: Iterable[RunConfig]) -> None:
@@ -127,6 +130,11 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
     if unknown:
         lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
+    for device in sorted({config.device for configs in stages.values() for config in configs}):
+        try:
+            check_device(device)
+        except ExperimentError as error:
+            lines.append(f"device   {error}")
     asked = _one_each(stages["confirm"], ("task", "data", "metric"))
     lines += [f"data     {describe(tasks.get(c.task, c.data, c.metric))}" for c in asked]
     bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in stages["confirm"]}
@@ -146,8 +154,7 @@ def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Pat
     for configs in stages.values():
         for config in configs:
             folder = run_folder(runs, config.to_json())
-            if (folder / RESULT).exists():
-                cost = read_json(folder / RESULT)["cost"]
+            if is_done(folder) and (cost := result(folder).get("cost")):
                 per_step = cost["train_seconds"] / steps(config)
                 found[kind(config)] = {"seconds_per_step": per_step, "peak_bytes": cost["peak_bytes"]}
     return found

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.plan import Cell, Sweep
 from experiments.provenance import versions
-from experiments.results import RESULT, digest, prepare, read_json, row, run_folder, write_json
+from experiments.results import as_written, digest, is_done, prepare, read_json, row, run_folder, write_json
 from experiments.settings import RunConfig
+from uniproj.errors import shown
 
 LOCK = "choice.json"
 RULE = (
@@ -22,6 +25,27 @@ RULE = (
     "is passed over; ties to the earlier value; the test split was not read"
 )
 Train = Callable[[Sequence[Path]], Mapping[Path, str]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of choice.json, what was chosen for one cell."""
+
+    cell: Mapping[str, Any]
+    cell_digest: str
+    chosen: Mapping[str, Any]
+    at_edge: Sequence[str]
+    trials: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lock:
+    """choice.json, as far as it is read again."""
+
+    trials_digest: str
+    trials_per_cell: int
+    locked: str
+    choices: Sequence[Choice]
 
 
 def sweep_folder(runs: Path, sweep: Sweep) -> Path:
@@ -51,19 +75,24 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
             raise ExperimentError(f"tune: every trial must finish, got a failure in {folder}: {reason}")
         write_json(path, _lock(sweep, runs, trials, asked))
     lock = read_json(path)
+    with as_written(path, "it"):
+        check_record("", Lock, lock)
     if lock["trials_digest"] != asked:
         raise ExperimentError(
             f"tune: {path} must hold the choice of this sweep's trials, got that of others: the sweep was changed "
             "after its choice was locked. Give the changed sweep another name."
         )
-    chosen = {choice["cell_digest"]: choice["chosen"] for choice in lock["choices"]}
-    for key, each in trials.items():
-        if chosen.get(key) not in (tried := _points(sweep, each)):
-            raise ExperimentError(
-                f"tune: {path} must choose for each cell what was tried, such as {tried[0]}, got {chosen.get(key)} for "
-                f"{key}. It was edited: move it away and run the same command again."
-            )
-    return chosen
+    again = {each["cell_digest"]: each for each in _choices(sweep, runs, trials)}
+    locked = {each["cell_digest"]: each for each in lock["choices"]}
+    for cell, choice in again.items():
+        for what in ("chosen", "trials"):
+            if cell not in locked or locked[cell][what] != choice[what]:
+                got = shown(locked[cell][what]) if cell in locked else "none"
+                raise ExperimentError(
+                    f"tune: {path} must hold of the cell {choice['cell']} what its trials say, {what} "
+                    f"{shown(choice[what])}, got {got}. It was edited: move it away and run the same command again."
+                )
+    return {cell: choice["chosen"] for cell, choice in again.items()}
 
 
 def _points(sweep: Sweep, trials: Sequence[RunConfig]) -> list[dict[str, Any]]:
@@ -71,15 +100,25 @@ def _points(sweep: Sweep, trials: Sequence[RunConfig]) -> list[dict[str, Any]]:
     return [{key: getattr(trial, key) for key in sweep.tuned()} for trial in trials]
 
 
+def _choices(sweep: Sweep, runs: Path, trials: Mapping[str, Sequence[RunConfig]]) -> list[dict[str, Any]]:
+    """The choice of every cell, as JSON has it. Raises ExperimentError for a trial that is gone or damaged."""
+    for folder in (run_folder(runs, trial.to_json()) for each in trials.values() for trial in each):
+        if not is_done(folder):
+            raise ExperimentError(
+                f"tune: {folder} must be a finished trial, from which the choice was made, got none. Put it back, or "
+                f"move the sweep's {LOCK} away to tune again."
+            )
+    return json.loads(json.dumps([_choose(sweep, cell, runs, trials[digest(cell)]) for cell in sweep.cells()]))
+
+
 def _lock(sweep: Sweep, runs: Path, trials: Mapping[str, Sequence[RunConfig]], asked: str) -> dict[str, Any]:
-    choices = [_choose(sweep, cell, runs, trials[digest(cell)]) for cell in sweep.cells()]
     return {
         "rule": RULE,
         "trials_digest": asked,
         "trials_per_cell": len(next(iter(trials.values()))),
         "locked": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "choices": choices,
+        "choices": _choices(sweep, runs, trials),
     }
 
 
@@ -122,7 +161,7 @@ def confirm(
     for cell, config in wanted:
         folder = run_folder(runs, config.to_json())
         common = {"cell": digest(cell), **{f"cell.{key}": value for key, value in cell.items()}}
-        if (folder / RESULT).exists():
+        if folder not in failures and is_done(folder):
             records.append({**common, **row(folder), "failed": None})
         else:
             records.append(

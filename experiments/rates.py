@@ -28,7 +28,11 @@ def best(trials: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     chosen: dict[str, Mapping[str, Any]] = {}
     for trial in sorted(trials, key=lambda t: t["lr"]):
         known = chosen.get(trial["projection"])
-        if not trial["did_not_train"] and (known is None or trial["validation"] > known["validation"]):
+        if (
+            not trial["did_not_train"]
+            and trial["validation"] is not None
+            and (known is None or trial["validation"] > known["validation"])
+        ):
             chosen[trial["projection"]] = trial
     return {projection: chosen[projection]["lr"] for projection in sorted(chosen)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = "") -> str:
-    """The table for a terminal, with what its numbers mean below it, and a remark of the command's own."""
+def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remarks: Sequence[str] = ()) -> str:
+    """The table for a terminal, with what its numbers mean below it, and remarks of the command's own."""
     first = runs.iloc[0]
     shown = pd.DataFrame(
         {
@@ -49,11 +50,11 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remark: str = 
             "step time / LoRA": [
                 f"{t.step_ratio:.2f} [{t.step_ratio_low:.2f}, {t.step_ratio_high:.2f}]" for t in table.itertuples()
             ],
-            "adapter bytes": table["adapter_bytes"].map("{:,}".format),
+            "adapter bytes": table["adapter_bytes"].map(statistics.count),
         }
     )
     shown.iloc[:, 2] += baseline.marks(table["beats_majority"])
-    notes = [*_notes(table, runs, budget), *([remark] if remark else [])]
+    notes = [*_notes(table, runs, budget), *remarks]
     return shown.to_string(index=False) + "\n\n" + "\n".join(notes) + "\n"
 
 
@@ -124,10 +125,10 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
     axes.grid(axis="x", alpha=0.3)
 
 
-def write(folder: Path, runs: pd.DataFrame, budget: int, remark: str = "") -> None:
+def write(folder: Path, runs: pd.DataFrame, budget: int, remarks: Sequence[str] = ()) -> None:
     """Print the table and the name of `folder`, where it is saved as text, CSV and PNG beside provenance.json."""
     table = summarise(runs)
-    text = as_text(table, runs, budget, remark)
+    text = as_text(table, runs, budget, remarks)
     write_text(folder / "table.txt", text)
     write_text(folder / "table.csv", table.to_csv(index=False))
     draw(table, runs, folder / "table.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import IO, Any
 
 import pandas as pd
 
+from experiments import record
 from experiments.errors import ExperimentError
 from uniproj.atomic import install, written
 
@@ -100,12 +102,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ExperimentError for a missing, truncated or foreign file."""
+    """The object in a JSON file. Raises ExperimentError for a missing, truncated or foreign file, and for NaN."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(), parse_constant=_no_number)
     except OSError as error:
         raise ExperimentError(f"results: {path} must be readable, got {error.strerror}. Check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExperimentError(
             f"results: {path} must be whole JSON, got {error}. Move the file away and run the same command again."
         ) from error
@@ -114,23 +116,69 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant}, which JSON does not have")
+
+
 def prepare(runs: Path, config: Mapping[str, Any]) -> Path:
     """The folder of a run, with its config.json. Raises ExperimentError if another configuration lies there."""
     folder = run_folder(runs, config)
     if (folder / CONFIG).exists():
-        if digest(read_json(folder / CONFIG)) != digest(config):
-            raise ExperimentError(
-                f"results: {folder / CONFIG} must hold the configuration its folder is named after, got another. "
-                "It was edited: move the folder away and run the same command again."
-            )
+        check_config(folder, config)
     else:
         write_json(folder / CONFIG, config)
     return folder
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the run has finished. Raises ExperimentError if its result is damaged."""
-    return (folder / RESULT).exists() and bool(read_json(folder / RESULT))
+    """Whether the run has finished. Raises ExperimentError if its result is damaged, as in `result`."""
+    return (folder / RESULT).exists() and bool(result(folder))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the result of a run, in a sentence; None where it is in order, or not there yet."""
+    try:
+        is_done(folder)
+    except ExperimentError as error:
+        return str(error)
+    return None
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises ExperimentError for a damaged one, and for one that cannot be this run's: whose configuration is not the one
+    that the folder is named after and config.json holds, or whose score its metric does not have.
+    """
+    found = read_json(folder / RESULT)
+    with as_written(folder / RESULT, "the folder"):
+        record.check(found)
+        if not folder.resolve().name.endswith(f"-{digest(found['config'])}"):
+            raise ExperimentError(f"config must be the one whose hash the folder bears, got {digest(found['config'])}.")
+    if (folder / CONFIG).exists():
+        check_config(folder, found["config"])
+    return found
+
+
+@contextmanager
+def as_written(path: Path, what: str) -> Iterator[None]:
+    """Say of an error that a file is not what a program wrote, and `what` to move away."""
+    try:
+        yield
+    except ExperimentError as error:
+        raise ExperimentError(
+            f"results: {path} must be as it was written: {str(error).removesuffix(' Correct the value.')} It was "
+            f"edited or damaged: move {what} away and run the same command again."
+        ) from error
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ExperimentError if the config.json of a run holds another configuration."""
+    if digest(read_json(folder / CONFIG)) != digest(config):
+        raise ExperimentError(
+            f"results: {folder / CONFIG} must hold the configuration its folder is named after, got another. "
+            "It was edited: move the folder away and run the same command again."
+        )
 
 
 def lock(folder: Path) -> IO[str] | None:
@@ -166,10 +214,25 @@ def is_locked(folder: Path) -> bool:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The logged lines so far; a last line cut off by an interruption is left out."""
+    """The logged lines up to the first one that is none: cut off by an interruption, or damaged by a power cut."""
     path = folder / METRICS
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
+    found = []
+    for line in lines:
+        if (logged := _logged(line)) is None:
+            break
+        found.append(logged)
+    return found
+
+
+def _logged(line: str) -> dict[str, Any] | None:
+    """A line of `callbacks.MetricsLog`, or None."""
+    try:
+        found = json.loads(line)
+        is_whole = isinstance(found["step"], int) and isinstance(found["of"], int)
+        return found if is_whole and (found["loss"] is None or math.isfinite(found["loss"])) else None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
 
 
 def load(folder: str | Path) -> pd.DataFrame:
@@ -190,9 +253,5 @@ def load_runs(folders: Iterable[Path]) -> pd.DataFrame:
 
 def row(folder: Path) -> dict[str, Any]:
     """One finished run: configuration and result side by side, and `folder`; absent numbers are None."""
-    result = read_json(folder / RESULT)
-    if missing := {"config", "score", "did_not_train"} - set(result):
-        raise ExperimentError(
-            f"results: {folder / RESULT} must hold {sorted(missing)}, got keys {sorted(result)}. Move the folder away."
-        )
-    return {**result.pop("config"), **result, "folder": str(folder)}
+    found = result(folder)
+    return {**found.pop("config"), **found, "folder": str(folder)}

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from experiments import families, tasks
-from experiments.callbacks import MetricsLog, StopOnSignal
+from experiments.callbacks import MetricsLog, StopOnDivergence, StopOnSignal
+from experiments.config import check_device
 from experiments.data import check_rows, scored_rows, training_rows
 from experiments.distributed import DistributedTrainer, share
 from experiments.families import Family
@@ -41,12 +42,14 @@ class Run:
     model: PeftModel
     trainer: Trainer
     stop: StopOnSignal
+    divergence: StopOnDivergence
 
     @classmethod
     def load(cls, folder: Path) -> Run:
         """The run of a folder. What its config.json names as `plugins` is not imported: that is for whoever calls."""
         config = RunConfig.from_json(read_json(folder / CONFIG))
-        stop = StopOnSignal()
+        check_device(config.device)
+        stop, divergence = StopOnSignal(), StopOnDivergence()
         task = tasks.get(config.task, config.data, config.metric)
         family = families.get(task.family)(config, task)
         check_rows(task, config)
@@ -60,14 +63,15 @@ class Run:
             data_collator=family.collate,
             processing_class=family.processor,
             compute_metrics=family.metrics,
-            callbacks=[MetricsLog(folder), stop],
+            # what diverged is not saved on a signal either
+            callbacks=[MetricsLog(folder), stop, divergence],
         )
         # without a bar, Trainer prints what metrics.jsonl holds
         trainer.remove_callback(PrinterCallback)
         # Trainer guesses this from the signature, and would sum the mean losses of classifiers over accumulated batches
         trainer.model_accepts_loss_kwargs = family.loss_by_item
         trainer.optimizer = optimizer(model, config, trainer.args)
-        return cls(folder, config, task, family, model, trainer, stop)
+        return cls(folder, config, task, family, model, trainer, stop, divergence)
 
     @property
     def projection(self) -> Projection:

@@ -16,7 +16,7 @@ from submitit.helpers import DelayedSubmission
 
 from experiments import trust
 from experiments.errors import ExperimentError
-from experiments.results import is_done, read_json, write_json
+from experiments.results import damage, is_done, read_json, write_json
 from experiments.workers import Processes, last_words, start
 from uniproj.console import DONE, Progress
 
@@ -83,13 +83,13 @@ def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dic
     """
     known = read_json(logs / JOBS) if (logs / JOBS).exists() else {}
     mine: set[Path] = set()
-    failures: dict[Path, str] = {}
-    told = {folder for folder in folders if is_done(folder)}
+    failures = {folder: said for folder in folders if (said := damage(folder))}
+    told = {folder for folder in folders if folder not in failures and is_done(folder)}
     with Progress("run", len(folders), len(told)) as progress:
         while True:
             queued = _queued()
             live = {folder for folder in folders if known.get(str(folder)) in queued}
-            done = {folder for folder in folders if is_done(folder)}
+            done = {folder for folder in folders if folder not in failures and is_done(folder)}
             for folder in (mine - live - done) - set(failures):
                 failures[folder] = last_words(folder)
             waiting = [f for f in dict.fromkeys(folders) if f not in live | done | set(failures)]

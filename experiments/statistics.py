@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.settings import SEEDS, RunConfig
-from experiments.tasks.task import METRICS, score
+from experiments.tasks.task import METRICS, RANGES, score
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -134,8 +134,7 @@ def _step_ratio(runs: pd.DataFrame) -> dict[str, float]:
 def mean(scores: pd.Series | np.ndarray, metric: str | None) -> dict[str, Any]:
     """n, mean, sd and 95 % t interval of the scores of one metric; the interval ends where the metric does."""
     values = np.asarray(scores, dtype=float)
-    ends = (0.0, 1.0) if str(metric).endswith(("accuracy", "F1")) else (-1.0, 1.0)
-    low, high = np.clip(t_interval(values), *ends)
+    low, high = np.clip(t_interval(values), *RANGES.get(str(metric), (-1.0, 1.0)))
     return {
         "n": len(values),
         "score": values.mean() if len(values) else float("nan"),
@@ -156,6 +155,11 @@ def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
     return "-" if math.isnan(mean) else f"{100 * mean:.1f}{interval}"
 
 
+def count(number: float | None) -> str:
+    """A number of things in a table, or a dash where it is not known."""
+    return "-" if number is None or pd.isna(number) else f"{int(number):,}"
+
+
 def t_interval(values: np.ndarray) -> tuple[float, float]:
     """Student's 95 % interval of a mean; NaN for fewer than two values."""
     if len(values) < 2:
@@ -165,10 +169,11 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
-    """The runs with the score of one part of the test, such as `gsm8k` of metamath; without it, the run is left out."""
+    """The runs of tasks that have this part of the test, such as `gsm8k` of metamath, with their score of it."""
     parts = runs["groups"].map(lambda text: json.loads(text) if isinstance(text, str) else text or {})
     score = parts.map(lambda part: part.get(group) if isinstance(part, dict) else None)
-    return runs.assign(score=score)[score.notna()]
+    # what failed or diverged has no score of any part, and is told with the others
+    return runs.assign(score=score)[runs["task"].isin(runs.loc[score.notna(), "task"])]
 
 
 def over_tasks(runs: pd.DataFrame) -> pd.Series:

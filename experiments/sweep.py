@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     models.trust_remote_code(args.trust_remote_code)
     sweep = plan.read(args.file, args.overrides)
     check_launchers(sweep)
-    preflight.check(sweep)
+    preflight.check(sweep, here=args.doctor or (args.launcher == "local" and not args.dry_run))
     if args.dry_run:
         print(preflight.estimate(sweep, args.runs, at_once(sweep, args.launcher)))
         return 0

@@ -64,8 +64,8 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
         last=[statistics.percent(r.score, r.score_low, r.score_high) for r in summary.itertuples()],
         best=[statistics.percent(r.best_score) for r in summary.itertuples()],
         seeds=summary["n"].astype(str) + f"/{len(sweep.seeds)}",
-        trained=summary["trained"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
-        stored=summary["adapter_bytes"].map(lambda n: "-" if pd.isna(n) else f"{int(n):,}"),
+        trained=summary["trained"].map(statistics.count),
+        stored=summary["adapter_bytes"].map(statistics.count),
         lr=summary["lr"].map("{:g}".format),
         status=summary["status"],
     )

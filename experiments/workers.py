@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments import trust
 from experiments.orphans import end_with
-from experiments.results import BUSY, FAILED, is_done, is_locked, metrics
+from experiments.results import BUSY, FAILED, damage, is_done, is_locked, metrics
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +70,8 @@ def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> 
 
     KeyboardInterrupt passes through after every child has written its checkpoint and ended.
     """
-    failures: dict[Path, str] = {}
-    waiting = [folder for folder in folders if not is_done(folder)]
+    failures = {folder: said for folder in folders if (said := damage(folder))}
+    waiting = [folder for folder in folders if folder not in failures and not is_done(folder)]
     with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
         slots = list(range(1, 1 + processes(device, over)))
         while waiting or pool.children:
@@ -134,7 +134,7 @@ def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> su
 def last_words(folder: Path) -> str:
     """Why a run ended: what it said of its failure, or else the last line of its last start."""
     log = folder / LOG
-    lines = log.read_text().rpartition(STARTED)[2].strip().splitlines() if log.exists() else []
+    lines = log.read_text(errors="replace").rpartition(STARTED)[2].strip().splitlines() if log.exists() else []
     said = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
     return said[0] if said else lines[-1] if lines else f"ended without a word, see {folder}"
 

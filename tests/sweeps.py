@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.settings import SEEDS
+from experiments.results import run_folder
+from experiments.settings import SEEDS, RunConfig
 
 ORIGIN = {
     "hardware": [{"device": "a processor", "cores": 2, "threads": 1}],
@@ -25,7 +28,8 @@ def made_up(tasks: Sequence[str], projections: Sequence[str], seeds: int = 3, mo
     noise = np.random.default_rng(0)
     rows = [
         {
-            "task": task, "model": model, "projection": projection, "r": 4, "d": 4740, "hyperparameters": "{}",
+            "task": task, "model": model, "projection": projection,
+            "version": 1, "r": 4, "d": 4740, "hyperparameters": "{}",
             "budget": None if projection == "lora" else 4740, "lr": 0.01, "train_size": 800, "metric": "accuracy",
             "score": 0.6 + 0.02 * k + 0.05 * t + 0.01 * noise.standard_normal(), "rows": 1000, "majority": 0.5,
             "groups": "{}", "did_not_train": None, "failed": None, "D": 36864,
@@ -56,3 +60,19 @@ def write(folder: Path, records: pd.DataFrame) -> Path:
     origin = {"runs": len(records), "failed": int(records["failed"].notna().sum()), **ORIGIN, "adapters": adapters}
     (folder / "provenance.json").write_text(json.dumps(origin))
     return folder
+
+
+def write_run(runs: Path, values: Mapping[str, Any]) -> str:
+    """The folder of a finished run, <task>/<projection>-<hash>, with these settings and this result, NaN as null."""
+    known = {field.name for field in fields(RunConfig)} - {"metric"}
+    plain = {key: None if np.isscalar(value) and pd.isna(value) else value for key, value in values.items()}
+    # a table with gaps has made them floats
+    plain |= {key: int(plain[key]) for key in ("d", "budget") if plain.get(key) is not None}
+    config = {key: value for key, value in plain.items() if key in known}
+    config = {"version": 1, "r": 4, "d": None, "budget": None, "lr": 0.01, **config, "hyperparameters": {}}
+    place = run_folder(runs, config)
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(config))
+    result = {key: value for key, value in plain.items() if key not in {*config, "folder", "failed", "groups"}}
+    (place / "result.json").write_text(json.dumps({"config": config, **result}))
+    return str(place.relative_to(runs))

@@ -36,20 +36,8 @@ ALLOWED = {
 }
 # what measurements may share with training runs: modules that import nothing of either but these
 LEAVES = {
-    *(
-        "answers",
-        "errors",
-        "gguf_header",
-        "ifeval",
-        "models",
-        "names",
-        "orphans",
-        "provenance",
-        "results",
-        "settings",
-        "statistics",
-    ),
-    *("tasks", "timing"),
+    *("answers", "checks", "errors", "gguf_header", "ifeval", "models", "names", "orphans", "provenance", "record"),
+    *("results", "settings", "statistics", "tasks", "timing"),
 }
 
 

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 import uniproj
 from analysis import style
-from analysis.records import Records
+from analysis.records import DAMAGED, Records
 from analysis.report.cards import SPACE, card
 from experiments import statistics
 from experiments.names import method, model, task
@@ -52,7 +52,7 @@ def payload(records: Records) -> dict[str, Any]:
     return {
         "cells": _with_differences(cells, statistics.differences(runs, REFERENCE)),
         "curves": curves(cells, records.curves),
-        "failures": failures(runs),
+        "failures": [*failures(runs), *damaged(records)],
         "origins": [{"sweep": name, **_shown(origin)} for name, origin in records.origins.items()],
         "cards": [card(name) for name in shown],
         "overhead": measured,
@@ -131,7 +131,7 @@ def curves(cells: pd.DataFrame, logged: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def failures(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Runs that failed, are unfinished or did not train, with the reason."""
+    """Runs that failed, are unfinished or damaged, or did not train, with the reason."""
     bad = runs[runs["failed"].notna() | runs["did_not_train"].notna()]
     return [
         {
@@ -139,11 +139,21 @@ def failures(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 key: plain(run.get(key))
                 for key in ("sweep", "task", "model", "projection", "train_seed", "lr", "folder")
             },
-            "kind": "did not train" if pd.isna(run["failed"]) else "failed",
-            "reason": run["did_not_train"] if pd.isna(run["failed"]) else run["failed"],
+            **_why(run["did_not_train"] if pd.isna(run["failed"]) else run["failed"], pd.isna(run["failed"])),
         }
         for run in bad.to_dict("records")
     ]
+
+
+def _why(reason: str, is_done: bool) -> dict[str, str]:
+    kind = "did not train" if is_done else "damaged" if reason.startswith(DAMAGED) else "failed"
+    return {"kind": kind, "reason": reason.removeprefix(DAMAGED)}
+
+
+def damaged(records: Records) -> list[dict[str, Any]]:
+    """What could not be read, like a failed run of which nothing is known."""
+    unknown = dict.fromkeys(("sweep", "task", "model", "projection", "train_seed", "lr"))
+    return [{**unknown, "folder": place, "kind": "damaged", "reason": why} for place, why in records.damaged]
 
 
 def _shown(origin: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import numbers
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.tasks.rows import complete, first
+from experiments.tasks.rows import MOST_CLASSES, complete, first
 from experiments.tasks.sources import carve, files, read_file
 from experiments.tasks.task import Task, listed
 
@@ -42,6 +43,12 @@ def _own(folder: Path, written: tuple[tuple[str, int, int], ...]) -> Task:
     if isinstance(labels[0], numbers.Real) and not all(isinstance(label, numbers.Integral) for label in labels):
         return Task(str(folder), "text", partial(_valued, folder), ("Pearson", "Spearman"))
     classes = tuple(sorted(set(labels)))
+    if len(classes) > MOST_CLASSES:
+        raise ExperimentError(
+            f"{folder}/train: the column label must hold at most {MOST_CLASSES:,} classes, got {len(classes):,} in "
+            f"{len(labels):,} rows. An id is no label: name another column so, or write numbers to regress as floats, "
+            "such as 3.0."
+        )
     return Task(str(folder), "text", partial(_numbered, folder, classes), classes=classes)
 
 
@@ -76,7 +83,7 @@ def _valued(folder: Path, split: str) -> pd.DataFrame:
     rows = _labelled(folder, split, _rows(folder, split))
     if _kind(label := rows["label"].iloc[0]) != NUMBER:
         raise ExperimentError(
-            f"{folder}/{split}: labels must be numbers as those of train, got {label!r}. Correct them."
+            f"{folder}/{split}: labels must be numbers as those of train, got {shown(label)}. Correct them."
         )
     return rows.astype({"label": float})
 
@@ -88,11 +95,11 @@ def _numbered(folder: Path, classes: Sequence[Any], split: str) -> pd.DataFrame:
     found = rows["label"].map(lambda label: place.get((_kind(label), label)))
     if found.isna().any():
         row = first(found.isna())
-        known = listed([repr(each) for each in classes])
+        known = listed([shown(each) for each in classes])
         raise ExperimentError(
             f"{folder}/{split}: labels must occur in the training rows ({known}), got "
-            f"{rows['label'][row - 1]!r} in row {row}. Add such rows to train, or drop them here; numbers to regress "
-            "are floats in train, such as 3.0."
+            f"{shown(rows['label'][row - 1])} in row {row}. Add such rows to train, or drop them here; numbers to "
+            "regress are floats in train, such as 3.0."
         )
     return rows.assign(label=found.astype("int64"))
 
@@ -107,8 +114,8 @@ def _labelled(folder: Path, split: str, rows: pd.DataFrame) -> pd.DataFrame:
     if odd.any():
         row = first(odd)
         raise ExperimentError(
-            f"{who}: labels must be all numbers, all texts or all true or false, got {rows['label'][row - 1]!r} in row "
-            f"{row}, while {int((kinds == common).sum())} of {len(rows)} are {common}. Correct it."
+            f"{who}: labels must be all numbers, all texts or all true or false, got {shown(rows['label'][row - 1])} "
+            f"in row {row}, while {int((kinds == common).sum())} of {len(rows)} are {common}. Correct it."
         )
     return rows
 
@@ -117,6 +124,8 @@ def _kind(label: Any) -> str:
     """One of KINDS, or what cannot be a label."""
     if isinstance(label, bool | np.bool_):
         return "true or false"
+    if isinstance(label, numbers.Integral):
+        return NUMBER if abs(int(label)) < 2**63 else "an integer of more than 64 bits"
     if isinstance(label, numbers.Real) and np.isfinite(float(label)):
         return NUMBER
     return "text" if isinstance(label, str) and label.strip() else f"a {type(label).__name__}"

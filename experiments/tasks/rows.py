@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from reprlib import repr as shown
+
+import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
@@ -14,6 +17,12 @@ TEXTS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
 )
+# a head has an output for every class, which costs its memory four times over in training
+MOST_CLASSES = 10_000
+# characters of a cell: the name of a class, and a text, of which a tokenizer reads all before it cuts
+LONGEST_LABEL, LONGEST_TEXT = 1_000, 1_000_000
+# losses are computed in single precision
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def text_columns(rows: pd.DataFrame, who: str) -> tuple[str, ...]:
@@ -54,10 +63,22 @@ def complete(rows: pd.DataFrame, family: str, who: str) -> pd.DataFrame:
         other = ~rows[column].map(lambda value: isinstance(value, str))
         if other.any():
             raise ExperimentError(
-                f"{who}: {column} must be text, got {rows.loc[other, column].iloc[0]!r} in row {first(other)}. "
+                f"{who}: {column} must be text, got {shown(rows.loc[other, column].iloc[0])} in row {first(other)}. "
                 "Write it as one text."
             )
+    for column in needed:
+        _check_lengths(rows[column], who)
     return rows if family == "causal" else rows[needed]
+
+
+def _check_lengths(cells: pd.Series, who: str) -> None:
+    most = LONGEST_LABEL if cells.name == "label" else LONGEST_TEXT
+    lengths = cells.map(lambda value: len(value) if isinstance(value, str) else 0)
+    if (long := lengths > most).any():
+        raise ExperimentError(
+            f"{who}: {cells.name} must be a text of at most {most:,} characters, got {lengths[long].iloc[0]:,} in row "
+            f"{first(long)}. Shorten it, or drop the row."
+        )
 
 
 def first(found: pd.Series) -> int:
@@ -68,11 +89,21 @@ def first(found: pd.Series) -> int:
 def _check_labels(labels: pd.Series, who: str) -> None:
     if not pd.api.types.is_numeric_dtype(labels) or pd.api.types.is_bool_dtype(labels):
         raise ExperimentError(
-            f"{who}: labels must be integers (classes) or floats (regression), got {labels.iloc[0]!r}. "
+            f"{who}: labels must be integers (classes) or floats (regression), got {shown(labels.iloc[0])}. "
             "Number the classes from 0."
+        )
+    if pd.api.types.is_float_dtype(labels) and (beyond := ~(labels.abs() <= LARGEST)).any():
+        raise ExperimentError(
+            f"{who}: labels to regress must be finite in single precision, got {labels[beyond].iloc[0]} in row "
+            f"{first(beyond)}. Correct it, or drop the row."
         )
     if pd.api.types.is_integer_dtype(labels) and labels.min() < 0:
         raise ExperimentError(
             f"{who}: class labels must count from 0, got {labels.min()}. -1 marks hidden labels: use a split "
             "whose labels are public."
+        )
+    if pd.api.types.is_integer_dtype(labels) and (beyond := labels >= MOST_CLASSES).any():
+        raise ExperimentError(
+            f"{who}: class labels must count from 0 and lie below {MOST_CLASSES:,}, got {labels[beyond].iloc[0]} in "
+            f"row {first(beyond)}. Number the classes without gaps; an id is no label, numbers to regress are floats."
         )

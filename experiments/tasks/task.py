@@ -32,6 +32,13 @@ OF_CLASSES: dict[str, Metric] = {
 }
 OF_NUMBERS: dict[str, Metric] = {"Pearson": _correlation(pearsonr), "Spearman": _correlation(spearmanr)}
 METRICS = OF_CLASSES | OF_NUMBERS
+# the lowest and the highest score of each
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("accuracy", "F1", "macro F1"), (0.0, 1.0)),
+    **dict.fromkeys(("Matthews", *OF_NUMBERS), (-1.0, 1.0)),
+}
+# of a correlation, which may pass 1 by so much
+ROUNDING = 1e-9
 
 
 def score(metric: str, predictions: pd.DataFrame) -> float:
@@ -40,6 +47,14 @@ def score(metric: str, predictions: pd.DataFrame) -> float:
         each = [score(metric, rows.drop(columns="group")) for _, rows in predictions.groupby("group")]
         return sum(each) / len(each)
     return float(METRICS[metric](predictions["label"], predictions["prediction"]))
+
+
+def is_score(metric: str, value: object) -> bool:
+    """Whether a value is a finite number that this metric can have."""
+    if metric not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    low, high = RANGES[metric]
+    return low - ROUNDING <= value <= high + ROUNDING
 
 
 def constant(metric: str, labels: pd.Series) -> pd.Series:

@@ -12,7 +12,7 @@ import pytest
 
 from analysis.intrinsic_dimension import crossing, d90, main, read
 from experiments.errors import ExperimentError
-from tests.sweeps import write
+from tests.sweeps import write, write_run
 
 
 def _record(projection: str, trained: int, score: float, seed: int, **changes: Any) -> dict[str, Any]:
@@ -103,10 +103,7 @@ def test_other_settings_do_not_count_as_seeds(change: dict[str, Any], message: s
 
 def test_the_command_reads_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in _sweep(noise=0.01):
-        folder = tmp_path / row.pop("folder")
-        folder.mkdir(parents=True)
-        split = {key: row.pop(key) for key in ("metric", "score", "majority", "trained", "D", "did_not_train")}
-        (folder / "result.json").write_text(json.dumps({"config": row, **split}))
+        write_run(tmp_path / "runs", {**row, "d": row["trained"]})
     assert main([str(tmp_path / "runs"), "--json", "--out", str(tmp_path / "out")]) == 0
     rows = json.loads(capsys.readouterr().out)["d90"]
     assert [row["projection"] for row in rows] == ["lora", "unilora"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from analysis import records
 from analysis.report.collect import payload
 from experiments import statistics
 from experiments.errors import ExperimentError
-from experiments.settings import RunConfig
-from tests.sweeps import made_up, write
+from tests.sweeps import made_up, write, write_run
 
 TASKS, METHODS = ["glue/sst2", "glue/stsb"], ["lora", "unilora", "vera"]
 
@@ -90,11 +88,7 @@ def test_cells_that_differ_in_an_axis_are_not_pooled_as_seeds(axis: str, values:
 
 def test_a_run_that_two_sweeps_share_counts_in_both(tmp_path: Path) -> None:
     runs = made_up(TASKS[:1], METHODS[:2])
-    for values in runs.to_dict("records"):
-        folder = tmp_path / values.pop("folder")
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        (folder / "result.json").write_text(json.dumps({"config": {}, **values}))
+    runs["folder"] = [write_run(tmp_path, values) for values in runs.to_dict("records")]
     lora = runs["projection"] == "lora"
     for name, own in (("one", runs), ("two", runs[lora])):
         (tmp_path / "sweeps" / name).mkdir(parents=True)
@@ -125,15 +119,16 @@ def test_a_cell_with_a_failed_stuck_or_missing_run_is_not_complete(table: pd.Dat
 
 def test_a_score_that_is_no_number_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
     table.loc[4, "score"] = np.nan
-    write(tmp_path / "mine", table)
-    with pytest.raises(ExperimentError, match=r"finite number, got none in glue-sst2/unilora-012"):
-        records.read(tmp_path)
+    folder = write(tmp_path / "mine", table)
+    message = "a finite number that accuracy can have, got nan in glue-sst2/unilora-012 of"
+    with pytest.raises(ExperimentError, match=message):
+        records.read_sweep(folder)
 
 
 def test_two_metrics_of_one_task_stop_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
-    table.loc[4, "metric"] = "pearson"
+    table.loc[4, "metric"] = "Matthews"
     write(tmp_path / "mine", table)
-    with pytest.raises(ExperimentError, match="must have one metric, got accuracy, pearson"):
+    with pytest.raises(ExperimentError, match="must have one metric, got Matthews, accuracy"):
         records.read(tmp_path)
 
 
@@ -190,15 +185,7 @@ def test_runs_of_fewer_steps_than_a_logged_loss_have_no_curve(table: pd.DataFram
 
 def _as_runs(folder: Path, table: pd.DataFrame, sweep: str | None) -> None:
     """The same runs as they were trained: a folder each, JSON without NaN, and the tables of their sweep."""
-    settings = {field.name for field in fields(RunConfig)}
-    for values in table.to_dict("records"):
-        place = folder / values.pop("folder")
-        place.mkdir(parents=True)
-        plain = {key: None if pd.isna(value) else value for key, value in values.items() if not key.startswith("cell")}
-        config = {key: plain.pop(key) for key in list(plain) if key in settings}
-        config["hyperparameters"] = {}
-        (place / "config.json").write_text(json.dumps(config))
-        (place / "result.json").write_text(json.dumps({"config": config, **plain}))
+    table = table.assign(folder=[write_run(folder, values) for values in table.to_dict("records")])
     if sweep is not None:
         (folder / "sweeps" / sweep).mkdir(parents=True)
         listed = table[["folder", *(key for key in table if key.startswith("cell"))]]
@@ -209,9 +196,9 @@ def _as_runs(folder: Path, table: pd.DataFrame, sweep: str | None) -> None:
 def test_a_folder_of_runs_and_an_exported_sweep_give_one_table(
     sweep: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LoRA has no d and no budget, which JSON and CSV write in different ways; nothing has max_new_tokens."""
+    """LoRA has no d and no budget, which JSON and CSV write in different ways; nothing has test_size."""
     monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
-    table = made_up(TASKS, METHODS).assign(max_new_tokens=None, target_modules=None)
+    table = made_up(TASKS, METHODS).assign(test_size=None, target_modules=None)
     table.loc[table["projection"] == "lora", ["d", "budget"]] = None
     if sweep is not None:
         table["cell"] = table["task"] + table["projection"]
@@ -219,7 +206,8 @@ def test_a_folder_of_runs_and_an_exported_sweep_give_one_table(
     write(tmp_path / "exported" / (sweep or statistics.SINGLE), table)
     _as_runs(tmp_path / "runs", table, sweep)
     exported, trained = (payload(records.read(tmp_path / name))["cells"] for name in ("exported", "runs"))
-    assert exported == trained and len(trained) == 6
+    # seeds are summed in the order of their folders
+    assert exported == [pytest.approx(cell) for cell in trained] and len(trained) == 6
     for cell in trained:
         own, base = (
             table[(table["projection"] == name) & (table["task"] == TASKS[cell["task"] == "STS-B"])]["score"].to_numpy()
@@ -239,3 +227,54 @@ def test_the_page_calls_own_tasks_by_their_folder(tmp_path: Path, monkeypatch: p
     assert {cell["task"] for cell in found["cells"]} == {"one/reviews", "two/reviews", "mails"}
     assert {cell["model"] for cell in found["cells"]} == {"small"} and len(found["cells"]) == 9
     assert "/home/me" not in json.dumps({key: found[key] for key in ("cells", "failures", "curves")})
+
+
+DAMAGE = {
+    "a result of zeros": (lambda place: (place / "result.json").write_bytes(bytes(512)), "must be whole JSON", True),
+    "a score of 99": (lambda place: _edit(place / "result.json", score=99), r"must lie in [0, 1], got 99", True),
+    "another rate": (lambda place: _edit(place / "result.json", "config", lr=9.0), "whose hash the folder bears", True),
+    "an edited configuration": (lambda place: _edit(place / "config.json", lr=9.0), "It was edited", False),
+    "a configuration of zeros": (lambda place: (place / "config.json").write_bytes(bytes(9)), "whole JSON", False),
+    "no result": (
+        lambda place: _edit(place / "config.json", unlink=place / "result.json"),
+        "named after its hash",
+        False,
+    ),
+}
+
+
+def _edit(path: Path, *inside: str, unlink: Path | None = None, **values: object) -> None:
+    content = json.loads(path.read_text())
+    (content[inside[0]] if inside else content).update(values or {"lr": 9.0})
+    path.write_text(json.dumps(content))
+    if unlink is not None:
+        unlink.unlink()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_run_is_told_beside_the_others(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    table = made_up(TASKS[:1], METHODS[:2])
+    folders = [write_run(tmp_path, values) for values in table.to_dict("records")]
+    spoil, reason, is_known = DAMAGE[damage]
+    spoil(tmp_path / folders[0])
+    found = payload(records.read(tmp_path))
+    (told,) = found["failures"]
+    assert told["kind"] == "damaged" and told["folder"] == folders[0] and reason in told["reason"]
+    cells = {cell["projection"]: (cell["status"], cell["n"]) for cell in found["cells"]}
+    # where its settings can be known, its cell says that one is lost
+    assert cells == {"lora": ("incomplete", 2) if is_known else ("complete", 2), "unilora": ("complete", 3)}
+
+
+def test_damaged_tables_of_a_sweep_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    write(tmp_path / "good", made_up(TASKS[:1], METHODS[:2]))
+    (write(tmp_path / "bad", made_up(TASKS[:1], METHODS[:2])) / "provenance.json").write_bytes(bytes(64))
+    (tmp_path / "overhead").mkdir()
+    (tmp_path / "overhead" / "overhead-model.csv").write_text("a\n1\n")
+    found = payload(records.read(tmp_path))
+    assert {cell["sweep"] for cell in found["cells"]} == {"good"}
+    assert [(each["folder"], each["kind"]) for each in found["failures"]] == [
+        ("bad", "damaged"),
+        ("overhead/overhead-model.csv", "damaged"),
+    ]

@@ -398,3 +398,71 @@ def test_line_ends_of_windows_belong_to_no_text(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content.encode())
         rows = FORMATS[Path(name).suffix](tmp_path / name)
         assert rows["label"].tolist() == [1, 0] and rows["text"].iloc[1] == "b"
+
+
+# ---- what would take the memory of a machine ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            range(10_001),
+            "/train: the column label must hold at most 10,000 classes, got 10,001 in 10,001 rows. An id is",
+        ),
+        (["a", "b" * 1001], "/train: label must be a text of at most 1,000 characters, got 1,001 in row 2. Shorten"),
+        ([0.5, 1e39], r"/train: labels to regress must be finite in single precision, got 1e\+39 in row 2"),
+        ([0.5, -1e39], r"/train: labels to regress must be finite in single precision, got -1e\+39 in row 2"),
+        ([0.5, float("-inf")], "/train: labels must be all numbers, .* got -inf in row 2"),
+        ([0, 10**400], r"/train: labels must be all numbers, .* got 10+\.\.\.0+ in row 2, while 1 of 2 are a number"),
+        ([0, 2**63], "/train: labels must be all numbers, .* got 9223372036854775808 in row 2"),
+    ],
+    ids=["an id", "a text", "huge", "low", "infinite", "an integer of 401 digits", "an integer of 64 bits"],
+)
+def test_labels_that_no_head_or_loss_can_hold(labels: list, message: str, tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"text": f"text {i}", "label": label}) + "\n" for i, label in enumerate(labels))
+    for split in tasks.SPLITS:
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    with pytest.raises(ExperimentError, match=message) as error:
+        tasks.get(str(tmp_path)).split("train")
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_the_most_and_the_longest_that_are_taken(tmp_path: Path) -> None:
+    rows = {"text": ["a" * 1_000_000, *"bc"], "label": ["x" * 1000, "y", "y"]}
+    task = tasks.get(str(_folder(tmp_path, train=rows)))
+    assert len(task.split("train")["text"][0]) == 1_000_000 and len(task.classes[0]) == 1000
+    many = {"text": [f"{i}" for i in range(10_000)], "label": [*range(-1, 9_999)]}
+    assert len(tasks.get(str(_folder(tmp_path, train=many))).classes) == 10_000
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "completion"])
+def test_a_text_that_a_tokenizer_would_read_for_minutes(column: str, tmp_path: Path) -> None:
+    other = {"text": {"label": [0, 1]}, "prompt": {"completion": ["b", "b"]}, "completion": {"prompt": ["a", "a"]}}
+    rows = {column: ["short", "a" * 1_000_001], **other[column]}
+    with pytest.raises(ExperimentError, match=f"train: {column} must be a text of at most 1,000,000 .* in row 2"):
+        tasks.get(str(_folder(tmp_path, train=rows))).split("train")
+
+
+@pytest.mark.parametrize(
+    ("subset", "labels", "message"),
+    [
+        (
+            "rte",
+            [0, 1_000_000],
+            "glue/rte/test: class labels must count from 0 and lie below 10,000, got 1000000 in row 2",
+        ),
+        ("rte", [0, -1], "glue/rte/test: class labels must count from 0, got -1"),
+        ("rte", [0, 10**400], "glue/rte/test: labels must be integers .classes. or floats .regression., got"),
+        ("stsb", [0.5, float("inf")], "glue/stsb/test: labels to regress must be finite in single precision, got inf"),
+        ("stsb", [0.5, 1e300], "glue/stsb/test: labels to regress must be finite in single precision, got 1e"),
+    ],
+)
+def test_a_label_of_a_known_task_is_bounded_too(subset: str, labels: list, message: str, tmp_path: Path) -> None:
+    """One label of 1,000,000 makes a head of as many outputs: 7.8 GB on a small encoder."""
+    (tmp_path / "glue" / subset).mkdir(parents=True)
+    rows = [{"sentence1": "a", "sentence2": "b", "label": label} for label in labels]
+    file = tmp_path / "glue" / subset / "validation.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ExperimentError, match=message):
+        tasks.get(f"glue/{subset}", str(tmp_path)).split("test")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,47 @@ def test_names_are_no_paths(tmp_path: Path, model: str, monkeypatch) -> None:
     monkeypatch.chdir("/")
     (run,) = preflight.runs_of(read(tmp_path / "mine.yaml"))["confirm"]
     assert (run.task, run.data, list(run.plugins)) == ("vader", "hub", ["statistics"])
+
+
+LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, r"mine.yaml must spell its values out, .* got the alias \*a0 in line 3. Write the values themselves"),
+        ("axes: &all {lr: [0.1]}\ntune: {<<: *all}\n", r"got the alias \*all in line 3"),
+        ("axes: " + "[" * 30 + "]" * 30, "at most 20 lists and mappings deep, got more in line 2"),
+        ("axes: " + "[" * 40_000, "at most 20 lists and mappings deep, got more in line 2"),
+        (f"# {'x' * 100_000}\n", "mine.yaml must have at most 100,000 bytes, got 100,"),
+        ("cases: [" + "{r: 1}, " * 20 + "]\naxes:\n" + "".join(f"  x{k}: [{', '.join(map(str, range(40)))}]\n"
+         for k in range(20)), r"must ask for at most 10,000 runs, got [\d,]{40,}. Shorten an axis, or raise most_runs"),
+        (f"seeds: [{', '.join(map(str, range(10_001)))}]", "must ask for at most 10,000 runs, got 10,001"),
+        ("seeds: [1, 2]\ntune: {seeds: [3, 4, 5], lr: [0.1, 0.2]}\nmost_runs: 7", "at most 7 runs, got 8. Shorten"),
+        ("most_runs: many", "most_runs must be an integer, got 'many'"),
+    ],
+    ids=["laughs", "merged", "deep", "deeper", "long", "crossed", "seeds", "tuned", "no number"],
+)  # fmt: skip
+def test_what_would_take_the_memory_of_a_machine_is_refused_by_its_size(write, text: str, message: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ExperimentError, match=message) as error:
+        read(write(text))
+    assert time.perf_counter() - started < 10 and len(str(error.value)) < 500
+
+
+def test_more_runs_are_taken_where_the_file_says_so(write) -> None:
+    asked = f"seeds: [{', '.join(map(str, range(10_001)))}]\nmost_runs: 10001\n"
+    assert read(write(asked)).size == 10_001
+    assert read(write("axes: {projection: [lora, unilora]}"), ["axes.projection=[lora]"]).size == 1
+
+
+@pytest.mark.parametrize("defaults", ["[base, _self_]", "[{/settings: base}, _self_]", "[{optional settings: [base]}]"])
+def test_a_file_that_a_sweep_is_made_of_is_bounded_too(write, tmp_path: Path, defaults: str) -> None:
+    path = write(f"defaults: {defaults}\n")
+    (tmp_path / "settings").mkdir()
+    for base in (tmp_path / "base.yaml", tmp_path / "settings" / "base.yaml"):
+        base.write_text(LAUGHS)
+    with pytest.raises(ExperimentError, match=r"base.yaml must spell its values out, .* got the alias \*a0 in line 2"):
+        read(path)

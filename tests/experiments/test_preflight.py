@@ -5,15 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from experiments import compare, sweep, train
-from experiments.config import resolve
-from experiments.results import METRICS, prepare
+from experiments import compare, harness, sweep, train
+from experiments.config import RunConfig, resolve
+from experiments.results import CONFIG, METRICS, RESULT, prepare, read_json, write_json
 from tests.adapters.test_patterns import HANGS_BOTH, HANGS_RE
 
 
@@ -188,3 +190,35 @@ def test_a_comparison_ranks_by_a_metric_that_its_task_has(model: str, task: str,
         settings = compare.settings(compare.parse([*asked, *more]), 200)
         config = resolve({**settings, "projection": "unilora", "lr": 0.02, "seed": 0})
         assert config.metric == metric and config.to_json().get("metric", None) == metric
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused_where_it_would_train(
+    file: Path, model: str, task: str, runs: Path, monkeypatch, capsys
+) -> None:
+    own = [str(file), "+settings.device=cuda", "--runs", str(runs)]
+    compared = ["--model", model, "--task", task, "--projections", "unilora", "--budget", "200", "--lr", "0.02"]
+    refused = "the device cuda must be one of this machine, got none"
+    for command in (lambda: sweep.main(own), lambda: sweep.main([*own, "--doctor"]),
+                    lambda: compare.main([*compared, "--device", "cuda", "--runs", str(runs)])):  # fmt: skip
+        assert command() == 2
+        assert refused in capsys.readouterr().err and not runs.exists()
+    # the sweep may be meant for another machine: a dry run says so, and SLURM's nodes are others
+    assert sweep.main([*own, "--dry-run"]) == 0
+    assert f"device   config: {refused}" in capsys.readouterr().out
+    monkeypatch.setattr(sweep.slurm, "train_all", lambda *_: {Path("a run"): "queued"})
+    assert sweep.main([*own, "--launcher", "slurm"]) == 2
+    assert "every trial must finish, got a failure in a run: queued" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_run_does_not_train_on_another_device_than_its_own(config: RunConfig, runs: Path, capsys) -> None:
+    folder = prepare(runs, replace(config, device="cuda").to_json())
+    assert train.main([str(folder)]) == 1
+    assert "failed: config: the device cuda must be one of this machine" in capsys.readouterr().out
+    assert not (folder / METRICS).exists()
+    # a finished one of another machine is scored on such a machine
+    write_json(folder / RESULT, {"config": read_json(folder / CONFIG), "metric": "accuracy", "score": 0.5,
+                                 "did_not_train": None})  # fmt: skip
+    assert harness.main([str(folder)]) == 2
+    assert "the device cuda must be one of this machine" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments import sweep, tasks, train
+from experiments.errors import ExperimentError
 from experiments.protocol import LOCK
 from experiments.results import CONFIG, RESULT, load, read_json, write_json
 from tests.experiments.processes import start_sweep
@@ -152,7 +153,8 @@ def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(scores, modules, 
     def diverged(folders) -> dict[Path, str]:
         for folder, score in zip(folders, scores, strict=True):
             result = {"config": read_json(folder / CONFIG), "score": None, "did_not_train": "nan", "validation": None}
-            more = {"validation_best": score, "higher_is_better": False, "cost": {"seconds": 1.0}}
+            more = {"validation_best": score, "higher_is_better": False, "cost": {"seconds": 1.0}, "selection": "loss"}
+            more["metric"] = "accuracy"
             write_json(folder / RESULT, {**result, **more})
         return {}
 
@@ -160,3 +162,52 @@ def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(scores, modules, 
     assert chosen == {"lr": 0.01, "target_modules": modules, "alpha": None}
     (choice,) = read_json(protocol.sweep_folder(runs, asked) / LOCK)["choices"]
     assert choice["at_edge"] == ["target_modules", "alpha"] and not choice["trained"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lock: lock["choices"][0]["chosen"].update(lr=0.03), r"chosen {'lr': 0.05}, got {'lr': 0.03}. It was"),
+        (lambda lock: lock["choices"][0]["chosen"].update(lr=0.01), r"chosen {'lr': 0.05}, got {'lr': 0.01}. It was"),
+        (lambda lock: lock["choices"][0]["trials"][0].update(validation_best=1.0), "what its trials say, trials"),
+        (lambda lock: lock["choices"].clear(), "what its trials say, chosen {'lr': 0.05}, got none"),
+        (lambda lock: lock.update(choices=5), "choices must be a list of values, got 5 It was|choices must be a list"),
+        (lambda lock: lock.clear(), "trials_digest must be there, got keys none"),
+    ],
+    ids=["off the grid", "another", "better", "none", "a number", "nothing"],
+)
+def test_a_choice_that_its_trials_do_not_make_is_not_believed(edit, message: str, file: Path, runs: Path) -> None:
+    from experiments import plan, protocol
+
+    asked = plan.read(file, ["axes.projection=[unilora]"])
+
+    def trained(folders) -> dict[Path, str]:
+        for folder in folders:
+            config = read_json(folder / CONFIG)
+            result = {"config": config, "metric": "accuracy", "score": 10 * config["lr"], "did_not_train": None}
+            more = {"validation": 0.5, "validation_best": 10 * config["lr"], "higher_is_better": True}
+            write_json(folder / RESULT, {**result, **more, "cost": {"seconds": 1.0}})
+        return {}
+
+    def never(folders) -> dict[Path, str]:
+        raise AssertionError("the choice was locked")
+
+    chosen = protocol.tune(asked, runs, trained)
+    assert list(chosen.values()) == [{"lr": 0.05}] and protocol.tune(asked, runs, never) == chosen
+    path = protocol.sweep_folder(runs, asked) / LOCK
+    lock = read_json(path)
+    edit(lock)
+    write_json(path, lock)
+    with pytest.raises(ExperimentError, match=message):
+        protocol.tune(asked, runs, never)
+
+
+def test_a_choice_without_its_trials_is_not_believed(file: Path, runs: Path) -> None:
+    from experiments import plan, protocol
+
+    test_any_setting_can_be_tuned_and_a_cell_is_never_left_out([None] * 4, ["query"], file, runs)
+    tuned = ["tune.lr=[0.01]", "+tune.target_modules=[[query],[query,value]]", "+tune.alpha=[null,8]"]
+    asked = plan.read(file, [*tuned, "axes.projection=[unilora]"])
+    next(runs.rglob(RESULT)).unlink()
+    with pytest.raises(ExperimentError, match="must be a finished trial, from which the choice was made, got none"):
+        protocol.tune(asked, runs, lambda _: {})

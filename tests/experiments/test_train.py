@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import compare, outcome, rates, tasks, train
+from experiments import compare, outcome, rates, statistics, tasks, train
 from experiments.callbacks import StopOnSignal
 from experiments.config import RunConfig, resolve
-from experiments.results import RESULT, load, metrics, prepare, read_json
+from experiments.results import METRICS, RESULT, load, metrics, prepare, read_json
 
 CYCLIC = (Path(__file__).parents[2] / "examples" / "cyclic.py").read_text()
 
@@ -59,11 +60,126 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, c
     assert torch.equal(_theta(folder), _theta(whole))
 
 
-def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
-    for step, state in ((4, '{"global_step": 4}'), (8, '{"glob')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert train.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, model: str, task: str) -> tuple[Path, Path]:
+    """A run that ended after step 10 of 12, with the checkpoints of steps 6 and 10, and the same run to its end."""
+    settings = {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.05}
+    config, plain = resolve({**settings, "evaluations": 2}).to_json(), StopOnSignal.on_step_end
+    cut, whole = (prepare(tmp_path_factory.mktemp(name), config) for name in ("cut", "whole"))
+
+    def ctrl_c(self, args, state, control, **kwargs):
+        self.requested = state.global_step == 10
+        return plain(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
+        assert train.main([str(cut)]) == train.INTERRUPTED
+    assert train.main([str(whole)]) == 0
+    assert sorted(train.checkpoints(cut)) == [6, 10] and len(metrics(whole)) == 1
+    return cut, whole
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _nulls(path: Path) -> None:
+    """What a power cut leaves of pages that were not written."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :])
+
+
+DAMAGE = {
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "half a state": lambda folder: _truncated(folder / "trainer_state.json"),
+    "zeros in the state": lambda folder: _nulls(folder / "trainer_state.json"),
+    "the state of another step": lambda folder: folder.rename(folder.with_name("checkpoint-11")),
+    "no optimiser": lambda folder: (folder / "optimizer.pt").unlink(),
+    "half an optimiser": lambda folder: _truncated(folder / "optimizer.pt"),
+    "zeros in the optimiser": lambda folder: _nulls(folder / "optimizer.pt"),
+    "no random numbers": lambda folder: (folder / "rng_state.pth").unlink(),
+    "half an adapter": lambda folder: _truncated(folder / "adapter_model.safetensors"),
+    "zeros in the adapter": lambda folder: _nulls(folder / "adapter_model.safetensors"),
+    "no configuration": lambda folder: (folder / "adapter_config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(damage: str, interrupted: tuple[Path, Path], tmp_path: Path, capsys):
+    folder = Path(shutil.copytree(interrupted[0], tmp_path / "run"))
+    assert train.last_checkpoint(folder) == str(folder / "checkpoint-10") and capsys.readouterr().out == ""
+    DAMAGE[damage](folder / "checkpoint-10")
+    assert train.last_checkpoint(folder) == str(folder / "checkpoint-6")
+    said = capsys.readouterr().out
+    assert re.match(rf"train: {folder}/checkpoint-1[01] must be whole, got: .*The run goes on from an earlier", said)
+    assert said.count("\n") == 1
+
+
+def test_what_follows_a_best_checkpoint_that_is_damaged_is_passed_over(
+    interrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(interrupted[0], tmp_path / "run"))
+    assert read_json(folder / "checkpoint-10" / "trainer_state.json")["best_global_step"] == 6
+    (folder / "checkpoint-6" / "optimizer.pt").unlink()
+    assert train.last_checkpoint(folder) is None
+
+
+@pytest.mark.parametrize("step", [6, 10])
+def test_copies_of_checkpoints_and_a_damaged_log_are_no_hindrance(
+    step: int, interrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    runs, whole = tmp_path / "runs", interrupted[1]
+    config = read_json(whole / "config.json")
+    folder = prepare(runs, config)
+    shutil.copytree(interrupted[0], folder, dirs_exist_ok=True)
+    for name in ("checkpoint-11 (copy)", "checkpoint-", "checkpoint-last", f"checkpoint-{'9' * 5000}"[:200]):
+        (folder / name).mkdir()
+    (folder / "checkpoint-13").write_text("no folder")
+    (folder / METRICS).write_bytes(bytes(512))
+    if step == 6:
+        DAMAGE["half an optimiser"](folder / "checkpoint-10")
+    assert train.main([str(folder)]) == 0
+    assert torch.equal(_theta(folder), _theta(whole))
+    # every logged step once, also the one before the checkpoint that the damage took
+    assert [line["step"] for line in metrics(folder)] == [10]
+    # Trainer's mean begins where it resumes
+    assert step == 6 or metrics(folder) == metrics(whole)
+    assert not train.checkpoints(folder)
+
+
+@pytest.mark.parametrize("score_on", ["validation", "test"])
+@pytest.mark.parametrize("labels", ["classes", "numbers"])
+def test_a_run_that_diverges_did_not_train(
+    score_on: str, labels: str, runs: Path, config: RunConfig, task: str, tmp_path: Path, capsys
+) -> None:
+    folder = Path(shutil.copytree(task, tmp_path / "own"))
+    if labels == "numbers":
+        for path in folder.glob("*.jsonl"):
+            rows = pd.read_json(path, lines=True)
+            rows.assign(label=rows["label"] + 0.5).to_json(path, orient="records", lines=True)
+    own = replace(config, task=str(folder), lr=1e30, epochs=4, evaluations=4, score_on=score_on)
+    place = prepare(runs, own.to_json())
+    assert train.main([str(place)]) == 0
+    result = read_json(place / RESULT)
+    assert result["did_not_train"] == "it diverged: trained numbers were NaN or infinite at step 6"
+    assert f"done: {result['did_not_train']}" in capsys.readouterr().out
+    assert result["score"] is result["validation"] is result["validation_best"] is result["adapter_sha256"] is None
+    assert result["loss_after"] is None and result["step"] == 6 and result["trained"] == 200
+    assert result.get("rows") == (48 if score_on == "test" else None) and not (place / "adapter").exists()
+    assert not train.checkpoints(place)
+    # beside one that trained, it is in no mean
+    found = load(runs).assign(sweep="mine", failed=None)
+    cells = statistics.cells(pd.concat([found, found.assign(did_not_train=None, score=0.75, train_seed=1)]))
+    assert cells[["status", "n", "did_not_train", "score"]].to_dict("records") == [
+        {"status": "did not train", "n": 1, "did_not_train": 1, "score": 0.75}
+    ]
+
+
+def test_a_comparison_shows_what_diverged_without_a_rank(runs: Path, model: str, task: str, capsys) -> None:
+    command = ["--model", model, "--task", task, "--projections", "lora", "unilora", "--budget", "200"]
+    assert compare.main([*command, "--lr", "1e30", "--runs", str(runs)]) == 0
+    said = capsys.readouterr().out
+    assert "unilora did not train (train_seed 0: it diverged" in said and "lora did not train" in said
 
 
 def test_a_rate_of_zero_is_marked_as_not_trained(runs: Path, config: RunConfig) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from experiments import distributed, train, workers
-from experiments.results import RESULT, write_json
+from experiments.results import RESULT
 from experiments.workers import Processes
 from tests.experiments.processes import ROOT
+from tests.sweeps import made_up, write_run
 
 LAUNCHER = """
 import signal, sys
@@ -54,11 +55,11 @@ def test_a_process_of_torchrun_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    found = [tmp_path / name for name in ("done", "trains", "fails")]
+    done = tmp_path / write_run(tmp_path, made_up(["glue/rte"], ["lora"], 1).iloc[0].to_dict())
+    found = [tmp_path / name for name in ("trains", "fails")]
     for folder in found:
         folder.mkdir()
-    write_json(found[0] / RESULT, {"score": 1})
-    return found
+    return [done, *found]
 
 
 def test_one_line_for_each_run_where_standard_error_is_no_terminal(folders: list[Path], monkeypatch, capsys) -> None:
@@ -69,6 +70,14 @@ def test_one_line_for_each_run_where_standard_error_is_no_terminal(folders: list
     first, second = sorted(capsys.readouterr().err.splitlines())
     assert first.startswith("2 of 3 runs: ") and second.startswith("3 of 3 runs: ")
     assert {line.partition(": ")[2] for line in (first, second)} == {f"{folders[1]} done", f"{folders[2]} failed"}
+
+
+def test_a_damaged_result_fails_its_own_run_alone(folders: list[Path], monkeypatch) -> None:
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "start", lambda folder, _: subprocess.Popen(["true"]))
+    (folders[0] / RESULT).write_bytes(bytes(512))
+    failures = workers.train_all(folders[:2], "cpu")
+    assert list(failures) == [folders[0]] and "result.json must be whole JSON" in failures[folders[0]]
 
 
 def test_train_says_how_it_is_used(tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import uniproj
 from analysis.report.__main__ import main as report
 from paper_figures import comparison, published
 from paper_figures.__main__ import Book, main
@@ -40,13 +41,6 @@ def _without(name: str, column: str) -> Callable[[Path], None]:
     return change
 
 
-def _text_as_score(results: Path) -> None:
-    path = results / "sweeps/score_against_d/records.csv"
-    table = pd.read_csv(path).astype({"score": object})
-    table.loc[1, "score"] = "good"
-    table.to_csv(path, index=False)
-
-
 def _written(name: str, text: str) -> Callable[[Path], object]:
     return lambda results: (results / "sweeps/score_against_d" / name).write_text(text)
 
@@ -54,7 +48,6 @@ def _written(name: str, text: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_text_as_score, "must be a finite number, got none in glue-sst2/lora-002"),
         (_written("records.csv", ""), "records.csv must be a table, got No columns"),
         (_written("curves.csv", "a\n1\n"), "curves.csv must have the columns ['folder', 'loss', 'step']"),
         (_written("provenance.json", "{}"), "provenance.json must hold ['adapters', 'commits'"),
@@ -70,6 +63,25 @@ def test_damaged_records_are_a_sentence(change: Callable, message: str, results:
         assert command([*arguments, "--out", str(results / "out")]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and not (results / "out").exists()
+
+
+@pytest.mark.parametrize(("column", "value"), [("score", "good"), ("score", 99.0), ("metric", "kappa")])
+def test_one_damaged_run_is_shown_as_that_and_in_no_figure(
+    column: str, value: object, results: Path, capsys, monkeypatch
+) -> None:
+    """A page of all that is there names it; what is drawn for a paper is made of whole records alone."""
+    monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
+    path = results / "sweeps/score_against_d/records.csv"
+    table = pd.read_csv(path).astype({column: object})
+    table.loc[1, column] = value
+    table.to_csv(path, index=False)
+    said = f"the score of every run must be a finite number that {value if column == 'metric' else 'accuracy'} can have"
+    assert main(["--results", str(results), "--only", "score_against_d", "--out", str(results / "out")]) == 2
+    assert f"{said}, got" in capsys.readouterr().err and not (results / "out").exists()
+    assert report([str(results), "--out", str(results / "page.html")]) == 0
+    page = (results / "page.html").read_text()
+    assert '"kind":"damaged"' in page and said in page and page.count('"status":"incomplete"') == 1
+    assert page.count('"status":"complete"') == len(METHODS) - 1
 
 
 @pytest.mark.parametrize(

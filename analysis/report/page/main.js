@@ -34,7 +34,7 @@ function passes(row) {
 
 const leaderboard = sortable(at("leaderboard-table"), LEADERBOARD, [], { column: null, ascending: false }, "No cell passes the filters.");
 const cost = sortable(at("cost-table"), COST, [], { column: 2, ascending: true }, "No cell passes the filters.");
-const failed = sortable(at("failed-table"), FAILED, [], { column: 0, ascending: true }, "No run failed, and every run trained.");
+const failed = sortable(at("failed-table"), FAILED, [], { column: 0, ascending: true }, "No run failed or is damaged, and every run trained.");
 sortable(at("overhead-table"), OVERHEAD, DATA.overhead, { column: null, ascending: true }, "Not measured: make overhead.");
 
 function redraw() {
@@ -42,7 +42,7 @@ function redraw() {
   const kept = DATA.cells.filter(passes);
   leaderboard(kept);
   cost(kept);
-  failed(DATA.failures.map((f) => ({ ...f, label: called(f.projection) })).filter(passes));
+  failed(DATA.failures.map((f) => ({ ...f, label: f.projection === null ? NONE : called(f.projection) })).filter(passes));
   at("shown").textContent = `${kept.length} of ${DATA.cells.length} cells`;
   charts(kept);
 }
@@ -68,7 +68,7 @@ at("filters").addEventListener("submit", (event) => event.preventDefault());
 
 const runs = DATA.origins.reduce((sum, each) => sum + each.runs, 0);
 at("summary").textContent = `${runs} runs in ${DATA.cells.length} cells: ${unique("projection").length} projections, ` +
-  `${unique("task").join(", ")}, on ${unique("model").join(", ")}. ${DATA.failures.length} failed or did not train.`;
+  `${unique("task").join(", ")}, on ${unique("model").join(", ")}. ${DATA.failures.length} failed, are damaged or did not train.`;
 at("about-cards").textContent = `Every projection of the registry on ${DATA.space}. Each claim is decided by the function ` +
   "that the library's tests use; what is not claimed is measured too. Pictures: opacity is |value| / max, orange is negative.";
 at("cards").append(...DATA.cards.map(card));
