@@ -206,7 +206,7 @@ def test_an_export_that_breaks_off_leaves_the_old_folder(tmp_path: Path, monkeyp
     def breaks(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("uniproj.adapters.disk.os.fsync", breaks)
+    monkeypatch.setattr("os.fsync", breaks)
     with pytest.raises(AdapterError, match="No space left on device"):
         export(model, tmp_path, rank=8)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

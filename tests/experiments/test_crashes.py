@@ -46,7 +46,7 @@ from experiments import train
 from experiments.callbacks import StopOnSignal
 
 moment, folder = sys.argv[1:]
-save, replace, step_end = Trainer._save_checkpoint, Path.replace, StopOnSignal.on_step_end
+save, replace, step_end = Trainer._save_checkpoint, os.replace, StopOnSignal.on_step_end
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -68,13 +68,13 @@ def saving(self, *args):
             (whole[-1] / "trainer_state.json").unlink()
         die()
 
-def replacing(self, target):
-    if moment == target.name == "result.json":
-        cut(self)
+def replacing(source, target):
+    if moment == Path(target).name == "result.json":
+        cut(Path(source))
         die()
-    return replace(self, target)
+    replace(source, target)
 
-StopOnSignal.on_step_end, Trainer._save_checkpoint, Path.replace = on_step_end, saving, replacing
+StopOnSignal.on_step_end, Trainer._save_checkpoint, os.replace = on_step_end, saving, replacing
 train.main([folder])
 """
 
@@ -100,6 +100,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_identical_record
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", counted)
     assert train.main([str(folder)]) == 0
+    assert not list(folder.glob(".uniproj-*"))  # of the killed process
     assert trained == list(range(13 - again, 13))
     same = [key for key in read_json(whole / RESULT) if key not in NOT_COMPARED]
     assert [read_json(folder / RESULT)[k] for k in same] == [read_json(whole / RESULT)[k] for k in same]

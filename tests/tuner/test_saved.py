@@ -257,7 +257,7 @@ def test_a_full_disk_under_save_pretrained_leaves_the_old_adapter(tmp_path: Path
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("uniproj.adapters.disk.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(AdapterError, match=r"got No space left on device. What was saved there before is intact"):
         model.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
