@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from uniproj.atomic import flush_names
 from uniproj.errors import AdapterError
 
 RESTORE = "Bring the whole folder back from a backup (AdapterBank.backup)."
@@ -63,15 +64,15 @@ def appearing(folder: Path) -> Iterator[Path]:
             raise AdapterError(
                 f"bank: {folder} must not exist yet, got one. Open it with AdapterBank(folder), or choose another path."
             )
-        _make_parents(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         part, lock = _claim(folder)
     try:
         yield part
         with disk(folder):
-            _flush(part)
+            flush_names(part)
             part.rename(folder)
-            _flush(folder.parent)
+            flush_names(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         os.close(lock)
@@ -109,20 +110,3 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _make_parents(folder: Path) -> None:
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    for parent in reversed(missing):
-        parent.mkdir(exist_ok=True)
-        _flush(parent.parent)
-
-
-def _flush(folder: Path) -> None:
-    """Make the names in a folder last through a loss of power, where the system lets it be read."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
