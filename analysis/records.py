@@ -6,7 +6,6 @@ One row per run, with `sweep`, `failed` (the reason, or NaN) and `folder` (<task
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import pandas as pd
 
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
-from experiments.results import CONFIG, LOCK, RESULT, as_written, digest, is_locked, metrics, read_json, row
+from experiments.results import CONFIG, LOCK, NAMED, RESULT, as_written, digest, is_locked, metrics, read_json, row
 from experiments.settings import LOGGING_STEPS, SEEDS, RunConfig
 from experiments.statistics import SINGLE
 from experiments.tasks.task import is_score
@@ -26,8 +25,6 @@ T = TypeVar("T")
 
 RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
-# the folder of a run
-NAMED = re.compile(r".+-[0-9a-f]{12}")
 # how the reason begins why a run failed of which the record is not to be believed
 DAMAGED = "damaged: "
 # columns that every table and picture needs

@@ -25,6 +25,8 @@ from uniproj.atomic import install, written
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 RUNS = Path("runs")
+# the folder of a run, with the hash of its configuration
+NAMED = re.compile(r".+-([0-9a-f]{12})")
 LOCK = ".lock"
 # exit status of a run that another process trains (EX_TEMPFAIL)
 BUSY = 75
@@ -153,8 +155,10 @@ def result(folder: Path) -> dict[str, Any]:
     found = read_json(folder / RESULT)
     with as_written(folder / RESULT, "the folder"):
         record.check(found)
-        if not folder.resolve().name.endswith(f"-{digest(found['config'])}"):
-            raise ExperimentError(f"config must be the one whose hash the folder bears, got {digest(found['config'])}.")
+        # a copy may bear another name
+        named, own = NAMED.fullmatch(folder.resolve().name), digest(found["config"])
+        if named and named[1] != own:
+            raise ExperimentError(f"config must be the one whose hash the folder bears, got {own}.")
     if (folder / CONFIG).exists():
         check_config(folder, found["config"])
     return found

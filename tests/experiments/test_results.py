@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -114,6 +115,7 @@ def test_a_result_that_cannot_be_its_runs_is_not_believed(tampered: str, finishe
 def test_a_result_beside_another_configuration_is_not_believed(finished, config: RunConfig) -> None:
     folder = finished()
     assert is_done(folder) and row(folder)["score"] == 0.5 and damage(folder) is None
+    assert row(Path(shutil.copytree(folder, folder.with_name("a copy"))))["score"] == 0.5
     for text in (json.dumps({**config.to_json(), "lr": 1.0}), "\0" * 64):
         (folder / "config.json").write_text(text)
         with pytest.raises(ExperimentError, match=r"config.json must"):
