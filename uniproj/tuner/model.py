@@ -142,9 +142,6 @@ class UniProjModel(LoraModel):
         if get(config.projection).needs_base_weights:
             options["base_weights"] = BaseWeights({name: layer.get_base_layer() for name, layer in layers.items()})
         layout = layout_of(layers, adapter_name)
-        if config.header is not None:
-            of_base = sum(out * in_ for out, in_ in layout.shapes().values())
-            config.header.check_cost(f"adapter {adapter_name!r}", of_base)
         return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
 
     # ---- forward ----------------------------------------------------------------------------------

@@ -50,13 +50,15 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
 def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: nn.Module) -> Iterator[None]:
     """While inside, the configuration of a new adapter names its modules one by one, and PEFT has nothing to match.
 
-    Raises AdapterError for patterns that cannot be matched, and for a saved adapter that the model does not fit, before
-    anything is made for it.
+    Raises AdapterError for patterns that cannot be matched, and for a saved adapter that the model does not fit or that
+    costs more than `limits`, before anything is made for it.
     """
     given = configs[adapter_name]
     _maybe_include_all_linear_layers(given, model)
     if given.header is not None:
         check_fit(given.header, layout_on(model, given), given.remap or [])
+        of_base = sum(out * in_ for out, in_ in given.header.layout.shapes().values())
+        given.header.check_cost(f"adapter {adapter_name!r}", of_base)
     modules, left = targets(model, given)
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
