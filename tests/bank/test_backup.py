@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -209,11 +210,11 @@ def _as_other(work: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def public(filled: AdapterBank, tmp_path_factory) -> AdapterBank:
+def public(filled: AdapterBank) -> AdapterBank:
     """A bank whose folder every user may enter and read."""
     filled.close()
     for folder in (filled.folder, *filled.folder.parents):
-        if folder.is_relative_to(Path(tmp_path_factory.getbasetemp()).parent):
+        if Path(tempfile.gettempdir()) in folder.parents:
             folder.chmod(0o755)
     return AdapterBank(filled.folder)
 
@@ -295,16 +296,22 @@ def test_another_users_bank_is_read_while_it_is_written(public: AdapterBank) -> 
             os.write(tell[1], b"x")
             os.read(told[0], 1)
 
-    thread = threading.Thread(target=_as_other, args=(work,))
+    def run() -> None:
+        try:
+            _as_other(work)
+        finally:
+            os.close(tell[1])
+
+    thread = threading.Thread(target=run)
     thread.start()
     for turn in range(1, 6):
-        os.read(tell[0], 1)
+        assert os.read(tell[0], 1) == b"x"
         public.replace("3", vector(300 + turn))
         public.add(f"turn {turn}", vector(turn))
         if turn % 2:
             public.close()
         os.write(told[1], b"x")
-    os.read(tell[0], 1)
+    assert os.read(tell[0], 1) == b"x"
     os.write(told[1], b"x")
     thread.join()
     public.replace("3", vector(3))
