@@ -149,9 +149,10 @@ def build(
     try:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
-    except ProjectionError:
-        raise
-    except ValueError as error:  # of a kernel, which knows no method
+    except ValueError as error:
+        # somebody else's is a fault of that class; in ours it is a kernel's, which knows no method
+        if isinstance(error, ProjectionError) or not cls.__module__.startswith("uniproj."):
+            raise
         raise ProjectionError(f"{name}: {error}") from error
     if d is not None and projection.d != d:
         raise ProjectionError(f"{name}: d = {cls.d_formula} = {projection.d} on this layout, got d={d}. Leave d out.")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,13 @@ def main(argv: list[str]) -> None:
     """Measure and record; an error goes to standard error, where the parent reads its last line."""
     # or it would go on beside the next run and disturb its times
     end_with(int(argv[2]))
-    measure(Path(argv[0]), json.loads(argv[1]))
+    try:
+        measure(Path(argv[0]), json.loads(argv[1]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # without what libraries say at an exit of the objects that the error keeps alive
+        os._exit(1)
 
 
 def measure(out: Path, config: Mapping[str, Any]) -> None:

@@ -188,7 +188,7 @@ def test_tensors_are_written_one_at_a_time(tmp_path: Path) -> None:
 
     def tensors() -> Iterator[Tensor]:
         for i in range(4):
-            seen.append(sum(path.stat().st_size for path in tmp_path.glob(".adapter_model*")))
+            seen.append(sum(path.stat().st_size for path in tmp_path.glob(".uniproj-*.part")))
             yield torch.full((size,), float(i))
 
     peft_folder.write(tmp_path, {}, {f"t{i}": (torch.float32, (size,)) for i in range(4)}, tensors())

@@ -18,6 +18,7 @@ from uniproj import AdapterError
 from uniproj.__main__ import main
 from uniproj.adapters import base as bases
 from uniproj.adapters.exchange import export, import_adapter
+from uniproj.adapters.places import linear_modules
 from uniproj.adapters.trained import Trained
 from uniproj.adapters.verify import verify
 from uniproj.tuner import UniProjConfig
@@ -113,4 +114,4 @@ def test_a_kernel_that_a_configuration_names_is_not_fetched(place: Path) -> None
         config = LoraConfig(target_modules=["q_proj"], task_type=task)
         for weights in (False, True):
             found = bases.load(str(place / "base"), config, weights)
-            assert len(bases.linear_modules(found, config)) == 2
+            assert len(linear_modules(found, config)) == 2

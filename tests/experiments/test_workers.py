@@ -74,7 +74,7 @@ def test_one_line_for_each_run_where_standard_error_is_no_terminal(folders: list
 
 def test_a_damaged_result_fails_its_own_run_alone(folders: list[Path], monkeypatch) -> None:
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(workers, "start", lambda folder, _: subprocess.Popen(["true"]))
+    monkeypatch.setattr(workers, "start", lambda *_: subprocess.Popen(["true"]))
     (folders[0] / RESULT).write_bytes(bytes(512))
     failures = workers.train_all(folders[:2], "cpu")
     assert list(failures) == [folders[0]] and "result.json must be whole JSON" in failures[folders[0]]
