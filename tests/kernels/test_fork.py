@@ -21,9 +21,14 @@ from uniproj import LoRALayout, Projection, build
 from uniproj.bank import AdapterBank
 from uniproj.kernels import dispatch
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="it is about the loops and threads of the CPU"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="it is about the loops and threads of the CPU"
+    ),
+    pytest.mark.skipif(
+        torch.version.cuda is not None, reason="PyTorch with CUDA refuses a backward in a forked process"
+    ),
+]
 LAYOUT = LoRALayout.from_shapes({f"m{k}.q": (1024, 1024) for k in range(32)}, 16)  # D = 2^20: worth several threads
 
 
