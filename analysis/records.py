@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -20,6 +19,7 @@ from experiments.results import CONFIG, LOCK, NAMED, RESULT, as_written, digest,
 from experiments.settings import LOGGING_STEPS, SEEDS, RunConfig
 from experiments.statistics import SINGLE
 from experiments.tasks.task import is_score
+from uniproj.errors import shown
 
 T = TypeVar("T")
 

@@ -140,8 +140,8 @@ def build(
         raise ProjectionError(f"{name}: seed must lie in [0, 2^64), got {shown(seed)}.")
     layout = layout if layout is not None else LoRALayout.flat(D)
     accepted = [p for p in inspect.signature(cls).parameters if p not in ("layout", "d", "seed")]
-    if unknown := sorted(set(hyperparameters) - set(accepted)):
-        raise ProjectionError(f"{name}: unknown hyperparameters {unknown}; this method knows {accepted or 'none'}.")
+    if odd := sorted(set(hyperparameters) - set(accepted)):
+        raise ProjectionError(f"{name}: unknown hyperparameters {odd}; this method knows {accepted or 'none'}.")
     if cls.free_d and d is None:
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
     size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, hyperparameters)

@@ -6,7 +6,6 @@ import numbers
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from experiments.errors import ExperimentError
 from experiments.tasks.rows import MOST_CLASSES, complete, first
 from experiments.tasks.sources import carve, files, read_file
 from experiments.tasks.task import Task, listed
+from uniproj.errors import shown
 
 NUMBER = "a number"
 KINDS = (NUMBER, "text", "true or false")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from reprlib import repr as shown
-
 import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
+from uniproj.errors import shown
 
 TEXTS = (
     ("text",),

@@ -170,7 +170,7 @@ def test_a_limit_that_is_raised_lets_a_large_file_in(tmp_path: Path, monkeypatch
     assert header is not None
     with pytest.raises(AdapterError, match=rf"D must be at most {D - 1}, got {D}\. .*raise uniproj\.limits\.rows"):
         header.build()
-    assert header.build(of_base=D).D == D  # a base model that has as many weights
+    assert header.build(on_base=True).D == D  # a base model that has more weights
     monkeypatch.setattr(limits, "rows", D)
     assert header.build().D == D
     for name, value in {"modules": 3, "file_bytes": 200, "header_bytes": 99, "config_bytes": 98}.items():

@@ -174,28 +174,29 @@ class Header:
                 return shapes_without_P(tensors, self.projection, self.d)
             return {THETA_D: torch.Size([self.d])} | {f"{OF_P}{name}": torch.Size(own[name]) for name in own}
 
-    def check_cost(self, where: str = "adapter", of_base: int = 0) -> None:
+    def check_cost(self, where: str = "adapter", on_base: bool = False) -> None:
         """Raises AdapterError for a D beyond `limits.rows`, and for a P that takes more numbers than `limits.draws`.
 
-        of_base: how many weights the adapted modules of the base model have, where it is known: a D up to this is never
-        too large.
+        on_base: whether a base model is known to have the modules of `layout`: a D up to the count of their weights is
+        then never too large.
         """
+        of_base = sum(out * in_ for out, in_ in self.layout.shapes().values()) if on_base else 0
         limits.check("rows", self.layout.D, "D", where, also=of_base)
         with self._refused(where):
             draws = get(self.projection).draws(self.layout, self.d, **self.projection_kwargs)
         limits.check("draws", draws, f"the random numbers that {self.projection} takes", where)
 
     def build(
-        self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter", of_base: int = 0
+        self, base_weights: Mapping[str, Tensor] | None = None, where: str = "adapter", on_base: bool = False
     ) -> Projection:
         """P, on the CPU, checked against version and checksum.
 
-        base_weights: W (out, in) by the module names of `layout`, for methods made of them. of_base: see `check_cost`.
+        base_weights: W (out, in) by the module names of `layout`, for methods made of them. on_base: see `check_cost`.
         Raises AdapterError for another version or checksum, for hyperparameters that the method refuses, and beyond
         `limits`. A P whose Parameters lie on the meta device (`low_cpu_mem_usage`) has no numbers to check yet.
         """
         self.check_version(where)
-        self.check_cost(where, of_base)
+        self.check_cost(where, on_base)
         options = dict(self.projection_kwargs)
         if get(self.projection).needs_base_weights:
             if base_weights is None:

@@ -22,11 +22,11 @@ from uniproj.errors import AdapterError
 
 def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:
     """The configuration of an adapter of one of these PEFT types. Raises AdapterError for a missing file and others."""
-    kind = peft_type(folder)
+    fields = _fields(folder)
+    kind = str(fields.get("peft_type"))
     if kind not in kinds:
         raise AdapterError(f"{folder}: must hold an adapter of PEFT type {' or '.join(kinds)}, got {kind}.")
-    fields = schema.Configuration if kind == "LORA" else schema.Places
-    schema.check(fields, read_json(folder / CONFIG), f"{folder / CONFIG}: ")
+    schema.check(schema.Configuration if kind == "LORA" else schema.Places, fields, f"{folder / CONFIG}: ")
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -51,10 +51,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def peft_type(folder: Path) -> str:
     """The PEFT type that the configuration in a folder names. Raises AdapterError for a folder without one."""
+    return str(_fields(folder).get("peft_type"))
+
+
+def _fields(folder: Path) -> dict[str, Any]:
     if not exists(folder / CONFIG) or not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder}: must be a folder with {CONFIG}, got none. Check the path.")
     fields = read_json(folder / CONFIG)
-    return str(fields.get("peft_type")) if isinstance(fields, dict) else "none"
+    return fields if isinstance(fields, dict) else {"peft_type": "none"}
 
 
 def write(

@@ -76,8 +76,7 @@ class Trained:
             if model is not None:
                 names = check_fit(saved.header, layout_on(model, saved.config), saved.config.remap or [])
                 weights = bases.weights_of(model, names) if needs_weights else None
-            of_base = 0 if shapes is None else sum(out * in_ for out, in_ in shapes.values())
-            P = saved.header.build(weights, str(folder), of_base)
+            P = saved.header.build(weights, str(folder), on_base=model is not None)
         else:
             assert shapes is not None and model is not None
             weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None

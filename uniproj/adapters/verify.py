@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from uniproj.adapters import base as bases
 from uniproj.adapters import tensors as stored
 from uniproj.adapters.file import locate, read
@@ -37,17 +35,15 @@ def verify(
             f"{path}: verify needs a file with a header, got one from before format 1. Load it on the base model it "
             "was trained on and save it again."
         )
-    table, of_base, fits = list((remap or {}).items()), 0, []
+    table, fits = list((remap or {}).items()), []
     if table:
         rename(saved.config, header.layout, table)
     if base is not None:
         bare = bases.load(base, saved.config, weights=False, trust_remote_code=trust_remote_code)
         check_tokens(saved.config.trainable_token_indices, bare)
         names = check_fit(header, layout_on(bare, saved.config), saved.config.remap or [])
-        of_base = sum(out * in_ for out, in_ in header.layout.shapes().values())
         heads = check_heads(heads_by_new_names(saved.tensors, table), bare, saved.config.modules_to_save)
-        now = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        warn_of_another_base(header, base, now)
+        warn_of_another_base(header, base, bare.config)
         fits.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
         if heads:
             rest = f" and {len(heads) - 3} more" if len(heads) > 3 else ""
@@ -55,7 +51,7 @@ def verify(
     if get(header.projection).needs_base_weights:
         said.append(f"P is made of the base weights: its checksum {header.checksum[:12]}.. is checked on loading")
     else:
-        P = header.build(where=str(path), of_base=of_base)
+        P = header.build(where=str(path), on_base=base is not None)
         stored.check_shapes(saved.tensors, stored.shapes_of(P), header.projection)
         stored.check_numbers(saved.tensors, header.projection, has_offset=P.offset is not None)
         said.append(f"P {P.shape} of {header.projection} has its checksum {header.checksum[:12]}..")

@@ -16,6 +16,7 @@ from weakref import finalize
 
 import numpy as np
 
+from uniproj import limits
 from uniproj.bank.folder import RESTORE, identity, refusal, replaced
 from uniproj.errors import AdapterError
 
@@ -23,8 +24,6 @@ from uniproj.errors import AdapterError
 _LENGTH = 8
 _PAGE = 4096
 TENSOR, _METADATA = "theta_d", "__metadata__"
-# more than the header of any P; what claims to be longer was not written by us
-_LONGEST_HEADER = 2**24
 # a file grows by this part of itself at least, so that few writes have to wait for it
 _GROWTH = 32
 # the last line of the metadata, and the end of the header after it
@@ -168,7 +167,7 @@ class Slots:
     def _header_length(self) -> int:
         begin = os.pread(self._file, _LENGTH, 0)
         length: int = struct.unpack("<Q", begin)[0] if len(begin) == _LENGTH else 0
-        if length > min(_LONGEST_HEADER, os.fstat(self._file).st_size):
+        if length > min(limits.header_bytes, os.fstat(self._file).st_size):
             raise self._foreign(f"a header of {length:,} bytes")
         return length
 

@@ -57,8 +57,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     _maybe_include_all_linear_layers(given, model)
     if given.header is not None:
         check_fit(given.header, layout_on(model, given), given.remap or [])
-        of_base = sum(out * in_ for out, in_ in given.header.layout.shapes().values())
-        given.header.check_cost(f"adapter {adapter_name!r}", of_base)
+        given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     modules, left = targets(model, given)
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
