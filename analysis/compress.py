@@ -18,9 +18,9 @@ from torch import nn
 from experiments import models
 from experiments.errors import ExperimentError
 from uniproj import AdapterError, ProjectionError, console, plugins
-from uniproj.adapters.compress import compress
-from uniproj.adapters.lora import LoRAAdapter, read
 from uniproj.errors import printable
+from uniproj.exchange.compress import compress
+from uniproj.exchange.formats.lora import LoRAAdapter, read
 
 
 def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.errors import ExperimentError
 from experiments.results import is_done, write_text
 from experiments.run import HEAD, Run
-from uniproj.adapters.tensors import HEADS
+from uniproj.format.tensors import HEADS
 from uniproj.projection import Projection
 
 # Fraction of the initial loss that a run must gain on rows it was trained on.

@@ -31,8 +31,8 @@ from experiments.results import BUSY, CONFIG, FAILED, RESULT, disk_errors, is_do
 from experiments.run import Run
 from experiments.steps import isometry, step_times
 from uniproj import console
-from uniproj.adapters.file import read
 from uniproj.errors import AdapterError, ProjectionError, printable
+from uniproj.format.file import read
 
 INTERRUPTED = 130
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from uniproj import console, plugins
-from uniproj.adapters import commands as exchange
 from uniproj.errors import AdapterError, ProjectionError, printable
+from uniproj.exchange import commands as exchange
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
 from uniproj.testing import BatteryFailure, Check, check_projection, sample
@@ -83,7 +83,7 @@ def _print(name: str, variant: Any, shape: tuple[int | None, int | None], checks
 
 
 def _inspect(path: Path, as_json: bool) -> int:
-    from uniproj.adapters.inspect import describe, text  # PEFT and Transformers take seconds to import
+    from uniproj.exchange.inspect import describe, text  # PEFT and Transformers take seconds to import
 
     found = describe(path)
     print(json.dumps(found, indent=2) if as_json else text(found))
@@ -91,7 +91,7 @@ def _inspect(path: Path, as_json: bool) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from uniproj.adapters.verify import verify
+    from uniproj.exchange.verify import verify
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -105,7 +105,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _restore(path: Path, as_json: bool) -> int:
-    from uniproj.adapters.file import CONFIG, restore
+    from uniproj.format.file import CONFIG, restore
 
     config = restore(path).config
     said = {"written": str(path / CONFIG), "projection": config.projection, "d": config.d}

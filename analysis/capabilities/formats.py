@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from analysis.capabilities.probe import check, probe
 from analysis.capabilities.subjects import IDS, ROUNDING, TARGETS, llama, logits, same, saved
-from uniproj.adapters.exchange import export
+from uniproj.exchange.transfer import export
 from uniproj.tuner import from_peft, to_peft
 
 FORMATS = "Other formats"

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from experiments.models import Base, target_modules, unloaded
 from experiments.tasks import Task
-from uniproj.adapters.places import linear_modules
+from uniproj.format.places import linear_modules
 
 if TYPE_CHECKING:
     from experiments.settings import RunConfig

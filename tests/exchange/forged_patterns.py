@@ -1,6 +1,6 @@
 """Loads, checks, exports, imports and keeps what a folder of forged adapters holds, and says how each ended.
 
-Run in a process of its own, as `python -m tests.adapters.forged_patterns FOLDER`: what this guards against is a match
+Run in a process of its own, as `python -m tests.exchange.forged_patterns FOLDER`: what this guards against is a match
 of `re`, which nothing can stop.
 """
 
@@ -17,10 +17,10 @@ from peft import PeftModel, get_peft_model
 
 from tests.tuner.models import base_model, batch
 from uniproj import AdapterError
-from uniproj.adapters import patterns
-from uniproj.adapters.exchange import export, import_adapter
-from uniproj.adapters.verify import verify
 from uniproj.bank import AdapterBank
+from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange.verify import verify
+from uniproj.format import patterns
 from uniproj.tuner import UniProjConfig
 
 

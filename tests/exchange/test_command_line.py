@@ -10,11 +10,11 @@ import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig
 
-from tests.adapters.fixtures import base
-from tests.adapters.saved import reconfigure, save
+from tests.format.fixtures import base
+from tests.format.saved import reconfigure, save
 from uniproj import get
-from uniproj.__main__ import main
-from uniproj.adapters import file
+from uniproj.cli import main
+from uniproj.format import file
 from uniproj.tuner import UniProjConfig
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

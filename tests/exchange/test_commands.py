@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.adapters.tools import SAME, difference, loaded, logits, saved, trained
+from tests.exchange.tools import SAME, difference, loaded, logits, saved, trained
 from tests.tuner.models import TARGETS, TASKS, base_model, train_steps
-from uniproj.__main__ import main
-from uniproj.adapters.lora import read
-from uniproj.adapters.trained import Trained
+from uniproj.cli import main
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.formats.lora import read
 
 
 def test_export_and_import_of_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.adapters.tools import SAME, difference, fields_of
-from uniproj.adapters.exchange import export
+from tests.exchange.tools import SAME, difference, fields_of
+from uniproj.exchange.transfer import export
 from uniproj.tuner import UniProjConfig
 
 diffusers = pytest.importorskip("diffusers")

@@ -14,12 +14,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.adapters.tools import SAME, difference, fields_of, loaded, logits, saved, trained
+from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained
 from tests.tuner.models import TARGETS, base_model, batch, config
 from uniproj import AdapterError, get, names
-from uniproj.adapters import peft_folder
-from uniproj.adapters.exchange import export
-from uniproj.adapters.trained import Trained
+from uniproj.exchange import peft_folder
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.transfer import export
 from uniproj.tuner import UniProjConfig
 
 WEIGHTS = "adapter_model.safetensors"

@@ -13,14 +13,14 @@ import pytest
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
-from tests.adapters.fixtures import base
+from tests.format.fixtures import base
 from uniproj import AdapterError
-from uniproj.__main__ import main
-from uniproj.adapters import base as bases
-from uniproj.adapters.exchange import export, import_adapter
-from uniproj.adapters.places import linear_modules
-from uniproj.adapters.trained import Trained
-from uniproj.adapters.verify import verify
+from uniproj.cli import main
+from uniproj.exchange import base as bases
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange.verify import verify
+from uniproj.format.places import linear_modules
 from uniproj.tuner import UniProjConfig
 
 ROOT = Path(__file__).parents[2]

@@ -18,13 +18,13 @@ from peft import PeftModel, UniLoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from safetensors.torch import save_file
 
-from tests.adapters.test_patterns import HANGS_BOTH, HANGS_RE
+from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 from tests.tuner.models import TARGETS, base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.adapters import file, identity
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.exchange import export, import_adapter
-from uniproj.adapters.verify import verify
+from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange.verify import verify
+from uniproj.format import file, identity
+from uniproj.format import tensors as stored
 
 ROOT = Path(__file__).parents[2]
 ALTERNATIVE = f"{HANGS_RE}|.*({'|'.join(TARGETS['llama'])})"
@@ -129,7 +129,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ended(place: Path) -> dict[str, dict[str, Any]]:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.adapters.forged_patterns", str(place)],
+        [sys.executable, "-m", "tests.exchange.forged_patterns", str(place)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,

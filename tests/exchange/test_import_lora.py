@@ -14,11 +14,11 @@ import torch
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.tools import SAME, difference, fields_of, loaded, logits, trained
+from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, trained
 from tests.tuner.models import TARGETS, base_model, train_steps
 from uniproj import AdapterError, get, names
-from uniproj.adapters import file
-from uniproj.adapters.exchange import export, import_adapter
+from uniproj.exchange.transfer import export, import_adapter
+from uniproj.format import file
 
 
 def _lora(folder: Path, steps: int = 3, **fields: Any) -> Path:

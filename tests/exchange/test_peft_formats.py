@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.tools import SAME, difference, fields_of, loaded, logits, saved, trained
+from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained
 from tests.reference.peft_toys import CONFIGS
 from tests.tuner.models import TARGETS, TASKS, base_model, config, train_steps
 from uniproj import AdapterError
-from uniproj.adapters.exchange import export, import_adapter
-from uniproj.adapters.trained import Trained
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.transfer import export, import_adapter
 from uniproj.tuner import from_peft
 
 WEIGHTS = "adapter_model.safetensors"

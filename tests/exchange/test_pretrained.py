@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments import models
-from tests.adapters.tools import SAME, difference
+from tests.exchange.tools import SAME, difference
 from uniproj import get
-from uniproj.adapters.exchange import export, import_adapter
+from uniproj.exchange.transfer import export, import_adapter
 from uniproj.tuner import UniProjConfig
 
 TARGETS = {"minilm": ["query", "value"], "smollm2": ["q_proj", "v_proj", "down_proj"]}

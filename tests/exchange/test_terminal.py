@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM
 
 from experiments import train
 from experiments.errors import ExperimentError
-from tests.adapters.fixtures import base
-from tests.adapters.saved import LAYOUT, reconfigure, relabel, save
+from tests.format.fixtures import base
+from tests.format.saved import LAYOUT, reconfigure, relabel, save
 from uniproj import AdapterError, LoRALayout, ProjectionError, build, console
-from uniproj.__main__ import main
-from uniproj.adapters import file
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import THETA_D
+from uniproj.cli import main
 from uniproj.errors import printable, shown
+from uniproj.format import file
+from uniproj.format.header import Header
+from uniproj.format.tensors import THETA_D
 from uniproj.tuner import UniProjConfig
 
 FORGED = "x\nchecksum             abc\r\x1b[2J\x9b31m\x7f\u202e\u2066\u200b\u2028\u2029\u0085end"

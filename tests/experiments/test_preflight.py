@@ -16,7 +16,7 @@ import yaml
 from experiments import compare, harness, sweep, train
 from experiments.config import RunConfig, resolve
 from experiments.results import CONFIG, METRICS, RESULT, prepare, read_json, write_json
-from tests.adapters.test_patterns import HANGS_BOTH, HANGS_RE
+from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What a command costs on a file, measured in a fork of a fresh process under a limit of its memory.
 
-`python -m tests.adapters.costs MB ACTION:FOLDER ..` prints one line of JSON for each: what was said (or the sentence of
+`python -m tests.format.costs MB ACTION:FOLDER ..` prints one line of JSON for each: what was said (or the sentence of
 the error), MB by which the process grew, seconds of the CPU.
 """
 
@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 def costs(*asked: tuple[str, Path], most: int = 1024, **environment: str) -> list[Cost]:
     """Of each (action, folder), with at most `most` MB more than after the imports."""
     found = subprocess.run(
-        [sys.executable, "-m", "tests.adapters.costs", str(most), *(f"{action}:{folder}" for action, folder in asked)],
+        [sys.executable, "-m", "tests.format.costs", str(most), *(f"{action}:{folder}" for action, folder in asked)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -54,9 +54,9 @@ def _measured(action: Callable[[str], object], folder: str, most: int) -> Cost:
 
 
 def _main(most: int, asked: list[str]) -> None:
-    from uniproj.adapters import file
-    from uniproj.adapters.exchange import export
-    from uniproj.adapters.verify import verify
+    from uniproj.exchange.transfer import export
+    from uniproj.exchange.verify import verify
+    from uniproj.format import file
 
     actions: dict[str, Callable[[str], object]] = {
         "read": file.read,

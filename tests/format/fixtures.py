@@ -1,4 +1,4 @@
-"""Adapters that each format's version wrote, kept for ever; `python -m tests.adapters.fixtures` adds missing ones.
+"""Adapters that each format's version wrote, kept for ever; `python -m tests.format.fixtures` adds missing ones.
 
 v<format>/<name>/ holds an adapter as PEFT saved it and `expected.safetensors`: its trained numbers and theta_D then.
 Nothing that is there is ever written again; manifest.json holds the digest of every file.
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uniproj import get, names
-from uniproj.adapters.header import FORMAT_VERSION
+from uniproj.format.header import FORMAT_VERSION
 from uniproj.kernels.random import uniform
 from uniproj.tuner import UniProjConfig
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from uniproj import LoRALayout, build, get
-from uniproj.adapters import file
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.header import Header
+from uniproj.format import file
+from uniproj.format import tensors as stored
+from uniproj.format.header import Header
 from uniproj.tuner import UniProjConfig
 
 LAYOUT = LoRALayout.from_shapes({f"layers.{i}.{m}": (24, 16) for i in (2, 10) for m in ("q", "v")}, r=3)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import uniproj
-from tests.adapters.saved import HEAD, LAYOUT, edit_weights, parts, reconfigure, relabel, rewrite, save
+from tests.format.saved import HEAD, LAYOUT, edit_weights, parts, reconfigure, relabel, rewrite, save
 from uniproj import AdapterError, LoRALayout, names
-from uniproj.adapters import file
-from uniproj.adapters.header import FREE, Header, quantisation, settings
-from uniproj.adapters.header_lines import pack, unpack
-from uniproj.adapters.tensors import IDENTITY, THETA_D
+from uniproj.format import file
+from uniproj.format.header import FREE, Header, quantisation, settings
+from uniproj.format.header_lines import pack, unpack
+from uniproj.format.tensors import IDENTITY, THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig
 
@@ -243,7 +243,7 @@ def test_another_P_is_refused_when_it_is_built(folder: Path) -> None:
     header = file.read(folder).header
     assert header is not None
     with pytest.raises(AdapterError, match=r"must have the checksum 0000.* another P"):
-        uniproj.adapters.header.Header(**{**vars(header), "checksum": "0" * 64}).build()
+        uniproj.format.header.Header(**{**vars(header), "checksum": "0" * 64}).build()
     with pytest.raises(AdapterError, match="is made of the base model's weights"):
         Header(**{**vars(header), "projection": "lora_xs", "projection_version": get("lora_xs").version}).build()
 

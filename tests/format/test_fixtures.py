@@ -11,9 +11,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from tests.adapters.fixtures import EXPECTED, MANIFEST, ROOT, WITH_HEAD, base, digests, trained, wanted
-from uniproj.adapters import file
-from uniproj.adapters.header import FORMAT_VERSION
+from tests.format.fixtures import EXPECTED, MANIFEST, ROOT, WITH_HEAD, base, digests, trained, wanted
+from uniproj.format import file
+from uniproj.format.header import FORMAT_VERSION
 
 FOLDERS = sorted(path.parent for path in ROOT.glob("v*/*/adapter_config.json"))
 
@@ -21,9 +21,9 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("v*/*/adapter_config.json"))
 def test_the_fixtures_only_grow() -> None:
     noted, found = json.loads(MANIFEST.read_text()), digests()
     assert {path: found.get(path) for path in noted} == noted
-    assert found.keys() == noted.keys(), "run python -m tests.adapters.fixtures and commit"
+    assert found.keys() == noted.keys(), "run python -m tests.format.fixtures and commit"
     assert {folder.name for folder in FOLDERS if folder.parent.name == f"v{FORMAT_VERSION}"} >= set(wanted()), (
-        "a projection without a fixture: run python -m tests.adapters.fixtures and commit"
+        "a projection without a fixture: run python -m tests.format.fixtures and commit"
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.adapters.saved import save
+from tests.format.saved import save
 from uniproj import AdapterError
-from uniproj.adapters import file
+from uniproj.format import file
 
 
 @pytest.fixture

@@ -25,14 +25,14 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tests.adapters.fixtures import base
-from tests.adapters.test_fuzz import ODD, edit
+from tests.format.fixtures import base
+from tests.format.test_fuzz import ODD, edit
 from uniproj import AdapterError, ProjectionError, build, get
-from uniproj.adapters import file, identity
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.header import FREE, Header
-from uniproj.adapters.header_lines import pack
-from uniproj.adapters.verify import verify
+from uniproj.exchange.verify import verify
+from uniproj.format import file, identity
+from uniproj.format import tensors as stored
+from uniproj.format.header import FREE, Header
+from uniproj.format.header_lines import pack
 from uniproj.tuner import UniProjConfig
 
 SECONDS, BYTES = 10, 2**29

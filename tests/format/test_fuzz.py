@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.adapters.saved import joined, parts, save
+from tests.format.saved import joined, parts, save
 from uniproj import AdapterError
-from uniproj.adapters import file
-from uniproj.adapters.header import FREE
+from uniproj.format import file
+from uniproj.format.header import FREE
 
 ODD = [None, True, False, 0, -1, 1, 2**31, 2**64, 10**30, 1.5, float("nan"), "", "x", "0", "unilora", "../x", "\ud800"]
 ODD += [

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters.costs import costs
-from tests.adapters.saved import joined, parts, reconfigure, relabel, save
+from tests.format.costs import costs
+from tests.format.saved import joined, parts, reconfigure, relabel, save
 from uniproj import AdapterError, LoRALayout, ProjectionError, build, get, limits, names
-from uniproj.adapters import file
-from uniproj.adapters.header import Header
-from uniproj.adapters.header_lines import pack
-from uniproj.adapters.tensors import OF_P, THETA_D
+from uniproj.format import file
+from uniproj.format.header import Header
+from uniproj.format.header_lines import pack
+from uniproj.format.tensors import OF_P, THETA_D
 from uniproj.tuner import UniProjConfig
 
 SQUARE = {"layers.0.q": (20_000, 20_000)}
@@ -41,7 +41,7 @@ def forge(folder: Path, projection: str, layout: LoRALayout, d: int, own: Any = 
 
 
 def _settings(config: UniProjConfig) -> dict[str, Any]:
-    from uniproj.adapters.header import settings
+    from uniproj.format.header import settings
 
     return settings(config.to_dict())
 
@@ -237,7 +237,7 @@ def test_hyperparameters_that_no_method_takes_are_refused_on_reading(tmp_path: P
 
 @pytest.mark.parametrize("name", names())
 def test_the_shapes_of_a_P_are_known_before_it_is_made(name: str) -> None:
-    from tests.adapters.saved import LAYOUT
+    from tests.format.saved import LAYOUT
     from uniproj.testing import sample
 
     for variant in get(name).variants:

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from uniproj import AdapterError
-from uniproj.adapters import patterns
+from uniproj.format import patterns
 
 NAMES = [
     "q_proj",

@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.fixtures import base
-from tests.adapters.saved import LAYOUT, reconfigure, relabel, save
+from tests.format.fixtures import base
+from tests.format.saved import LAYOUT, reconfigure, relabel, save
 from uniproj import AdapterError, ProjectionError, build, get, names
-from uniproj.__main__ import main
-from uniproj.adapters import architecture, file
-from uniproj.adapters.header_lines import pack
-from uniproj.adapters.schema import DEPTH, parse_json
+from uniproj.cli import main
+from uniproj.exchange import architecture
+from uniproj.format import file
+from uniproj.format.header_lines import pack
+from uniproj.format.schema import DEPTH, parse_json
 from uniproj.tuner import UniProjConfig
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.saved import edit_weights, relabel, save
+from tests.format.saved import edit_weights, relabel, save
 from uniproj import AdapterError
-from uniproj.__main__ import main
-from uniproj.adapters import disk, file
+from uniproj.cli import main
+from uniproj.format import disk, file
 
 FILES = (file.CONFIG, file.WEIGHTS)
 
@@ -94,7 +94,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(folder: Path) -> None:
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-        "from pathlib import Path; from uniproj.adapters.disk import replace;"
+        "from pathlib import Path; from uniproj.format.disk import replace;"
         f"replace({{Path({str(folder / file.WEIGHTS)!r}): bytes(5000), Path({str(folder / file.CONFIG)!r}): b'x'}})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_process_killed_while_writing_leaves_the_old_file(folder: Path, moment: str) -> None:
     before = _contents(folder)
     code = (
-        "import os, signal; from pathlib import Path; from uniproj.adapters.disk import replace;"
+        "import os, signal; from pathlib import Path; from uniproj.format.disk import replace;"
         f"{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
         f"replace({{Path({str(folder / file.WEIGHTS)!r}): b'new', Path({str(folder / file.CONFIG)!r}): b'new'}})"
     )

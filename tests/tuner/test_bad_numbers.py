@@ -14,14 +14,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tests.adapters.saved import save
+from tests.format.saved import save
 from tests.tuner.models import base_model, config, train_steps
 from tests.tuner.test_trainer import _data
 from uniproj import AdapterError
-from uniproj.adapters import file
-from uniproj.adapters.exchange import export
-from uniproj.adapters.tensors import OF_P, THETA_D
-from uniproj.adapters.trained import Trained
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.transfer import export
+from uniproj.format import file
+from uniproj.format.tensors import OF_P, THETA_D
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HEAD = {"modules_to_save": ["lm_head"]}

@@ -22,13 +22,14 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.adapters.saved import rewrite
+from tests.format.saved import rewrite
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.adapters import file, inspect
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.exchange import export, import_adapter
-from uniproj.adapters.verify import verify
+from uniproj.exchange import inspect
+from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange.verify import verify
+from uniproj.format import file
+from uniproj.format import tensors as stored
 from uniproj.tuner import UniProjConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -10,10 +10,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import file as adapter_file
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import THETA_D
 from uniproj.errors import AdapterError
+from uniproj.format import file as adapter_file
+from uniproj.format.header import Header
+from uniproj.format.tensors import THETA_D
 from uniproj.layout import LoRALayout
 from uniproj.tuner import UniProjModel
 

@@ -13,10 +13,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import file as adapter_file
-from uniproj.adapters.fit import warn_of_another_base
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import THETA_D, check_numbers
 from uniproj.bank.attached import (
     active_adapter,
     check_same,
@@ -32,6 +28,10 @@ from uniproj.bank.index import Change, Index
 from uniproj.bank.slots import Slots, crc
 from uniproj.bank.spool import Spool
 from uniproj.errors import AdapterError
+from uniproj.format import file as adapter_file
+from uniproj.format.compatibility import warn_of_another_base
+from uniproj.format.header import Header
+from uniproj.format.tensors import THETA_D, check_numbers
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
 # bytes of the longest name

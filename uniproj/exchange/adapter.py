@@ -13,16 +13,16 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import base as bases
-from uniproj.adapters import file
-from uniproj.adapters.fit import check_fit
-from uniproj.adapters.header import Header
-from uniproj.adapters.keys import plain
-from uniproj.adapters.lora import LoRAAdapter, ranks, scales
-from uniproj.adapters.places import layout_on, linear_modules
-from uniproj.adapters.remap import new_names
-from uniproj.adapters.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
 from uniproj.errors import AdapterError
+from uniproj.exchange import base as bases
+from uniproj.exchange.formats.lora import LoRAAdapter, ranks, scales
+from uniproj.format import file
+from uniproj.format.compatibility import check_fit
+from uniproj.format.header import Header
+from uniproj.format.keys import plain
+from uniproj.format.places import layout_on, linear_modules
+from uniproj.format.remap import new_names
+from uniproj.format.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get

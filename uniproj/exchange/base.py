@@ -12,8 +12,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from uniproj.adapters import architecture
 from uniproj.errors import AdapterError
+from uniproj.exchange import architecture
 from uniproj.tuner.quantised import BaseWeights
 
 _CLASSES = {

@@ -37,7 +37,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from uniproj.adapters.exchange import export  # PEFT and Transformers take seconds to import
+    from uniproj.exchange.transfer import export  # PEFT and Transformers take seconds to import
 
     export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
     _print({"format": args.to, "bytes": _bytes(args.out), "folder": args.out}, args.json)
@@ -45,7 +45,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from uniproj.adapters.exchange import import_adapter
+    from uniproj.exchange.transfer import import_adapter
 
     given = (args.projection, args.d, args.seed, args.options, args.base, args.trust_remote_code)
     report = import_adapter(args.path, args.out, *given)

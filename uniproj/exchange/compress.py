@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniproj.adapters import base as bases
-from uniproj.adapters.lora import LoRAAdapter, lora_settings
-from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
-from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
+from uniproj.exchange import base as bases
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.formats.lora import LoRAAdapter, lora_settings
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 

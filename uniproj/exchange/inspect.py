@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from uniproj.adapters.file import CONFIG, WEIGHTS, SavedAdapter, read
-from uniproj.adapters.header import PREFIX, Header
 from uniproj.errors import printable
+from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, read
+from uniproj.format.header import PREFIX, Header
 from uniproj.registry import get
 
 

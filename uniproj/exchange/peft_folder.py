@@ -13,11 +13,11 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from uniproj.adapters import schema
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import exists, read_json, replace
-from uniproj.adapters.file import CONFIG, UNSAFE, WEIGHTS, config_text
 from uniproj.errors import AdapterError
+from uniproj.format import schema
+from uniproj.format import tensors as stored
+from uniproj.format.disk import exists, read_json, replace
+from uniproj.format.file import CONFIG, UNSAFE, WEIGHTS, config_text
 
 
 def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:

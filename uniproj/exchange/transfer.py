@@ -11,12 +11,15 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from uniproj.adapters import file, lora, peft_folder, peft_formats, vllm
-from uniproj.adapters.commands import FORMATS
-from uniproj.adapters.compress import IDENTITY, compress
-from uniproj.adapters.disk import exists
-from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
+from uniproj.exchange import peft_folder
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.commands import FORMATS
+from uniproj.exchange.compress import IDENTITY, compress
+from uniproj.exchange.formats import _peft as peft_formats
+from uniproj.exchange.formats import lora, vllm
+from uniproj.format import file
+from uniproj.format.disk import exists
 
 _FILES = (file.CONFIG, file.WEIGHTS)
 

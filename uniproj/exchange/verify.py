@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from uniproj.adapters import base as bases
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.file import locate, read
-from uniproj.adapters.fit import check_fit, warn_of_another_base
-from uniproj.adapters.heads import check_heads, check_tokens
-from uniproj.adapters.places import layout_on
-from uniproj.adapters.remap import rename
 from uniproj.errors import AdapterError
+from uniproj.exchange import base as bases
+from uniproj.format import tensors as stored
+from uniproj.format.compatibility import check_fit, warn_of_another_base
+from uniproj.format.file import locate, read
+from uniproj.format.heads import check_heads, check_tokens
+from uniproj.format.places import layout_on
+from uniproj.format.remap import rename
 from uniproj.registry import get
 from uniproj.tuner.files import heads_by_new_names
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from uniproj.adapters.header import Header, quantisation
-from uniproj.adapters.remap import Table, new_names, suggestion
 from uniproj.errors import AdapterError, printable
+from uniproj.format.header import Header, quantisation
+from uniproj.format.remap import Table, new_names, suggestion
 from uniproj.layout import LoRALayout
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from uniproj import limits
-from uniproj.adapters.schema import parse_json
 from uniproj.atomic import install, written
 from uniproj.errors import AdapterError
+from uniproj.format.schema import parse_json
 
 
 def exists(path: Path) -> bool:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from uniproj.adapters import identity, schema
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.disk import exists, opened, read_json, replace
-from uniproj.adapters.header import FREE, PREFIX, Header
-from uniproj.adapters.heads import entitled
-from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError, ProjectionError
+from uniproj.format import identity, schema
+from uniproj.format import tensors as stored
+from uniproj.format.disk import exists, opened, read_json, replace
+from uniproj.format.header import FREE, PREFIX, Header
+from uniproj.format.heads import entitled
+from uniproj.format.remap import new_names
 
 if TYPE_CHECKING:
     from uniproj.tuner.config import UniProjConfig

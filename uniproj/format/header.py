@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import uniproj
 from uniproj import limits
-from uniproj.adapters import schema
-from uniproj.adapters.header_lines import LINES
-from uniproj.adapters.patterns import of_modules, scale
-from uniproj.adapters.remap import new_names
-from uniproj.adapters.tensors import OF_P, THETA_D, shapes_without_P
 from uniproj.errors import AdapterError, ProjectionError
+from uniproj.format import schema
+from uniproj.format.header_lines import LINES
+from uniproj.format.patterns import of_modules, scale
+from uniproj.format.remap import new_names
+from uniproj.format.tensors import OF_P, THETA_D, shapes_without_P
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from uniproj import limits
-from uniproj.adapters.schema import Lines, parse_json
+from uniproj.format.schema import Lines, parse_json
 from uniproj.layout import LoRALayout
 
 _MEMORY = 2**25
@@ -49,7 +49,7 @@ def _layout(text: str) -> LoRALayout:
 
 
 _JSON = (_dump, parse_json)
-# what the values may be, `uniproj.adapters.schema.Lines` says
+# what the values may be, `uniproj.format.schema.Lines` says
 LINES: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
     **dict.fromkeys(Lines.model_fields, _JSON),
     "layout": (pack, _layout),

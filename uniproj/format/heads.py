@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniproj.adapters.keys import plain
-from uniproj.adapters.tensors import FLOATS, HEADS
 from uniproj.errors import AdapterError
+from uniproj.format.keys import plain
+from uniproj.format.tensors import FLOATS, HEADS
 
 _TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 _PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")

@@ -8,9 +8,9 @@ import json
 import torch
 from torch import Tensor
 
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import IDENTITY
 from uniproj.errors import AdapterError
+from uniproj.format.header import Header
+from uniproj.format.tensors import IDENTITY
 
 _BYTES, _MIDDLE = 4, 127.5
 _ROUNDING = 1.5  # of a weighted mean in bfloat16

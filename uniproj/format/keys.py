@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from uniproj.adapters.tensors import IDENTITY, OF_P, THETA_D
+from uniproj.format.tensors import IDENTITY, OF_P, THETA_D
 
 # torch.compile, FSDP and activation checkpointing put these components anywhere, DDP its own around a whole model
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from uniproj.adapters import patterns
 from uniproj.errors import AdapterError
+from uniproj.format import patterns
 from uniproj.layout import LoRALayout
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from uniproj.adapters.patterns import of_modules
 from uniproj.errors import AdapterError
+from uniproj.format.patterns import of_modules
 from uniproj.layout import LoRALayout
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from uniproj import limits
-from uniproj.adapters.disk import opened
 from uniproj.errors import AdapterError
+from uniproj.format.disk import opened
 from uniproj.projection import Projection
 from uniproj.registry import get
 

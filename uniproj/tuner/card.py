@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from uniproj.adapters import file
+from uniproj.format import file
 
 _theirs = PeftModel.create_or_update_model_card
 

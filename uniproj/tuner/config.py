@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig
 
-from uniproj.adapters import file, schema
-from uniproj.adapters.disk import replace
-from uniproj.adapters.header import Header
-from uniproj.adapters.remap import rename
 from uniproj.errors import AdapterError
+from uniproj.format import file, schema
+from uniproj.format.disk import replace
+from uniproj.format.header import Header
+from uniproj.format.remap import rename
 from uniproj.registry import get
 
 
@@ -125,7 +125,7 @@ class UniProjConfig(LoraConfig):
         """The configuration of a saved adapter, after every check of its file that needs no model.
 
         remap: {old: new} for modules of the base model that were renamed since; both are runs of whole components of
-        their names. Raises AdapterError for a file that is not what was saved (see `uniproj.adapters.file.read`).
+        their names. Raises AdapterError for a file that is not what was saved (see `uniproj.format.file.read`).
         """
         hub, _, _ = cls._split_kwargs(kwargs)
         folder = file.locate(pretrained_model_name_or_path, subfolder, **hub)

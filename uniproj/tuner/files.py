@@ -1,4 +1,4 @@
-"""Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.adapters`, every other one by PEFT.
+"""Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.format`, every other one by PEFT.
 
 PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` stands a thin wrapper
 in the place of some of its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones
@@ -19,13 +19,13 @@ from peft.utils import save_and_load
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from uniproj.adapters import file, identity
-from uniproj.adapters.header import Header
-from uniproj.adapters.keys import plain
-from uniproj.adapters.patterns import fits
-from uniproj.adapters.remap import renamed
-from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.errors import AdapterError, ProjectionError
+from uniproj.format import file, identity
+from uniproj.format.header import Header
+from uniproj.format.keys import plain
+from uniproj.format.patterns import fits
+from uniproj.format.remap import renamed
+from uniproj.format.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P
 from uniproj.tuner.undo import unchanged_on_failure

@@ -11,14 +11,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import identity
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.fit import warn_of_another_base
-from uniproj.adapters.header import FORMAT_VERSION, Header
-from uniproj.adapters.heads import check_heads
-from uniproj.adapters.keys import in_model, plain
-from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError
+from uniproj.format import identity
+from uniproj.format import tensors as stored
+from uniproj.format.compatibility import warn_of_another_base
+from uniproj.format.header import FORMAT_VERSION, Header
+from uniproj.format.heads import check_heads
+from uniproj.format.keys import in_model, plain
+from uniproj.format.remap import new_names
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
@@ -178,7 +178,7 @@ class Identity(nn.Module):
         return Header.of(*self._of)
 
     def get_extra_state(self) -> Tensor:
-        """The tensor of `uniproj.adapters.identity`."""
+        """The tensor of `uniproj.format.identity`."""
         return identity.encode(self.header)
 
     def set_extra_state(self, state: Tensor) -> None:

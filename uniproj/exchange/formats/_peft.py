@@ -25,13 +25,13 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from uniproj.adapters import base as bases
-from uniproj.adapters import peft_folder
-from uniproj.adapters.heads import entitled
-from uniproj.adapters.native import native
-from uniproj.adapters.places import linear_modules
-from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
+from uniproj.exchange import base as bases
+from uniproj.exchange import peft_folder
+from uniproj.exchange.adapter import Trained
+from uniproj.exchange.native import native
+from uniproj.format.heads import entitled
+from uniproj.format.places import linear_modules
 from uniproj.layout import LoRALayout
 from uniproj.projections.partition import Partition
 from uniproj.projections.svd import TinyLoRA

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from uniproj.adapters import peft_folder
-from uniproj.adapters.heads import entitled
-from uniproj.adapters.patterns import of_modules, scale
 from uniproj.errors import AdapterError
+from uniproj.exchange import peft_folder
+from uniproj.format.heads import entitled
+from uniproj.format.patterns import of_modules, scale
 from uniproj.layout import Block, LoRALayout
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")

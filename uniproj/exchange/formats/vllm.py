@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uniproj.adapters import lora
-from uniproj.adapters.lora import LoRAAdapter
 from uniproj.errors import AdapterError
+from uniproj.exchange.formats import lora
+from uniproj.exchange.formats.lora import LoRAAdapter
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -1,0 +1,5 @@
+"""`python -m uniproj`."""
+
+from uniproj.cli import main
+
+raise SystemExit(main())

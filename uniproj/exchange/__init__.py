@@ -1,0 +1,1 @@
+"""Adapters out of uniproj and into it: foreign formats, compression, and the commands on saved adapters."""
