@@ -105,9 +105,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _restore(path: Path, as_json: bool) -> int:
-    from uniproj.format.file import CONFIG, restore
+    from uniproj.exchange.restore import restore
+    from uniproj.format.file import CONFIG
 
-    config = restore(path).config
+    config = restore(path)
     said = {"written": str(path / CONFIG), "projection": config.projection, "d": config.d}
     print(json.dumps(said, indent=2) if as_json else f"{path / CONFIG}: {config.projection}, d = {config.d}")
     return 0

@@ -67,7 +67,7 @@ def forged(tmp_path: Path) -> Path:
     layout = LoRALayout.from_shapes({f"{FORGED}.{b.module}": (24, 16) for b, _ in LAYOUT.pairs()}, r=3)
     config = UniProjConfig(d=40, r=3, target_modules=[*layout.modules], base_model_name_or_path=FORGED, revision="a\nb")
     P = build("unilora", layout=layout, d=40)
-    file.write(tmp_path, {THETA_D: P.init_theta(1)}, Header.of(config, P), config)
+    file.write(tmp_path, {THETA_D: P.init_theta(1)}, Header.of(config.to_dict(), P), config.to_dict())
     return tmp_path
 
 

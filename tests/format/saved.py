@@ -33,12 +33,12 @@ def save(folder: Path, projection: str = "unilora", **fields: Any) -> file.Saved
         **size,
         **fields,
     )
-    header = Header.of(config, P)
+    header = Header.of(config.to_dict(), P)
     head = torch.linspace(-1, 1, 6).view(2, 3)
     own = {f"{stored.OF_P}{name}": p.detach() for name, p in P.named_parameters()}
     tensors = {stored.THETA_D: P.init_theta(1), HEAD: head, **own}
-    file.write(folder, tensors, header, config)
-    return file.SavedAdapter(config, header, tensors)
+    file.write(folder, tensors, header, config.to_dict())
+    return file.SavedAdapter(config.to_dict(), header, tensors)
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -31,7 +31,8 @@ from uniproj import AdapterError, ProjectionError, build, get
 from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
 from uniproj.format import tensors as stored
-from uniproj.format.header import FREE, Header
+from uniproj.format.fields import FREE
+from uniproj.format.header import Header
 from uniproj.format.header_lines import pack
 from uniproj.tuner import UniProjConfig
 

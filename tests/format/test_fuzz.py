@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.format.saved import joined, parts, save
 from uniproj import AdapterError
 from uniproj.format import file
-from uniproj.format.header import FREE
+from uniproj.format.fields import FREE
 
 ODD = [None, True, False, 0, -1, 1, 2**31, 2**64, 10**30, 1.5, float("nan"), "", "x", "0", "unilora", "../x", "\ud800"]
 ODD += [
@@ -121,8 +121,8 @@ MUTATIONS = {
 }
 
 
-def _settled(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in FREE}
+def _settled(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in FREE}
 
 
 def _fuzz(folder: Path, rounds: int) -> dict[str, int]:

@@ -36,7 +36,7 @@ def forge(folder: Path, projection: str, layout: LoRALayout, d: int, own: Any = 
     header = Header(projection, version, hyperparameters, d, 0, layout, "0" * 64)
     header = Header.from_metadata({**header.to_metadata(), "uniproj.settings": pack(_settings(config))})
     assert header is not None
-    file.write(folder, {THETA_D: torch.ones(d), **dict(own)}, header, config)
+    file.write(folder, {THETA_D: torch.ones(d), **dict(own)}, header, config.to_dict())
     return folder
 
 
@@ -157,7 +157,7 @@ def test_a_mixture_of_experts_is_verified_in_seconds(tmp_path: Path) -> None:
         config = UniProjConfig(projection=name, projection_seed=3, r=1, target_modules=["q", "v", "o"], d=P.d)
         config.projection_kwargs = hyperparameters
         own = {f"{OF_P}{key}": p.detach() for key, p in P.named_parameters()}
-        file.write(tmp_path / name, {THETA_D: torch.ones(P.d), **own}, Header.of(config, P), config)
+        file.write(tmp_path / name, {THETA_D: torch.ones(P.d), **own}, Header.of(config.to_dict(), P), config.to_dict())
     for cost in costs(*[("verify", tmp_path / name) for name, _ in tried]):
         assert "has its checksum" in cost.said and cost.megabytes < 512 and cost.seconds < 30, cost
 

@@ -14,6 +14,7 @@ import pytest
 from tests.format.saved import edit_weights, relabel, save
 from uniproj import AdapterError
 from uniproj.cli import main
+from uniproj.exchange.restore import restore
 from uniproj.format import disk, file
 
 FILES = (file.CONFIG, file.WEIGHTS)
@@ -48,12 +49,12 @@ def test_a_disk_that_refuses_leaves_the_old_file(folder: Path, monkeypatch, call
     now = _contents(folder)
     assert now.keys() == before.keys()
     if call == "fsync" or nth == 0:
-        assert now == before and file.read(folder).config.projection == "unilora"
+        assert now == before and file.read(folder).config["projection"] == "unilora"
     else:  # between the two renames: each file is whole, and the pair is refused rather than mixed
         assert now[file.CONFIG] == before[file.CONFIG]
         with pytest.raises(AdapterError, match=f"as in the header.*uniproj restore {folder}"):
             file.read(folder)
-        assert file.restore(folder).config.projection == "fastfood"
+        assert restore(folder).projection == "fastfood"
         save(folder / "again", "fastfood")
         assert (folder / file.CONFIG).read_bytes() == (folder / "again" / file.CONFIG).read_bytes()
 
@@ -132,4 +133,4 @@ def test_a_process_killed_while_writing_leaves_the_old_file(folder: Path, moment
     assert done.returncode == -9
     assert {name: (folder / name).read_bytes() for name in FILES} == before
     save(folder, "fastfood")  # what the killed process left behind disturbs nobody
-    assert file.read(folder).config.projection == "fastfood"
+    assert file.read(folder).config["projection"] == "fastfood"

@@ -66,7 +66,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("adapter")
     "PEFT first": """
 import importlib
 peft = importlib.import_module("peft.peft_model")
-
+import uniproj
 from transformers import AutoModelForCausalLM
 model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
 """,

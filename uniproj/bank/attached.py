@@ -59,7 +59,7 @@ def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
 def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
     """The header of an attached adapter. Raises AdapterError if it trains numbers beside theta_d."""
     projection: Any = tuner.projections[adapter_name]
-    header = Header.of(tuner.peft_config[adapter_name], projection, tuner.model)
+    header = Header.of(tuner.peft_config[adapter_name].to_dict(), projection, tuner.model)
     check_alone(header, [name for name, _ in projection.named_parameters()])
     return header
 

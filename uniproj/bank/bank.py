@@ -32,6 +32,7 @@ from uniproj.format import file as adapter_file
 from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.header import Header
 from uniproj.format.tensors import THETA_D, check_numbers
+from uniproj.tuner.config import UniProjConfig
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
 # bytes of the longest name
@@ -162,8 +163,8 @@ class AdapterBank:
             check_numbers(tensors, self.header.projection)
         except AdapterError as error:
             raise AdapterError(f"bank.export of {name!r}: {error}") from None
-        config = adapter_file.config_of(self.header, folder)
-        adapter_file.write(folder, tensors, self.header, config)
+        saved = adapter_file.SavedAdapter(adapter_file.config_of(self.header), self.header, tensors)
+        adapter_file.write(folder, tensors, self.header, UniProjConfig.of_saved(saved, folder).to_dict())
 
     # ---- writing ----------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,34 +60,35 @@ class Trained:
         trust_remote_code: whether Python code that comes with a model of this name may run.
         """
         saved = file.read(file.locate(folder))
-        needs_weights = get(saved.config.projection).needs_base_weights
+        config = UniProjConfig.of_saved(saved, folder)
+        needs_weights = get(config.projection).needs_base_weights
         if base is None and (needs_weights or saved.header is None):
             why = (
-                f"{saved.config.projection} is made of its weights"
+                f"{config.projection} is made of its weights"
                 if needs_weights
                 else "the file was written before format 1 and does not list its modules"
             )
             raise AdapterError(f"{folder}: the base model must be given, as {why}. Pass --base.")
-        model = None if base is None else bases.load(base, saved.config, needs_weights, trust_remote_code)
-        shapes = None if model is None else linear_modules(model, saved.config)
+        model = None if base is None else bases.load(base, config, needs_weights, trust_remote_code)
+        shapes = None if model is None else linear_modules(model, config)
         if saved.header is not None:
             weights = None
             if model is not None:
-                names = check_fit(saved.header, layout_on(model, saved.config), saved.config.remap or [])
+                names = check_fit(saved.header, layout_on(model, config), config.remap or [])
                 weights = bases.weights_of(model, names) if needs_weights else None
             P = saved.header.build(weights, str(folder), on_base=model is not None)
         else:
             assert shapes is not None and model is not None
             weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None
-            P = _built(saved.config, shapes, weights, folder)
+            P = _built(config, shapes, weights, folder)
         check_shapes(saved.tensors, shapes_of(P), P.name)
         tensors = dict(saved.tensors)
         theta_d = tensors.pop(THETA_D).float()
         own = {name.removeprefix(OF_P): tensors.pop(name) for name in list(tensors) if name.startswith(OF_P)}
         P.load_state_dict(own)
         order = None if shapes is None else tuple(shapes)
-        layout = _as_named_now(P.layout, saved.config)
-        return cls(P, theta_d, saved.config, layout, scales(saved.config, layout), tensors, order)
+        layout = _as_named_now(P.layout, config)
+        return cls(P, theta_d, config, layout, scales(config, layout), tensors, order)
 
     @classmethod
     def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Trained:
@@ -127,8 +127,7 @@ class Trained:
         """
         own = {f"{OF_P}{name}": p.detach().float() for name, p in self.projection.named_parameters()}
         tensors = {THETA_D: self.theta_d.float(), **own, **self.other}
-        config = copy.copy(self.config)
-        config.inference_mode = True
+        config = {**self.config.to_dict(), "inference_mode": True}
         file.write(folder, tensors, Header.of(config, self.projection), config)
 
 

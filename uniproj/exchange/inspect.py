@@ -25,7 +25,7 @@ def describe(folder: Path) -> dict[str, Any]:
             for name, tensor in saved.tensors.items()
         },
         **(_of_config(saved) if saved.header is None else _of_header(saved.header)),
-        "config": {k: sorted(v) if isinstance(v, set) else v for k, v in saved.config.to_dict().items()},
+        "config": saved.config,
     }
 
 
@@ -58,12 +58,11 @@ def _of_config(saved: SavedAdapter) -> dict[str, Any]:
     config = saved.config
     return {
         "format_version": f"none ({PREFIX[:-1]} wrote no header then)",
-        "projection": config.projection,
-        "projection_kwargs": config.projection_kwargs,
+        **{
+            key: config.get(key) for key in ("projection", "projection_kwargs", "projection_seed", "layout_fingerprint")
+        },
         "d": saved.theta_d.numel(),
-        "projection_seed": config.projection_seed,
-        "theta_D": get(config.projection).formula,
-        "layout_fingerprint": config.layout_fingerprint,
-        "checksum": config.projection_checksum,
-        "base_model": config.base_model_name_or_path,
+        "theta_D": get(config["projection"]).formula,
+        "checksum": config.get("projection_checksum"),
+        "base_model": config.get("base_model_name_or_path"),
     }

@@ -17,6 +17,7 @@ from uniproj.errors import AdapterError
 from uniproj.format import schema
 from uniproj.format import tensors as stored
 from uniproj.format.disk import exists, read_json, replace
+from uniproj.format.fields import Configuration, Places
 from uniproj.format.file import CONFIG, UNSAFE, WEIGHTS, config_text
 
 
@@ -26,7 +27,7 @@ def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:
     kind = str(fields.get("peft_type"))
     if kind not in kinds:
         raise AdapterError(f"{folder}: must hold an adapter of PEFT type {' or '.join(kinds)}, got {kind}.")
-    schema.check(schema.Configuration if kind == "LORA" else schema.Places, fields, f"{folder / CONFIG}: ")
+    schema.check(Configuration if kind == "LORA" else Places, fields, f"{folder / CONFIG}: ")
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:

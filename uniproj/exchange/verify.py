@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from uniproj.errors import AdapterError
@@ -14,6 +15,7 @@ from uniproj.format.heads import check_heads, check_tokens
 from uniproj.format.places import layout_on
 from uniproj.format.remap import rename
 from uniproj.registry import get
+from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import heads_by_new_names
 
 
@@ -37,12 +39,13 @@ def verify(
         )
     table, fits = list((remap or {}).items()), []
     if table:
-        rename(saved.config, header.layout, table)
+        saved = replace(saved, config=rename(saved.config, header.layout, table))
     if base is not None:
-        bare = bases.load(base, saved.config, weights=False, trust_remote_code=trust_remote_code)
-        check_tokens(saved.config.trainable_token_indices, bare)
-        names = check_fit(header, layout_on(bare, saved.config), saved.config.remap or [])
-        heads = check_heads(heads_by_new_names(saved.tensors, table), bare, saved.config.modules_to_save)
+        config = UniProjConfig.of_saved(saved, path)
+        bare = bases.load(base, config, weights=False, trust_remote_code=trust_remote_code)
+        check_tokens(config.trainable_token_indices, bare)
+        names = check_fit(header, layout_on(bare, config), config.remap or [])
+        heads = check_heads(heads_by_new_names(saved.tensors, table), bare, config.modules_to_save)
         warn_of_another_base(header, base, bare.config)
         fits.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
         if heads:

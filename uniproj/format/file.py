@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from uniproj.errors import AdapterError, ProjectionError
+from uniproj.format import fields as described
 from uniproj.format import identity, schema
 from uniproj.format import tensors as stored
 from uniproj.format.disk import exists, opened, read_json, replace
-from uniproj.format.header import FREE, PREFIX, Header
+from uniproj.format.fields import FREE
+from uniproj.format.header import PREFIX, Header
 from uniproj.format.heads import entitled
 from uniproj.format.remap import new_names
-
-if TYPE_CHECKING:
-    from uniproj.tuner.config import UniProjConfig
 
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KIND = "UNIPROJ"
@@ -29,14 +30,18 @@ _FIRST_WITH_IDENTITY = 3
 _RESTORE = "Restore it (python -m uniproj restore {})"
 
 
+# the adapters that were read in a `read_once`
+_known: ContextVar[dict[Path, SavedAdapter] | None] = ContextVar("known", default=None)
+
+
 @dataclass(frozen=True)
 class SavedAdapter:
     """One adapter as it lies on disk: its tensors without the identity, which `header` says in full.
 
-    `header` is None for a file written before format 1.
+    config: the fields of its configuration, as JSON has them. `header` is None for a file written before format 1.
     """
 
-    config: UniProjConfig
+    config: dict[str, Any]
     header: Header | None
     tensors: dict[str, Tensor]
 
@@ -55,17 +60,33 @@ def read(folder: str | Path) -> SavedAdapter:
     dtype, shape, NaN, inf; theta_d = 0 where c = 0; a configuration that says otherwise than the header; a tensor to
     which the configuration does not entitle the file.
     """
-    folder = Path(folder)
+    folder, known = Path(folder), _known.get()
+    if known is not None and folder in known:
+        return known[folder]
     _check_folder(folder)
     fields = _fields(folder / CONFIG)
     header, tensors = _weights(folder)
     if header is None:
-        return _read_without_header(folder, fields, tensors)
-    _check_agreement(fields, header, folder)
-    return _saved(_config(_merged(fields, header), folder, header), header, tensors, folder)
+        saved = _read_without_header(folder, fields, tensors)
+    else:
+        _check_agreement(fields, header, folder)
+        saved = _saved(_merged(fields, header), header, tensors, folder)
+    if known is not None:
+        known[folder] = saved
+    return saved
 
 
-def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: UniProjConfig) -> None:
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Within the block a folder is read once, however often it is asked for: all that is loaded is of one moment."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, config: Mapping[str, Any]) -> None:
     """Write both files of an adapter, or none: a crash or a full disk leaves those of before.
 
     tensors: `base_model.uniproj_theta_d` (d,), `base_model.uniproj_projections.*` of a learned P, and heads by PEFT's
@@ -81,7 +102,7 @@ def check(
     folder: str | Path,
     tensors: Mapping[str, Tensor],
     header: Header,
-    config: UniProjConfig,
+    config: Mapping[str, Any],
     has_offset: bool | None = None,
 ) -> None:
     """Raises AdapterError for tensors that are not written, as they could not be read.
@@ -108,25 +129,12 @@ def of_weights(folder: str | Path) -> SavedAdapter:
         raise AdapterError(
             f"{folder / WEIGHTS}: must hold the header of an adapter of uniproj, got none. Take the original."
         )
-    return _saved(config_of(header, folder), header, tensors, folder)
+    return _saved(config_of(header), header, tensors, folder)
 
 
-def restore(folder: str | Path) -> SavedAdapter:
-    """Write `adapter_config.json` anew, as the header of the weights has it.
-
-    For a configuration that was edited or lost, or is still the old one because a crash fell between the two renames.
-    Raises AdapterError as `of_weights` does.
-    """
-    saved = of_weights(folder)
-    assert saved.header is not None
-    replace({Path(folder) / CONFIG: _config_text(saved.header, saved.config)})
-    return saved
-
-
-def config_of(header: Header, where: str | Path) -> UniProjConfig:
-    """The configuration that a header describes, for an adapter that has no configuration file yet."""
-    base = {"base_model_name_or_path": header.base_model, "revision": header.base_revision}
-    return _config(_merged(base, header), Path(where), header)
+def config_of(header: Header) -> dict[str, Any]:
+    """The fields of the configuration that a header describes, for an adapter that has no configuration file yet."""
+    return _merged({"base_model_name_or_path": header.base_model, "revision": header.base_revision}, header)
 
 
 def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -200,17 +208,21 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     return header, tensors
 
 
-def _saved(config: UniProjConfig, header: Header | None, tensors: dict[str, Tensor], folder: Path) -> SavedAdapter:
+def _saved(config: dict[str, Any], header: Header | None, tensors: dict[str, Tensor], folder: Path) -> SavedAdapter:
+    try:
+        described.check(config, f"{folder / CONFIG}: ")
+    except ProjectionError as error:
+        raise AdapterError(f"{folder / CONFIG}: {error}") from error
     of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(stored.OWN)}
     return SavedAdapter(config, header, {**of_P, **_beside_P(tensors, config, header, str(folder / WEIGHTS))})
 
 
 def _beside_P(
-    tensors: Mapping[str, Tensor], config: UniProjConfig, header: Header | None, where: str
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None, where: str
 ) -> dict[str, Tensor]:
     """What `heads.entitled` lets through; a file from before the header does not list the adapted modules."""
     beside = {name: tensor for name, tensor in tensors.items() if not name.startswith(stored.OWN)}
-    modules = None if header is None else new_names(header.layout, config.remap or []).values()
+    modules = None if header is None else new_names(header.layout, config.get("remap") or []).values()
     return entitled(beside, config, modules, where)
 
 
@@ -221,8 +233,8 @@ def _check_identity(found: Tensor | None, header: Header, where: str) -> None:
         raise AdapterError(f"{where}: the header must be that of the numbers: {differs}. Take the original.")
 
 
-def _config_text(header: Header, config: UniProjConfig) -> bytes:
-    noted = {**config.to_dict(), **_of_P(header)}
+def _config_text(header: Header, config: Mapping[str, Any]) -> bytes:
+    noted = {**config, **_of_P(header)}
     if noted.get("base_model_name_or_path") is None:
         noted["base_model_name_or_path"] = header.base_model
     return config_text(noted).encode()
@@ -254,8 +266,8 @@ def _fields(path: Path) -> dict[str, Any]:
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != KIND:
         raise AdapterError(f"{path}: peft_type must be {KIND}, got {kind!r}. It is an adapter of another method.")
-    schema.check(schema.Configuration, fields, f"{path}: ")
-    return fields
+    schema.check(described.Configuration, fields, f"{path}: ")
+    return dict(fields)
 
 
 def _of_P(header: Header) -> dict[str, Any]:
@@ -293,22 +305,9 @@ def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str
             f"{folder / WEIGHTS}: must hold a header in its metadata, as {CONFIG} says (format "
             f"{fields['format_version']}), got none. Another tool rewrote the file: take the original."
         )
-    config = _config(fields, folder, None)
-    theta_d = tensors.get(stored.THETA_D)
-    size = config.d if config.d is not None else 0 if theta_d is None else theta_d.numel()
-    stored.check_shapes(tensors, stored.shapes_without_P(tensors, config.projection, size), config.projection)
-    stored.check_numbers(tensors, config.projection)
-    return _saved(config, None, tensors, folder)
-
-
-def _config(fields: dict[str, Any], folder: Path, header: Header | None) -> UniProjConfig:
-    from uniproj.tuner.config import UniProjConfig  # which imports this file, to validate what it loads
-
-    try:
-        config: UniProjConfig = UniProjConfig.from_peft_type(**UniProjConfig.check_kwargs(**fields))
-    except (AdapterError, ProjectionError) as error:
-        raise AdapterError(f"{folder / CONFIG}: {error}") from error
-    except Exception as error:  # whatever PEFT makes of a field of another type
-        raise AdapterError(f"{folder / CONFIG}: must be a configuration of {KIND}, got {error}. Restore it.") from error
-    config.header = header
-    return config
+    saved = _saved(fields, None, tensors, folder)
+    projection, theta_d = fields.setdefault("projection", described.PROJECTION), tensors.get(stored.THETA_D)
+    size = fields.get("d") or (0 if theta_d is None else theta_d.numel())
+    stored.check_shapes(tensors, stored.shapes_without_P(tensors, projection, size), projection)
+    stored.check_numbers(tensors, projection)
+    return saved

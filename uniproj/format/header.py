@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ import uniproj
 from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
+from uniproj.format.fields import Configuration, Role, of
 from uniproj.format.header_lines import LINES
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.remap import new_names
@@ -23,20 +24,9 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 
-if TYPE_CHECKING:
-    from uniproj.tuner.config import UniProjConfig
-
 FORMAT_VERSION = 3
 PREFIX = "uniproj."
 _ALTERED = "The file was altered: copy or download it again."
-
-# what a configuration may say otherwise than the header: where the base lies, and how the adapter is used
-FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"})
-# what has a place of its own in the header
-_OF_P = frozenset(
-    {"projection", "projection_seed", "projection_kwargs", "d", "layout_fingerprint", "projection_checksum"}
-    | {"format_version", "peft_type"}
-)
 
 
 @dataclass(frozen=True)
@@ -63,24 +53,24 @@ class Header:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, config: UniProjConfig, projection: Projection, base: nn.Module | None = None) -> Header:
-        """The header of an adapter that `config` describes and `projection` makes.
+    def of(cls, config: Mapping[str, Any], projection: Projection, base: nn.Module | None = None) -> Header:
+        """The header of an adapter that the fields of a configuration describe and `projection` makes.
 
         base: its name, revision and quantisation are noted where the configuration has none.
         """
         of_base = getattr(base, "config", None)
         return cls(
-            projection=config.projection,
+            projection=config["projection"],
             projection_version=projection.version,
-            projection_kwargs=json.loads(json.dumps(config.projection_kwargs)),
+            projection_kwargs=json.loads(json.dumps(config["projection_kwargs"])),
             d=projection.d,
-            projection_seed=config.projection_seed,
+            projection_seed=config["projection_seed"],
             layout=projection.layout,
-            checksum=config.to_dict()["projection_checksum"] or projection.rebuild().checksum(),
-            base_model=config.base_model_name_or_path or getattr(base, "name_or_path", None) or None,
-            base_revision=config.revision or getattr(of_base, "_commit_hash", None),
+            checksum=config["projection_checksum"] or projection.rebuild().checksum(),
+            base_model=config["base_model_name_or_path"] or getattr(base, "name_or_path", None) or None,
+            base_revision=config["revision"] or getattr(of_base, "_commit_hash", None),
             base_quantisation=quantisation(of_base),
-            settings=settings(config.to_dict()),
+            settings=settings(config),
         )
 
     @property
@@ -138,7 +128,7 @@ class Header:
                     f"{where}: the header's {f.name} must be what uniproj wrote, got {got} ({error}). {_ALTERED}"
                 ) from None
         schema.check(schema.Lines, values, f"{where}: the header's ", _ALTERED)
-        schema.check(schema.Configuration, values["settings"], f"{where}: the header's ", _ALTERED)
+        schema.check(Configuration, values["settings"], f"{where}: the header's ", _ALTERED)
         header = cls(**values)
         saved, found = metadata.get(f"{PREFIX}layout_fingerprint"), header.layout.fingerprint
         if saved != found:
@@ -232,7 +222,7 @@ class Header:
 
     def _setting_of_the_scale(self, other: Header, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
         """The setting that makes two scales differ, and its two values; the scales themselves where several do it."""
-        for key in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        for key in of(Role.SCALE):
             if self.settings.get(key) != other.settings.get(key):
                 return key, self.settings.get(key), other.settings.get(key)
         return "scale", mine, theirs
@@ -240,8 +230,9 @@ class Header:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that decide what the model computes, beyond P, as JSON gives them back."""
+    kept_apart = of(Role.P, Role.BASE, Role.STATE)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return json.loads(json.dumps({key: value for key, value in plain.items() if key not in FREE | _OF_P}))
+    return json.loads(json.dumps({key: value for key, value in plain.items() if key not in kept_apart}))
 
 
 def quantisation(config: Any) -> str | None:

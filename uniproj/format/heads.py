@@ -25,25 +25,28 @@ _COPY_OF_BIAS = re.compile(r"(?P<head>.+)\.(?:original_module|modules_to_save)\.
 
 
 def entitled(
-    tensors: Mapping[str, Tensor], config: Any, modules: Iterable[str] | None, where: str
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], modules: Iterable[str] | None, where: str
 ) -> dict[str, Tensor]:
     """What an adapter's file holds beside the numbers of its method, if its configuration entitles it to all of it.
 
     These are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
-    keys; of the copies that PEFT makes of a head's biases one is kept. config: that of any method of PEFT; modules: the
-    adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the base, and for
-    one of a dtype that no training gives.
+    keys; of the copies that PEFT makes of a head's biases one is kept. config: the fields of any method of PEFT;
+    modules: the adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the
+    base, and for one of a dtype that no training gives.
     """
     adapted, kept = None if modules is None else set(modules), {}
+    heads, bias = config.get("modules_to_save") or (), config.get("bias", "none")
+    tokens = config.get("trainable_token_indices")
     for key, tensor in tensors.items():
         name = key.removeprefix(HEADS)
-        copy = _COPY_OF_BIAS.fullmatch(name) if config.bias == "all" else None
-        if copy and _lies_in(f"{copy['head']}.bias", config.modules_to_save or ()):
+        copy = _COPY_OF_BIAS.fullmatch(name) if bias == "all" else None
+        if copy and _lies_in(f"{copy['head']}.bias", heads):
             continue
-        if not key.startswith(HEADS) or plain(key) != key or not _is_trained(name, config, adapted):
+        trained = _is_bias(name, bias, adapted) or _is_token(name, tokens) or _is_head(name, heads)
+        if not key.startswith(HEADS) or plain(key) != key or not trained:
             raise AdapterError(
-                f"{where}: {key} must be what the configuration trains (modules_to_save = {config.modules_to_save}, "
-                f"bias = {config.bias!r}, trainable_token_indices), got a tensor of the base model or of none. Save "
+                f"{where}: {key} must be what the configuration trains (modules_to_save = {heads or None}, "
+                f"bias = {bias!r}, trainable_token_indices), got a tensor of the base model or of none. Save "
                 "the adapter anew with save_embedding_layers=False, or take it from where it was trained."
             )
         _check_dtype(name, tensor, where)
@@ -51,18 +54,21 @@ def entitled(
     return kept
 
 
-def _is_trained(name: str, config: Any, modules: set[str] | None) -> bool:
+def _is_bias(name: str, bias: str, modules: set[str] | None) -> bool:
     module, _, leaf = name.rpartition(".")
-    if leaf == "bias" and config.bias != "none":
-        layer = _AROUND_BIAS.sub("", module)
-        if (config.bias == "all" or modules is None or layer in modules) and not _INSIDE_PEFT.search(f"{layer}."):
-            return True
-    tokens = getattr(config, "trainable_token_indices", None)
-    if tokens is not None and name.endswith(_DELTA):
-        embedding = f".{name}".removesuffix(f".{_DELTA}")
-        named = not isinstance(tokens, Mapping) or embedding.endswith(tuple(tokens))
-        return named and not _INSIDE_PEFT.search(f"{embedding}.")
-    return _lies_in(name, config.modules_to_save or ()) and not _INSIDE_PEFT.search(name)
+    layer = _AROUND_BIAS.sub("", module)
+    wanted = bias == "all" or (bias != "none" and (modules is None or layer in modules))
+    return leaf == "bias" and wanted and not _INSIDE_PEFT.search(f"{layer}.")
+
+
+def _is_token(name: str, tokens: Any) -> bool:
+    embedding = f".{name}".removesuffix(f".{_DELTA}")
+    named = not isinstance(tokens, Mapping) or embedding.endswith(tuple(tokens))
+    return tokens is not None and name.endswith(_DELTA) and named and not _INSIDE_PEFT.search(f"{embedding}.")
+
+
+def _is_head(name: str, heads: Iterable[str]) -> bool:
+    return _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
 
 
 def _check_dtype(name: str, tensor: Tensor, where: str) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 from uniproj.errors import AdapterError
 from uniproj.format.patterns import of_modules
 from uniproj.layout import LoRALayout
-
-if TYPE_CHECKING:
-    from uniproj.tuner.config import UniProjConfig
 
 # (old, new): the first run of whole components equal to `old` becomes `new`; one after the other
 Table = Sequence[Sequence[str]]
@@ -39,26 +36,27 @@ def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
     return now
 
 
-def rename(config: UniProjConfig, layout: LoRALayout, table: Table) -> None:
-    """Make a configuration fit the renamed modules: each one is named in full, with its rank and alpha.
+def rename(config: Mapping[str, Any], layout: LoRALayout, table: Table) -> dict[str, Any]:
+    """The fields of a configuration that fits the renamed modules: each one is named in full, with its rank and alpha.
 
-    `layout` has the names of the saved P; the rows of `table` follow those that `config.remap` holds already. Raises
+    `layout` has the names of the saved P; the rows of `table` follow those that `config` holds already. Raises
     AdapterError for a row that fits no module.
     """
-    before = new_names(layout, config.remap or [])
-    now = new_names(layout, [*(config.remap or []), *table])
-    _check_used(table, [*before.values(), *(config.modules_to_save or [])])
+    rows = config.get("remap") or []
+    before, now = new_names(layout, rows), new_names(layout, [*rows, *table])
+    heads = config.get("modules_to_save") or []
+    _check_used(table, [*before.values(), *heads])
+    fields = {**config, "remap": [*rows, *map(list, table)], "target_modules": list(now.values())}
+    fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     ranks = {now[b.module]: b.shape[1] for b, _ in layout.pairs()}
-    if config.alpha_pattern:
-        alphas = of_modules("alpha_pattern", config.alpha_pattern, before.values(), config.lora_alpha)
+    fields["rank_pattern"] = {re.escape(module): r for module, r in ranks.items() if r != config.get("r")}
+    if config.get("alpha_pattern"):
+        alphas = of_modules("alpha_pattern", config["alpha_pattern"], before.values(), config.get("lora_alpha"))
         own = {re.escape(now[m]): alphas[before[m]] for m in now}
-        config.alpha_pattern = {m: alpha for m, alpha in own.items() if alpha != config.lora_alpha}
-    config.rank_pattern = {re.escape(module): r for module, r in ranks.items() if r != config.r}
-    config.target_modules = set(now.values())
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    if config.modules_to_save:
-        config.modules_to_save = [renamed(name, table) for name in config.modules_to_save]
-    config.remap = [*(config.remap or []), *(list(row) for row in table)]
+        fields["alpha_pattern"] = {m: alpha for m, alpha in own.items() if alpha != config.get("lora_alpha")}
+    if heads:
+        fields["modules_to_save"] = [renamed(name, table) for name in heads]
+    return fields
 
 
 def _check_used(table: Table, names: list[str]) -> None:

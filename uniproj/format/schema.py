@@ -1,4 +1,4 @@
-"""What the fields of a configuration and of a header may hold: one schema for files and for what is made in code."""
+"""What values may be, in a configuration and in a header: the same for files and for what is made in code."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ MaybeText = Annotated[
 Flag = Annotated[bool, Field(description="true or false")]
 Natural = Annotated[int, Field(ge=0, lt=2**31, description="a whole number in [0, 2^31)")]
 Seed = Annotated[int, Field(ge=0, lt=2**64, description="a whole number in [0, 2^64)")]
+MaybeNatural = Annotated[Natural | None, Field(description="a whole number of at least 0, or null")]
 Size = Annotated[int, Field(ge=1, lt=2**63, description="a whole number in [1, 2^63)")]
+MaybeSize = Annotated[Size | None, Field(description="a whole number of at least 1, or null")]
 Rank = Annotated[int, Field(ge=1, lt=2**31, description="a whole number in [1, 2^31)")]
 Alpha = Annotated[
     int | float,
@@ -96,6 +98,7 @@ _Row = Annotated[list[Text], Field(min_length=2, max_length=2)] | tuple[Text, Te
 Table = Annotated[list[_Row] | None, Field(description="a list of pairs [old, new] of parts of names, or null")]
 Ranks = Annotated[dict[Text, Rank] | None, Field(description="patterns of names with whole numbers in [1, 2^31)")]
 Alphas = Annotated[dict[Text, Alpha] | None, Field(description="patterns of names with finite numbers other than 0")]
+Bias = Annotated[Literal["none", "all", "lora_only"], Field(description="none, all or lora_only")]
 Object = Annotated[
     dict[Text, Any],
     AfterValidator(check_json),
@@ -103,52 +106,14 @@ Object = Annotated[
 ]
 
 
-class _Schema(BaseModel):
+class Schema(BaseModel):
     """No value is converted, and a field that is not here is left to those who know it."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class Places(_Schema):
-    """The fields in which the configurations of PEFT's methods agree: what is adapted, and how it is used."""
-
-    task_type: MaybeText = None
-    base_model_name_or_path: MaybeText = None
-    revision: MaybeText = None
-    peft_version: MaybeText = None
-    inference_mode: Flag = False
-    r: Rank = 8
-    target_modules: Pattern = None
-    exclude_modules: Pattern = None
-    layers_to_transform: Layers = None
-    layers_pattern: Pattern = None
-    modules_to_save: Texts = None
-    trainable_token_indices: Tokens = None
-    fan_in_fan_out: Flag = False
-
-
-class Configuration(Places):
-    """The fields of PEFT's LORA, and those of `UniProjConfig`."""
-
-    lora_alpha: Alpha = 8
-    lora_dropout: Rate = 0.0
-    rank_pattern: Ranks = None
-    alpha_pattern: Alphas = None
-    use_rslora: Flag = False
-    bias: Annotated[Literal["none", "all", "lora_only"], Field(description="none, all or lora_only")] = "none"
-    projection: Name = "unilora"
-    d: Annotated[Size | None, Field(description="a whole number of at least 1, or null")] = None
-    projection_seed: Seed = 0
-    init_seed: Seed = 0
-    projection_kwargs: Object = {}
-    layout_fingerprint: MaybeText = None
-    projection_checksum: MaybeText = None
-    format_version: Annotated[Natural | None, Field(description="a whole number of at least 0, or null")] = None
-    remap: Table = None
-
-
-class Lines(_Schema):
-    """The lines of a header that hold one value each; `settings` are fields of `Configuration`."""
+class Lines(Schema):
+    """The lines of a header that hold one value each; `settings` are fields of a configuration."""
 
     format_version: Natural
     library_version: Name

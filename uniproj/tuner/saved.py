@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.format import identity
+from uniproj.format import fields, identity
 from uniproj.format import tensors as stored
 from uniproj.format.compatibility import warn_of_another_base
+from uniproj.format.fields import Role
 from uniproj.format.header import FORMAT_VERSION, Header
 from uniproj.format.heads import check_heads
 from uniproj.format.keys import in_model, plain
@@ -24,15 +25,6 @@ from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
 from uniproj.tuner.keys import trained_beside_P
-
-if TYPE_CHECKING:
-    from uniproj.tuner.model import UniProjModel
-
-# what decides the updates s B A of an adapter
-_OF_UPDATES = (
-    *("projection", "projection_seed", "projection_kwargs", "d", "_attached"),
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"),
-)
 
 
 def layout_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> LoRALayout:
@@ -84,14 +76,14 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -
     missing, misshapen, not finite or a zero saddle, have no place, are of another P, or would change anything beside
     the adapter; a tensor of the base that is as the base has it is passed over.
     """
-    tuner: UniProjModel = model.base_model
-    projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
+    tuner = model.base_model
+    projection: Projection = tuner.projections[adapter_name]
     stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
     stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
     config = tuner.peft_config[adapter_name]
     check_heads(tensors, tuner.model, config.modules_to_save, sizes=not config.takes_other_sizes)
     beside = _check_beside_P(model, adapter_name, tensors)
-    own: Identity = tuner.uniproj_identity[adapter_name]  # type: ignore[assignment]
+    own: Identity = tuner.uniproj_identity[adapter_name]
     if found := _difference(tensors, own.header, projection):
         raise AdapterError(
             f"{projection.name}: the adapter {adapter_name!r} of this model must be as that of the numbers: {found}. "
@@ -154,7 +146,7 @@ def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projecti
     if config is not None:  # a file from before the header
         if config.layout_fingerprint != own.layout.fingerprint:
             return f"layout_fingerprint must be {config.layout_fingerprint}, got {own.layout.fingerprint}"
-        return Header.of(config, projection).difference(own)
+        return Header.of(config.to_dict(), projection).difference(own)
     if stored.IDENTITY not in tensors:
         raise AdapterError(
             f"{own.projection}: tensors must tell their P by {stored.IDENTITY}, as those of get_peft_model_state_dict "
@@ -175,7 +167,8 @@ class Identity(nn.Module):
     @cached_property
     def header(self) -> Header:
         """Of the adapter as it was attached; made when it is needed, since a P that awaits its file has no numbers."""
-        return Header.of(*self._of)
+        config, projection = self._of
+        return Header.of(config.to_dict(), projection)
 
     def get_extra_state(self) -> Tensor:
         """The tensor of `uniproj.format.identity`."""
@@ -200,7 +193,7 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
     """
     tuner = model.base_model
     projection = tuner.projections[adapter_name]
-    header = Header.of(config, projection, tuner.model)
+    header = Header.of(config.to_dict(), projection, tuner.model)
     found = {}
     for name, shape in stored.shapes_of(projection).items():
         key = in_model(name, adapter_name)
@@ -227,7 +220,7 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
 def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
     """A configuration for one adapter alone: the caller's, with what made its P and scale as it was then."""
     own = copy.deepcopy(given)
-    for key in _OF_UPDATES:
+    for key in (*fields.of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
         setattr(own, key, getattr(made_by, key))
     return own
 

@@ -110,7 +110,7 @@ def read(folder: Path, base: str | nn.Module | None, trust_remote_code: bool = F
     weights = bases.weights_of(model, {name: name for name in shapes}) if kind == "TINYLORA" else None
     found = native(kind, config, P, theta_d, tuple(shapes), weights)
     other = {name: tensor for name, tensor in tensors.items() if name not in own}
-    other = entitled(other, config, shapes, str(folder))
+    other = entitled(other, config.to_dict(), shapes, str(folder))
     settings = {
         **_rank_settings(P.layout, config.r),
         "lora_dropout": getattr(config, f"{kind.lower()}_dropout"),

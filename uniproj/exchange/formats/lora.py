@@ -84,7 +84,7 @@ def read(folder: Path) -> LoRAAdapter:
             )
     theta_D = layout.flatten(factors)  # type: ignore[arg-type]
     other = {name: tensor for name, tensor in tensors.items() if name not in found}
-    other = entitled(other, config, modules, str(folder))
+    other = entitled(other, config.to_dict(), modules, str(folder))
     return LoRAAdapter(layout, theta_D, scales(config, layout), config, other)  # type: ignore[arg-type]
 
 
