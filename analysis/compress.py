@@ -19,8 +19,9 @@ from experiments import models
 from experiments.errors import ExperimentError
 from uniproj import AdapterError, ProjectionError, console, plugins
 from uniproj.errors import printable
+from uniproj.exchange import LoRAAdapter
 from uniproj.exchange.compress import compress
-from uniproj.exchange.formats.lora import LoRAAdapter, read
+from uniproj.exchange.formats.lora import read
 
 
 def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:

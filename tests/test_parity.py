@@ -24,7 +24,7 @@ from tests.reference.peft_toys import (
 )
 from uniproj import AdapterError, LoRALayout, Projection, ProjectionError, build
 from uniproj.claims import CHECKS
-from uniproj.tuner.convert import from_peft, to_peft
+from uniproj.exchange import from_peft, to_peft
 
 KINDS = sorted(CONFIGS)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError, printable
-from uniproj.exchange import commands as exchange
+from uniproj.exchange.registry import names as names_of_formats
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
 from uniproj.testing import BatteryFailure, Check, check_projection, sample
@@ -114,11 +115,62 @@ def _restore(path: Path, as_json: bool) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from uniproj.exchange import export
+
+    export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
+    _report({"format": args.to, "bytes": _bytes(args.out), "folder": args.out}, args.json)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from uniproj.exchange import import_adapter
+
+    given = (args.projection, args.d, args.seed, args.options, args.base, args.trust_remote_code)
+    report = import_adapter(args.path, args.out, *given)
+    _report({**report, "bytes_before": _bytes(args.path), "bytes": _bytes(args.out), "folder": args.out}, args.json)
+    return 0
+
+
+def _bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).glob("adapter_model.*"))
+
+
+def _report(report: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        for key, value in report.items():
+            print(f"{key:20s} {f'{value:.6g}' if isinstance(value, float) else printable(value)}")
+
+
 def _row(text: str) -> tuple[str, str]:
     old, equals, new = text.partition("=")
     if not (old and equals):
         raise argparse.ArgumentTypeError(f"must be OLD=NEW, got {text!r}")
     return old, new
+
+
+def _add_exchange(commands: Any) -> list[argparse.ArgumentParser]:
+    formats = ", ".join(names_of_formats())
+    out = commands.add_parser("export", help="a uniproj adapter in another format, with the same updates")
+    out.add_argument("path", help="folder of a uniproj adapter")
+    out.add_argument("out", help="folder to write")
+    out.add_argument("--to", default="lora", metavar="FORMAT", help=f"one of {formats}")
+    out.add_argument("--rank", type=int, help="pad every module to this rank (lora, vllm)")
+    out.set_defaults(run=_export)
+    into = commands.add_parser("import", help="an adapter of another format as a uniproj adapter, exact or compressed")
+    into.add_argument("path", help=f"folder of an adapter ({formats})")
+    into.add_argument("out", help="folder to write")
+    into.add_argument("--projection", metavar="NAME", help="compress into this one; without it nothing is lost")
+    into.add_argument("--d", type=int, help="length of theta_d, where the projection leaves it free")
+    into.add_argument("--seed", type=int, default=0, help="of P")
+    into.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
+    into.set_defaults(run=_import)
+    for command in (out, into):
+        command.add_argument("--base", help="the base model: a folder or a name on the hub")
+        plugins.add_trust(command)
+    return [out, into]
 
 
 @console.command
@@ -144,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     restoring = commands.add_parser("restore", help="write adapter_config.json anew, from the header of the weights")
     restoring.add_argument("path", type=Path)
     restoring.set_defaults(run=lambda args: _restore(args.path, args.json))
-    for command in (listing, checking, inspecting, verifying, restoring, *exchange.add_to(commands)):
+    for command in (listing, checking, inspecting, verifying, restoring, *_add_exchange(commands)):
         command.add_argument("--json", action="store_true", help="print JSON")
         plugins.add_option(command)
     args = parser.parse_args(argv)
@@ -154,7 +206,3 @@ def main(argv: list[str] | None = None) -> int:
     except (AdapterError, ProjectionError) as error:
         print(error, file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

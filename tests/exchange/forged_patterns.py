@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from tests.tuner.models import base_model, batch
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
-from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange import export, import_adapter
 from uniproj.exchange.verify import verify
 from uniproj.format import patterns
 from uniproj.tuner import UniProjConfig

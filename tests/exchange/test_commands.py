@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tests.exchange.tools import SAME, difference, loaded, logits, saved, trained
 from tests.tuner.models import TARGETS, TASKS, base_model, train_steps
 from uniproj.cli import main
-from uniproj.exchange.adapter import Trained
+from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats.lora import read
 
 
@@ -39,7 +39,7 @@ def test_a_trained_lora_is_compressed_with_its_loss(tmp_path: Path, capsys: pyte
     assert main(["import", str(tmp_path / "lora"), str(out), "--projection", "unilora", "--d", "400", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     # by the dense updates of what was written
-    adapter, ours = read(tmp_path / "lora"), Trained.of_file(out)
+    adapter, ours = read(tmp_path / "lora"), Adapter.of_file(out)
     with torch.no_grad():
         reached = ours.projection(ours.theta_d).double()
     lost = whole = 0.0  # s is one for all modules

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.exchange.tools import SAME, difference, fields_of
-from uniproj.exchange.transfer import export
+from uniproj.exchange import export
 from uniproj.tuner import UniProjConfig
 
 diffusers = pytest.importorskip("diffusers")

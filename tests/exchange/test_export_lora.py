@@ -17,9 +17,8 @@ from torch import Tensor
 from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained
 from tests.tuner.models import TARGETS, base_model, batch, config
 from uniproj import AdapterError, get, names
-from uniproj.exchange import peft_folder
-from uniproj.exchange.adapter import Trained
-from uniproj.exchange.transfer import export
+from uniproj.exchange import export, peft_folder
+from uniproj.exchange.adapter import Adapter
 from uniproj.tuner import UniProjConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -131,7 +130,7 @@ def test_refusals(tmp_path: Path) -> None:
         export(folder, tmp_path / "out", base=other)
     with pytest.raises(AdapterError, match="rank must be at least that of every module, 4, got 2"):
         export(model, tmp_path / "out", rank=2)
-    with pytest.raises(AdapterError, match="to must be one of lora, vllm, unilora"):
+    with pytest.raises(AdapterError, match="to must be one of lora, tinylora, unilora"):
         export(model, tmp_path / "out", to="dora")
     with pytest.raises(AdapterError, match="rank must be left out for vera"):
         export(model, tmp_path / "out", to="vera", rank=8)
@@ -223,7 +222,7 @@ def test_half_precision_bases(tmp_path: Path) -> None:
 
 def test_of_model_and_of_file_are_the_same_adapter(tmp_path: Path) -> None:
     model = trained("bert", "vblora")
-    live, read = Trained.of_model(model), Trained.of_file(saved(model, tmp_path))
+    live, read = Adapter.of_model(model), Adapter.of_file(saved(model, tmp_path))
     assert torch.equal(live.theta_d, read.theta_d) and live.scales == read.scales
     assert all(torch.equal(mine, read.other[name]) for name, mine in live.other.items())
     assert torch.equal(live.projection.logits, read.projection.logits)

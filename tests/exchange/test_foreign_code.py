@@ -17,8 +17,8 @@ from tests.format.fixtures import base
 from uniproj import AdapterError
 from uniproj.cli import main
 from uniproj.exchange import base as bases
-from uniproj.exchange.adapter import Trained
-from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange import export, import_adapter
+from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.verify import verify
 from uniproj.format.places import linear_modules
 from uniproj.tuner import UniProjConfig
@@ -86,7 +86,7 @@ def test_so_does_each_function(place: Path, monkeypatch) -> None:
     foreign = str(place / "base")
     for call in (
         lambda: verify(place / "ours", foreign),
-        lambda: Trained.of_file(place / "ours", foreign),
+        lambda: Adapter.of_file(place / "ours", foreign),
         lambda: export(place / "ours", place / "out", base=foreign),
         lambda: import_adapter(place / "vera", place / "out", base=foreign),
         lambda: import_adapter(place / "lora", place / "out", "lora_xs", base=foreign),

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 from tests.tuner.models import TARGETS, base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange import export, import_adapter
 from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
 from uniproj.format import tensors as stored

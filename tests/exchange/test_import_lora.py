@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, trained
 from tests.tuner.models import TARGETS, base_model, train_steps
 from uniproj import AdapterError, get, names
-from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange import export, import_adapter
 from uniproj.format import file
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from experiments import models
 from tests.exchange.tools import SAME, difference
 from uniproj import get
-from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange import export, import_adapter
 from uniproj.tuner import UniProjConfig
 
 TARGETS = {"minilm": ["query", "value"], "smollm2": ["q_proj", "v_proj", "down_proj"]}

@@ -54,7 +54,7 @@ def _measured(action: Callable[[str], object], folder: str, most: int) -> Cost:
 
 
 def _main(most: int, asked: list[str]) -> None:
-    from uniproj.exchange.transfer import export
+    from uniproj.exchange import export
     from uniproj.exchange.verify import verify
     from uniproj.format import file
 

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tests.format.saved import rewrite
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.exchange import inspect
-from uniproj.exchange.transfer import export, import_adapter
+from uniproj.exchange import export, import_adapter, inspect
 from uniproj.exchange.verify import verify
 from uniproj.format import file
 from uniproj.format import tensors as stored

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from tests.format.fixtures import ROOT
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError, names
-from uniproj.exchange.transfer import export
+from uniproj.exchange import export
 from uniproj.format import file
 from uniproj.format.keys import plain
 from uniproj.registry import get

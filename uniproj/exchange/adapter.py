@@ -1,24 +1,25 @@
-"""`Trained`: P, theta_d and what belongs to them, apart from any model; from a file, from a model, into a file."""
+"""`Adapter`: P, theta_d and what belongs to them, apart from any model; `LoRAAdapter`: the same updates as A and B."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import base as bases
-from uniproj.exchange.formats.lora import LoRAAdapter, ranks, scales
 from uniproj.format import file
 from uniproj.format.compatibility import check_fit
 from uniproj.format.header import Header
 from uniproj.format.keys import plain
+from uniproj.format.patterns import of_modules, scale
 from uniproj.format.places import layout_on, linear_modules
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
@@ -32,7 +33,20 @@ from uniproj.tuner.quantised import BaseWeights
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoRAAdapter:
+    """theta_D (D,) in the order of `layout`; scales: s of delta W = s B A by module; the configuration (PEFT's
+    LoraConfig or one that extends it); other: what the file holds besides, such as a classification head, by PEFT's
+    names."""
+
+    layout: LoRALayout
+    theta_D: Tensor
+    scales: Mapping[str, float]
+    config: LoraConfig
+    other: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Adapter:
     """theta_d (d,) and P with its Parameters as trained; layout: P's, with the names that the modules have in the base
     model now; scales: s of delta W = s B A by these names; other: heads and the like, by PEFT's names; order: the
     modules in the base model's order of registration, where it is known."""
@@ -53,7 +67,7 @@ class Trained:
     @classmethod
     def of_file(
         cls, folder: str | Path, base: str | nn.Module | None = None, trust_remote_code: bool = False
-    ) -> Trained:
+    ) -> Adapter:
         """A saved adapter. Raises AdapterError for a bad file, and where P cannot be made without the base model.
 
         base: the base model (or its name), for a P that is made of its weights, and for a file without a header;
@@ -91,7 +105,7 @@ class Trained:
         return cls(P, theta_d, config, layout, scales(config, layout), tensors, order)
 
     @classmethod
-    def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Trained:
+    def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
         """A live adapter; P is the model's own. Raises AdapterError for another PEFT type."""
         tuner = model.base_model
         if not isinstance(tuner, UniProjModel) or adapter_name not in tuner.projections:
@@ -150,3 +164,20 @@ def _built(
             f"layout {found[0][:12]}.. and P {found[1][:12]}... Pass the base model (and dtype) of the adapter."
         )
     return P
+
+
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
+    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
+    return {name: getattr(config, name) for name in names}
+
+
+def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
+    """The rank of every module, with the pattern that fits its name."""
+    return of_modules("rank_pattern", config.rank_pattern, modules, config.r)
+
+
+def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
+    """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
+    alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
+    return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}

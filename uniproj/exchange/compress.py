@@ -10,9 +10,9 @@ from torch import nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import base as bases
-from uniproj.exchange.adapter import Trained
-from uniproj.exchange.formats.lora import LoRAAdapter, lora_settings
+from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings
 from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.format.fields import Role, of
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 
@@ -22,8 +22,6 @@ IN_IMAGE = 1e-10
 # A captured energy that moves by more than this with the gauge is marked.
 GAUGE_LIMIT = 0.01
 GAUGE_NOTE = "depends on the gauge (A c, B / c)"
-# what belongs to LoRA's own start
-_OF_LORA = {"init_lora_weights", "loftq_config"}
 
 
 def compress(
@@ -34,7 +32,7 @@ def compress(
     options: Mapping[str, Any],
     base: str | nn.Module | None,
     trust_remote_code: bool = False,
-) -> tuple[Trained, dict[str, Any]]:
+) -> tuple[Adapter, dict[str, Any]]:
     """A uniproj adapter whose theta_D is nearest to a LoRA's, and its quality.
 
     A theta_D in the image of P is kept as it is, to float32's rounding; any other is balanced first.
@@ -67,7 +65,7 @@ def compress(
     with torch.no_grad():
         reached = P(found.theta_d.float().double())  # as it will be read: theta_d in float32
     factor = captured(target, reached)
-    settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in _OF_LORA}
+    settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in of(Role.START)}
     config = UniProjConfig(
         projection=projection,
         d=d,
@@ -75,7 +73,7 @@ def compress(
         projection_kwargs=dict(options),
         **settings,
     )
-    return Trained(P, found.theta_d.float(), config, P.layout, adapter.scales, adapter.other), {
+    return Adapter(P, found.theta_d.float(), config, P.layout, adapter.scales, adapter.other), {
         "projection": projection,
         "method": found.method,
         "D": P.D,

@@ -21,12 +21,11 @@ from uniproj.format.fields import Configuration, Places
 from uniproj.format.file import CONFIG, UNSAFE, WEIGHTS, config_text
 
 
-def read_config(folder: Path, kinds: Sequence[str]) -> PeftConfig:
-    """The configuration of an adapter of one of these PEFT types. Raises AdapterError for a missing file and others."""
+def read_config(folder: Path, kind: str) -> PeftConfig:
+    """The configuration of an adapter of this PEFT type. Raises AdapterError for a missing file and another type."""
     fields = _fields(folder)
-    kind = str(fields.get("peft_type"))
-    if kind not in kinds:
-        raise AdapterError(f"{folder}: must hold an adapter of PEFT type {' or '.join(kinds)}, got {kind}.")
+    if (found := str(fields.get("peft_type"))) != kind:
+        raise AdapterError(f"{folder}: must hold an adapter of PEFT type {kind}, got {found}. Take another.")
     schema.check(Configuration if kind == "LORA" else Places, fields, f"{folder / CONFIG}: ")
     try:
         return PeftConfig.from_pretrained(str(folder))

@@ -12,12 +12,10 @@ from peft import PeftModel
 from torch import nn
 
 from uniproj.errors import AdapterError
-from uniproj.exchange import peft_folder
-from uniproj.exchange.adapter import Trained
-from uniproj.exchange.commands import FORMATS
+from uniproj.exchange import peft_folder, registry
+from uniproj.exchange.adapter import Adapter, LoRAAdapter
 from uniproj.exchange.compress import IDENTITY, compress
-from uniproj.exchange.formats import _peft as peft_formats
-from uniproj.exchange.formats import lora, vllm
+from uniproj.exchange.formats._peft import PeftMethod
 from uniproj.format import file
 from uniproj.format.disk import exists
 
@@ -35,35 +33,29 @@ def export(
 ) -> None:
     """Write a uniproj adapter (a folder, or the one of a live model) as an adapter of PEFT, with the same updates.
 
-    to: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm", LoRA under vLLM's rules,
-    padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of that projection. base: the
-    base model or its name, where P is made of its weights, and for "tinylora"; trust_remote_code: whether Python code
-    that comes with a model of this name may run.
+    to: a name of `registry.names()`: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm",
+    LoRA under vLLM's rules, padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of
+    that projection. base: the base model or its name, where P is made of its weights, and for "tinylora";
+    trust_remote_code: whether Python code that comes with a model of this name may run.
 
     Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
     """
     _refuse_in_place(source, out)
-    if to not in FORMATS:
-        raise AdapterError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}.")
-    if rank is not None and to not in ("lora", "vllm"):
+    written = registry.get(to)
+    if rank is not None and not written.takes_rank:
         raise AdapterError(
             f"export: rank must be left out for {to}, which has the adapter's, got {rank}. Export to lora."
         )
     if isinstance(source, PeftModel):
-        trained = Trained.of_model(source, adapter_name)
+        adapter = Adapter.of_model(source, adapter_name)
     elif isinstance(source, str | Path):
-        trained = Trained.of_file(source, base, trust_remote_code)
+        adapter = Adapter.of_file(source, base, trust_remote_code)
     else:
         raise AdapterError(
             f"export: the source must be a PeftModel or the folder of an adapter, got {type(source).__name__}. "
             "Pass the PeftModel itself, not what wraps it."
         )
-    if to == "vllm":
-        vllm.write(trained.lora(), Path(out), rank)
-    elif to == "lora":
-        lora.write(trained.lora(), Path(out), rank)
-    else:
-        peft_formats.write(trained, to.upper(), Path(out))
+    written.write(adapter, Path(out), rank)
 
 
 def import_adapter(
@@ -76,8 +68,9 @@ def import_adapter(
     base: str | nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write an adapter of PEFT (LORA, UNILORA, VERA, VBLORA, TINYLORA) as a uniproj adapter; returns what it is.
+    """Write an adapter of another format as a uniproj adapter; returns what it is.
 
+    Formats are those of `registry.names()`, such as PEFT's LORA, UNILORA, VERA, VBLORA and TINYLORA.
     Without `projection` the updates stay the same: P is PEFT's own where its seed makes it again, else the identity
     (`lora`, D numbers). With it they are the nearest that this projection has at `d`; the energy that is lost is among
     what is returned. base: the base model or its name, for all but LORA, and for projections made of its weights;
@@ -87,13 +80,10 @@ def import_adapter(
     """
     path = Path(path)
     _refuse_in_place(path, out)
-    if peft_folder.read_config(path, ("LORA", *peft_formats.CONFIGS)).peft_type == "LORA":
-        adapter, native = lora.read(path), None
-    else:
-        native = peft_formats.read(path, base, trust_remote_code)
-        adapter = native.lora()
-    if native is None or projection is not None:
-        trained, report = compress(adapter, projection or IDENTITY, d, seed, options or {}, base, trust_remote_code)
+    found = _reader(path).read(path, base, trust_remote_code)
+    if isinstance(found, LoRAAdapter) or projection is not None:
+        lora = found if isinstance(found, LoRAAdapter) else found.lora()
+        adapter, report = compress(lora, projection or IDENTITY, d, seed, options or {}, base, trust_remote_code)
         report["lost_energy"] = 1.0 - report["captured_delta_W"]
     elif d is not None or seed or options:
         raise AdapterError(
@@ -101,10 +91,20 @@ def import_adapter(
             "leave them out."
         )
     else:
-        P = native.projection
-        trained, report = native, {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
-    trained.save(out)
+        adapter, P = found, found.projection
+        report = {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
+    adapter.save(out)
     return report
+
+
+def _reader(folder: Path) -> registry.Format:
+    formats = list(registry.every())
+    if found := next((known for known in formats if known.reads(folder)), None):
+        return found
+    kinds = " or ".join(known.kind for known in formats if isinstance(known, PeftMethod))
+    raise AdapterError(
+        f"{folder}: must hold an adapter of PEFT type {kinds}, got {peft_folder.peft_type(folder)}. Take another."
+    )
 
 
 def _refuse_in_place(source: object, out: str | Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from uniproj.errors import AdapterError, printable
@@ -19,25 +22,26 @@ def check_fit(header: Header, found: LoRALayout, table: Table = ()) -> dict[str,
     """
     names = new_names(header.layout, table)
     has, wants = _sizes(found), {names[m]: size for m, size in _sizes(header.layout).items()}
-    missing, extra = [m for m in wants if m not in has], [m for m in has if m not in wants]
+    differs = _difference(wants, has)
+    if differs is None:
+        return names
     said = f"{header.projection}: the adapter was trained with other modules, shapes or ranks: "
-    if missing:
+    trained_on = header.base_model or "the base model it was trained on"
+    extra = [module for module in has if module not in wants]
+    if differs.found is None:
+        missing = [module for module in wants if module not in has]
         raise AdapterError(said + _about_missing(missing, extra, wants, has))
-    if extra:
+    if differs.wanted is None:
         raise AdapterError(
-            f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. Load the adapter on "
-            f"{header.base_model or 'the base model it was trained on'}."
+            f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. Load the adapter on {trained_on}."
         )
-    for module, size in wants.items():
-        if has[module] != size:
-            (out, in_, r), (out_now, in_now, r_now) = size, has[module]
-            what = "rank" if (out, in_) == (out_now, in_now) else "out, in"
-            pair = (r, r_now) if what == "rank" else (f"{out}, {in_}", f"{out_now}, {in_now}")
-            raise AdapterError(
-                f"{said}{module} must have ({what}) = ({pair[0]}), got ({pair[1]}). Load the adapter on "
-                f"{header.base_model or 'the base model it was trained on'}, with the ranks of its configuration."
-            )
-    return names
+    (out, in_, r), (out_now, in_now, r_now) = differs.wanted, differs.found
+    what = "rank" if (out, in_) == (out_now, in_now) else "out, in"
+    pair = (r, r_now) if what == "rank" else (f"{out}, {in_}", f"{out_now}, {in_now}")
+    raise AdapterError(
+        f"{said}{differs.module} must have ({what}) = ({pair[0]}), got ({pair[1]}). Load the adapter on {trained_on}, "
+        "with the ranks of its configuration."
+    )
 
 
 def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None:
@@ -58,8 +62,34 @@ def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None
         warnings.warn(f"{header.projection}: the adapter was trained on {printable(', '.join(changed))}.", stacklevel=2)
 
 
-def _sizes(layout: LoRALayout) -> dict[str, tuple[int, int, int]]:
-    """{module: (out, in, r)}."""
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first module in which two layouts differ, with its (out, in, rank) in each of them, or None."""
+
+    module: str
+    wanted: Size | None
+    found: Size | None
+
+    def __str__(self) -> str:
+        wanted, found = ("no adapter" if x is None else f"(out, in, rank) = {x}" for x in (self.wanted, self.found))
+        return f"{self.module} must have {wanted}, got {found}"
+
+
+def first_difference(wanted: LoRALayout, found: LoRALayout) -> Difference | None:
+    """What is missing comes first, then what is left over, then other sizes."""
+    return _difference(_sizes(wanted), _sizes(found))
+
+
+def _difference(wants: Mapping[str, Size], has: Mapping[str, Size]) -> Difference | None:
+    missing, extra = (m for m in wants if m not in has), (m for m in has if m not in wants)
+    first = next(chain(missing, extra, (m for m in wants if wants[m] != has.get(m))), None)
+    return None if first is None else Difference(first, wants.get(first), has.get(first))
+
+
+def _sizes(layout: LoRALayout) -> dict[str, Size]:
     return {b.module: (b.shape[0], a.shape[1], b.shape[1]) for b, a in layout.pairs()}
 
 

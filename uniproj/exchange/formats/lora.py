@@ -1,42 +1,54 @@
-"""A LoRA adapter as one theta_D: from a folder of PEFT's LORA and back into one, without the base model."""
+"""LoRA folders of PEFT, out and in, without the base model."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import peft_folder
+from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings, ranks, scales
+from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod
+from uniproj.exchange.registry import register
+from uniproj.format.fields import Role, used
 from uniproj.format.heads import entitled
-from uniproj.format.patterns import of_modules, scale
 from uniproj.layout import Block, LoRALayout
+from uniproj.projections.lora import LoRA
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-# Variants of LoRA whose update is not s B A.
-_REFUSED = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication")
 # Starts of A and B for which PEFT changes the base weights too, on every loading.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@dataclass(frozen=True)
-class LoRAAdapter:
-    """theta_D (D,) in the order of `layout`; scales: s of delta W = s B A by module; the configuration (PEFT's
-    LoraConfig or one that extends it); other: what the file holds besides, such as a classification head, by PEFT's
-    names."""
+@register("lora")
+class LoRAFormat(PeftMethod):
+    """Here A and B are all there is to say, so no folder asks for a base model, and any projection can be written."""
 
-    layout: LoRALayout
-    theta_D: Tensor
-    scales: Mapping[str, float]
-    config: LoraConfig
-    other: Mapping[str, Tensor]
+    kind, config, accepts = "LORA", LoraConfig, LoRA
+    takes_rank = True
+
+    def build(self, theirs: Attached) -> LoRA:
+        """The identity."""
+        return LoRA(theirs.layout)
+
+    def pairs(self, theirs: Attached, P: LoRA, theta_d: Tensor) -> Iterator[Pair]:
+        """Every A and every B."""
+        for block, ours in zip(P.layout.blocks, P.layout.split(theta_d), strict=True):
+            factor = f"lora_{block.factor}"
+            yield Pair(f"{block.module}.{factor}", theirs.tensor(block.module, factor).weight, ours)
+
+    def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
+        """As `write` in this file."""
+        write(adapter.lora(), folder, rank)
+
+    def read(self, folder: Path, base: str | nn.Module | None, trust_remote_code: bool) -> LoRAAdapter:
+        """As `read` in this file."""
+        return read(folder)
 
 
 def read(folder: Path) -> LoRAAdapter:
@@ -47,8 +59,8 @@ def read(folder: Path) -> LoRAAdapter:
     not linear, a factor without its pair, numbers that are not finite, and tensors to which the configuration does not
     entitle the folder.
     """
-    config = peft_folder.read_config(folder, ("LORA",))
-    if changed := [name for name in _REFUSED if getattr(config, name, None)]:
+    config = peft_folder.read_config(folder, "LORA")
+    if changed := used(vars(config), Role.VARIANT):
         raise AdapterError(f"{folder}: the update must be s B A, got {', '.join(changed)}. Take a plain LoRA.")
     if str(config.init_lora_weights).startswith(_CHANGES_BASE):
         raise AdapterError(
@@ -116,23 +128,6 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
         yield from adapter.other.values()
 
     peft_folder.write(folder, config.to_dict(), index, tensors())
-
-
-def lora_settings(config: LoraConfig) -> dict[str, Any]:
-    """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
-    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
-    return {name: getattr(config, name) for name in names}
-
-
-def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
-    """The rank of every module, with the pattern that fits its name."""
-    return of_modules("rank_pattern", config.rank_pattern, modules, config.r)
-
-
-def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
-    """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
-    alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
-    return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}
 
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
