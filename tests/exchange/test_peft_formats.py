@@ -15,7 +15,7 @@ from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, sa
 from tests.reference.peft_toys import CONFIGS
 from tests.tuner.models import TARGETS, TASKS, base_model, config, train_steps
 from uniproj import AdapterError
-from uniproj.exchange import export, from_peft, import_adapter
+from uniproj.exchange import export, from_peft, import_adapter, registry
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats._peft import PeftMethod
 
