@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +68,4 @@ def write(
 
     Raises AdapterError for numbers that are not finite, and where the disk refuses; what was there before stays.
     """
-    replace({folder / WEIGHTS: _safetensors(index, tensors), folder / CONFIG: config_text(config).encode()})
-
-
-def _safetensors(index: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor]) -> Iterator[bytes]:
-    """The pieces of a safetensors file: 8 bytes of length, JSON of that length, the bytes of every tensor."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in index.items():
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": stored.DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for tensor, (name, (dtype, shape)) in zip(tensors, index.items(), strict=True):
-        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape)
-        stored.check_finite(tensor, f"{name}, as it would be saved")
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]
+    replace({folder / WEIGHTS: stored.streamed(index, tensors), folder / CONFIG: config_text(config).encode()})

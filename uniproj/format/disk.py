@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
         raise AdapterError(f"{path}: must be JSON, got {error}. Copy or download it again.") from None
 
 
-def replace(contents: Mapping[Path, bytes | Iterable[bytes]]) -> None:
+def replace(contents: Mapping[Path, bytes | Iterable[bytes | memoryview]]) -> None:
     """Write files that belong together, whole or piece by piece: each is the old one or the new one, never a part.
 
     All are written under other names and flushed to the disk before the first takes its place, so a full disk or a

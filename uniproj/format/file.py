@@ -79,7 +79,8 @@ def read(folder: str | Path) -> SavedAdapter:
 @contextmanager
 def read_once() -> Iterator[None]:
     """Within the block a folder is read once, however often it is asked for: all that is loaded is of one moment."""
-    token = _known.set({})
+    known = _known.get()
+    token = _known.set({} if known is None else known)
     try:
         yield
     finally:

@@ -7,8 +7,7 @@ import io
 import json
 import math
 import os
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# bytes of the number with which a safetensors file begins
+LENGTH = 8
 _MOST_AXES = 64  # of a tensor of PyTorch
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -59,10 +60,40 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     whole = {"format": "pt", **metadata}
     data = safetensors.torch.save(plain, {**whole, DIGEST: digest(plain, whole)})
     # the library writes the metadata in random order
-    start = _start(data)
-    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data[start:]
+    start = LENGTH + header_length(data[:LENGTH])
+    header = json.dumps(json.loads(data[LENGTH:start]), sort_keys=True, separators=(",", ":"))
+    return framed(header.encode()) + data[start:]
+
+
+def streamed(
+    index: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor]
+) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file, whose tensors come one at a time, in the order of `index` (dtype and shape by
+    name). Raises AdapterError for numbers that are not finite."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in index.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    yield framed(json.dumps(header, separators=(",", ":")).encode())
+    for tensor, (name, (dtype, shape)) in zip(tensors, index.items(), strict=True):
+        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape)
+        check_finite(tensor, f"{name}, as it would be saved")
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def framed(header: bytes) -> bytes:
+    """The beginning of a safetensors file: the length of the JSON header, the header, and blanks, as tensors begin at a
+    multiple of 8 bytes."""
+    header += b" " * (-len(header) % LENGTH)
+    return len(header).to_bytes(LENGTH, "little") + header
+
+
+def header_length(begin: bytes) -> int:
+    """What the first `LENGTH` bytes of a safetensors file say. Raises ValueError for fewer bytes."""
+    if len(begin) < LENGTH:
+        raise ValueError(f"a file of {len(begin)} bytes")
+    return int.from_bytes(begin, "little")
 
 
 class Weights:
@@ -77,8 +108,8 @@ class Weights:
         file.seek(0)
         limits.check("file_bytes", self._size, "its bytes", where)
         try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > self._size - 8:
+            length = header_length(file.read(LENGTH))
+            if length > self._size - LENGTH:
                 raise ValueError(f"a header of {length} bytes")
             limits.check("header_bytes", length, "the bytes of its header", where)
             entries = json.loads(file.read(length).decode(), object_pairs_hook=_once)
@@ -91,7 +122,7 @@ class Weights:
                 if first != end:
                     raise ValueError("tensors that do not follow one another")
                 end = last
-            if 8 + length + end != self._size:
+            if LENGTH + length + end != self._size:
                 raise ValueError(f"{end} bytes of tensors behind a header of {length}")
             self.index = {
                 name: torch.empty(shape, dtype=dtype, device="meta")
@@ -99,9 +130,9 @@ class Weights:
             }
         except AdapterError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise self._not_whole(error) from error
-        self._start = 8 + length
+        self._start = LENGTH + length
 
     def read(self) -> dict[str, Tensor]:
         """The tensors with their numbers, each in memory of its own. Raises AdapterError for a file that was cut off
@@ -235,8 +266,3 @@ def check_finite(tensor: Tensor, where: str) -> None:
     known = tensor if tensor.dtype in FLOATS else tensor.float()  # 8-bit floats know no isfinite
     if tensor.is_floating_point() and not torch.isfinite(known).all():
         raise AdapterError(f"{where}: all numbers must be finite, got NaN or inf. Use another checkpoint.")
-
-
-def _start(data: bytes) -> int:
-    """Where the tensors begin: behind 8 bytes of length and the JSON of that length."""
-    return 8 + int(struct.unpack("<Q", data[:8])[0])
