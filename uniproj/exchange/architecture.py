@@ -14,13 +14,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from uniproj.errors import AdapterError
 
 # the longest contexts have 10 million tokens
-SIZE = 2**24
+_SIZE = 2**24
 # of layers, experts and the like; of labels, of which Transformers keeps a table
-COUNT, LABELS = 1024, 2**17
+_COUNT, _LABELS = 1024, 2**17
 # of modules: mixtures with 384 experts in 61 layers have 94,000
 MODULES = 2**17
 # numbers of a model for each byte of the weights in its folder: those of 2 bits have 4
-NUMBERS = 4
+_NUMBERS = 4
 _COUNTS = re.compile(r"(^|_)(layers?|depths?|experts?|blocks|stages)$|^(n|num)_.*(layer|expert|block|stage)")
 _NO_SIZES = re.compile("theta|seed|max_length")
 _WEIGHTS = (".safetensors", ".bin")
@@ -35,8 +35,8 @@ def check_sizes(value: Any, base: str, key: str = "") -> None:
         for inner in value:
             check_sizes(inner, base, key)
     elif isinstance(value, int | float) and not _NO_SIZES.search(key):
-        most = COUNT if _COUNTS.search(key) else LABELS if "labels" in key else SIZE
-        if value > most and (isinstance(value, int) or most == COUNT):
+        most = _COUNT if _COUNTS.search(key) else _LABELS if "labels" in key else _SIZE
+        if value > most and (isinstance(value, int) or most == _COUNT):
             raise AdapterError(
                 f"{base}: {key} of the base model's configuration must be at most {most}, got {value:g}. "
                 "Take the original."
@@ -48,7 +48,7 @@ def check_weights(base: str, model: nn.Module) -> None:
     numbers = sum(p.numel() for p in model.parameters())
     files = list(Path(base).iterdir()) if Path(base).is_dir() else []
     held = sum(file.stat().st_size for file in files if file.suffix in _WEIGHTS)
-    if files and numbers > NUMBERS * held:
+    if files and numbers > _NUMBERS * held:
         raise AdapterError(
             f"{base}: the weights must be those of its configuration, of {numbers:,} numbers, got {held:,} bytes. "
             "Take the original."

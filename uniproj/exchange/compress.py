@@ -18,7 +18,7 @@ from uniproj.tuner.config import UniProjConfig
 
 IDENTITY = "lora"
 # What P may lose of a theta_D in its image: the square of float32's rounding, over long sums.
-IN_IMAGE = 1e-10
+_IN_IMAGE = 1e-10
 # A captured energy that moves by more than this with the gauge is marked.
 GAUGE_LIMIT = 0.01
 GAUGE_NOTE = "depends on the gauge (A c, B / c)"
@@ -57,7 +57,7 @@ def compress(
     own, target = P.rebuild(), adapter.theta_D.double()
     found = fit(own, target)
     unbalanced = captured(target, found.theta_D)
-    if 1.0 - unbalanced <= IN_IMAGE:  # such as what was exported from this P: another gauge would lead out of it
+    if 1.0 - unbalanced <= _IN_IMAGE:  # such as what was exported from this P: another gauge would lead out of it
         P = own
     else:
         target = balanced(adapter.layout, target)

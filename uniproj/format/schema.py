@@ -18,15 +18,15 @@ _LEAST, _MOST = 1e-30, 1e30
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON text says. Raises ValueError for a key that stands twice, and for what `check_json` refuses."""
+    """What JSON text says. Raises ValueError for a key that stands twice, and for what `_check_json` refuses."""
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"more than {DEPTH} levels") from None
-    return check_json(value)
+    return _check_json(value)
 
 
-def check_json(value: Any, levels: int = DEPTH) -> Any:
+def _check_json(value: Any, levels: int = DEPTH) -> Any:
     """The value itself. Raises ValueError for what JSON has no word for (NaN, infinity, lone surrogates, objects of
     Python's own) and for more than `levels` of lists and objects inside one another."""
     if isinstance(value, Mapping | list | tuple):
@@ -37,7 +37,7 @@ def check_json(value: Any, levels: int = DEPTH) -> Any:
                 raise ValueError(f"the key {shown(key)} of another type than text")
             _text(key)
         for item in value.values() if isinstance(value, Mapping) else value:
-            check_json(item, levels - 1)
+            _check_json(item, levels - 1)
     elif isinstance(value, str):
         _text(value)
     elif isinstance(value, float):
@@ -101,7 +101,7 @@ Alphas = Annotated[dict[Text, Alpha] | None, Field(description="patterns of name
 Bias = Annotated[Literal["none", "all", "lora_only"], Field(description="none, all or lora_only")]
 Object = Annotated[
     dict[Text, Any],
-    AfterValidator(check_json),
+    AfterValidator(_check_json),
     Field(description=f"JSON, an object of at most {DEPTH} levels with finite numbers"),
 ]
 

@@ -29,7 +29,7 @@ IDENTITY = f"{OWN}identity"
 _OF_P_BEFORE_FORMAT_3 = "base_model.projections."
 HEADS = "base_model.model."
 DIGEST = "uniproj.sha256"
-DTYPES = {
+_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -50,7 +50,7 @@ DTYPES = {
 # bytes of the number with which a safetensors file begins
 LENGTH = 8
 _MOST_AXES = 64  # of a tensor of PyTorch
-_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
+_OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -74,7 +74,7 @@ def streamed(
     end = 0
     for name, (dtype, shape) in index.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     yield framed(json.dumps(header, separators=(",", ":")).encode())
     for tensor, (name, (dtype, shape)) in zip(tensors, index.items(), strict=True):
         assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape)

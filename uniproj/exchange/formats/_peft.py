@@ -77,13 +77,20 @@ class Attached:
 
 
 class PeftMethod(Format):
-    """kind: PEFT's type; config: its configuration; accepts: the projections that it can hold."""
+    """kind: PEFT's type; config: its configuration; accepts: the projections that it can hold.
+
+    saved: the fields under which PEFT's frozen numbers are in the file, where `draws_ours` may say that they must be;
+    needs_order: whether the base's order of registration decides P; needs_weights: whether its weights do.
+    """
 
     kind: ClassVar[str]
     config: ClassVar[type[Any]]
     accepts: ClassVar[type[Projection]]
+    saved: ClassVar[Mapping[str, Any]] = {}
+    needs_order: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
-    # ---- what a method says of itself ---------------------------------------------------------------
+    # ---- what a method says of itself: `build` to `draws_ours` --------------------------------------
 
     def build(self, theirs: Attached) -> Projection:
         """P with PEFT's own frozen tensors; its learned ones come by `pairs`."""
@@ -110,12 +117,8 @@ class PeftMethod(Format):
         return theta_d if same else None
 
     def draws_ours(self, adapter: Adapter, drawn: Any) -> bool:
-        """Whether PEFT comes to the same P by itself, here `drawn`; where not, `saved` adds its numbers to the file."""
+        """Whether PEFT comes to the same P by itself; drawn: the P to which it comes."""
         return True
-
-    saved: ClassVar[Mapping[str, Any]] = {}
-    needs_order = False
-    needs_weights = False
 
     # ---- live adapters ------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uniproj.errors import AdapterError
 from uniproj.exchange.adapter import Adapter
-from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod
+from uniproj.exchange.formats._peft import Attached, Candidate, Pair, PeftMethod
 from uniproj.exchange.registry import register
 from uniproj.projections.partition import Partition
 from uniproj.projections.unilora import UniLoRA
@@ -30,12 +30,8 @@ class UniLoRAFormat(PeftMethod):
 
     def build(self, theirs: Attached) -> UniLoRA:
         def per_row(what: str) -> Tensor:
-            return theirs.layout.flatten(
-                {
-                    (b.module, b.factor): theirs.tensor(b.module, f"{what}_{b.factor}").cpu()
-                    for b in theirs.layout.blocks
-                }
-            )
+            rows = {(b.module, b.factor): theirs.tensor(b.module, f"{what}_{b.factor}") for b in theirs.layout.blocks}
+            return theirs.layout.flatten({block: row.cpu() for block, row in rows.items()})
 
         config = theirs.config
         P = UniLoRA(theirs.layout, config.theta_d_length, config.proj_seed, "peft", list(theirs.layers))
@@ -83,9 +79,7 @@ class UniLoRAFormat(PeftMethod):
         close = torch.allclose(drawn.scale, P.scale.cpu(), rtol=1e-6, atol=0.0)
         return close and torch.equal(drawn.index, P.index.cpu())
 
-    def candidates(
-        self, P: Partition, config: Any, order: tuple[str, ...]
-    ) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    def candidates(self, P: Partition, config: Any, order: tuple[str, ...]) -> Iterator[Candidate]:
         """PEFT's own rule, then every partition of the registry."""
         positions = [P.layout.modules.index(module) for module in order]
         yield "unilora", config.proj_seed, {"assignment": "peft", "module_order": positions}
