@@ -14,7 +14,7 @@ from tests.format.saved import reconfigure, relabel, save
 from uniproj import AdapterError
 from uniproj.format import file
 from uniproj.format.fields import FIELDS, FREE, REFUSED, Role, of, used
-from uniproj.format.header_lines import pack, unpack
+from uniproj.format.header import pack, unpack
 from uniproj.tuner import UniProjConfig
 
 # a value of each refused field that PEFT takes

@@ -14,8 +14,7 @@ from tests.format.saved import HEAD, LAYOUT, edit_weights, parts, reconfigure, r
 from uniproj import AdapterError, LoRALayout, names
 from uniproj.format import file
 from uniproj.format.fields import FREE
-from uniproj.format.header import Header, quantisation, settings
-from uniproj.format.header_lines import pack, unpack
+from uniproj.format.header import Header, pack, quantisation, settings, unpack
 from uniproj.format.tensors import IDENTITY, THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig

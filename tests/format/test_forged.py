@@ -32,8 +32,7 @@ from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
 from uniproj.format import tensors as stored
 from uniproj.format.fields import FREE
-from uniproj.format.header import Header
-from uniproj.format.header_lines import pack
+from uniproj.format.header import Header, pack
 from uniproj.tuner import UniProjConfig
 
 SECONDS, BYTES = 10, 2**29

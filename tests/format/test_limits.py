@@ -14,8 +14,7 @@ from tests.format.costs import costs
 from tests.format.saved import joined, parts, reconfigure, relabel, save
 from uniproj import AdapterError, LoRALayout, ProjectionError, build, get, limits, names
 from uniproj.format import file
-from uniproj.format.header import Header
-from uniproj.format.header_lines import pack
+from uniproj.format.header import Header, pack
 from uniproj.format.tensors import OF_P, THETA_D
 from uniproj.tuner import UniProjConfig
 

@@ -22,7 +22,7 @@ from uniproj import AdapterError, ProjectionError, build, get, names
 from uniproj.cli import main
 from uniproj.exchange import architecture
 from uniproj.format import file
-from uniproj.format.header_lines import pack
+from uniproj.format.header import pack
 from uniproj.format.schema import DEPTH, parse_json
 from uniproj.tuner import UniProjConfig
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterator, Mapping
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -16,7 +19,6 @@ from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
 from uniproj.format.fields import Configuration, Role, of
-from uniproj.format.header_lines import LINES
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import OF_P, THETA_D, shapes_without_P
@@ -26,6 +28,8 @@ from uniproj.registry import build, get
 
 FORMAT_VERSION = 3
 PREFIX = "uniproj."
+_MEMORY = 2**25
+_LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
 _ALTERED = "The file was altered: copy or download it again."
 
 
@@ -101,7 +105,7 @@ class Header:
 
     def to_metadata(self) -> dict[str, str]:
         """One line of text per field: JSON, or packed JSON for the two long ones."""
-        lines = {f"{PREFIX}{f.name}": LINES[f.name][0](getattr(self, f.name)) for f in fields(self)}
+        lines = {f"{PREFIX}{f.name}": _LINES[f.name][0](getattr(self, f.name)) for f in fields(self)}
         return {**lines, f"{PREFIX}layout_fingerprint": self.layout.fingerprint}
 
     @classmethod
@@ -119,7 +123,7 @@ class Header:
             text = metadata.get(f"{PREFIX}{f.name}")
             limits.check("config_bytes", len(text or ""), f"the letters of the header's {f.name}", where)
             try:
-                values[f.name] = LINES[f.name][1]("" if text is None else text)
+                values[f.name] = _LINES[f.name][1]("" if text is None else text)
             except AdapterError as error:
                 raise AdapterError(f"{where}: the header's {f.name}: {error}") from None
             except (ValueError, TypeError, RecursionError) as error:
@@ -265,3 +269,46 @@ def _check_format(metadata: Mapping[str, str], where: str) -> None:
             f"{where}: the format must be at most {FORMAT_VERSION}, got {version} (written by uniproj "
             f"{metadata.get(f'{PREFIX}library_version', 'of a later version')}). Install that version."
         )
+
+
+# ---- the lines ------------------------------------------------------------------------------------
+
+
+def pack(value: Any) -> str:
+    """JSON, packed by LZMA and base64: names that differ in a number take a byte or two each."""
+    text = value.to_json() if isinstance(value, LoRALayout) else _dump(value)
+    return base64.b64encode(lzma.compress(text.encode(), lzma.FORMAT_ALONE, filters=_LZMA)).decode()
+
+
+def unpack(text: str, limit: str) -> str:
+    """What `pack` packed, or zlib, as format 1 did. Raises ValueError for anything else, and beyond a limit's bytes."""
+    packed = base64.b64decode(text, validate=True)
+    of_format_1 = packed[:1] == b"x"
+    inflate: Any = zlib.decompressobj() if of_format_1 else lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MEMORY)
+    try:
+        unpacked: bytes = inflate.decompress(packed, getattr(limits, limit) + 1)
+    except (zlib.error, lzma.LZMAError, EOFError) as error:
+        raise ValueError(error) from None
+    limits.check(limit, len(unpacked), "the bytes it unpacks to", "packed")
+    if not inflate.eof:
+        raise ValueError("cut off")
+    return unpacked.decode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _layout(text: str) -> LoRALayout:
+    rows = unpack(text, "header_bytes")
+    limits.check("modules", rows.count("[") - 1, "modules", "rows")
+    return LoRALayout.from_json(rows)
+
+
+_JSON = (_dump, schema.parse_json)
+# what the values may be, `schema.Lines` says
+_LINES: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+    **dict.fromkeys(schema.Lines.model_fields, _JSON),
+    "layout": (pack, _layout),
+    "settings": (pack, lambda text: schema.parse_json(unpack(text, "config_bytes"))),
+}
