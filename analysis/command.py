@@ -17,8 +17,8 @@ import uniproj
 from analysis import style
 from experiments import models
 from experiments.errors import ExperimentError
-from experiments.provenance import provenance
-from experiments.results import write_json, write_text
+from experiments.files import write_json, write_text
+from experiments.runs.provenance import provenance
 from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError
 

@@ -27,8 +27,8 @@ def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:
     """The model of an adapter: a classifier with as many outputs as its head has, else a causal language model."""
     heads = [t for key, t in adapter.other.items() if key.endswith("weight")]
     if str(adapter.config.task_type).endswith("SEQ_CLS") and heads:
-        return models.load_classifier(models.Base(name), len(heads[-1]), None, seed=0)
-    return models.load_causal(models.Base(name))
+        return models.load_classifier(models.BaseModel(name), len(heads[-1]), None, seed=0)
+    return models.load_causal(models.BaseModel(name))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import uniproj
+from experiments.files import write_bytes
 from experiments.names import method, table
-from experiments.results import write_bytes
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's
 # muted ones and others that are none of these.

@@ -17,18 +17,21 @@ from typing import Any
 import pandas as pd
 import torch
 
-from experiments import preflight, rates, report, tasks, trust
+from experiments import rates, report, tasks
 from experiments.checks import check_distinct
-from experiments.config import COMPARED, DEVICES, shapes_of
 from experiments.errors import ExperimentError
-from experiments.families import adapted_shapes
-from experiments.plan import Sweep
-from experiments.protocol import folders
-from experiments.results import RUNS, digest, is_done, load_runs, run_folder, slug, write_json
-from experiments.settings import RunConfig
+from experiments.files import digest, slug, write_json
+from experiments.models import adapted_shapes, trust
+from experiments.records.reading import is_done, load_runs
+from experiments.runs.folder import RUNS, run_folder
+from experiments.runs.resolve import COMPARED, DEVICES, shapes_of
+from experiments.runs.settings import RunConfig
+from experiments.sweeps import preflight
+from experiments.sweeps.protocol import folders
+from experiments.sweeps.sweep import Sweep
+from experiments.sweeps.workers import train_all
 from experiments.tasks.task import METRICS
 from experiments.tune import GRID, describe, rate, record, tune
-from experiments.workers import train_all
 from uniproj import console
 from uniproj.errors import ProjectionError, printable
 from uniproj.layout import LoRALayout

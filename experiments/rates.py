@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from experiments.errors import ExperimentError
-from experiments.results import write_text
+from experiments.files import write_text
 
 TABLE = Path(__file__).with_name("rates.yaml")
 # the settings of the committed rates

@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments import baseline, names, statistics
-from experiments.results import disk_errors, write_json, write_text
+from experiments import names
+from experiments.files import disk_errors, write_json, write_text
+from experiments.records import baseline, statistics
 from uniproj.budget import TOLERANCE
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import rates
-from experiments.config import COMPARED, resolve
 from experiments.errors import ExperimentError
-from experiments.provenance import versions
-from experiments.results import RUNS, prepare, row, write_json
-from experiments.workers import train_all
+from experiments.files import write_json
+from experiments.records.reading import row
+from experiments.runs.folder import RUNS, prepare
+from experiments.runs.provenance import versions
+from experiments.runs.resolve import COMPARED, resolve
+from experiments.sweeps.workers import train_all
 from uniproj import console
 
 # rate(k): ..., -6: 1e-3, -5: 3e-3, -4: 1e-2, -3: 3e-2, ...

@@ -15,8 +15,8 @@ import pytest
 from scipy import stats
 
 from analysis.report.collect import REFERENCE
-from experiments import statistics
 from experiments.names import table as names
+from experiments.records import statistics
 from paper_figures.comparison import score
 from paper_figures.sources import Results
 
