@@ -21,9 +21,9 @@ def trusts_remote_code() -> bool:
     return _trusted
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--plugins` and `--trust-remote-code`."""
-    plugins.add_option(parser, "+")
+def add_options(parser: argparse.ArgumentParser, at_once: int | str = "+") -> None:
+    """`--plugins`, with so many files behind it, and `--trust-remote-code`."""
+    plugins.add_option(parser, at_once)
     plugins.add_trust(parser)
 
 
