@@ -144,6 +144,12 @@ def mean(scores: pd.Series | np.ndarray, metric: str | None) -> dict[str, Any]:
     }
 
 
+def means(runs: pd.DataFrame, by: str, column: str) -> pd.Series:
+    """The mean of a column by another, in the order of its values; NaN where no run has a number."""
+    found = {value: mean(group[column].dropna(), None)["score"] for value, group in runs.groupby(by, sort=False)}
+    return pd.Series(found, dtype=float)
+
+
 def unit(metric: str | None) -> str:
     """What 100 times a score of this metric is: only a share of the rows is a percentage."""
     return f"{metric}, %" if str(metric).endswith("accuracy") else f"{metric} x 100"

@@ -24,18 +24,6 @@ from uniproj import plugins
 from uniproj.errors import ProjectionError
 from uniproj.registry import get
 
-COMPARED = (
-    "lora",
-    "unilora",
-    "unilora_local",
-    "unilora_nonuniform",
-    "fastfood",
-    "vera",
-    "tied_lora",
-    "vblora",
-    "lora_xs",
-)
-
 
 def resolve(settings: Mapping[str, Any]) -> RunConfig:
     """The run of these settings: fields of RunConfig, and `seed` for those of the four seeds that are not given.

@@ -25,7 +25,7 @@ from experiments.runs.outcome import ADAPTER, peak_bytes
 from experiments.runs.resolve import check_device, errors_of_projection, shapes_of
 from experiments.runs.run import Run
 from experiments.runs.settings import RunConfig
-from experiments.sweeps.protocol import sweep_folder
+from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
 from experiments.sweeps.sweep import Sweep
 from uniproj.errors import printable
 from uniproj.layout import LoRALayout
@@ -126,6 +126,10 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         total = sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
         seconds += total / max(1, min(at_once, len(known)))
         unknown += len(missing) - len(known)
+    if len((sweep.tune or {}).get("lr", ())) > 1:
+        lines.append(
+            f"tune     and at most {MOST_BEYOND} rates more above and below the grid of a cell, if the best lies there"
+        )
     if measured:
         peak = max(m["peak_bytes"] for m in measured.values())
         lines.append(f"memory   {peak / 1e9:.1f} GB per run (measured), at most {at_once} at once")

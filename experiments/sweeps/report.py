@@ -81,6 +81,16 @@ def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
     return shown.to_string(index=False)
 
 
+def beyond_budget(table: pd.DataFrame) -> list[str]:
+    """What a reader must know of rows that do not come near to the budget."""
+    beyond = table[table["budget_error"].astype(float).abs() > TOLERANCE]
+    return [
+        f"{row.projection} cannot come nearer to the budget than {row.budget_error:+.1%} ({row.trained:,} trained): it "
+        f"is beyond {TOLERANCE:.0%}, so its score is not at an equal budget."
+        for row in beyond.itertuples()
+    ]
+
+
 def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     notes = [
         "last: after the last step, mean over the seeds that trained with Student's 95 % interval; best: mean of the "
@@ -94,18 +104,19 @@ def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFr
         notes.append(f"did not train, so in no mean: {row.projection} on {row.task}, {row.stuck}")
     for reason in sorted(set(records["failed"].dropna())):
         notes.append(f"failed: {reason}")
-    beyond = summary[summary["budget_error"].astype(float).abs() > TOLERANCE]
-    for row in beyond.itertuples():
-        notes.append(
-            f"{row.projection} cannot come nearer to the budget than {row.budget_error:+.1%} ({row.trained:,} trained)."
-        )
+    notes += beyond_budget(summary)
     parts = {json.dumps(v, sort_keys=True) for v in records.get("incomplete_data", []) if isinstance(v, dict) and v}
     for part in sorted(parts):
         notes.append(f"The data at hand differ from those published, so the scores are not comparable: {part}")
     if (folder / CHOICE).exists():
-        lock = read_json(folder / CHOICE)
-        edge = [choice["cell"] for choice in lock["choices"] if choice["at_edge"]]
-        notes.append(f"{lock['trials_per_cell']} trials per cell, locked {lock['locked']} in {folder / CHOICE}.")
-        if edge:
-            notes.append(f"{len(edge)} of {len(lock['choices'])} choices lie at the edge of what was tried.")
+        locked = read_json(folder / CHOICE)
+        choices = locked["choices"]
+        notes.append(f"{locked['trials_per_cell']} trials per cell, locked {locked['locked']} in {folder / CHOICE}.")
+        if further := [len(choice["beyond"]) for choice in choices if choice.get("beyond")]:
+            notes.append(
+                f"{len(further)} of {len(choices)} cells were tuned further, at {min(further)} to {max(further)} rates "
+                "beyond the grid, since their best lay at its edge."
+            )
+        if edge := [choice["cell"] for choice in choices if choice["at_edge"]]:
+            notes.append(f"{len(edge)} of {len(choices)} choices lie at the edge of what was tried.")
     return notes

@@ -96,10 +96,12 @@ class Sweep:
         """cases x axes: what is compared; seeds and tuned settings are added to each."""
         return [{**case, **point} for case in self.cases for point in _crossed(self.axes)]
 
-    def trials(self, cell: Cell) -> list[RunConfig]:
-        """The tuning runs of a cell: as many for every cell."""
+    def trials(self, cell: Cell, beyond: Sequence[float] = ()) -> list[RunConfig]:
+        """The tuning runs of a cell: the grid, as large for every cell, and learning rates beyond it."""
         assert self.tune is not None
-        grid = {key: values for key, values in self.tune.items() if key != "seeds"}
+        grid = {key: self.tune[key] for key in self.tuned()}
+        if beyond:
+            grid["lr"] = [*grid["lr"], *beyond]
         return [self._run(cell, point, seed, "validation") for point in _crossed(grid) for seed in self.tune["seeds"]]
 
     def confirmations(self, cell: Cell, chosen: Mapping[str, Any]) -> list[RunConfig]:

@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from experiments import report, sweep, tasks
+from experiments import sweep, tasks
 from experiments.records import baseline
+from experiments.sweeps import comparison
 from experiments.tasks.task import constant, score
 
 SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
@@ -114,6 +115,6 @@ def test_the_table_of_a_comparison_marks_what_does_not_beat_the_majority(labels,
     stuck = _runs(tmp_path / "a", [np.zeros_like(labels)], labels).assign(projection="vera", **shown)
     good = _runs(tmp_path / "b", [_flipped(labels, 20)], labels).assign(projection="unilora", **shown)
     runs = pd.concat([stuck, good], ignore_index=True)
-    lines = report.as_text(report.summarise(runs), runs, 4740).splitlines()
+    lines = comparison.as_text(comparison.summarise(runs), runs, 4740).splitlines()
     vera, unilora = (next(line for line in lines if f" {name} " in line) for name in ("vera", "unilora"))
     assert "87.4 *" in vera and "98.0" in unilora and "*" not in unilora and baseline.RULE in lines

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import rates
 from experiments.errors import ExperimentError
 from experiments.files import digest, read_json, write_json
 from experiments.records.reading import damage, is_done, load, metrics, row
@@ -169,26 +168,3 @@ def test_the_lines_before_a_damaged_one_are_read(damage: bytes, tmp_path) -> Non
     whole = b'{"step": 1, "of": 9, "loss": 0.7}\n{"step": 2, "of": 9, "loss": null}\n'
     (tmp_path / "metrics.jsonl").write_bytes(whole + damage + b'{"step": 4, "of": 9, "loss": 0.1}\n')
     assert metrics(tmp_path) == [json.loads(line) for line in whole.splitlines()]
-
-
-def test_the_best_rate_ignores_runs_that_did_not_train() -> None:
-    trials = [
-        {"projection": "a", "lr": 0.1, "validation": 0.9, "did_not_train": "the loss stayed"},
-        {"projection": "a", "lr": 0.01, "validation": 0.8, "did_not_train": None},
-        {"projection": "a", "lr": 0.001, "validation": 0.8, "did_not_train": None},
-    ]
-    assert rates.best(trials) == {"a": 0.001}
-    with pytest.raises(ExperimentError, match=r"got none for nothing.*Known: "):
-        rates.load(["nothing"])
-
-
-def test_the_committed_rates_are_those_of_the_committed_record() -> None:
-    from experiments.runs.resolve import COMPARED
-    from experiments.tune import RECORD
-
-    record = read_json(RECORD / "minilm-vader.json")
-    trials = [{**record["common"], **trial} for trial in record["trials"]]
-    assert rates.load(COMPARED) == rates.best(trials) == record["best"]
-    assert record["common"]["score_on"] == "validation"
-    per_projection = {p: sum(t["projection"] == p for t in trials) for p in COMPARED}
-    assert min(per_projection.values()) >= 4

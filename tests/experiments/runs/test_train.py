@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import compare, rates, tasks, train
+from experiments import compare, tasks, train
 from experiments.files import read_json
 from experiments.records import statistics
 from experiments.records.reading import load, metrics
@@ -21,6 +21,7 @@ from experiments.runs.folder import METRICS, RESULT, prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.settings import RunConfig
 from experiments.runs.training import INTERRUPTED, checkpoints, last_checkpoint
+from experiments.sweeps import launchers
 
 CYCLIC = (Path(__file__).parents[3] / "examples" / "cyclic.py").read_text()
 
@@ -252,7 +253,7 @@ def test_a_dry_run_of_the_command_shows_what_its_options_decide(
     assert re.search(r"lora +0.02 +2 +512\b", shown) and re.search(r"compared +0.02 +2 +200\b", shown)
     assert "4 runs of 9 steps, 0 done, 4 to train" in shown and "tuned" not in shown and not runs.exists()
     trained: list[Path] = []
-    monkeypatch.setattr(compare, "train_all", lambda folders, _: trained.extend(folders) or {})
+    monkeypatch.setattr(launchers, "train_all", lambda folders, *_: trained.extend(folders) or {})
     assert compare.main(["--model", model, "--task", task, *options, "--runs", str(runs)]) == 0
     config = RunConfig.from_json(read_json(trained[-1] / "config.json"))
     assert (config.projection, config.r, config.d, config.train_size, config.epochs) == ("compared", 2, 200, 40, 3)
@@ -265,6 +266,7 @@ def test_a_dry_run_of_the_command_shows_what_its_options_decide(
     [
         ([], "model {model}, task {task}, budget 300: --lr auto"),
         (["--train-size", "32", "--rank", "2"], "budget 300, train_size 32, r 2: --lr auto"),
+        (["--model", "minilm", "--task", "vader", "--budget", "4740"], None),
         (["--lr", "0.1"], None),
         (["--lr", "auto"], None),
     ],
@@ -284,10 +286,6 @@ def test_endless_epochs_are_refused(runs: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         compare.main(["--epochs", "inf", "--runs", str(runs)])
     assert "--epochs: must be finite, got inf" in capsys.readouterr().err
-
-
-def test_rates_at_home_need_no_remark() -> None:
-    assert rates.remark(rates.TUNED) == ""
 
 
 @pytest.mark.parametrize(

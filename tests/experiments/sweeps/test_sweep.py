@@ -24,7 +24,7 @@ def test_tune_lock_confirm(file: Path, runs: Path, here, capsys) -> None:
     folder = runs / "sweeps" / "mine"
     lock, records = read_json(folder / CHOICE), load(runs)
     tuning, confirmed = records[records["score_on"] == "validation"], records[records["score_on"] == "test"]
-    assert len(tuning) == 4 and len(confirmed) == 4 and not set(tuning["train_seed"]) & set(confirmed["train_seed"])
+    assert len(tuning) >= 4 and len(confirmed) == 4 and not set(tuning["train_seed"]) & set(confirmed["train_seed"])
     for choice in lock["choices"]:
         own = tuning[(tuning["projection"] == choice["cell"]["projection"]) & tuning["did_not_train"].isna()]
         if len(own):
@@ -124,11 +124,11 @@ def test_doctor_reports_what_would_fail_in_the_queue(file: Path, runs: Path, cap
 def test_tuning_never_reads_the_test_split(file: Path, runs: Path, monkeypatch) -> None:
     from experiments.sweeps import protocol
 
-    read = tasks.Task.split
+    unguarded = tasks.Task.split
 
     def guarded(self, name: str) -> pd.DataFrame:
         assert name != "test", "the test split was read"
-        return read(self, name)
+        return unguarded(self, name)
 
     monkeypatch.setattr(tasks.Task, "split", guarded)
     here = protocol.tune(read(file), runs, lambda folders: {f: "failed" for f in folders if train.main([str(f)])})
@@ -175,13 +175,13 @@ def test_any_setting_can_be_tuned_and_a_cell_is_never_left_out(scores, modules, 
 def test_a_choice_that_its_trials_do_not_make_is_not_believed(edit, message: str, file: Path, runs: Path) -> None:
     from experiments.sweeps import protocol
 
-    asked = read(file, ["axes.projection=[unilora]"])
+    asked, scored = read(file, ["axes.projection=[unilora]"]), {0.01: 0.1, 0.05: 0.5, 0.1: 0.4}
 
     def trained(folders) -> dict[Path, str]:
         for folder in folders:
             config = read_json(folder / CONFIG)
-            result = {"config": config, "metric": "accuracy", "score": 10 * config["lr"], "did_not_train": None}
-            more = {"validation": 0.5, "validation_best": 10 * config["lr"], "higher_is_better": True}
+            result = {"config": config, "metric": "accuracy", "score": scored[config["lr"]], "did_not_train": None}
+            more = {"validation": 0.5, "validation_best": scored[config["lr"]], "higher_is_better": True}
             write_json(folder / RESULT, {**result, **more, "cost": {"seconds": 1.0}})
         return {}
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from experiments import tasks
-from experiments.compare import default_budget
+from experiments.compare import committed, default_budget
 from experiments.errors import ExperimentError
 from experiments.models import adapted_shapes, load_tokenizer, source
 from experiments.runs.folder import prepare
@@ -97,11 +97,11 @@ def test_a_broken_file_is_named(tmp_path) -> None:
 
 
 def test_every_compared_method_meets_the_default_budget() -> None:
-    from experiments.runs.resolve import COMPARED, REFERENCE
+    from experiments.runs.settings import REFERENCE
 
     budget = default_budget("vader", "minilm")
     assert budget == 4740 and len(adapted_shapes("text", "minilm")) == 12
-    for name in COMPARED:
+    for name in (case["projection"] for case in committed().cases):
         plan = resolve({"task": "vader", "model": "minilm", "projection": name, "budget": budget, "seed": 0, "lr": 0.1})
         assert (plan.budget is None) == (name == REFERENCE)
 

@@ -1,4 +1,4 @@
-"""From finished runs to a table (terminal, CSV) and a picture."""
+"""The table of a comparison (terminal, CSV) and its picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from experiments import names
 from experiments.files import disk_errors, write_json, write_text
 from experiments.records import baseline, statistics
-from uniproj.budget import TOLERANCE
+from experiments.sweeps.report import beyond_budget
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 COLUMNS = (
@@ -73,15 +73,15 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
         "Step time: median of paired steps beside PEFT's LoRA at the same rank, 95 % interval.",
         baseline.RULE,
     ]
-    for row in table.itertuples():
-        if not pd.isna(row.budget_error) and abs(row.budget_error) > TOLERANCE:
-            notes.append(
-                f"{row.projection} cannot come nearer to the budget than {row.budget_error:+.1%}: it is beyond "
-                f"{TOLERANCE:.0%}, so its score is not at an equal budget."
-            )
-        if not row.ranked:
-            notes.append(f"{row.projection} did not train ({row.stuck}) and is not ranked. Try --lr auto.")
-    return notes
+    stuck = table[~table["ranked"].astype(bool)]
+    return [
+        *notes,
+        *beyond_budget(table),
+        *(
+            f"{row.projection} did not train ({row.stuck}) and is not ranked. Try --lr auto."
+            for row in stuck.itertuples()
+        ),
+    ]
 
 
 def draw(table: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
