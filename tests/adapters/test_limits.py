@@ -110,10 +110,15 @@ def test_a_sparse_file_is_judged_by_its_header(tmp_path: Path) -> None:
         (tmp_path / "e" / name).touch()
         os.truncate(tmp_path / "e" / name, hundred)
     asked.append(("read", tmp_path / "e"))
+    weight = {"dtype": "F32", "shape": [two // 4], "data_offsets": [160, 160 + two]}
+    entries = theta_d(40) | {"base_model.model.norm.weight": weight}
+    asked.append(("read", _sparse(tmp_path / "f", 160 + two, entries)))
     found = costs(*asked, most=512)
     wanted = [r"shape (40,), got (500000000,)", "must be a whole safetensors file"]
     wanted += 2 * ["its bytes must be at most 8,589,934,592, got 100,000,0"]
-    for cost, message in zip(found, [*wanted, "its bytes must be at most 4,194,304, got 100,000,000,000"], strict=True):
+    wanted += ["its bytes must be at most 4,194,304, got 100,000,000,000"]
+    wanted += ["base_model.model.norm.weight must be what the configuration trains"]
+    for cost, message in zip(found, wanted, strict=True):
         assert cost.said.startswith("AdapterError: ") and message in cost.said, cost
         assert cost.megabytes < 32 and cost.seconds < 5, cost
 
@@ -163,9 +168,9 @@ def test_a_table_of_renamed_modules_costs_no_more_than_it_may(tmp_path: Path) ->
     asked = []
     for name, table in {"many": [[f"a{i}", ""] for i in range(2**17)], "long": [["q", "b" * 3_000_000]]}.items():
         folder = forge(tmp_path / name, "unilora", layout, 4)
-        changed = {**json.loads((folder / file.CONFIG).read_text()), "remap": table}
         reconfigure(folder, remap=table)
-        relabel(folder, lambda m, now=settings(changed): {**m, "uniproj.settings": pack(now)})
+        packed = pack(settings(json.loads((folder / file.CONFIG).read_text())))
+        relabel(folder, lambda metadata, packed=packed: {**metadata, "uniproj.settings": packed})
         asked.append(("read", folder))
     for cost in costs(*asked, most=512):
         assert cost.said.startswith("AdapterError: ") and "remap: rows times modules must be few" in cost.said, cost

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# what the patterns of one field may take together: seconds of a processor, and letters, each as often as it must repeat,
-# since `regex` writes them out before anything can stop it. A match that somebody meant takes microseconds
+# what the patterns of one field may take together: seconds of a processor, and letters, each as often as it must
+# repeat, as `regex` writes it out before anything can stop it. A match that somebody meant takes microseconds
 SECONDS, SECONDS_PER_MODULE, LETTERS = 1.0, 1e-4, 2**16
 
 # what PEFT puts before and after a pattern
