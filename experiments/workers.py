@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments import trust
 from experiments.orphans import end_with
-from experiments.results import BUSY, FAILED, damage, is_done, is_locked, metrics
+from experiments.results import BUSY, FAILED, damage, disk_errors, is_done, is_locked, metrics
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,9 @@ def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> su
         SHARDED: str(over.sharded).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    with (folder / LOG).open("a") as log:
+    with disk_errors(folder / LOG):  # the folder may be a stranger's, and nothing is written through a link
+        file = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(file, "a") as log:
         log.write(STARTED + "\n")
         log.flush()
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once
