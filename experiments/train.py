@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ from zipfile import ZipFile
 import torch
 
 from experiments import outcome, results, trust
+from experiments.callbacks import checkpoints
 from experiments.distributed import TORCHRUN, asked_of_accelerate
 from experiments.errors import ExperimentError
 from experiments.orphans import end_with
@@ -37,16 +37,9 @@ from uniproj.errors import AdapterError, ProjectionError, printable
 INTERRUPTED = 130
 
 
-CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 STATE = "trainer_state.json"
 # without one of these Trainer would go on from other numbers, and say nothing
 STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step. A folder of another name, such as a copy, is none."""
-    named = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return {int(name[1]): path for path, name in named.items() if name}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -96,7 +89,7 @@ def run(folder: Path) -> int:
     if current.trainer.is_world_process_zero():
         write_json(folder / RESULT, result)
         for checkpoint in checkpoints(folder).values():
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of a link the place it leads to stays
     return 0
 
 
