@@ -62,8 +62,10 @@ class Sweep:
         sweep = f"sweep {self.name}: "
         check_fields(sweep, Sweep, vars(self))
         # the name is that of a folder
-        if self.name != Path(self.name).name or self.name in ("", ".."):
-            raise ExperimentError(f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes out.")
+        if self.name != Path(self.name).name or self.name in ("", "..") or not self.name.isprintable():
+            raise ExperimentError(
+                f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes and control characters out."
+            )
         if self.size > self.most_runs:
             raise ExperimentError(
                 f"{sweep}the crossed axes, cases and seeds must ask for at most {self.most_runs:,} runs, got "
@@ -156,7 +158,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         with initialize_config_dir(config_dir=str(path.resolve().parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[f"hydra.searchpath=[file://{CONF}]", *overrides])
         content = OmegaConf.to_container(composed)
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"sweep: {path} must be a sweep, got: {error}. Repair it or the overrides.") from error
     for text in _texts(content):
         # records are published, and `oc.env` would write any variable of this machine into them
