@@ -14,11 +14,12 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
 from experiments.processes import ALONE, SHARDED, Processes
 from experiments.records.reading import damage, is_done, metrics
-from experiments.runs.folder import BUSY, FAILED, disk_errors, is_locked
+from experiments.runs.folder import BUSY, FAILED, is_locked
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parents[2]
