@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 
 from analysis import command, style
 from analysis.records import RECORDS, read_sweep
-from experiments import names, results
+from experiments import names
 from experiments.errors import ExperimentError
-from experiments.settings import SEEDS
-from experiments.statistics import OF_A_METHOD, SETTINGS, mean, unit
+from experiments.records.reading import load
+from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean, unit
+from experiments.runs.settings import SEEDS
 
 FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
@@ -36,7 +37,7 @@ OF_A_SIZE = ["D", *OF_A_METHOD]
 def read(folder: Path) -> pd.DataFrame:
     """A row per finished run of a folder of runs or of an exported sweep. Raises ExperimentError for neither."""
     if not (folder / RECORDS).exists():
-        return results.load(folder)
+        return load(folder)
     runs = read_sweep(folder).runs
     return runs[runs["failed"].isna()]
 

@@ -15,9 +15,11 @@ import pandas as pd
 
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
-from experiments.results import CONFIG, LOCK, NAMED, RESULT, as_written, digest, is_locked, metrics, read_json, row
-from experiments.settings import LOGGING_STEPS, SEEDS, RunConfig
-from experiments.statistics import SINGLE
+from experiments.files import as_written, digest, read_json
+from experiments.records.reading import metrics, row
+from experiments.records.statistics import SINGLE
+from experiments.runs.folder import CONFIG, LOCK, NAMED, RESULT, is_locked
+from experiments.runs.settings import LOGGING_STEPS, SEEDS, RunConfig
 from experiments.tasks.task import is_score
 from uniproj.errors import shown
 
@@ -129,9 +131,11 @@ def _sweep(folder: Path) -> Records:
 
 def table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
     """A CSV file. Raises ExperimentError for one that is none, or lacks one of these columns."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ExperimentError(f"records: {path} must be a regular file, got a folder, pipe or device. Move it away.")
     try:
         found = pd.read_csv(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ExperimentError(f"records: {path} must be a table, got {error}. Make it again.") from error
     if lost := sorted(set(columns) - set(found)):
         raise ExperimentError(f"records: {path} must have the columns {lost}, got others. Make it again.")

@@ -16,7 +16,7 @@ from analysis import intrinsic_dimension, landscape, spectrum, style
 from analysis.reconstruction.figure import ENERGIES
 from analysis.report import cards
 from experiments.errors import ExperimentError
-from experiments.results import write_text
+from experiments.files import write_text
 from paper_figures import comparison, published, tables
 from paper_figures.charts import cost, curves, differences, energy, fastfood, gram, parts, scores, sizes
 from paper_figures.comparison import Comparison

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from experiments import statistics
+from experiments.records import statistics
 from paper_figures.published import claims
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Results, Sweep, one_cell
 from paper_figures.table import Table

@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments import names
 from experiments.names import method, variant
-from experiments.statistics import unit
+from experiments.records.statistics import unit
 from paper_figures.comparison import OURS, score
 from paper_figures.published import claims
 from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Sweep, complete, one_cell

@@ -16,7 +16,7 @@ import torch
 from analysis.overhead import adapters, bases, growth, kernel, model, records, report, runner, summary
 from analysis.overhead.problem import SEED
 from experiments.errors import ExperimentError
-from experiments.provenance import device_name, versions
+from experiments.runs.provenance import device_name, versions
 from uniproj import console
 
 INTERRUPTED = 130

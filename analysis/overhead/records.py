@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import ExperimentError
-from experiments.provenance import provenance
-from experiments.results import digest, read_json, write_json
+from experiments.files import digest, read_json, write_json
+from experiments.runs.provenance import provenance
 
 DONE, FAILED = "done", "failed"
 KEYS = {"config", "status", "rows", "provenance"}

@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.overhead import figure, summary, tables
 from analysis.overhead.summary import Row, beside_lora, exponents, rows
-from experiments.results import write_bytes, write_json, write_text
+from experiments.files import write_bytes, write_json, write_text
 
 PARTS = ("kernel", "model", "growth")
 

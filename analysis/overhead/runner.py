@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.overhead import records
-from experiments.results import disk_errors
+from experiments.files import disk_errors
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parent.parent.parent

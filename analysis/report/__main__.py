@@ -13,7 +13,8 @@ from analysis.records import read
 from analysis.report.collect import payload
 from analysis.report.page import render
 from experiments.errors import ExperimentError
-from experiments.results import RUNS, write_text
+from experiments.files import write_text
+from experiments.runs.folder import RUNS
 from uniproj import console
 
 

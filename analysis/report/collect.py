@@ -14,9 +14,9 @@ import uniproj
 from analysis import style
 from analysis.records import DAMAGED, Records
 from analysis.report.cards import SPACE, card
-from experiments import statistics
+from experiments.files import short_names
 from experiments.names import method, model, task
-from experiments.results import short_names
+from experiments.records import statistics
 
 REFERENCE = "lora"
 CELL = (

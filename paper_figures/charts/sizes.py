@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from analysis import style
 from experiments.names import method, model, task
-from experiments.statistics import COMPLETE, unit
+from experiments.records.statistics import COMPLETE, unit
 from paper_figures.charts.parts import MISSING, PUBLISHED, legend, missing, panels, point, say
 from paper_figures.sources import NOT_RUN, Sweep, complete, one_task
 

@@ -200,6 +200,9 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
             header.check_version(where)
             index = stored.renamed(file.index)
             stored.check_shapes(index, header.shapes(index, where), header.projection)
+            config = config_of(header)
+            _check_fields(config, folder)
+            _beside_P(index, config, header, where)
         written = file.read()
     tensors = stored.renamed(written)
     if header is not None:
@@ -210,12 +213,15 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
 
 
 def _saved(config: dict[str, Any], header: Header | None, tensors: dict[str, Tensor], folder: Path) -> SavedAdapter:
+    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(stored.OWN)}
+    return SavedAdapter(config, header, {**of_P, **_beside_P(tensors, config, header, str(folder / WEIGHTS))})
+
+
+def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
     try:
         described.check(config, f"{folder / CONFIG}: ")
     except ProjectionError as error:
         raise AdapterError(f"{folder / CONFIG}: {error}") from error
-    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(stored.OWN)}
-    return SavedAdapter(config, header, {**of_P, **_beside_P(tensors, config, header, str(folder / WEIGHTS))})
 
 
 def _beside_P(
@@ -306,9 +312,9 @@ def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str
             f"{folder / WEIGHTS}: must hold a header in its metadata, as {CONFIG} says (format "
             f"{fields['format_version']}), got none. Another tool rewrote the file: take the original."
         )
-    saved = _saved(fields, None, tensors, folder)
+    _check_fields(fields, folder)
     projection, theta_d = fields.setdefault("projection", described.PROJECTION), tensors.get(stored.THETA_D)
     size = fields.get("d") or (0 if theta_d is None else theta_d.numel())
     stored.check_shapes(tensors, stored.shapes_without_P(tensors, projection, size), projection)
     stored.check_numbers(tensors, projection)
-    return saved
+    return _saved(fields, None, tensors, folder)
