@@ -122,3 +122,8 @@ def test_the_format_does_not_import_peft(saved: Path) -> None:
 def test_a_command_in_a_fresh_process(saved: Path) -> None:
     said = _run("from uniproj.cli import main; import sys; sys.exit(main(['inspect', 'adapter']))", saved)
     assert "unilora" in said
+
+
+def test_a_command_that_needs_no_adapter_imports_no_peft(saved: Path) -> None:
+    said = _run("import sys; from uniproj.cli import main; main(['list']); assert 'peft' not in sys.modules", saved)
+    assert "unilora" in said
