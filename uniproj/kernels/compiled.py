@@ -1,4 +1,4 @@
-"""Calls of the loops that Numba compiles (`kernels/numba/`), on at most as many threads as PyTorch uses."""
+"""Calls of the loops that Numba compiles (`kernels/*_numba.py`), on at most as many threads as PyTorch uses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _GRAIN = 2**17  # numbers for which one more thread is worth waking
 
 
 def call(file: str, loop: str, *arguments: Tensor | int) -> None:
-    """Call a loop of `kernels/numba/<file>.py`; tensors go in as the arrays of their memory."""
+    """Call a loop of `kernels/<file>_numba.py`; tensors go in as the arrays of their memory."""
     import numba
 
-    function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
+    function = getattr(import_module(f"uniproj.kernels.{file}_numba"), loop)
     arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
     if forked():
         _serial(function)(*arrays)

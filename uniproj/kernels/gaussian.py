@@ -56,7 +56,7 @@ def _times(
     """x (n, d) -> (n, D) in dtype: P x."""
     x = x.detach().to(accumulation_dtype(x.dtype, dtype))
     if uses_triton(x.device):
-        from uniproj.kernels.triton.gaussian import times
+        from uniproj.kernels.gaussian_triton import times
 
         return times(x, table, divisors, normals, size).to(dtype)
     y = torch.empty(len(x), size[0], dtype=dtype, device=x.device)
@@ -71,7 +71,7 @@ def _transpose_times(
     """y (n, D) -> (n, d) in dtype: P^T y."""
     y = y.detach().to(accumulation_dtype(y.dtype, dtype))
     if uses_triton(y.device):
-        from uniproj.kernels.triton.gaussian import transpose_times
+        from uniproj.kernels.gaussian_triton import transpose_times
 
         return transpose_times(y, table, divisors, normals, size).to(dtype)
     x = torch.zeros(len(y), size[1], dtype=y.dtype, device=y.device)

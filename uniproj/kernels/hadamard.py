@@ -48,7 +48,7 @@ def _transform(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (batch, n) -> (batch, n) in dtype."""
     x, compute = x.detach(), accumulation_dtype(x.dtype, dtype)
     if uses_triton(x.device):
-        from uniproj.kernels.triton.hadamard import transform
+        from uniproj.kernels.hadamard_triton import transform
 
         return transform(x.to(compute)).to(dtype)
     log2_n = x.shape[1].bit_length() - 1

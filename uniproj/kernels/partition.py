@@ -120,7 +120,7 @@ def _deal_out(
     """x (n, d), a `Deal` -> (n, D) in dtype; Triton needs no index of D entries."""
     deal = Deal(by_row, by_position, groups, tables)
     if uses_triton(x.device):
-        from uniproj.kernels.triton.partition import deal_out
+        from uniproj.kernels.partition_triton import deal_out
 
         return deal_out(x.detach().to(dtype), by_row, groups, tables, size[0])
     if uses_numba(x.device):
@@ -140,7 +140,7 @@ def _gather_in(
     """y (n, D) -> (n, d): each column sums its rows, Triton in the order pi^-1(j), pi^-1(j + d), ..."""
     deal = Deal(by_row, by_position, groups, tables)
     if uses_triton(y.device):
-        from uniproj.kernels.triton.partition import gather_in
+        from uniproj.kernels.partition_triton import gather_in
 
         return gather_in(y.detach(), by_position, groups, tables, size[1], dtype)
     if uses_numba(y.device):

@@ -156,7 +156,7 @@ def _per_block(
 @torch.library.custom_op("uniproj::bits", mutates_args=())
 def draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
     """Words start .. of the stream of key = [lo32(seed), hi32(seed), stream, part] on a device. Needs Triton."""
-    from uniproj.kernels.triton.random import bits as on_device
+    from uniproj.kernels.random_triton import bits as on_device
 
     return on_device(key, start, count, device)
 

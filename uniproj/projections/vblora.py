@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from uniproj.budget import TOLERANCE, Budget
 from uniproj.errors import ProjectionError
-from uniproj.kernels.bank import bank_gradient, mix
 from uniproj.kernels.random import normal
+from uniproj.kernels.topk import bank_gradient, mix
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 from uniproj.registry import register

@@ -1,5 +1,7 @@
 """Dense random P with its entries drawn in the kernel (see `kernels/gaussian.py`), without fused multiply-add."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniproj.kernels.gaussian import FIELDS
-from uniproj.kernels.triton.random import normal, uniform
+from uniproj.kernels.random_triton import normal, uniform
 
 _ROWS, _COLUMNS = 32, 64
 _RUN = 2**10  # rows that one program of the adjoint adds, more where

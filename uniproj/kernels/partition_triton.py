@@ -1,5 +1,7 @@
 """Uni-LoRA's gather and its adjoint with the index computed in the kernel (see `kernels/deal.py`)."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch

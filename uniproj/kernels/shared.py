@@ -58,11 +58,11 @@ def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int],
     matrix, scale = _accumulated(dtype, matrix, scale)
     if uses_numba(matrix.device):
         wide = torch.zeros(len(matrix), sizes[0], dtype=matrix.dtype)
-        call("factors", "product", matrix, scale, table, wide)
+        call("shared", "product", matrix, scale, table, wide)
         return wide.to(dtype)
     out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
     if uses_triton(matrix.device):
-        from uniproj.kernels.triton.factors import product
+        from uniproj.kernels.shared_triton import product
 
         product(matrix, scale, out, table, sizes)
         return out
@@ -76,11 +76,11 @@ def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[in
     y, scale = _accumulated(dtype, y, scale)
     out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
     if uses_triton(y.device):
-        from uniproj.kernels.triton.factors import matrix_gradient
+        from uniproj.kernels.shared_triton import matrix_gradient
 
         matrix_gradient(y, scale, out, table, sizes)
     elif uses_numba(y.device):
-        call("factors", "matrix_gradient", y, scale, table, out)
+        call("shared", "matrix_gradient", y, scale, table, out)
     else:
         for block, total, factor in _views(table, y, out, scale):
             total.addcmul_(block, factor)
@@ -92,11 +92,11 @@ def _scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[in
     y, matrix = _accumulated(dtype, y, matrix)
     out = torch.zeros(len(y), sizes[2], dtype=y.dtype, device=y.device)
     if uses_triton(y.device):
-        from uniproj.kernels.triton.factors import scale_gradient
+        from uniproj.kernels.shared_triton import scale_gradient
 
         scale_gradient(y, matrix, out, table, sizes)
     elif uses_numba(y.device):
-        call("factors", "scale_gradient", y, matrix, table, out)
+        call("shared", "scale_gradient", y, matrix, table, out)
     else:
         for block, shared, total in _views(table, y, matrix, out):
             total.copy_((block * shared).sum(2, keepdim=True))

@@ -23,7 +23,7 @@ def _mix(bank: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtyp
     """(n, S, b): piece s is sum_k weights[s, k] bank[n, index[s, k]]."""
     bank, weights = _accumulated(dtype, bank, weights)
     if uses_triton(bank.device):
-        from uniproj.kernels.triton.bank import mix
+        from uniproj.kernels.topk_triton import mix
 
         return mix(bank, weights, index, dtype)
     n = len(bank)
@@ -37,7 +37,7 @@ def _bank_gradient(y: Tensor, weights: Tensor, index: Tensor, h: int, dtype: tor
     """(n, h, b): row j sums weights[s, k] y[n, s] over the pairs with index[s, k] = j, in the order of (s, k)."""
     order, starts = pairs_by_row(index, h)
     if uses_triton(y.device):
-        from uniproj.kernels.triton.bank import bank_gradient
+        from uniproj.kernels.topk_triton import bank_gradient
 
         y, weights = _accumulated(dtype, y, weights)
         return bank_gradient(y, weights, order, starts, index.shape[1], dtype)
@@ -53,7 +53,7 @@ def _weights_gradient(y: Tensor, bank: Tensor, index: Tensor, h: int, dtype: tor
     """(S, k): sum over n of <y[n, s], bank[n, index[s, k]]>."""
     y, bank = _accumulated(dtype, y, bank)
     if uses_triton(y.device):
-        from uniproj.kernels.triton.bank import weights_gradient
+        from uniproj.kernels.topk_triton import weights_gradient
 
         return weights_gradient(y, bank, index, dtype)
     n, pairs = len(y), index.shape[1]

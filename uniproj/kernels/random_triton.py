@@ -1,5 +1,7 @@
 """The counter-based generator inside a kernel: the same bits as `kernels/random.py`."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import math

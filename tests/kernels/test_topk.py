@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from uniproj.kernels import backend
-from uniproj.kernels.bank import bank_gradient, mix, weights_gradient
+from uniproj.kernels.topk import bank_gradient, mix, weights_gradient
 
 F64 = torch.float64
 

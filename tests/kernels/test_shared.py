@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from uniproj import LoRALayout
 from uniproj.kernels import backend
-from uniproj.kernels.factors import block_table, matrix_gradient, product, scale_gradient
+from uniproj.kernels.shared import block_table, matrix_gradient, product, scale_gradient
 
 F64 = torch.float64
 # modules (out, in) and their groups: equal, unequal, single, a block wider than a Triton tile

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.test_factors import CASES, F64, case, definition, operators
+from tests.kernels.test_shared import CASES, F64, case, definition, operators
 from uniproj.kernels import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

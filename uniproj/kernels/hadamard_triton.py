@@ -1,5 +1,7 @@
 """The Walsh-Hadamard transform in passes over groups of bits (see `kernels/hadamard.py`)."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.test_gaussian_kernel import F64, KINDS, case
+from tests.kernels.test_gaussian import F64, KINDS, case
 from uniproj import LoRALayout, build
 from uniproj.kernels import backend
 from uniproj.kernels.gaussian import times, transpose_times
@@ -45,7 +45,7 @@ def test_products_follow_the_matrix(which: str, normals: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("run", [1024, 45])
 def test_runs_of_rows_are_added(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one program of the adjoint takes, in runs that do and do not end with a tile."""
-    from uniproj.kernels.triton import gaussian
+    from uniproj.kernels import gaussian_triton as gaussian
 
     monkeypatch.setattr(gaussian, "_RUN", run)
     P = build("gaussian", 2500 if run > 1000 else 200, 3, seed=4).to(DEVICE)

@@ -1,4 +1,6 @@
-"""The loops of `kernels/factors.py`, compiled by Numba; `table` has one row per block, see `block_table`."""
+"""The loops of `kernels/shared.py`, compiled by Numba; `table` has one row per block, see `block_table`."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.test_bank import F64, SHAPES, case, definition, operators
+from tests.kernels.test_topk import F64, SHAPES, case, definition, operators
 from uniproj.kernels import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

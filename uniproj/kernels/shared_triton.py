@@ -1,7 +1,9 @@
-"""Scaled copies of shared matrices, one launch for all blocks (see `kernels/factors.py`).
+"""Scaled copies of shared matrices, one launch for all blocks (see `kernels/shared.py`).
 
 Without fused multiply-add, so products round as on the CPU.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniproj.kernels.factors import FIELDS
+from uniproj.kernels.shared import FIELDS
 
 _BLOCK, _NARROW = 256, 16
 _FIELDS = tl.constexpr(FIELDS)

@@ -1,7 +1,9 @@
-"""VB-LoRA's mixture and its derivatives (see `kernels/bank.py`): no atomics, every sum in a fixed order.
+"""VB-LoRA's mixture and its derivatives (see `kernels/topk.py`): no atomics, every sum in a fixed order.
 
 Without fused multiply-add, so products round as on the CPU.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The loops of `kernels/tiles.py` and of `Deal.index`, compiled by Numba."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import numba
