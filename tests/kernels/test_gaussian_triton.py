@@ -45,9 +45,7 @@ def test_products_follow_the_matrix(which: str, normals: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("run", [1024, 45])
 def test_runs_of_rows_are_added(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one program of the adjoint takes, in runs that do and do not end with a tile."""
-    from uniproj.kernels import gaussian_triton as gaussian
-
-    monkeypatch.setattr(gaussian, "_RUN", run)
+    monkeypatch.setattr("uniproj.kernels.gaussian_triton._RUN", run)
     P = build("gaussian", 2500 if run > 1000 else 200, 3, seed=4).to(DEVICE)
     y = torch.randn(1, P.D, dtype=F64, device=DEVICE)
     torch.testing.assert_close(P.adjoint(y), y @ P.to_dense())

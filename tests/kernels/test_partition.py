@@ -1,6 +1,7 @@
 """The gather, its adjoint and the deal of rows to columns, against one-hot matrices."""
 
-import numpy as np
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,18 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from uniproj import LoRALayout, ProjectionError
-from uniproj.kernels import backend, tiles
+from uniproj.kernels import backend
 from uniproj.kernels.deal import Deal, Group
-from uniproj.kernels.dispatch import HAS_NUMBA
+from uniproj.kernels.gather import sum_by_column, take
 from uniproj.kernels.memory import fresh
-from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_column, sum_by_index, take
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_index
 from uniproj.kernels.permutation import permute
 from uniproj.projections.partition import Partition
 
 needs_triton = pytest.mark.skipif(
     backend() != "triton-interpreter" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
 )
-needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="Numba is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GROUPS = {
@@ -84,33 +84,6 @@ def test_take_and_its_adjoint_are_the_matrix(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums, y.to(dtype).double() @ matrix(index, d))
 
 
-@needs_numba
-@given(D=st.integers(1, 100_000), d=st.integers(1, 400_000), seed=st.integers(0, 2**40), data=st.data())
-def test_tiles_hold_their_index(D: int, d: int, seed: int, data: st.DataObject) -> None:
-    index = torch.randint(0, d, (D,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
-    words, ends = tiles.tile(index, d)
-    assert torch.equal(tiles.untile(words, ends), index)
-    # by the definition of a word, in an independent decoding
-    k = data.draw(st.integers(0, D - 1))
-    chunk = k >> 15
-    bucket = int((ends[chunk, 1:] <= k).sum())
-    word = int(words[k])
-    assert int(index[(chunk << 15) + (word & 0x7FFF)]) == (bucket << 17) + (word >> 15)
-
-
-@needs_numba
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("D", "d"), [(1002, 68), (40_000, 300_000), (300_000, 20_000)])
-def test_tiles_give_what_the_index_gives(D: int, d: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(D)
-    index = torch.randint(0, d, (D,), dtype=torch.int32, generator=generator)
-    x, y = (torch.randn(2, n, dtype=torch.float64, generator=generator) for n in (d, D))
-    constants = (*tiles.tile(index, d), [D, d])
-    assert torch.equal(tiles.take(x, *constants, dtype), x[:, index].to(dtype))
-    expected = torch.zeros(2, d, dtype=torch.float64).index_add(1, index, y.to(dtype).double())
-    torch.testing.assert_close(tiles.sum_by_column(y.to(dtype), *constants, torch.float64), expected)
-
-
 def test_memory_is_lent_again_only_when_no_view_of_it_is_left() -> None:
     owner = torch.empty(1)
     first = fresh((3, 50), torch.float32, owner)
@@ -132,31 +105,18 @@ def test_an_index_that_leaves_its_columns_is_refused(index: list[int]) -> None:
         Given(LoRALayout.flat(4), 2, 0, torch.tensor(index))
 
 
-@needs_numba
-def test_tiles_sum_in_the_order_of_the_rows() -> None:
-    """Two columns, float32: the same additions one after another give the same bits."""
-    index, y = torch.arange(900, dtype=torch.int32) % 2, torch.randn(1, 900)
-    expected = [np.float32(0), np.float32(0)]
-    for row, value in enumerate(y[0].numpy()):
-        expected[row % 2] = expected[row % 2] + value
-    found = tiles.sum_by_column(y, *tiles.tile(index, 2), [900, 2], torch.float32)
-    assert found[0].tolist() == [float(total) for total in expected]
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
+    same_on_any_number_of_threads(lambda y, index, d: sum_by_column(y, index, d, torch.float32))
 
 
-@needs_numba
-@pytest.mark.parametrize("way", ["index", "tiles"])
-def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(way: str) -> None:
+def same_on_any_number_of_threads(adjoint: Callable[[Tensor, Tensor, int], Tensor]) -> None:
     D, d, threads = 3_000_000, 1000, torch.get_num_threads()
     index, y = torch.randint(0, d, (D,), dtype=torch.int32), torch.randn(1, D)
-    tiled = tiles.tile(index, d)
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            if way == "index":
-                found.append(sum_by_column(y, index, d, torch.float32))
-            else:
-                found.append(tiles.sum_by_column(y, *tiled, [D, d], torch.float32))
+            found.append(adjoint(y, index, d))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -168,7 +128,7 @@ def operators(kind: str) -> list[tuple]:
     """(name, forward, adjoint, its constants) of every pair of operators."""
     index, deal, D, d = dealt(kind)
     return [
-        ("partition", take, sum_by_column, [index, d]),
+        ("gather", take, sum_by_column, [index, d]),
         ("index", copy_by_index, sum_by_index, [index, [D, d]]),
         ("deal", deal_out, gather_in, deal),
     ]

@@ -1,4 +1,4 @@
-"""The scaled-factors form against a dense three-way tensor built entry by entry."""
+"""Scaled copies of shared matrices against a dense three-way tensor built entry by entry."""
 
 from collections.abc import Sequence
 
@@ -102,9 +102,9 @@ def test_half_precision_is_rounded_once() -> None:
 def test_operators_are_torch_operators() -> None:
     y, matrix, scale, table, sizes = case(1)
     y, matrix, scale = (t.requires_grad_() for t in (y, matrix, scale))
-    opcheck(torch.ops.uniproj.factors_0.default, (matrix, scale, table, sizes, F64))
-    opcheck(torch.ops.uniproj.factors_1.default, (y, scale, table, sizes, F64))
-    opcheck(torch.ops.uniproj.factors_2.default, (y, matrix, table, sizes, torch.float32))
+    opcheck(torch.ops.uniproj.shared_0.default, (matrix, scale, table, sizes, F64))
+    opcheck(torch.ops.uniproj.shared_1.default, (y, scale, table, sizes, F64))
+    opcheck(torch.ops.uniproj.shared_2.default, (y, matrix, table, sizes, torch.float32))
 
 
 def test_gradients_to_second_order() -> None:

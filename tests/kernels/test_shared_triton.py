@@ -1,4 +1,4 @@
-"""The Triton kernels of scaled factors against the definition; with TRITON_INTERPRET=1, or on a GPU."""
+"""The Triton kernels of shared matrices against the definition; with TRITON_INTERPRET=1, or on a GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The bank's Triton kernels against the definition; in the interpreter with TRITON_INTERPRET=1, or on a GPU."""
+"""The Triton kernels of top-k mixtures against the definition; with TRITON_INTERPRET=1, or on a GPU."""
 
 import pytest
 import torch
