@@ -123,13 +123,13 @@ import torch
 import uniproj.kernels
 from uniproj import build
 
+assert "numba" not in sys.modules
 uniproj.kernels.__path__.append(sys.argv[1])
 unilora, from_peft = build("unilora", D=100, d=9), build("unilora", D=100, d=9, assignment="peft")
 assert not [name for name in sys.modules if name.startswith("uniproj.kernels.partition_")]
 
 x, y = torch.randn(9, requires_grad=True), torch.randn(100)
-for way in (unilora, torch.compile(unilora, backend="aot_eager", fullgraph=True)):
-    assert torch.equal(way(x), torch.full((100,), 7.0))
+assert torch.equal(unilora(x), torch.full((100,), 7.0))
 # what the file lacks is computed as before, gradients included
 grad, = torch.autograd.grad(unilora(x), x, y)
 torch.testing.assert_close(grad.double(), y.double() @ unilora.to_dense())

@@ -74,12 +74,13 @@ def operators(
 @pytest.mark.parametrize("which", range(len(CASES)))
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("dtype", "eps"), [(F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_operators_follow_the_definition(which: int, n: int, dtype: torch.dtype, eps: float) -> None:
+def test_operators_follow_the_definition(which: int, n: int, dtype: torch.dtype, eps: float, device: str) -> None:
     y, matrix, scale, table, sizes = case(which, n, dtype)
-    found = operators(y, matrix, scale, table, sizes, dtype)
-    for ours, theirs in zip(found, definition(which, y, matrix, scale), strict=True):
+    found, again = (operators(*(t.to(device) for t in (y, matrix, scale, table)), sizes, dtype) for _ in range(2))
+    for ours, same, theirs in zip(found, again, definition(which, y, matrix, scale), strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
-        assert (ours.double() - theirs).abs().max() <= eps * theirs.abs().max()
+        assert ours.device.type == device and torch.equal(ours, same)
+        assert (ours.cpu().double() - theirs).abs().max() <= eps * theirs.abs().max()
 
 
 def test_coordinates_outside_every_block_are_zero() -> None:

@@ -43,11 +43,13 @@ IN_INTERPRETER = backend() == "triton-interpreter"
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "eps"), [(F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_operators_follow_the_definition(shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> None:
-    wanted, found = definition(*case(*shape, dtype=dtype)), operators(*case(*shape, dtype=dtype), dtype)
-    for ours, theirs in zip(found, wanted, strict=True):
+def test_operators_follow_the_definition(shape: tuple[int, ...], dtype: torch.dtype, eps: float, device: str) -> None:
+    inputs = case(*shape, dtype=dtype)
+    found, again = (operators(*(t.to(device) for t in inputs), dtype) for _ in range(2))
+    for ours, same, theirs in zip(found, again, definition(*inputs), strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape and ours.is_contiguous()
-        assert (ours.double() - theirs).abs().max() <= eps * theirs.abs().max()
+        assert ours.device.type == device and torch.equal(ours, same)
+        assert (ours.cpu().double() - theirs).abs().max() <= eps * theirs.abs().max()
 
 
 @pytest.mark.skipif(IN_INTERPRETER, reason="one program a vector: minutes in the interpreter")
