@@ -82,9 +82,8 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-# whose cycles are still to be ended
-CYCLIC = {f"uniproj.kernels.{part}{name}" for part in ("", "triton.") for name in ("factors", "gaussian", "random")}
-CYCLIC |= {"analysis.isometry.isolated", "analysis.isometry.verdict"}
+# whose cycle is still to be ended
+CYCLIC = {"analysis.isometry.isolated", "analysis.isometry.verdict"}
 
 
 def test_no_import_cycle() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from uniproj.kernels.gather import take
 from uniproj.kernels.hadamard import hadamard, hadamard_matrix
-from uniproj.kernels.partition import take
 from uniproj.kernels.permutation import permute
 from uniproj.kernels.random import normal, signs
 from uniproj.kernels.threads import cut

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from uniproj.errors import ProjectionError
-from uniproj.kernels.dispatch import uses_triton
-from uniproj.kernels.gaussian import block_rows, block_table, times, transpose_times
+from uniproj.kernels.gaussian import block_rows, block_table, drawn_in_kernel, times, transpose_times
 from uniproj.kernels.random import normal, uniform
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -26,8 +25,8 @@ _HELD = 2**8  # what an entry that is orthonormalised and held costs, in entries
 class RandomBlocks(Projection):
     r"""P = diag(P_1, P_2, ..), each block random numbers of its own part of a stream, over its divisor.
 
-    Up to `RESIDENT` entries are kept in memory, though never where Triton draws them in its kernel. Beyond, both
-    directions draw them again, tile by tile.
+    Up to `RESIDENT` entries are kept in memory, though never where a kernel draws them itself. Beyond, both directions
+    draw them again, tile by tile.
     """
 
     _names: list[str]  # buffers of the blocks, None each where none is kept
@@ -40,7 +39,7 @@ class RandomBlocks(Projection):
         self.size = [self.D, self.d, max(rows for rows, _ in shapes), max(columns for _, columns in shapes), TILE]
         self.table = block_table(self.seed, stream, shapes)
         self.divisors = torch.tensor(divisors, dtype=torch.float64)
-        keep = sum(rows * columns for rows, columns in shapes) <= RESIDENT and not uses_triton(self.table.device)
+        keep = sum(rows * columns for rows, columns in shapes) <= RESIDENT and not drawn_in_kernel(self.table.device)
         for i, name in enumerate(self._names):
             setattr(self, name, self._draw(i) if keep else None)
 
@@ -82,7 +81,7 @@ class RandomBlocks(Projection):
         return torch.block_diag(*[self._draw(i).double() for i in range(len(self._names))]).to(self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
-        if uses_triton(fn(self.table).device):
+        if drawn_in_kernel(fn(self.table).device):
             for name in self._names:
                 setattr(self, name, None)
         return super()._apply(fn, recurse)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from uniproj.budget import Budget, nearest
 from uniproj.errors import ProjectionError
-from uniproj.kernels.factors import block_table, matrix_gradient, product, scale_gradient
 from uniproj.kernels.random import uniform
+from uniproj.kernels.shared import block_table, matrix_gradient, product, scale_gradient
 from uniproj.layout import Block, LoRALayout
 from uniproj.projection import Entries, Projection
 from uniproj.registry import register
