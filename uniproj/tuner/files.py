@@ -81,7 +81,8 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
     tensors = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
     if saved.header is not None:
         tensors[IDENTITY] = identity.encode(saved.header)
-    note(tensors[THETA_D], saved.header, UniProjConfig.of_saved(saved, folder))
+    # what has no header is told by its configuration
+    note(tensors[THETA_D], saved.header, UniProjConfig.of_saved(saved, folder) if saved.header is None else None)
     return tensors
 
 
