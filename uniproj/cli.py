@@ -12,7 +12,7 @@ from typing import Any
 
 from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError, printable
-from uniproj.exchange.registry import names as names_of_formats
+from uniproj.exchange import registry
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
 from uniproj.testing import BatteryFailure, Check, check_projection, sample
@@ -152,7 +152,7 @@ def _row(text: str) -> tuple[str, str]:
 
 
 def _add_exchange(commands: Any) -> list[argparse.ArgumentParser]:
-    formats = ", ".join(names_of_formats())
+    formats = ", ".join(registry.names())
     out = commands.add_parser("export", help="a uniproj adapter in another format, with the same updates")
     out.add_argument("path", help="folder of a uniproj adapter")
     out.add_argument("out", help="folder to write")

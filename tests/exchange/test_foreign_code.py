@@ -16,8 +16,7 @@ from torch import nn
 from tests.format.fixtures import base
 from uniproj import AdapterError
 from uniproj.cli import main
-from uniproj.exchange import base as bases
-from uniproj.exchange import export, import_adapter
+from uniproj.exchange import bases, export, import_adapter
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.verify import verify
 from uniproj.format.places import linear_modules

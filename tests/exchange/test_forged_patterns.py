@@ -24,7 +24,7 @@ from uniproj import AdapterError
 from uniproj.exchange import export, import_adapter
 from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
-from uniproj.format import tensors as stored
+from uniproj.format.tensors import IDENTITY, THETA_D, serialise
 
 ROOT = Path(__file__).parents[2]
 ALTERNATIVE = f"{HANGS_RE}|.*({'|'.join(TARGETS['llama'])})"
@@ -52,9 +52,9 @@ def _forge(own: Path, folder: Path, changes: Mapping[str, Any]) -> None:
     assert saved.header is not None
     header = dataclasses.replace(saved.header, settings={**saved.header.settings, **changes})
     # the identity holds the scales that the patterns gave: those of before, as these fit no module
-    tensors = {**saved.tensors, stored.IDENTITY: identity.encode(saved.header)}
+    tensors = {**saved.tensors, IDENTITY: identity.encode(saved.header)}
     folder.mkdir(parents=True)
-    (folder / file.WEIGHTS).write_bytes(stored.serialise(tensors, header.to_metadata()))
+    (folder / file.WEIGHTS).write_bytes(serialise(tensors, header.to_metadata()))
     (folder / file.CONFIG).write_text(file.config_text({**_fields(own), **changes}))
 
 
@@ -121,7 +121,7 @@ def place(tmp_path_factory) -> Path:
             (template / file.CONFIG).write_text(json.dumps({**own, **of(*patterns), **fresh}))
             old = place / "forged" / f"old-{field}-{kind}"
             old.mkdir()
-            save_file({stored.THETA_D: file.read(place / "own").theta_d}, old / file.WEIGHTS)
+            save_file({THETA_D: file.read(place / "own").theta_d}, old / file.WEIGHTS)
             (old / file.CONFIG).write_text(json.dumps({**own, **of(*patterns), "format_version": None}))
     return place
 

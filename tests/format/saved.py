@@ -12,8 +12,8 @@ import torch
 
 from uniproj import LoRALayout, build, get
 from uniproj.format import file
-from uniproj.format import tensors as stored
 from uniproj.format.header import Header
+from uniproj.format.tensors import DIGEST, OF_P, THETA_D, serialise, weights
 from uniproj.tuner import UniProjConfig
 
 LAYOUT = LoRALayout.from_shapes({f"layers.{i}.{m}": (24, 16) for i in (2, 10) for m in ("q", "v")}, r=3)
@@ -35,8 +35,8 @@ def save(folder: Path, projection: str = "unilora", **fields: Any) -> file.Saved
     )
     header = Header.of(config.to_dict(), P)
     head = torch.linspace(-1, 1, 6).view(2, 3)
-    own = {f"{stored.OF_P}{name}": p.detach() for name, p in P.named_parameters()}
-    tensors = {stored.THETA_D: P.init_theta(1), HEAD: head, **own}
+    own = {f"{OF_P}{name}": p.detach() for name, p in P.named_parameters()}
+    tensors = {THETA_D: P.init_theta(1), HEAD: head, **own}
     file.write(folder, tensors, header, config.to_dict())
     return file.SavedAdapter(config.to_dict(), header, tensors)
 
@@ -62,19 +62,19 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any], bytes], tuple[A
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Save other tensors under the same header, with their own digest: a consistent file of bad numbers."""
     path = folder / file.WEIGHTS
-    with stored.weights(path) as saved:
+    with weights(path) as saved:
         tensors, metadata = saved.read(), saved.metadata
-    del metadata[stored.DIGEST]
-    path.write_bytes(stored.serialise(change(tensors), metadata))
+    del metadata[DIGEST]
+    path.write_bytes(serialise(change(tensors), metadata))
 
 
 def relabel(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Save the same tensors under another header, with its own digest."""
     path = folder / file.WEIGHTS
-    with stored.weights(path) as saved:
+    with weights(path) as saved:
         tensors, metadata = saved.read(), saved.metadata
-    del metadata[stored.DIGEST]
-    path.write_bytes(stored.serialise(tensors, change(metadata)))
+    del metadata[DIGEST]
+    path.write_bytes(serialise(tensors, change(metadata)))
 
 
 def reconfigure(folder: Path, **changes: Any) -> None:

@@ -30,9 +30,9 @@ from tests.format.test_fuzz import ODD, edit
 from uniproj import AdapterError, ProjectionError, build, get
 from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
-from uniproj.format import tensors as stored
 from uniproj.format.fields import FREE
 from uniproj.format.header import Header, pack
+from uniproj.format.tensors import IDENTITY, OF_P, THETA_D, serialise
 from uniproj.tuner import UniProjConfig
 
 SECONDS, BYTES = 10, 2**29
@@ -88,7 +88,7 @@ def _modules(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
 
 def _size(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
     d = r.choice([1, 2, 39, 64, 1000])
-    made.header["d"], made.tensors[stored.THETA_D] = d, torch.linspace(-1, 1, d) + 0.1
+    made.header["d"], made.tensors[THETA_D] = d, torch.linspace(-1, 1, d) + 0.1
 
 
 def _option(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
@@ -107,7 +107,7 @@ def _extra(r: random.Random, made: Forgery, of_base: dict[str, Tensor]) -> None:
 
 def _own(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
     names = ["index", "scale", "logits", "A", "B", "u", "v", "mask"]
-    made.tensors[f"{stored.OF_P}{r.choice(names)}"] = torch.ones(r.choice([(), (1,), (40,), (8, 8)]))
+    made.tensors[f"{OF_P}{r.choice(names)}"] = torch.ones(r.choice([(), (1,), (40,), (8, 8)]))
 
 
 def _tensor(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
@@ -171,8 +171,8 @@ def _write(folder: Path, made: Forgery) -> None:
     with suppress(AdapterError, ProjectionError):
         metadata["uniproj.checksum"] = json.dumps(_checksum(Header.from_metadata(metadata)))
     with suppress(AdapterError, ProjectionError):
-        tensors[stored.IDENTITY] = identity.encode(Header.from_metadata(metadata))  # type: ignore[arg-type]
-    (folder / file.WEIGHTS).write_bytes(stored.serialise(tensors, metadata))
+        tensors[IDENTITY] = identity.encode(Header.from_metadata(metadata))  # type: ignore[arg-type]
+    (folder / file.WEIGHTS).write_bytes(serialise(tensors, metadata))
     said = made.settings if isinstance(made.settings, dict) else {}
     of_P = {key: made.header[key] for key in ("format_version", "projection", "projection_seed", "projection_kwargs")}
     of_P |= {"d": made.header["d"], "layout_fingerprint": metadata["uniproj.layout_fingerprint"]}

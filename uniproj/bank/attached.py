@@ -11,9 +11,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.format import file as adapter_file
 from uniproj.format.compatibility import first_difference
 from uniproj.format.fields import Role, used
+from uniproj.format.file import read
 from uniproj.format.header import Header
 from uniproj.format.tensors import THETA_D
 from uniproj.tuner import UniProjModel
@@ -73,7 +73,7 @@ def read_adapter(source: Any, what: str, kinds: str) -> tuple[Header, Tensor]:
             f"bank: {what} must be {kinds} or the folder of a saved adapter, got a {type(source).__name__}. "
             "Numbers go into bank.add by torch.as_tensor(numbers)."
         )
-    saved = adapter_file.read(source)
+    saved = read(source)
     if saved.header is None:
         raise AdapterError(
             f"bank: {source} must hold a header of its P, got a file of an earlier format. "

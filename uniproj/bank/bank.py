@@ -28,8 +28,8 @@ from uniproj.bank.index import Change, Index
 from uniproj.bank.slots import Slots, crc
 from uniproj.bank.spool import Spool
 from uniproj.errors import AdapterError
-from uniproj.format import file as adapter_file
 from uniproj.format.compatibility import warn_of_another_base
+from uniproj.format.file import SavedAdapter, config_of, write
 from uniproj.format.header import Header
 from uniproj.format.tensors import THETA_D, check_numbers
 from uniproj.tuner.config import UniProjConfig
@@ -163,8 +163,8 @@ class AdapterBank:
             check_numbers(tensors, self.header.projection)
         except AdapterError as error:
             raise AdapterError(f"bank.export of {name!r}: {error}") from None
-        saved = adapter_file.SavedAdapter(adapter_file.config_of(self.header), self.header, tensors)
-        adapter_file.write(folder, tensors, self.header, UniProjConfig.of_saved(saved, folder).to_dict())
+        saved = SavedAdapter(config_of(self.header), self.header, tensors)
+        write(folder, tensors, self.header, UniProjConfig.of_saved(saved, folder).to_dict())
 
     # ---- writing ----------------------------------------------------------------------------------
 

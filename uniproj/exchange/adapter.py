@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.exchange import base as bases
+from uniproj.exchange import bases
 from uniproj.format import file
 from uniproj.format.compatibility import check_fit
 from uniproj.format.header import Header

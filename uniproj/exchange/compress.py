@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from uniproj.errors import AdapterError
-from uniproj.exchange import base as bases
+from uniproj.exchange import bases
 from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings
 from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
 from uniproj.format.fields import Role, of

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from uniproj.errors import AdapterError
 from uniproj.format import schema
-from uniproj.format import tensors as stored
 from uniproj.format.disk import exists, read_json, replace
 from uniproj.format.fields import Configuration, Places
 from uniproj.format.file import CONFIG, UNSAFE, WEIGHTS, config_text
+from uniproj.format.tensors import check_finite, streamed, weights
 
 
 def read_config(folder: Path, kind: str) -> PeftConfig:
@@ -39,10 +39,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).is_file():
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
         raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
-    with stored.weights(folder / WEIGHTS) as file:
+    with weights(folder / WEIGHTS) as file:
         tensors = file.read()
     for tensor in tensors.values():
-        stored.check_finite(tensor, str(folder))
+        check_finite(tensor, str(folder))
     return tensors
 
 
@@ -68,4 +68,4 @@ def write(
 
     Raises AdapterError for numbers that are not finite, and where the disk refuses; what was there before stays.
     """
-    replace({folder / WEIGHTS: stored.streamed(index, tensors), folder / CONFIG: config_text(config).encode()})
+    replace({folder / WEIGHTS: streamed(index, tensors), folder / CONFIG: config_text(config).encode()})

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from uniproj.errors import AdapterError
-from uniproj.exchange import base as bases
-from uniproj.format import tensors as stored
+from uniproj.exchange import bases
 from uniproj.format.compatibility import check_fit, warn_of_another_base
 from uniproj.format.file import locate, read
 from uniproj.format.heads import check_heads, check_tokens
 from uniproj.format.places import layout_on
 from uniproj.format.remap import rename
+from uniproj.format.tensors import check_numbers, check_shapes, shapes_of
 from uniproj.registry import get
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import heads_by_new_names
@@ -55,7 +55,7 @@ def verify(
         said.append(f"P is made of the base weights: its checksum {header.checksum[:12]}.. is checked on loading")
     else:
         P = header.build(where=str(path), on_base=base is not None)
-        stored.check_shapes(saved.tensors, stored.shapes_of(P), header.projection)
-        stored.check_numbers(saved.tensors, header.projection, has_offset=P.offset is not None)
+        check_shapes(saved.tensors, shapes_of(P), header.projection)
+        check_numbers(saved.tensors, header.projection, has_offset=P.offset is not None)
         said.append(f"P {P.shape} of {header.projection} has its checksum {header.checksum[:12]}..")
     return [*said, *fits]

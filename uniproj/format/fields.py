@@ -126,7 +126,7 @@ Places = _model(
 Configuration = _model("Configuration")
 
 
-def check(fields: Mapping[str, Any], what: str) -> None:
+def check_fields(fields: Mapping[str, Any], what: str) -> None:
     """Raises AdapterError for a value that its field cannot hold, and for a field that does not go with a projection;
     ProjectionError for an unknown projection. what: begins the sentence."""
     schema.check(Configuration, fields, what)

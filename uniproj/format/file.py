@@ -14,14 +14,24 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from uniproj.errors import AdapterError, ProjectionError
-from uniproj.format import fields as described
 from uniproj.format import identity, schema
-from uniproj.format import tensors as stored
 from uniproj.format.disk import exists, opened, read_json, replace
-from uniproj.format.fields import FREE
+from uniproj.format.fields import FREE, PROJECTION, Configuration, check_fields
 from uniproj.format.header import PREFIX, Header
 from uniproj.format.heads import entitled
 from uniproj.format.remap import new_names
+from uniproj.format.tensors import (
+    IDENTITY,
+    OWN,
+    THETA_D,
+    check_digest,
+    check_numbers,
+    check_shapes,
+    renamed,
+    serialise,
+    shapes_without_P,
+    weights,
+)
 
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KIND = "UNIPROJ"
@@ -48,7 +58,7 @@ class SavedAdapter:
     @property
     def theta_d(self) -> Tensor:
         """The trained vector, (d,), in the dtype in which it was saved."""
-        return self.tensors[stored.THETA_D]
+        return self.tensors[THETA_D]
 
 
 def read(folder: str | Path) -> SavedAdapter:
@@ -95,7 +105,7 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, con
     where the disk refuses.
     """
     check(folder, tensors, header, config)
-    weights = stored.serialise({**tensors, stored.IDENTITY: identity.encode(header)}, header.to_metadata())
+    weights = serialise({**tensors, IDENTITY: identity.encode(header)}, header.to_metadata())
     replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: _config_text(header, config)})
 
 
@@ -111,9 +121,9 @@ def check(
     has_offset: whether P has a c, where that is known; else what its class says.
     """
     try:
-        shapes = stored.shapes_without_P(tensors, header.projection, header.d)
-        stored.check_shapes(tensors, shapes, header.projection)
-        stored.check_numbers(tensors, header.projection, has_offset)
+        shapes = shapes_without_P(tensors, header.projection, header.d)
+        check_shapes(tensors, shapes, header.projection)
+        check_numbers(tensors, header.projection, has_offset)
         _beside_P(tensors, config, header, "the adapter")
     except AdapterError as error:
         raise AdapterError(f"{folder}: nothing was saved, and what lies there stays as it was: {error}") from None
@@ -193,33 +203,33 @@ def is_template(folder: Path) -> bool:
 def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     """Header and tensors of the weights, after every check that needs neither model nor configuration."""
     where = str(folder / WEIGHTS)
-    with stored.weights(folder / WEIGHTS) as file:
+    with weights(folder / WEIGHTS) as file:
         header = Header.from_metadata(file.metadata, where)
         if header is not None:
             # all that tells how large the numbers are, before one of them is read
             header.check_version(where)
-            index = stored.renamed(file.index)
-            stored.check_shapes(index, header.shapes(index, where), header.projection)
+            index = renamed(file.index)
+            check_shapes(index, header.shapes(index, where), header.projection)
             config = config_of(header)
             _check_fields(config, folder)
             _beside_P(index, config, header, where)
         written = file.read()
-    tensors = stored.renamed(written)
+    tensors = renamed(written)
     if header is not None:
-        stored.check_digest(written, file.metadata, where)
-        _check_identity(tensors.pop(stored.IDENTITY, None), header, where)
-        stored.check_numbers(tensors, header.projection)
+        check_digest(written, file.metadata, where)
+        _check_identity(tensors.pop(IDENTITY, None), header, where)
+        check_numbers(tensors, header.projection)
     return header, tensors
 
 
 def _saved(config: dict[str, Any], header: Header | None, tensors: dict[str, Tensor], folder: Path) -> SavedAdapter:
-    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(stored.OWN)}
+    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN)}
     return SavedAdapter(config, header, {**of_P, **_beside_P(tensors, config, header, str(folder / WEIGHTS))})
 
 
 def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
     try:
-        described.check(config, f"{folder / CONFIG}: ")
+        check_fields(config, f"{folder / CONFIG}: ")
     except ProjectionError as error:
         raise AdapterError(f"{folder / CONFIG}: {error}") from error
 
@@ -228,14 +238,14 @@ def _beside_P(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None, where: str
 ) -> dict[str, Tensor]:
     """What `heads.entitled` lets through; a file from before the header does not list the adapted modules."""
-    beside = {name: tensor for name, tensor in tensors.items() if not name.startswith(stored.OWN)}
+    beside = {name: tensor for name, tensor in tensors.items() if not name.startswith(OWN)}
     modules = None if header is None else new_names(header.layout, config.get("remap") or []).values()
     return entitled(beside, config, modules, where)
 
 
 def _check_identity(found: Tensor | None, header: Header, where: str) -> None:
     if found is None and header.format_version >= _FIRST_WITH_IDENTITY:
-        raise AdapterError(f"{where}: must hold the tensor {stored.IDENTITY}, got none. Copy or download it again.")
+        raise AdapterError(f"{where}: must hold the tensor {IDENTITY}, got none. Copy or download it again.")
     if found is not None and (differs := identity.difference(found, header)):
         raise AdapterError(f"{where}: the header must be that of the numbers: {differs}. Take the original.")
 
@@ -273,7 +283,7 @@ def _fields(path: Path) -> dict[str, Any]:
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != KIND:
         raise AdapterError(f"{path}: peft_type must be {KIND}, got {kind!r}. It is an adapter of another method.")
-    schema.check(described.Configuration, fields, f"{path}: ")
+    schema.check(Configuration, fields, f"{path}: ")
     return dict(fields)
 
 
@@ -313,8 +323,8 @@ def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str
             f"{fields['format_version']}), got none. Another tool rewrote the file: take the original."
         )
     _check_fields(fields, folder)
-    projection, theta_d = fields.setdefault("projection", described.PROJECTION), tensors.get(stored.THETA_D)
+    projection, theta_d = fields.setdefault("projection", PROJECTION), tensors.get(THETA_D)
     size = fields.get("d") or (0 if theta_d is None else theta_d.numel())
-    stored.check_shapes(tensors, stored.shapes_without_P(tensors, projection, size), projection)
-    stored.check_numbers(tensors, projection)
+    check_shapes(tensors, shapes_without_P(tensors, projection, size), projection)
+    check_numbers(tensors, projection)
     return _saved(fields, None, tensors, folder)

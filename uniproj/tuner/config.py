@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from uniproj.errors import AdapterError, ProjectionError
-from uniproj.format import disk, fields, file
+from uniproj.format import disk, file
+from uniproj.format.fields import PROJECTION, check_fields
 from uniproj.format.header import Header
 from uniproj.format.remap import rename
 
@@ -46,7 +47,7 @@ class UniProjConfig(LoraConfig):
     """
 
     lora_alpha: int | None = None  # type: ignore[assignment]
-    projection: str = field(default=fields.PROJECTION, metadata={"help": "Name of the projection P."})
+    projection: str = field(default=PROJECTION, metadata={"help": "Name of the projection P."})
     d: int | None = field(default=None, metadata={"help": "Length of theta_d."})
     projection_seed: int = field(default=0, metadata={"help": "Seed of P."})
     init_seed: int = field(default=0, metadata={"help": "Seed of the start of theta_d."})
@@ -61,7 +62,7 @@ class UniProjConfig(LoraConfig):
             self.lora_alpha = self.r
         # a number of NumPy's is as good as Python's, but no file can hold it
         self.__dict__.update({k: v.item() for k, v in vars(self).items() if isinstance(v, np.generic)})
-        fields.check(vars(self), "UniProjConfig: ")
+        check_fields(vars(self), "UniProjConfig: ")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.header: Header | None = None

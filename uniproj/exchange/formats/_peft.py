@@ -19,8 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError, ProjectionError
-from uniproj.exchange import base as bases
-from uniproj.exchange import peft_folder
+from uniproj.exchange import bases, peft_folder
 from uniproj.exchange.adapter import Adapter, LoRAAdapter
 from uniproj.exchange.registry import Format
 from uniproj.format.compatibility import first_difference
@@ -251,7 +250,7 @@ class PeftMethod(Format):
         with bases.quietly():
             P, theta_d = self.take(self._filled(folder, config, shapes, own), "default", torch.float64)
         weights = bases.weights_of(model, {name: name for name in shapes}) if self.needs_weights else None
-        found, theta_d, hyperparameters = self.native(P, theta_d, config, tuple(shapes), weights)
+        found, theta_d, hyperparameters = self.rebuilt(P, theta_d, config, tuple(shapes), weights)
         other = {name: tensor for name, tensor in tensors.items() if name not in own}
         ours = UniProjConfig(
             projection=found.name,
@@ -267,7 +266,7 @@ class PeftMethod(Format):
         return Adapter(found, theta_d, ours, P.layout, dict.fromkeys(shapes, 1.0), other, tuple(shapes))
 
     @torch.no_grad()
-    def native(
+    def rebuilt(
         self, P: Projection, theta_d: Tensor, config: PeftConfig, order: tuple[str, ...], weights: Mapping | None
     ) -> tuple[Projection, Tensor, dict[str, Any]]:
         """The same theta_D from a P of the registry, with its theta_d and its hyperparameters.

@@ -42,7 +42,7 @@ class VBLoRAFormat(PeftMethod):
         """The sizes."""
         return _sizes(P)
 
-    def native(
+    def rebuilt(
         self, P: Any, theta_d: Tensor, config: PeftConfig, order: tuple[str, ...], weights: Mapping | None
     ) -> tuple[Projection, Tensor, dict[str, Any]]:
         """The same logits; an adapter that saved its top logits alone has -inf in place of the others."""
