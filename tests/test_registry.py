@@ -12,7 +12,7 @@ from uniproj import LoRALayout, Projection, ProjectionError, build, get, names, 
 from uniproj.__main__ import main
 from uniproj.algebra import BlockDiagonal, Compose, ConcatColumns, Select
 from uniproj.budget import TOLERANCE
-from uniproj.projections.partition import Partition
+from uniproj.projections._partition import Partition
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in "qv"}, r=2)
 METHODS = {
@@ -176,8 +176,9 @@ def test_integers_of_numpy_are_integers() -> None:
 
 def test_a_dense_matrix_too_large_to_hold_is_refused_or_regenerated(monkeypatch) -> None:
     whole = build("gaussian", 50, 7, seed=2)
-    monkeypatch.setattr("uniproj.projections.gaussian.RESIDENT", 100)
-    monkeypatch.setattr("uniproj.projections.gaussian.TILE", 30)
+    for home in ("_random", "gaussian_orthonormal"):
+        monkeypatch.setattr(f"uniproj.projections.{home}.RESIDENT", 100)
+    monkeypatch.setattr("uniproj.projections._random.TILE", 30)
     tiled = build("gaussian", 50, 7, seed=2)
     x, y = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     assert tiled.P is None

@@ -1,4 +1,5 @@
-"""Names of projections: every class in `uniproj/projections/` and every `uniproj.projections` entry point."""
+"""Names of projections: every file of `uniproj/projections/` without a leading underscore, and every entry point of the
+group `uniproj.projections`."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def register(name: str) -> Callable[[P], P]:
 def _load() -> None:
     import uniproj.projections as folder
 
-    for module in pkgutil.iter_modules(folder.__path__):
+    for module in (m for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")):
         importlib.import_module(f"{folder.__name__}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:

@@ -14,7 +14,7 @@ from uniproj.kernels.dispatch import HAS_NUMBA
 from uniproj.kernels.memory import fresh
 from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_column, sum_by_index, take
 from uniproj.kernels.permutation import permute
-from uniproj.projections.partition import Partition
+from uniproj.projections._partition import Partition
 
 needs_triton = pytest.mark.skipif(
     backend() != "triton-interpreter" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"

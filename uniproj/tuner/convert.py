@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
+from uniproj.projections._partition import Partition
 from uniproj.projections.lora import LoRA
-from uniproj.projections.partition import Partition
-from uniproj.projections.svd import TinyLoRA
-from uniproj.projections.tied import VeRA
+from uniproj.projections.tinylora import TinyLoRA
 from uniproj.projections.unilora import UniLoRA
 from uniproj.projections.vblora import VBLoRA
+from uniproj.projections.vera import VeRA
 from uniproj.tuner.quantised import BaseWeights
 
 _EXACT = 1e-10
