@@ -91,12 +91,6 @@ def test_forward_mode_and_hessian() -> None:
     torch.testing.assert_close(hessian, 2 * torch.eye(5, dtype=torch.float64))
 
 
-def test_a_composite_is_rebuilt_with_parts_of_its_own() -> None:
-    learned = build("vblora", layout=LAYOUT, num_vectors=9, vector_length=1)
-    composite = Compose(learned, build("unilora", 9, 4))
-    assert not {id(p) for p in composite.rebuild().parameters()} & {id(p) for p in composite.parameters()}
-
-
 def test_a_taken_name_is_refused(monkeypatch) -> None:
     with pytest.raises(ProjectionError, match="'unilora' is taken by"):
         register("unilora")(Third)

@@ -79,7 +79,9 @@ def sample(name: str, layout: LoRALayout, d: int | None = None, seed: int = 0, *
         hyperparameters = {"base_weights": W, **hyperparameters}
     if cls.free_d:
         d = max(cls.min_d(layout), d or max(1, layout.D // 8))
-    return build(name, layout=layout, d=d if cls.free_d else None, seed=seed, **hyperparameters)
+    P = build(name, layout=layout, d=d if cls.free_d else None, seed=seed, **hyperparameters)
+    P.hyperparameters = hyperparameters  # with the base weights, so that the battery can rebuild P
+    return P
 
 
 def _at_most(name: str, value: Tensor | float, limit: float, note: str = "") -> Check:

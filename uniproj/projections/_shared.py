@@ -46,7 +46,7 @@ class SharedFactors(Projection):
     A: Tensor
     B: Tensor
 
-    def __init__(self, layout: LoRALayout, seed: int, trained: str, groups: list[int]):
+    def __init__(self, layout: LoRALayout, seed: int, trained: str, groups: list[int], u: float = 1.0):
         letters = set(trained)
         if not letters or not letters <= set("uvAB"):
             raise ProjectionError(f"{self.name}: trained must be a non-empty subset of 'uvAB', got {trained!r}.")
@@ -60,8 +60,8 @@ class SharedFactors(Projection):
         self.sides, self.groups = (B, A), groups
         self.trained_letters = "".join(sorted(letters))
         self.learned = any(side.matrix and side.scaler for side in self.sides)
-        for side, matrix in zip(self.sides, self._draw(), strict=True):
-            scalers = torch.full((sum(side.scaler_sizes),), self._scaler_init(side.letter), dtype=torch.float64)
+        for side, matrix, start in zip(self.sides, self._draw(), (1.0, u), strict=True):
+            scalers = torch.full((sum(side.scaler_sizes),), start, dtype=torch.float64)
             if side.matrix and side.scaler:
                 setattr(self, side.letter, nn.Parameter(scalers.float()))
             else:
@@ -77,9 +77,6 @@ class SharedFactors(Projection):
     def _zero(self) -> str:
         """The one ingredient that starts at 0, so that delta W = 0 and its gradient is not."""
         return next(letter for letter in "BvAu" if letter in self.trained_letters)
-
-    def _scaler_init(self, letter: str) -> float:
-        return 1.0
 
     @abstractmethod
     def _bounds(self, width: int) -> float:

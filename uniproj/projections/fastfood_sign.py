@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from uniproj.kernels.random import signs
-from uniproj.layout import LoRALayout
 from uniproj.projections.fastfood import Fastfood
 from uniproj.registry import register
 
@@ -19,12 +18,7 @@ class SignFastfood(Fastfood):
 
     formula = "theta_D = [H D_b Pi_b H B_b]_b theta_d / sqrt(n' D), D_b signs"
     source = "arXiv 1703.00864"
-    claims_if = {"isometric": "n' divides D", "orthogonal": "n' divides D"}
-
-    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
-        super().__init__(layout, d, seed)
-        if self.D % self.n == 0:
-            self.claims = self.claims | {"isometric", "orthogonal"}
+    claims_if = dict.fromkeys(("isometric", "orthogonal"), ("n' divides D", lambda P: P.D % P.n == 0))
 
     def _numbers(self, first: int, count: int) -> Tensor:
         return signs(self.seed, "fastfood.D", count, start=first).to(torch.int8)

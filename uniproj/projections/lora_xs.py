@@ -29,15 +29,13 @@ class LoRAXS(SingularFactors):
     d_formula = "M r^2"
     source = "arXiv 2405.17604"
     claims = frozenset({"affine", "local"})
-    claims_if = {"isometric": "side='B'", "orthogonal": "side='B'"}
+    claims_if = dict.fromkeys(("isometric", "orthogonal"), ("side='B'", lambda P: P.side == "B"))
     variants = ({}, {"side": "A"})
     sparse = True
     power = (0.0, 1.0)
 
-    def __init__(self, layout: LoRALayout, base_weights: Mapping[str, Tensor], seed: int = 0, side: str = "B"):
+    def __init__(self, layout: LoRALayout, base_weights: Mapping[str, Tensor], seed: int = 0, *, side: str = "B"):
         super().__init__(layout, sum(a.shape[0] ** 2 for _, a in layout.pairs()), seed, base_weights, side)
-        if side == "B":
-            self.claims = self.claims | {"isometric", "orthogonal"}
 
     @classmethod
     def for_budget(cls, shapes: Mapping[str, tuple[int, int]], budget: int, r: int) -> Budget:

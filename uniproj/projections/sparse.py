@@ -9,6 +9,7 @@ from uniproj.algebra import Select
 from uniproj.kernels.permutation import permute
 from uniproj.kernels.random import bits
 from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
 from uniproj.projections.lora import lora_init
 from uniproj.registry import register
 
@@ -51,9 +52,10 @@ class SparseCoordinates(Select):
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         self.check_d(layout, d)
-        super().__init__(layout, _with_a_row_of_B(layout, random_rows(layout.D, d, seed), seed))
-        self.seed = seed
+        super().__init__(layout, _with_a_row_of_B(layout, random_rows(layout.D, d, seed), seed), seed)
         self.c = lora_init(layout, seed)
+
+    rebuild = Projection.rebuild
 
     @property
     def offset(self) -> Tensor:

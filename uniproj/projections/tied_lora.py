@@ -29,7 +29,10 @@ class TiedLoRA(SharedFactors):
     source = "arXiv 2311.09578"
     learned = True
     claims = frozenset({"orthogonal"})
-    claims_if = {"linear": "B or v, and A or u, trained", "affine": "one of the factors wholly frozen"}
+    claims_if = {
+        "linear": ("B or v, and A or u, trained", lambda P: P.offset is None),
+        "affine": ("one of the factors wholly frozen", lambda P: P.offset is not None),
+    }
     variants = (
         {},
         {"trained": "AB"},
@@ -45,9 +48,8 @@ class TiedLoRA(SharedFactors):
         numbers = {f: sum(b.shape[0] for b in layout.blocks if b.factor == f) for f in bilinear.values()}
         return {scaler: (numbers[f],) for scaler, f in bilinear.items() if {scaler, f} <= set(trained)}
 
-    def __init__(self, layout: LoRALayout, seed: int = 0, trained: str = "ABuv", group: str = "type"):
+    def __init__(self, layout: LoRALayout, seed: int = 0, *, trained: str = "ABuv", group: str = "type"):
         super().__init__(layout, seed, trained, _group_of(layout.modules, group, self.name))
-        self.claims = self.claims | {"linear" if self.offset is None else "affine"}
 
     def _bounds(self, width: int) -> float:
         return width**-0.5

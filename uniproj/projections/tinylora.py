@@ -30,7 +30,7 @@ class TinyLoRA(SingularFactors):
     d_formula = "u * groups"
     source = "PEFT TINYLORA"
     claims = frozenset({"affine"})
-    claims_if = {"local": "weight_tying=0"}
+    claims_if = {"local": ("weight_tying=0", lambda P: P.weight_tying == 0.0)}
     variants = ({"u": 2}, {"u": 1, "weight_tying": 1.0, "side": "A"})
     power = (0.5, 0.5)
 
@@ -39,6 +39,7 @@ class TinyLoRA(SingularFactors):
         layout: LoRALayout,
         base_weights: Mapping[str, Tensor],
         seed: int = 0,
+        *,
         u: int = 64,
         weight_tying: float = 0.0,
         side: str = "B",
@@ -47,14 +48,12 @@ class TinyLoRA(SingularFactors):
         if u < 1 or not 0.0 <= weight_tying <= 1.0:
             raise ProjectionError(f"{self.name}: u >= 1 and weight_tying in [0, 1], got u={u}, {weight_tying}.")
         groups = max(1, round(modules * (1.0 - weight_tying)))
-        self_group = [min(i // max(1, modules // groups), groups - 1) for i in range(modules)]
-        super().__init__(layout, u * (1 + max(self_group)), seed, base_weights, side)
-        self.u, self.group = u, self_group
+        group = [min(i // max(1, modules // groups), groups - 1) for i in range(modules)]
+        super().__init__(layout, u * (1 + max(group)), seed, base_weights, side)
+        self.u, self.weight_tying, self.group = u, weight_tying, group
         for i, r in enumerate(self.ranks):
             numbers = normal(seed, "tinylora.P", u * r * r, part=i) / r**0.5
             setattr(self, f"P_{i}", numbers.view(u, r, r))
-        if weight_tying == 0.0:
-            self.claims = self.claims | {"local"}
 
     @classmethod
     def draws(cls, layout: LoRALayout, d: int, u: int = 64, **_: Any) -> int:

@@ -33,7 +33,7 @@ class UniLoRA(Partition):
     source = "arXiv 2506.00799"
     version = 2
     claims = frozenset({"linear", "orthogonal", "isometric", "global_sharing"})
-    claims_if = {"uniform": "assignment is 'balanced' or 'peft'"}
+    claims_if = {"uniform": ("assignment is 'balanced' or 'peft'", lambda P: P.assignment != "iid")}
     variants = ({}, {"assignment": "iid"}, {"assignment": "peft"})
 
     def __init__(
@@ -41,6 +41,7 @@ class UniLoRA(Partition):
         layout: LoRALayout,
         d: int,
         seed: int = 0,
+        *,
         assignment: str = "balanced",
         module_order: Sequence[str] | Sequence[int] | None = None,
     ):
@@ -54,8 +55,7 @@ class UniLoRA(Partition):
         else:
             raise ProjectionError(f"{self.name}: assignment must be 'balanced', 'iid' or 'peft', got {assignment!r}.")
         super().__init__(layout, d, seed, dealt)
-        if assignment != "iid":
-            self.claims = self.claims | {"uniform"}
+        self.assignment = assignment
 
 
 def _peft_index(layout: LoRALayout, d: int, seed: int, module_order: Sequence[str] | Sequence[int] | None) -> Tensor:

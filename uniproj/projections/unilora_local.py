@@ -26,10 +26,10 @@ class LocalUniLoRA(Partition):
     source = "arXiv 2506.00799, ablation"
     version = 2
     claims = frozenset({"linear", "orthogonal", "isometric"})
-    claims_if = {"local": "per='module'"}
+    claims_if = {"local": ("per='module'", lambda P: P.per == "module")}
     variants = ({}, {"per": "module"})
 
-    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, per: str = "layer"):
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, *, per: str = "layer"):
         if per not in ("layer", "module"):
             raise ProjectionError(f"{self.name}: per must be 'layer' or 'module', got {per!r}.")
         self.check_d(layout, d)
@@ -37,8 +37,7 @@ class LocalUniLoRA(Partition):
         shares = _shares(d, [sum(piece.stop - piece.start for piece in rows) for rows in groups])
         dealt = [Group(rows, d, f"unilora.local.{k}") for k, (rows, d) in enumerate(zip(groups, shares, strict=True))]
         super().__init__(layout, d, seed, dealt)
-        if per == "module":
-            self.claims = self.claims | {"local"}
+        self.per = per
 
     @classmethod
     def min_d(cls, layout: LoRALayout) -> int:

@@ -24,7 +24,7 @@ class NonUniformUniLoRA(Partition):
     needs_modules = True
     variants = ({}, {"share_B": 0.5})
 
-    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, share_B: float = 1 / 3):
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, *, share_B: float = 1 / 3):
         if not 0 < share_B < 1:
             raise ProjectionError(f"{self.name}: share_B must lie in (0, 1), got {share_B}.")
         self.check_d(layout, d)

@@ -28,10 +28,10 @@ class UniLoRAPlusSparse(ConcatColumns):
     source = "arXiv 2506.00799 and arXiv 2406.13175, combined"
     version = 2
     claims = frozenset({"linear"})
-    claims_if = {"isometric": "exclusive=True", "orthogonal": "exclusive=True"}
+    claims_if = dict.fromkeys(("isometric", "orthogonal"), ("exclusive=True", lambda P: P.exclusive))
     variants = ({}, {"exclusive": True})
 
-    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, ratio: int = 12, exclusive: bool = False):
+    def __init__(self, layout: LoRALayout, d: int, seed: int = 0, *, ratio: int = 12, exclusive: bool = False):
         self.check_d(layout, d)
         if ratio < 1:
             raise ProjectionError(f"{self.name}: ratio = d_1 / k must be at least 1, got {ratio}.")
@@ -43,9 +43,9 @@ class UniLoRAPlusSparse(ConcatColumns):
         else:
             iso = UniLoRA(layout, d - k, seed)
         super().__init__([iso, Select(layout, S)])
-        self.seed, self.k = seed, k
-        if exclusive:
-            self.claims = self.claims | {"isometric", "orthogonal"}
+        self.seed, self.k, self.exclusive = seed, k, exclusive
+
+    rebuild = Projection.rebuild
 
     @classmethod
     def min_d(cls, layout: LoRALayout) -> int:

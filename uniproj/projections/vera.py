@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from uniproj.budget import Budget, nearest
 from uniproj.errors import ProjectionError
@@ -31,27 +30,18 @@ class VeRA(SharedFactors):
     claims = frozenset({"linear", "orthogonal", "local"})
     variants = ({}, {"draw": "peft"})
 
-    def __init__(self, layout: LoRALayout, seed: int = 0, d_initial: float = 0.1, draw: str = "philox"):
+    def __init__(self, layout: LoRALayout, seed: int = 0, *, d_initial: float = 0.1, draw: str = "philox"):
         if d_initial == 0.0:
             raise ProjectionError(f"{self.name}: d_initial must not be 0: with lambda_b = 0 too no gradient is left.")
         if draw not in ("philox", "peft"):
             raise ProjectionError(f"{self.name}: draw must be 'philox' or 'peft', got {draw!r}.")
-        self.d_initial, self.draw = d_initial, draw  # read by the draw inside super().__init__
-        super().__init__(layout, seed, "uv", [0] * len(layout.modules))
-
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        if self.draw == "philox":
-            return super()._draw()
-        generator = torch.Generator().manual_seed(self.seed)
-        flat = {}
-        for side in reversed(self.sides):  # A before B, as PEFT does
-            ((h, w),) = side.sizes
-            bound = 3.0**0.5 * (2.0**0.5 / w**0.5)
-            flat[side.factor] = torch.empty(h * w).uniform_(-bound, bound, generator=generator).double()
-        return flat["B"], flat["A"]
-
-    def _scaler_init(self, letter: str) -> float:
-        return self.d_initial if letter == "u" else 1.0
+        super().__init__(layout, seed, "uv", [0] * len(layout.modules), u=d_initial)
+        if draw == "peft":
+            generator = torch.Generator().manual_seed(seed)
+            for side in reversed(self.sides):  # A before B, as PEFT does
+                ((h, w),) = side.sizes
+                bound = 3.0**0.5 * (2.0**0.5 / w**0.5)
+                setattr(self, side.factor, torch.empty(h * w).uniform_(-bound, bound, generator=generator).double())
 
     def _bounds(self, width: int) -> float:
         return (6.0 / width) ** 0.5
