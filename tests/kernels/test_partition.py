@@ -14,7 +14,7 @@ from uniproj.kernels.gather import sum_by_column, take
 from uniproj.kernels.memory import fresh
 from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_index
 from uniproj.kernels.permutation import permute
-from uniproj.projections.partition import Partition
+from uniproj.projections._partition import Partition
 
 GROUPS = {
     "one": [Group([slice(0, 1100)], 37, "a")],

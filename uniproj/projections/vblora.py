@@ -45,6 +45,7 @@ class VBLoRA(Projection):
         self,
         layout: LoRALayout,
         seed: int = 0,
+        *,
         num_vectors: int | None = None,
         vector_length: int | None = None,
         topk: int = 2,

@@ -11,7 +11,7 @@ from torch import Tensor
 from uniproj.errors import AdapterError
 from uniproj.exchange.formats._peft import Attached, Candidate, Pair, PeftMethod
 from uniproj.exchange.registry import register
-from uniproj.projections.svd import TinyLoRA
+from uniproj.projections.tinylora import TinyLoRA
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.quantised import BaseWeights
 
@@ -26,7 +26,8 @@ class TinyLoRAFormat(PeftMethod):
     def build(self, theirs: Attached) -> TinyLoRA:
         config = theirs.config
         weights = BaseWeights({name: layer.get_base_layer() for name, layer in theirs.layers.items()})
-        P = TinyLoRA(theirs.layout, weights, config.projection_seed, theirs.shared("u"), config.weight_tying)
+        options = {"u": theirs.shared("u"), "weight_tying": config.weight_tying}
+        P = TinyLoRA(theirs.layout, weights, config.projection_seed, **options)
         P.group = [int(_key(theirs, module)) for module in theirs.layout.modules]
         for i in range(len(P.ranks)):
             setattr(P, f"P_{i}", P.constants()[f"P_{i}"].double())

@@ -13,7 +13,7 @@ from uniproj.errors import AdapterError
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats._peft import Attached, Candidate, Pair, PeftMethod
 from uniproj.exchange.registry import register
-from uniproj.projections.partition import Partition
+from uniproj.projections._partition import Partition
 from uniproj.projections.unilora import UniLoRA
 from uniproj.registry import get, names
 from uniproj.tuner.config import UniProjConfig
@@ -34,7 +34,8 @@ class UniLoRAFormat(PeftMethod):
             return theirs.layout.flatten({block: row.cpu() for block, row in rows.items()})
 
         config = theirs.config
-        P = UniLoRA(theirs.layout, config.theta_d_length, config.proj_seed, "peft", list(theirs.layers))
+        options: dict[str, Any] = {"assignment": "peft", "module_order": list(theirs.layers)}
+        P = UniLoRA(theirs.layout, config.theta_d_length, config.proj_seed, **options)
         index, scales = per_row("unilora_indices"), per_row("unilora_scales").double()
         if index.min() < 0 or index.max() >= P.d:
             raise AdapterError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uniproj.exchange.formats._peft import Attached, Candidate, Pair, PeftMethod
 from uniproj.exchange.registry import register
-from uniproj.projections.tied import VeRA
+from uniproj.projections.vera import VeRA
 from uniproj.registry import get
 from uniproj.tuner.config import UniProjConfig
 
