@@ -37,7 +37,7 @@ REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
 
 @dataclass(frozen=True)
 class Field:
-    """holds: the type of its values, where PEFT does not check them; absent: the values that mean it is not used."""
+    """holds: the type of its values, which Any leaves to PEFT; absent: the values that mean it is not used."""
 
     role: Role
     holds: Any = Any
