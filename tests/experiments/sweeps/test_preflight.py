@@ -190,8 +190,7 @@ def test_a_comparison_ranks_by_a_metric_that_its_task_has(model: str, task: str,
     assert compare.main([*asked, "--metric", "Spearman", "--runs", str(runs)]) == 2
     assert "the metric of classes must be one of" in capsys.readouterr().err and not runs.exists()
     for more, metric in (([], None), (["--metric", "macro F1"], "macro F1")):
-        default = compare.committed()
-        (config,) = preflight.runs_of(compare.asked(compare.parse([*asked, *more], default), default))["confirm"]
+        (config,) = preflight.runs_of(compare.asked(compare.parse([*asked, *more])))["confirm"]
         assert config.metric == metric and config.to_json().get("metric", None) == metric
 
 
