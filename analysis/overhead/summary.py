@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.overhead.adapters import REFERENCE
 from analysis.overhead.growth import LEAST_SIZES, fit
+from analysis.overhead.model import REFERENCE
 from analysis.overhead.shapes import LLAMA_31_405B
 from uniproj import LoRALayout
 

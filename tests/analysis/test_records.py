@@ -12,9 +12,9 @@ from scipy import stats
 
 import uniproj
 from analysis import records
-from analysis.report.collect import payload
 from experiments import statistics
 from experiments.errors import ExperimentError
+from paper_figures.report.collect import payload
 from tests.sweeps import made_up, write, write_run
 
 TASKS, METHODS = ["glue/sst2", "glue/stsb"], ["lora", "unilora", "vera"]

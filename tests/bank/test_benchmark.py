@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.bank import __main__ as command
+from analysis.bank.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def out(tmp_path_factory):
         "--out",
         str(folder / "out"),
     ]
-    assert command.main([*few, "--d", "600", *arguments]) == 0
+    assert main([*few, "--d", "600", *arguments]) == 0
     return folder / "out"
 
 
@@ -73,5 +73,5 @@ def test_the_table_holds_every_ratio(out) -> None:
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys) -> None:
-    assert command.main(["--parts", "mixed", "--base", "none.gguf", "--out", str(tmp_path)]) == 2
+    assert main(["--parts", "mixed", "--base", "none.gguf", "--out", str(tmp_path)]) == 2
     assert "must be a GGUF file, got none" in capsys.readouterr().err
