@@ -13,11 +13,11 @@ import pandas as pd
 from tqdm import tqdm
 
 import uniproj
-from experiments import models
 from experiments.errors import ExperimentError
-from experiments.provenance import provenance
-from experiments.results import write_json, write_text
-from uniproj import console, plugins
+from experiments.files import write_json, write_text
+from experiments.models import trust
+from experiments.runs.provenance import provenance
+from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 
 Tables = Mapping[str, pd.DataFrame]
@@ -46,8 +46,7 @@ def parser(name: str, summary: str) -> argparse.ArgumentParser:
     """A parser with the options that every command has."""
     options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)
     options.add_argument("--projections", nargs="+", metavar="NAME", help="names of `python -m uniproj list` (all)")
-    plugins.add_option(options, "+")
-    plugins.add_trust(options)
+    trust.add_options(options)
     options.add_argument("--out", type=Path, default=Path("results") / name, help="folder of tables and picture")
     options.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return options
@@ -63,7 +62,6 @@ def add_space(options: argparse.ArgumentParser, d: int) -> None:
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """The names asked for, by default the whole registry. Raises ProjectionError for an unknown one."""
-    plugins.load(args.plugins)
     return [uniproj.get(name).name for name in args.projections] if args.projections else uniproj.names()
 
 
@@ -85,8 +83,8 @@ def run(
     Exit status: 0 done, 2 bad input, 130 interrupted.
     """
     args = options.parse_args(argv)
-    models.trust_remote_code(args.trust_remote_code)
     try:
+        trust.apply(args)
         tables = measure(args)
         write(name, args, tables, draw)
     except (ExperimentError, ProjectionError, AdapterError) as error:

@@ -15,9 +15,11 @@ import pandas as pd
 
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
-from experiments.results import CONFIG, LOCK, NAMED, RESULT, as_written, digest, is_locked, metrics, read_json, row
-from experiments.settings import LOGGING_STEPS, SEEDS, RunConfig
-from experiments.statistics import SINGLE
+from experiments.files import as_written, digest, read_json
+from experiments.records.reading import metrics, row
+from experiments.records.statistics import SINGLE
+from experiments.runs.folder import CONFIG, LOCK, NAMED, RESULT, is_locked
+from experiments.runs.settings import LOGGING_STEPS, SEEDS, RunConfig
 from experiments.tasks.task import is_score
 from uniproj.errors import shown
 

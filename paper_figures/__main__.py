@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from experiments.errors import ExperimentError
-from experiments.results import write_text
+from experiments.files import write_text
 from paper_figures import published, style
 from paper_figures.committed import Committed
 from paper_figures.registry import Maker, makers

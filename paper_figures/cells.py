@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import names
-from experiments.statistics import unit
+from experiments.records.statistics import unit
 from paper_figures.committed import Sweep
 
 NOT_MEASURED = "not measured"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.records import OVERHEAD, RECORDS, Records, read_sweep, table
-from experiments import statistics
 from experiments.errors import ExperimentError
+from experiments.records import statistics
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
 # a check that a sweep runs, which shows nothing

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from experiments import statistics
+from experiments.records import statistics
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
 from paper_figures.published import claims, of_table
 from paper_figures.typesetting import Table

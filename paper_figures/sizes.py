@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from experiments.names import method, model, task
-from experiments.statistics import COMPLETE, unit
+from experiments.records.statistics import COMPLETE, unit
 from paper_figures import style
 from paper_figures.cells import score_head, whole
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Sweep, complete, one_task

@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import uniproj
-from experiments.names import method, table
-from experiments.results import write_bytes
+from experiments.files import write_bytes
+from experiments.names import mapping, method
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's
 # muted ones and others that are none of these.
@@ -65,7 +65,7 @@ _RC = {
 
 def order(names: Iterable[str]) -> list[str]:
     """As names.yaml lists them, then the library's other projections, then those of other packages."""
-    known = list(table("methods"))
+    known = list(mapping("methods"))
 
     def place(name: str) -> tuple[int, bool, str]:
         listed = known.index(name) if name in known else len(known)

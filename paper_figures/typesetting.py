@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 
 from analysis.markdown import markdown
-from experiments.results import write_text
+from experiments.files import write_text
 
 ESCAPED = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_\allowbreak{}", "{": r"\{",

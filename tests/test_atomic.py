@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from experiments.results import write_bytes
+from experiments.files import write_bytes
 from uniproj import atomic
 from uniproj.adapters.disk import replace
 

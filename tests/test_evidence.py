@@ -14,16 +14,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from experiments import statistics
-from experiments.names import table as names
+from experiments.names import mapping
+from experiments.records import statistics
 from paper_figures.committed import Committed
 from paper_figures.comparison import score
 from paper_figures.report.collect import REFERENCE
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted(path.parent.name for path in ROOT.glob("results/sweeps/*/records.csv"))
-PROJECTIONS = {label: name for name, label in names("methods").items()}
-TASKS = {label: name for name, label in names("tasks").items()}
+PROJECTIONS = {label: name for name, label in mapping("methods").items()}
+TASKS = {label: name for name, label in mapping("tasks").items()}
 
 
 def _records(sweep: str) -> pd.DataFrame:

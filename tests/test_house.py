@@ -34,11 +34,9 @@ ALLOWED = {
     "projections": {"algebra", "budget", "errors", "kernels", "layout", "projection", "projections", "registry"},
     "testing": {"claims", "errors", "kernels", "layout", "projection", "registry"},
 }
-# what measurements may share with training runs: modules that import nothing of either but these
-LEAVES = {
-    *("answers", "checks", "errors", "gguf_header", "ifeval", "models", "names", "orphans", "provenance", "record"),
-    *("results", "settings", "statistics", "tasks", "timing"),
-}
+# of the experiments: what all share, then the packages, each of which imports those before it; last the commands
+SHARED = {"checks", "errors", "files", "names", "orphans", "packaged", "processes", "timing"}
+PACKAGES = ("tasks", "models", "runs", "records", "sweeps", "evaluate")
 
 
 def _imports(path: Path) -> set[str]:
@@ -52,6 +50,10 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
+def _of_experiments(modules: set[str]) -> set[str]:
+    return {m.split(".")[1] for m in modules if m.startswith("experiments.")}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -62,21 +64,18 @@ def test_imports_point_one_way(path: Path) -> None:
     assert parts[0] == "paper_figures" or is_command or "paper_figures" not in roots
     if parts[0] == "paper_figures":
         # drawn from records and analysis tables: the library is asked for the names of its projections alone
-        assert {m.split(".")[1] for m in own if m.startswith("experiments.")} <= {
-            "errors",
-            "names",
-            "results",
-            "statistics",
-        }
+        assert _of_experiments(own) <= {"errors", "files", "names", "records"}
         assert not [m for m in own if m.startswith("uniproj.")]
     if parts[0] == "experiments":
         assert "analysis" not in roots
+        if parts[1] in SHARED:
+            assert _of_experiments(own) <= SHARED
+            assert {m for m in own if m.split(".")[0] == "uniproj"} <= {"uniproj.errors", "uniproj.atomic"}
+        if parts[1] in PACKAGES:
+            assert _of_experiments(own) <= SHARED | set(PACKAGES[: PACKAGES.index(parts[1]) + 1])
     if parts[0] == "analysis":
         assert not [m for m in _imports(path) if m.split(".")[0] == "matplotlib"]
-        assert {m.split(".")[1] for m in own if m.startswith("experiments.")} <= LEAVES
-    if parts[:1] == ("experiments",) and parts[1] in LEAVES:
-        assert {m.split(".")[1] for m in own if m.startswith("experiments.")} <= LEAVES
-        assert {m for m in own if m.split(".")[0] == "uniproj"} <= {"uniproj.errors", "uniproj.atomic"}
+        assert _of_experiments(own) <= SHARED | {"tasks", "models", "runs", "records"}
     if parts[0] == "uniproj":
         assert roots <= {"uniproj"}
         if parts[1] in ALLOWED:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.command import asked
 from analysis.markdown import markdown
-from experiments.results import read_json, write_json, write_text
+from experiments.files import read_json, write_json, write_text
 
 TARGETS = (
     "10,000 adapters of d = 23,040 in at most 1.05 times their bytes, opened in under 1 s; a switch at N = 10,000 in "

@@ -13,10 +13,10 @@ import pandas as pd
 
 from analysis.command import Tables
 from analysis.records import RECORDS, read_sweep
-from experiments import results
 from experiments.errors import ExperimentError
-from experiments.settings import SEEDS
-from experiments.statistics import OF_A_METHOD, SETTINGS, mean
+from experiments.records.reading import load
+from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean
+from experiments.runs.settings import SEEDS
 
 FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
@@ -31,7 +31,7 @@ OF_A_SIZE = ["D", *OF_A_METHOD]
 def read(folder: Path) -> pd.DataFrame:
     """A row per finished run of a folder of runs or of an exported sweep. Raises ExperimentError for neither."""
     if not (folder / RECORDS).exists():
-        return results.load(folder)
+        return load(folder)
     runs = read_sweep(folder).runs
     return runs[runs["failed"].isna()]
 

@@ -14,7 +14,7 @@ from analysis.overhead import summary
 from analysis.overhead.growth import PER_COLUMN
 from analysis.overhead.shapes import GROWTH_RANK
 from analysis.overhead.summary import PREDICTED_RANK, Row, beside_lora, exponents, predicted_D, rows
-from experiments.results import write_bytes, write_json, write_text
+from experiments.files import write_bytes, write_json, write_text
 
 PARTS = ("kernel", "model", "growth")
 NOT_MEASURED = "-"

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from experiments.errors import ExperimentError
+from experiments.files import digest, disk_errors, read_json, write_json
 from experiments.orphans import end_with
-from experiments.provenance import provenance
-from experiments.results import digest, disk_errors, read_json, write_json
+from experiments.runs.provenance import provenance
 from uniproj import console
 
 ROOT = Path(__file__).parent.parent.parent

@@ -78,14 +78,14 @@ def _unpacked(name: str) -> PreTrainedModel:
     folder = Path(tempfile.gettempdir()) / f"base-{name}"
     if not folder.exists():
         part = Path(tempfile.mkdtemp())
-        models.load_causal(models.Base(name)).save_pretrained(part)
+        models.load_causal(models.BaseModel(name)).save_pretrained(part)
         part.rename(folder)
-    return models.load_causal(models.Base(str(folder)))
+    return models.load_causal(models.BaseModel(str(folder)))
 
 
 WORKLOADS = {
     "minilm": Workload(
-        lambda: models.load_classifier(models.Base("minilm"), 2, 0, seed=SEED),
+        lambda: models.load_classifier(models.BaseModel("minilm"), 2, 0, seed=SEED),
         ("query", "value"),
         "SEQ_CLS",
         vocabulary=30_522,

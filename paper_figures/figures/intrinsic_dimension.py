@@ -12,7 +12,7 @@ from analysis import intrinsic_dimension
 from analysis.intrinsic_dimension.measure import GROUP
 from experiments import names
 from experiments.names import method
-from experiments.statistics import unit
+from experiments.records.statistics import unit
 from paper_figures import style
 from paper_figures.cells import whole
 from paper_figures.committed import NOT_RUN, Committed

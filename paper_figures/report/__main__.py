@@ -11,7 +11,8 @@ from pathlib import Path
 
 from analysis.records import read
 from experiments.errors import ExperimentError
-from experiments.results import RUNS, write_text
+from experiments.files import write_text
+from experiments.runs.folder import RUNS
 from paper_figures.report.collect import payload
 from paper_figures.report.page import render
 from uniproj import console

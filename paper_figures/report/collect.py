@@ -13,9 +13,9 @@ from matplotlib.colors import to_hex, to_rgb
 import uniproj
 from analysis.cards import SPACE, card
 from analysis.records import DAMAGED, Records
-from experiments import statistics
+from experiments.files import short_names
 from experiments.names import method, model, task
-from experiments.results import short_names
+from experiments.records import statistics
 from paper_figures import style
 from paper_figures.report.heat_map import heat_map
 

@@ -12,8 +12,8 @@ from scipy import stats
 
 import uniproj
 from analysis import records
-from experiments import statistics
 from experiments.errors import ExperimentError
+from experiments.records import statistics
 from paper_figures.report.collect import payload
 from tests.sweeps import made_up, write, write_run
 
