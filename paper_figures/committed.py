@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.records import OVERHEAD, RECORDS, Records, read_sweep, table
 from experiments.errors import ExperimentError
 from experiments.records import statistics
+from experiments.records.committed import RECORDS
+from experiments.records.gather import OVERHEAD, Records, read_sweep, table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
 # a check that a sweep runs, which shows nothing

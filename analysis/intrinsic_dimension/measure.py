@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.command import Tables
-from analysis.records import RECORDS, read_sweep
 from experiments.errors import ExperimentError
+from experiments.records.committed import RECORDS
+from experiments.records.gather import read_sweep
 from experiments.records.reading import load
 from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean
 from experiments.runs.settings import SEEDS

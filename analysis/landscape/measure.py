@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis.command import bar
 from analysis.spaces import entries, vectors
 from analysis.subject import Batch, Head, Subject
-from analysis.training import Trained, train
+from analysis.training import Trajectory, train
 from uniproj import Projection
 from uniproj.claims import acts_as_isometry
 
@@ -80,7 +80,7 @@ def _of_training(
 
 
 def _norms(
-    subject: Subject, P: Projection, before: Tensor, trained: Trained, batches: Sequence[Batch]
+    subject: Subject, P: Projection, before: Tensor, trained: Trajectory, batches: Sequence[Batch]
 ) -> dict[str, Any]:
     ratio = gradient_norms(subject, P, trained.theta_d, trained.head, batches)
     return {

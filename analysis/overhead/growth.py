@@ -108,7 +108,7 @@ def _expected(rows: list[dict[str, Any]], size: float) -> float:
     return float(spent[-1] * (size / rows[-1]["size"]) ** max(1.0, growth))
 
 
-def fit(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
+def power_law(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
     """(exponent, its standard error, log of the factor) of value = factor * size^exponent over the upper half.
 
     Least squares on logarithms of at least 3 sizes; where so few were measured, not only the upper half.

@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis.records import read
 from experiments.errors import ExperimentError
 from experiments.files import write_text
+from experiments.records.gather import read
 from experiments.runs.folder import RUNS
 from paper_figures.report.collect import payload
 from paper_figures.report.page import render

@@ -12,10 +12,10 @@ from matplotlib.colors import to_hex, to_rgb
 
 import uniproj
 from analysis.cards import SPACE, card
-from analysis.records import DAMAGED, Records
 from experiments.files import short_names
 from experiments.names import method, model, task
 from experiments.records import statistics
+from experiments.records.gather import DAMAGED, Records
 from paper_figures import style
 from paper_figures.report.heat_map import heat_map
 

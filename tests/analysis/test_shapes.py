@@ -60,13 +60,13 @@ def test_vbloras_sub_vectors_divide_every_size_and_are_smaller_than_theta_D(arch
 
 def test_the_fit_finds_a_known_exponent_and_its_error() -> None:
     sizes = np.logspace(2, 6, 9)
-    exponent, error, factor = growth.fit(sizes, 3.0 * sizes**1.5)
+    exponent, error, factor = growth.power_law(sizes, 3.0 * sizes**1.5)
     assert exponent == pytest.approx(1.5) and error < 1e-9 and np.exp(factor) == pytest.approx(3.0)
     # a constant cost decides the small sizes, and the upper half does not see it
     noisy = 1e-5 + sizes * np.exp(np.random.default_rng(0).normal(0, 0.1, 9))
     law = linregress(np.log(sizes[4:]), np.log(noisy[4:]))
-    assert growth.fit(sizes, noisy) == pytest.approx((law.slope, law.stderr, law.intercept))
-    assert growth.fit(sizes[:4], 2 * sizes[:4])[0] == pytest.approx(1.0)
+    assert growth.power_law(sizes, noisy) == pytest.approx((law.slope, law.stderr, law.intercept))
+    assert growth.power_law(sizes[:4], 2 * sizes[:4])[0] == pytest.approx(1.0)
 
 
 def test_the_extrapolation_to_405B() -> None:

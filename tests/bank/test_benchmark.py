@@ -16,31 +16,9 @@ def out(tmp_path_factory):
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
-    few = [
-        "--adapters",
-        "30",
-        "--users",
-        "3",
-        "--new-tokens",
-        "2",
-        "--rounds",
-        "6",
-        "--operations",
-        "80",
-        "--kills",
-        "9",
-    ]
-    arguments = [
-        "--base",
-        str(folder / "base"),
-        "--threads",
-        "1",
-        "--scratch",
-        str(folder),
-        "--out",
-        str(folder / "out"),
-    ]
-    assert main([*few, "--d", "600", *arguments]) == 0
+    few = {"--adapters": 30, "--users": 3, "--new-tokens": 2, "--rounds": 6, "--operations": 80, "--kills": 9}
+    more = {"--d": 600, "--threads": 1, "--base": folder / "base", "--scratch": folder, "--out": folder / "out"}
+    assert main([str(word) for pair in {**few, **more}.items() for word in pair]) == 0
     return folder / "out"
 
 

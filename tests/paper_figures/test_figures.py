@@ -447,8 +447,7 @@ def test_nothing_is_computed_where_figures_are_drawn() -> None:
 NEW = """
 import matplotlib.pyplot as plt
 
-from paper_figures.registry import register
-from paper_figures.typesetting import Table
+from paper_figures import Table, register
 
 
 @register("mine")

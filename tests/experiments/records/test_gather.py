@@ -11,18 +11,12 @@ import pytest
 from scipy import stats
 
 import uniproj
-from analysis import records
 from experiments.errors import ExperimentError
-from experiments.records import statistics
+from experiments.records import gather, statistics
 from paper_figures.report.collect import payload
 from tests.sweeps import made_up, write, write_run
 
 TASKS, METHODS = ["glue/sst2", "glue/stsb"], ["lora", "unilora", "vera"]
-
-
-@pytest.fixture(autouse=True)
-def _few_objects() -> None:
-    """No live tensor is counted here."""
 
 
 @pytest.fixture
@@ -32,7 +26,7 @@ def table() -> pd.DataFrame:
 
 def test_a_cell_is_the_mean_over_its_seeds_with_students_interval(table: pd.DataFrame, tmp_path: Path) -> None:
     write(tmp_path / "mine", table)
-    cells = statistics.cells(records.read(tmp_path).runs)
+    cells = statistics.cells(gather.read(tmp_path).runs)
     assert len(cells) == len(TASKS) * len(METHODS) and set(cells["status"]) == {"complete"}
     cell = cells[(cells["task"] == TASKS[1]) & (cells["projection"] == "vera")].iloc[0]
     own = table[(table["task"] == TASKS[1]) & (table["projection"] == "vera")]["score"]
@@ -46,13 +40,13 @@ def test_an_interval_ends_where_the_metric_does(metric: str, ends: tuple, table:
     """Student's interval of 0.05, 0.5, 0.95 is 0.5 -+ 1.1."""
     one = table[(table["task"] == TASKS[0]) & (table["projection"] == "lora")]
     write(tmp_path / "mine", one.assign(metric=metric, score=[0.05, 0.5, 0.95]))
-    cell = statistics.cells(records.read(tmp_path).runs).iloc[0]
+    cell = statistics.cells(gather.read(tmp_path).runs).iloc[0]
     assert cell["score_low"] == pytest.approx(max(ends[0], -0.618), abs=1e-3) and cell["score_high"] == 1.0
 
 
 def test_differences_pair_the_seeds(table: pd.DataFrame, tmp_path: Path) -> None:
     write(tmp_path / "mine", table)
-    found = statistics.differences(records.read(tmp_path).runs, "lora")
+    found = statistics.differences(gather.read(tmp_path).runs, "lora")
     one = found[(found["task"] == TASKS[0]) & (found["projection"] == "unilora")].iloc[0]
     wide = table[table["task"] == TASKS[0]].pivot(index="train_seed", columns="projection", values="score")
     gaps = wide["unilora"] - wide["lora"]
@@ -63,7 +57,7 @@ def test_differences_pair_the_seeds(table: pd.DataFrame, tmp_path: Path) -> None
 def test_of_several_sizes_of_the_reference_the_largest_is_subtracted(table: pd.DataFrame, tmp_path: Path) -> None:
     again = table[table["projection"] == "lora"].assign(r=8, trained=73728, score=0.5)
     write(tmp_path / "mine", pd.concat([table, again.assign(folder=again["folder"] + "8")]))
-    found = statistics.differences(records.read(tmp_path).runs, "lora")
+    found = statistics.differences(gather.read(tmp_path).runs, "lora")
     assert len(found) == 4 and set(found["reference_trained"]) == {73728}
     one = found[(found["task"] == TASKS[0]) & (found["projection"] == "unilora")].iloc[0]
     own = table[(table["task"] == TASKS[0]) & (table["projection"] == "unilora")]["score"]
@@ -78,7 +72,7 @@ def test_cells_that_differ_in_an_axis_are_not_pooled_as_seeds(axis: str, values:
     ]
     parts[1]["score"] += 0.1 * (parts[1]["projection"] == "unilora")
     write(tmp_path / "mine", pd.concat(parts))
-    found = records.read(tmp_path).runs
+    found = gather.read(tmp_path).runs
     cells = statistics.cells(found)
     assert len(cells) == 4 and set(cells["n"]) == {3}
     gaps = statistics.differences(found, "lora").set_index(f"cell.{axis}" if "seed" in axis else axis)
@@ -94,7 +88,7 @@ def test_a_run_that_two_sweeps_share_counts_in_both(tmp_path: Path) -> None:
         (tmp_path / "sweeps" / name).mkdir(parents=True)
         listed = own.assign(folder="elsewhere/" + own["folder"], cell=own["projection"])
         listed[["cell", "folder"]].to_csv(tmp_path / "sweeps" / name / "records.csv", index=False)
-    found = records.read(tmp_path)
+    found = gather.read(tmp_path)
     cells = statistics.cells(found.runs).set_index(["sweep", "projection"])
     assert dict(cells["n"]) == {("one", "lora"): 3, ("one", "unilora"): 3, ("two", "lora"): 3}
     assert set(cells["status"]) == {"complete"}
@@ -104,7 +98,7 @@ def test_a_run_that_two_sweeps_share_counts_in_both(tmp_path: Path) -> None:
 def test_a_run_of_two_cells_counts_once_in_each(tmp_path: Path) -> None:
     lora = made_up(TASKS[:1], ["lora"])
     write(tmp_path / "mine", pd.concat([lora.assign(cell=name) for name in ("at 4740", "at 9480")]))
-    cells = statistics.cells(records.read(tmp_path).runs)
+    cells = statistics.cells(gather.read(tmp_path).runs)
     assert list(cells["n"]) == [3, 3]
 
 
@@ -112,7 +106,7 @@ def test_a_cell_with_a_failed_stuck_or_missing_run_is_not_complete(table: pd.Dat
     table.loc[0, "failed"] = "out of memory"
     table.loc[3, "did_not_train"] = "the loss went from 0.7 to 0.7"
     write(tmp_path / "mine", table.drop(index=6))
-    cells = statistics.cells(records.read(tmp_path).runs)
+    cells = statistics.cells(gather.read(tmp_path).runs)
     first = cells[cells["task"] == TASKS[0]].set_index("projection")["status"]
     assert dict(first) == {"lora": "incomplete", "unilora": "did not train", "vera": "incomplete"}
 
@@ -122,21 +116,21 @@ def test_a_score_that_is_no_number_stops_with_a_sentence(table: pd.DataFrame, tm
     folder = write(tmp_path / "mine", table)
     message = "a finite number that accuracy can have, got nan in glue-sst2/unilora-012 of"
     with pytest.raises(ExperimentError, match=message):
-        records.read_sweep(folder)
+        gather.read_sweep(folder)
 
 
 def test_two_metrics_of_one_task_stop_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
     table.loc[4, "metric"] = "Matthews"
     write(tmp_path / "mine", table)
     with pytest.raises(ExperimentError, match="must have one metric, got Matthews, accuracy"):
-        records.read(tmp_path)
+        gather.read(tmp_path)
 
 
 def test_a_lost_run_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
     folder = write(tmp_path / "mine", table)
     table.drop(index=2).to_csv(folder / "records.csv", index=False)
     with pytest.raises(ExperimentError, match="must hold the 18 runs that its provenance counts, got 17"):
-        records.read(tmp_path)
+        gather.read(tmp_path)
 
 
 def test_a_lost_curve_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path) -> None:
@@ -144,14 +138,14 @@ def test_a_lost_curve_stops_with_a_sentence(table: pd.DataFrame, tmp_path: Path)
     curves = pd.read_csv(folder / "curves.csv")
     curves[curves["folder"] != table["folder"][7]].to_csv(folder / "curves.csv", index=False)
     with pytest.raises(ExperimentError, match=f"the curve of every run, got none of {table['folder'][7]}"):
-        records.read(tmp_path)
+        gather.read(tmp_path)
 
 
 def test_nothing_to_read_stops_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="must hold runs scored on a test split"):
-        records.read(tmp_path)
+        gather.read(tmp_path)
     with pytest.raises(ExperimentError, match="must be a folder, got none"):
-        records.read(tmp_path / "nowhere")
+        gather.read(tmp_path / "nowhere")
 
 
 def test_the_score_of_one_part_of_the_test(table: pd.DataFrame) -> None:
@@ -176,11 +170,11 @@ def test_a_mean_curve_has_the_steps_of_every_run(table: pd.DataFrame, tmp_path: 
 def test_runs_of_fewer_steps_than_a_logged_loss_have_no_curve(table: pd.DataFrame, tmp_path: Path) -> None:
     folder = write(tmp_path / "mine", table.assign(step=8))
     (folder / "curves.csv").write_text("folder,step,loss\n")
-    assert records.read(tmp_path).curves.empty
+    assert gather.read(tmp_path).curves.empty
     write(tmp_path / "mine", table.assign(step=10))
     (folder / "curves.csv").write_text("folder,step,loss\n")
     with pytest.raises(ExperimentError, match="the curve of every run"):
-        records.read(tmp_path)
+        gather.read(tmp_path)
 
 
 def _as_runs(folder: Path, table: pd.DataFrame, sweep: str | None) -> None:
@@ -205,7 +199,7 @@ def test_a_folder_of_runs_and_an_exported_sweep_give_one_table(
         table["cell.task"], table["cell.projection"] = table["task"], table["projection"]
     write(tmp_path / "exported" / (sweep or statistics.SINGLE), table)
     _as_runs(tmp_path / "runs", table, sweep)
-    exported, trained = (payload(records.read(tmp_path / name))["cells"] for name in ("exported", "runs"))
+    exported, trained = (payload(gather.read(tmp_path / name))["cells"] for name in ("exported", "runs"))
     # seeds are summed in the order of their folders
     assert exported == [pytest.approx(cell) for cell in trained] and len(trained) == 6
     for cell in trained:
@@ -223,7 +217,7 @@ def test_the_page_calls_own_tasks_by_their_folder(tmp_path: Path, monkeypatch: p
     table = made_up(own, METHODS, model="/home/me/small")
     table.loc[0, "failed"] = "out of memory"
     write(tmp_path / "mine", table)
-    found = payload(records.read(tmp_path))
+    found = payload(gather.read(tmp_path))
     assert {cell["task"] for cell in found["cells"]} == {"one/reviews", "two/reviews", "mails"}
     assert {cell["model"] for cell in found["cells"]} == {"small"} and len(found["cells"]) == 9
     assert "/home/me" not in json.dumps({key: found[key] for key in ("cells", "failures", "curves")})
@@ -258,7 +252,7 @@ def test_a_damaged_run_is_told_beside_the_others(damage: str, tmp_path: Path, mo
     folders = [write_run(tmp_path, values) for values in table.to_dict("records")]
     spoil, reason, is_known = DAMAGE[damage]
     spoil(tmp_path / folders[0])
-    found = payload(records.read(tmp_path))
+    found = payload(gather.read(tmp_path))
     (told,) = found["failures"]
     assert told["kind"] == "damaged" and told["folder"] == folders[0] and reason in told["reason"]
     cells = {cell["projection"]: (cell["status"], cell["n"]) for cell in found["cells"]}
@@ -272,7 +266,7 @@ def test_damaged_tables_of_a_sweep_are_told_too(tmp_path: Path, monkeypatch: pyt
     (write(tmp_path / "bad", made_up(TASKS[:1], METHODS[:2])) / "provenance.json").write_bytes(bytes(64))
     (tmp_path / "overhead").mkdir()
     (tmp_path / "overhead" / "overhead-model.csv").write_text("a\n1\n")
-    found = payload(records.read(tmp_path))
+    found = payload(gather.read(tmp_path))
     assert {cell["sweep"] for cell in found["cells"]} == {"good"}
     assert [(each["folder"], each["kind"]) for each in found["failures"]] == [
         ("bad", "damaged"),

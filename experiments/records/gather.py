@@ -5,7 +5,6 @@ One row per run, with `sweep`, `failed` (the reason, or NaN) and `folder` (<task
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import pandas as pd
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json
-from experiments.records.reading import metrics, row
+from experiments.records.committed import CURVES, PROVENANCE, RECORDS, origin_of, short
+from experiments.records.reading import CHOICE, metrics, row
 from experiments.records.statistics import SINGLE
 from experiments.runs.folder import CONFIG, LOCK, NAMED, RESULT, is_locked
 from experiments.runs.settings import LOGGING_STEPS, SEEDS, RunConfig
@@ -25,7 +25,6 @@ from uniproj.errors import shown
 
 T = TypeVar("T")
 
-RECORDS, CURVES, PROVENANCE, CHOICE = "records.csv", "curves.csv", "provenance.json", "choice.json"
 OVERHEAD = Path("overhead") / "overhead-model.csv"
 # how the reason begins why a run failed of which the record is not to be believed
 DAMAGED = "damaged: "
@@ -160,9 +159,9 @@ def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
     rows, curves = [], []
     for place in sorted(place for place in found if place.name != "adapter"):
         known: list[tuple[str, str]] = []
-        values = told(_short(place), known, _run, place)
+        values = told(short(str(place)), known, _run, place)
         if known and (config := told("", [], _config, place)) and config.get("score_on") != "validation":
-            values = {**config, "folder": _short(place), "failed": DAMAGED + known[0][1]}
+            values = {**config, "folder": short(str(place)), "failed": DAMAGED + known[0][1]}
         elif known:
             damaged += known
         if values is None or values.get("score_on") == "validation":
@@ -189,8 +188,7 @@ def _members(folder: Path, damaged: list[tuple[str, str]]) -> pd.DataFrame:
         if listed is None:
             continue
         listed = listed.filter(regex=r"^(folder|cell(\..*)?)$")
-        short = listed["folder"].map(lambda run: "/".join(Path(run).parts[-2:]))
-        found.append(listed.assign(folder=short, sweep=path.parent.name))
+        found.append(listed.assign(folder=listed["folder"].map(short), sweep=path.parent.name))
     return pd.concat(found, ignore_index=True)
 
 
@@ -200,9 +198,9 @@ def _run(place: Path) -> dict[str, Any] | None:
         values = row(place)
         cost = values.pop("cost", None) or {}
         own = {f"cost_{key}": value for key, value in cost.items()}
-        return {**values, **own, "folder": _short(place), "failed": None}
+        return {**values, **own, "folder": short(str(place)), "failed": None}
     config = _config(place)
-    return config and {**config, "folder": _short(place), "failed": _unfinished(place)}
+    return config and {**config, "folder": short(str(place)), "failed": _unfinished(place)}
 
 
 def _config(place: Path) -> dict[str, Any] | None:
@@ -217,10 +215,6 @@ def _config(place: Path) -> dict[str, Any] | None:
     return config
 
 
-def _short(place: Path) -> str:
-    return "/".join(place.parts[-2:])
-
-
 def _unfinished(place: Path) -> str:
     # a folder without a lock was never trained
     if not (place / LOCK).exists():
@@ -229,23 +223,8 @@ def _unfinished(place: Path) -> str:
 
 
 def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    origins = [row["provenance"] for row in rows if isinstance(row.get("provenance"), dict)]
-    dates = sorted(origin["finished"] for origin in origins)
-    return {
-        "runs": len(rows),
-        "failed": sum(row["failed"] is not None for row in rows),
-        "hardware": distinct(origin["hardware"] for origin in origins),
-        "versions": distinct(origin["versions"] for origin in origins),
-        "commits": sorted({str(origin["commit"]) for origin in origins}),
-        "first": dates[0] if dates else None,
-        "last": dates[-1] if dates else None,
-        "adapters": {row["folder"]: row["adapter_sha256"] for row in rows if row.get("adapter_sha256")},
-    }
-
-
-def distinct(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in the order of their first appearance."""
-    return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
+    known = {row["folder"]: row for row in rows if isinstance(row.get("provenance"), dict)}
+    return origin_of(len(rows), sum(row["failed"] is not None for row in rows), known)
 
 
 def _marked(runs: pd.DataFrame) -> pd.DataFrame:
