@@ -50,7 +50,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ExperimentError for a missing, truncated or foreign file, and for NaN."""
+    """The object in a JSON file. Raises ExperimentError for a missing, truncated or foreign one, and for NaN."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ExperimentError(f"results: {path} must be a regular file, got a folder, pipe or device. Move it away.")
     try:
         value = json.loads(path.read_text(), parse_constant=_no_number)
     except OSError as error:

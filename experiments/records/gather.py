@@ -130,9 +130,11 @@ def _sweep(folder: Path) -> Records:
 
 def table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
     """A CSV file. Raises ExperimentError for one that is none, or lacks one of these columns."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ExperimentError(f"records: {path} must be a regular file, got a folder, pipe or device. Move it away.")
     try:
         found = pd.read_csv(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ExperimentError(f"records: {path} must be a table, got {error}. Make it again.") from error
     if lost := sorted(set(columns) - set(found)):
         raise ExperimentError(f"records: {path} must have the columns {lost}, got others. Make it again.")

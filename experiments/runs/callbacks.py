@@ -1,9 +1,11 @@
-"""What a training run does besides training: log every step group, and stop when it is told to."""
+"""What a training run does besides training: log every step group, keep few checkpoints, stop when it is told to."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,27 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from experiments.files import disk_errors, write_text
 from experiments.runs.folder import METRICS
+
+KEPT_CHECKPOINTS = 2
+_CHECKPOINT = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their step. A folder of another name, such as a copy, is none."""
+    named = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return {int(name[1]): path for path, name in named.items() if name}
+
+
+class RemoveCheckpoints(TrainerCallback):
+    """Keeps the last checkpoint and the best one, or the one before: Trainer would take copies for checkpoints."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        found = checkpoints(Path(args.output_dir))
+        kept = {state.global_step, state.best_global_step}
+        for step in sorted(found, key=lambda step: (step in kept, step))[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(found[step], ignore_errors=True)
 
 
 class MetricsLog(TrainerCallback):

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from experiments import tasks
 from experiments.files import read_json
 from experiments.models import BaseModel, Family, family_of, target_modules
-from experiments.runs.callbacks import MetricsLog, StopOnDivergence, StopOnSignal
+from experiments.runs.callbacks import MetricsLog, RemoveCheckpoints, StopOnDivergence, StopOnSignal
 from experiments.runs.data import check_rows, scored_rows, training_rows
 from experiments.runs.distributed import DistributedTrainer, share
 from experiments.runs.folder import CONFIG
@@ -28,7 +28,6 @@ from uniproj.tuner import UniProjConfig
 
 HEAD = "modules_to_save"
 PROBE_ROWS = 32
-KEPT_CHECKPOINTS = 2
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Run:
             processing_class=family.processor,
             compute_metrics=family.metrics,
             # what diverged is not saved on a signal either
-            callbacks=[MetricsLog(folder), stop, divergence],
+            callbacks=[MetricsLog(folder), RemoveCheckpoints(), stop, divergence],
         )
         # without a bar, Trainer prints what metrics.jsonl holds
         trainer.remove_callback(PrinterCallback)
@@ -162,7 +161,6 @@ def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArgume
         save_strategy="steps",
         eval_steps=interval,
         save_steps=interval,
-        save_total_limit=KEPT_CHECKPOINTS,
         metric_for_best_model=family.selection,
         greater_is_better=family.higher_is_better,
         prediction_loss_only=family.metrics is None,

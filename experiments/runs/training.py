@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from zipfile import ZipFile
 from experiments.errors import ExperimentError
 from experiments.files import write_json
 from experiments.runs import outcome
+from experiments.runs.callbacks import checkpoints
 from experiments.runs.folder import RESULT
 from experiments.runs.outcome import ADAPTER, finite
 from experiments.runs.provenance import provenance
@@ -22,16 +22,9 @@ from experiments.runs.step_time import step_times
 from uniproj.adapters.file import read
 
 INTERRUPTED = 130
-CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 STATE = "trainer_state.json"
 # without one of these Trainer would go on from other numbers, and say nothing
 STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step. A folder of another name, such as a copy, is none."""
-    named = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return {int(name[1]): path for path, name in named.items() if name}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -81,7 +74,7 @@ def train(folder: Path) -> int:
     if current.trainer.is_world_process_zero():
         write_json(folder / RESULT, result)
         for checkpoint in checkpoints(folder).values():
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of a link the place it leads to stays
     return 0
 
 

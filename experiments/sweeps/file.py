@@ -46,7 +46,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         with initialize_config_dir(config_dir=str(path.resolve().parent), version_base="1.3"):
             composed = compose(path.stem, overrides=[f"hydra.searchpath=[file://{CONF}]", *overrides])
         content = OmegaConf.to_container(composed)
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"sweep: {path} must be a sweep, got: {error}. Repair it or the overrides.") from error
     for text in _texts(content):
         # records are published, and `oc.env` would write any variable of this machine into them

@@ -44,8 +44,10 @@ class Sweep:
         sweep = f"sweep {self.name}: "
         check_fields(sweep, Sweep, vars(self))
         # the name is that of a folder
-        if self.name != Path(self.name).name or self.name in ("", ".."):
-            raise ExperimentError(f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes out.")
+        if self.name != Path(self.name).name or self.name in ("", "..") or not self.name.isprintable():
+            raise ExperimentError(
+                f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes and control characters out."
+            )
         if self.size > self.most_runs:
             raise ExperimentError(
                 f"{sweep}the crossed axes, cases and seeds must ask for at most {self.most_runs:,} runs, got "

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
 from experiments.processes import ALONE, SHARDED, Processes
@@ -86,7 +87,9 @@ def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> su
         SHARDED: str(over.sharded).lower(),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    with (folder / LOG).open("a") as log:
+    with disk_errors(folder / LOG):  # the folder may be a stranger's, and nothing is written through a link
+        file = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(file, "a") as log:
         log.write(STARTED + "\n")
         log.flush()
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib import import_module
-from threading import Lock
+from threading import RLock
 from types import FunctionType
 from typing import Any
 
@@ -14,25 +15,26 @@ from torch import Tensor
 
 from uniproj.kernels.threads import forked
 
-# the simplest of Numba's thread pools, which it takes where OpenMP is missing, bears one caller at a time
-_ONE_CALLER = Lock()
+# the simplest of Numba's thread pools, which it takes where OpenMP is missing, bears one caller at a time, and a fork
+# while another thread imports Numba or compiles leaves locks in the child that nobody releases
+_ONE_CALLER = RLock()
+os.register_at_fork(before=_ONE_CALLER.acquire, after_in_parent=_ONE_CALLER.release, after_in_child=_ONE_CALLER.release)
 _GRAIN = 2**17  # numbers for which one more thread is worth waking
 
 
 def call(file: str, loop: str, *arguments: Tensor | int) -> None:
     """Call a loop of `kernels/numba/<file>.py`; tensors go in as the arrays of their memory."""
-    import numba
-
-    function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
-    arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
-    if forked():
-        _serial(function)(*arrays)
-        return
     largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
     allowed = torch.get_num_threads()
     with _ONE_CALLER:
-        numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
-        function(*arrays)
+        import numba
+
+        function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
+        if forked():
+            function = _serial(function)
+        else:
+            numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
+        function(*(_array(value) if isinstance(value, Tensor) else value for value in arguments))
     if torch.get_num_threads() != allowed:
         # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch
         torch.set_num_threads(allowed)
@@ -47,7 +49,7 @@ def _serial(loop: Any) -> Any:
     alone = FunctionType(source.__code__, source.__globals__, source.__name__)
     # Numba keeps what it compiled under this name
     alone.__module__, alone.__qualname__ = source.__module__, f"{source.__qualname__}_serial"
-    return numba.njit(**{**loop.targetoptions, "parallel": False, "nogil": True}, cache=True)(alone)
+    return numba.jit(**{**loop.targetoptions, "parallel": False, "nogil": True}, cache=True)(alone)
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:

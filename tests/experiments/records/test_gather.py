@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -229,12 +230,18 @@ DAMAGE = {
     "another rate": (lambda place: _edit(place / "result.json", "config", lr=9.0), "whose hash the folder bears", True),
     "an edited configuration": (lambda place: _edit(place / "config.json", lr=9.0), "It was edited", False),
     "a configuration of zeros": (lambda place: (place / "config.json").write_bytes(bytes(9)), "whole JSON", False),
+    "a result that is a pipe": (lambda place: _pipe(place / "result.json"), "must be a regular file", True),
     "no result": (
         lambda place: _edit(place / "config.json", unlink=place / "result.json"),
         "named after its hash",
         False,
     ),
 }
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def _edit(path: Path, *inside: str, unlink: Path | None = None, **values: object) -> None:
@@ -264,11 +271,13 @@ def test_damaged_tables_of_a_sweep_are_told_too(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(uniproj, "names", lambda: ["lora"])
     write(tmp_path / "good", made_up(TASKS[:1], METHODS[:2]))
     (write(tmp_path / "bad", made_up(TASKS[:1], METHODS[:2])) / "provenance.json").write_bytes(bytes(64))
+    _pipe(write(tmp_path / "pipe", made_up(TASKS[:1], METHODS[:2])) / "records.csv")
     (tmp_path / "overhead").mkdir()
     (tmp_path / "overhead" / "overhead-model.csv").write_text("a\n1\n")
     found = payload(gather.read(tmp_path))
     assert {cell["sweep"] for cell in found["cells"]} == {"good"}
     assert [(each["folder"], each["kind"]) for each in found["failures"]] == [
         ("bad", "damaged"),
+        ("pipe", "damaged"),
         ("overhead/overhead-model.csv", "damaged"),
     ]

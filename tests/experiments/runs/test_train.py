@@ -16,11 +16,11 @@ from experiments.files import read_json
 from experiments.records import statistics
 from experiments.records.reading import load, metrics
 from experiments.runs import outcome
-from experiments.runs.callbacks import StopOnSignal
+from experiments.runs.callbacks import StopOnSignal, checkpoints
 from experiments.runs.folder import METRICS, RESULT, prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.settings import RunConfig
-from experiments.runs.training import INTERRUPTED, checkpoints, last_checkpoint
+from experiments.runs.training import INTERRUPTED, last_checkpoint
 from experiments.sweeps import launchers
 
 CYCLIC = (Path(__file__).parents[3] / "examples" / "cyclic.py").read_text()
@@ -139,9 +139,12 @@ def test_copies_of_checkpoints_and_a_damaged_log_are_no_hindrance(
     config = read_json(whole / "config.json")
     folder = prepare(runs, config)
     shutil.copytree(interrupted[0], folder, dirs_exist_ok=True)
-    for name in ("checkpoint-11 (copy)", "checkpoint-", "checkpoint-last", f"checkpoint-{'9' * 5000}"[:200]):
-        (folder / name).mkdir()
+    copies = ("checkpoint-1.old", "checkpoint-11 (copy)", "checkpoint-", "checkpoint-last", f"checkpoint-{'9' * 5000}")
+    for name in copies:
+        (folder / name[:200]).mkdir()
     (folder / "checkpoint-13").write_text("no folder")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
     (folder / METRICS).write_bytes(bytes(512))
     if step == 6:
         DAMAGE["half an optimiser"](folder / "checkpoint-10")
@@ -151,7 +154,7 @@ def test_copies_of_checkpoints_and_a_damaged_log_are_no_hindrance(
     assert [line["step"] for line in metrics(folder)] == [10]
     # Trainer's mean begins where it resumes
     assert step == 6 or metrics(folder) == metrics(whole)
-    assert not checkpoints(folder)
+    assert list(checkpoints(folder)) == [1] and all((folder / name[:200]).is_dir() for name in copies)
 
 
 @pytest.mark.parametrize("score_on", ["validation", "test"])

@@ -100,6 +100,8 @@ def test_overrides_and_shared_settings_compose(write) -> None:
         ("name: 5", "name must be text, got 5"),
         ("name: ../../evil", "name must be that of one folder, got '../../evil'"),
         ("name: ..", "name must be that of one folder"),
+        (r'name: "a\0b"', "name must be that of one folder"),
+        ("defaults: [mine, _self_]", "must be a sweep, got: maximum recursion depth"),
         ("1: 2\naxis: 3", r"unknown keys \[1, 'axis'\]"),
         ("axes: {projection: []}", "axes.projection must hold at least one value"),
         ("cases: []", "cases must hold at least one value"),
@@ -303,10 +305,11 @@ LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     ids=["laughs", "merged", "deep", "deeper", "long", "crossed", "seeds", "tuned", "no number"],
 )  # fmt: skip
 def test_what_would_take_the_memory_of_a_machine_is_refused_by_its_size(write, text: str, message: str) -> None:
-    started = time.perf_counter()
+    # of the processor, which other work does not lengthen
+    started = time.process_time()
     with pytest.raises(ExperimentError, match=message) as error:
         read(write(text))
-    assert time.perf_counter() - started < 10 and len(str(error.value)) < 500
+    assert time.process_time() - started < 10 and len(str(error.value)) < 500
 
 
 def test_more_runs_are_taken_where_the_file_says_so(write) -> None:

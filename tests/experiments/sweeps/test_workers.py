@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import train
+from experiments.errors import ExperimentError
 from experiments.processes import Processes
 from experiments.runs import distributed
 from experiments.runs.folder import RESULT
@@ -143,3 +144,12 @@ def test_a_configuration_of_accelerate_counts_too(tmp_path: Path, monkeypatch: p
     with pytest.raises(SystemExit):
         train.main([str(tmp_path)])
     assert started == [[sys.executable, "-m", *Processes(2).torchrun(), "experiments.train", str(tmp_path)]]
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("kept")
+    (tmp_path / workers.LOG).symlink_to(theirs)
+    with pytest.raises(ExperimentError, match=r"train\.log must be writable"):
+        workers.start(tmp_path)
+    assert theirs.read_text() == "kept"
