@@ -32,7 +32,7 @@ def describe(name: str) -> dict[str, Any]:
         "d_formula": cls.d_formula,
         "source": cls.source,
         "kind": "learned" if cls.learned else "affine" if "affine" in cls.claims else "linear",
-        "claims_if": dict(cls.claims_if),
+        "claims_if": {claim: condition for claim, (condition, _) in cls.claims_if.items()},
     }
 
 

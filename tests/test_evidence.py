@@ -5,6 +5,7 @@ The numbers of the document are worked out from the records with SciPy alone.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,24 @@ def _difference(own: pd.DataFrame, other: pd.DataFrame, key: str, scale: float, 
     ends = [gaps.mean(), gaps.mean() - _spread(gaps), gaps.mean() + _spread(gaps)]
     found = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
     assert len(gaps) == 3 and found == [pytest.approx(end, abs=0.5001 * 10**-digits) for end in ends[: len(found)]]
+
+
+@pytest.mark.parametrize(
+    ("heading", "sweep"),
+    [
+        ("Four GLUE tasks at one budget", "glue_budget"),
+        ("GSM8K, a model that can hardly do it", "gsm8k_budget"),
+        ("Score against trained numbers", "score_against_d"),
+        ("Score against the rank", "score_against_r"),
+    ],
+)
+def test_the_rates_at_the_edge_of_the_grid_are_counted(heading: str, sweep: str) -> None:
+    section = (ROOT / "docs" / "evidence.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    (said,) = re.findall(r"(\d+) of (\d+) rates lie at the edge", section)
+    choices = json.loads((ROOT / "results" / "sweeps" / sweep / "choice.json").read_text())["choices"]
+    lowest, highest = (f({trial["lr"] for each in choices for trial in each["trials"]}) for f in (min, max))
+    at_edge = sum(each["chosen"]["lr"] in (lowest, highest) for each in choices)
+    assert (int(said[0]), int(said[1])) == (at_edge, len(choices))
 
 
 def test_the_table_of_four_tasks_is_that_of_the_records() -> None:

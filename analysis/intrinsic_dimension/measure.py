@@ -16,7 +16,7 @@ from experiments.errors import ExperimentError
 from experiments.records.committed import RECORDS
 from experiments.records.gather import read_sweep
 from experiments.records.reading import load
-from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean
+from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean, means
 from experiments.runs.settings import SEEDS
 
 FRACTION = 0.9
@@ -95,7 +95,7 @@ def reference(rows: pd.DataFrame) -> pd.DataFrame:
             f"intrinsic_dimension: LoRA itself must be among the runs of {rows['task'].iloc[0]}, got "
             f"{sorted(rows['projection'].unique())}. Add it to the sweep."
         )
-    return whole[whole["trained"] == whole.groupby("trained")["score"].mean().idxmax()]
+    return whole[whole["trained"] == means(whole, "trained", "score").sort_index().idxmax()]
 
 
 def crossing(sizes: np.ndarray, scores: np.ndarray, threshold: float) -> float:
@@ -123,24 +123,25 @@ def d90(records: pd.DataFrame, fraction: float = FRACTION) -> pd.DataFrame:
     """
     found = []
     for where, group in usable(records).groupby(GROUP):
-        base, whole = float(group["majority"].mean()), reference(group)
+        whole = reference(group)
+        base, best = mean(group["majority"], None)["score"], mean(whole["score"], None)["score"]
         for name, rows in group.groupby("projection"):
             drawn = _drawn(rows, whole, base, fraction)
             low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="closest_observation")
-            threshold = base + fraction * (whole["score"].mean() - base)
-            means = rows.groupby("trained")["score"].mean().sort_index()
-            value = crossing(means.index.to_numpy(float), means.to_numpy(float), threshold)
+            threshold = base + fraction * (best - base)
+            scores = means(rows, "trained", "score").sort_index()
+            value = crossing(scores.index.to_numpy(float), scores.to_numpy(float), threshold)
             numbers = {"d90": value, "low": low, "high": high}
             found.append({
                 **dict(zip(GROUP, where, strict=True)),
                 "projection": name,
                 **{key: number if np.isfinite(number) else None for key, number in numbers.items()},
                 "reached": float(np.isfinite(drawn).mean()),
-                "smallest": bool(value == means.index[0]),
-                "lora": float(whole["score"].mean()),
-                "baseline": base,
+                "smallest": bool(value == scores.index[0]),
+                "lora": float(best),
+                "baseline": float(base),
                 "threshold": threshold,
-                "sizes": len(means),
+                "sizes": len(scores),
                 "seeds": int(rows.groupby("trained").size().min()),
             })  # fmt: skip
     return pd.DataFrame(found)
@@ -150,13 +151,13 @@ def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, base: float, fraction: float
     """d90 of each draw with replacement of the runs at every size, and of those of LoRA."""
     rng = np.random.default_rng(0)
 
-    def means(scores: pd.Series) -> np.ndarray:
+    def redrawn(scores: pd.Series) -> np.ndarray:
         values = scores.to_numpy(float)
         return values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
 
-    parts = [(size, means(part["score"])) for size, part in rows.groupby("trained")]
+    parts = [(size, redrawn(part["score"])) for size, part in rows.groupby("trained")]
     sizes, scores = np.array([size for size, _ in parts], dtype=float), np.stack([each for _, each in parts], axis=1)
-    thresholds = base + fraction * (means(whole["score"]) - base)
+    thresholds = base + fraction * (redrawn(whole["score"]) - base)
     return np.array([crossing(sizes, drawn, threshold) for drawn, threshold in zip(scores, thresholds, strict=True)])
 
 

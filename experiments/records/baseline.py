@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.records.statistics import LEVEL, PREDICTIONS, predictions, redrawn, t_interval
+from experiments.records.statistics import PREDICTIONS, RESAMPLES, mean, over_rows, predictions, redrawn
 from experiments.tasks.task import constant
 
 MARK = " *"
@@ -21,7 +21,7 @@ RULE = (
 def beats(runs: pd.DataFrame, by: str) -> dict[Hashable, bool]:
     """Whether the runs of each value of a column beat the majority (see RULE); one without a finished run is left out.
 
-    Runs that did not train count where none of their cell did. An interval that cannot be had, of a single seed or of
+    A cell of which no run trained does not. An interval that cannot be had, of a single seed or of
     predictions that are gone, decides nothing.
     """
     finished = runs[runs["score"].notna() & runs["majority"].notna()] if "majority" in runs else runs.head(0)
@@ -35,12 +35,8 @@ def marks(beaten: Iterable[bool | float]) -> list[str]:
 
 def _beats(runs: pd.DataFrame) -> bool:
     trained = runs[runs["did_not_train"].isna()]
-    runs = trained if len(trained) else runs
-    gaps = (runs["score"].astype(float) - runs["majority"].astype(float)).to_numpy()
-    if not gaps.mean() > 0:
-        return False
-    lows = (t_interval(gaps)[0], _low_over_rows(runs))
-    return not any(low <= 0 for low in lows)
+    gaps = mean(trained["score"].astype(float) - trained["majority"].astype(float), None)
+    return bool(gaps["score"] > 0) and not any(low <= 0 for low in (gaps["score_low"], _low_over_rows(trained)))
 
 
 def _low_over_rows(runs: pd.DataFrame) -> float:
@@ -49,9 +45,8 @@ def _low_over_rows(runs: pd.DataFrame) -> float:
     if not folders or not all((folder / PREDICTIONS).is_file() for folder in folders):
         return float("nan")
     metric, found = runs["metric"].iloc[0], [predictions(folder) for folder in folders]
-    gaps = np.mean([redrawn(rows, metric) for rows in found], axis=0)
-    # without such an answer the majority is 0 in every draw
+    majority = np.zeros(RESAMPLES)
+    # without such an answer it is 0 in every draw
     if runs["majority"].iloc[0] > 0:
-        first = found[0]
-        gaps -= redrawn(first.assign(prediction=constant(metric, first["label"])), metric)
-    return float(np.quantile(gaps, (1 - LEVEL) / 2))
+        majority = redrawn(found[0].assign(prediction=constant(metric, found[0]["label"])), metric)
+    return over_rows([redrawn(rows, metric) for rows in found], [majority])[0]

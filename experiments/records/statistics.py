@@ -235,16 +235,16 @@ def reference(records: pd.DataFrame) -> str:
 
 
 def _pairs(runs: pd.DataFrame, reference: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What is known of each pair of cells, and its pairs of runs: those of the reference have columns in `_base`."""
+    """What is known of each pair of cells, and its pairs of runs: those of the reference have columns in `_other`."""
     placed, by = _placed(runs)
     for _, sweep in placed.groupby("sweep", sort=False):
         point = _point(sweep)
         groups = _text(sweep, point).groupby(point, sort=False, dropna=False) if point else [((), sweep)]
         for _, group in groups:
-            base = group[group["projection"] == reference]
+            others = group[group["projection"] == reference]
             for row, own in group[group["projection"] != reference].groupby("row", sort=False):
-                other = _standing_for(base, own)
-                both = _trained(own).merge(_trained(other), on=list(SEEDS), suffixes=("", "_base"))
+                other = _standing_for(others, own)
+                both = _trained(own).merge(_trained(other), on=list(SEEDS), suffixes=("", "_other"))
                 if len(both):
                     first, against = both.iloc[0], other.iloc[0]
                     yield (
@@ -267,17 +267,17 @@ def _point(runs: pd.DataFrame) -> list[str]:
     return [key for key in known if key in runs and key not in OF_A_METHOD]
 
 
-def _standing_for(base: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+def _standing_for(others: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """The runs of the one cell of the reference with which a cell is compared."""
-    for rate in (f"cell.{rate}" for rate in RATES if f"cell.{rate}" in base):
-        same = base[base[rate] == own[rate].iloc[0]]
-        base = same if len(same) else base
-    largest = base[base["trained"] == base["trained"].max()]
+    for rate in (f"cell.{rate}" for rate in RATES if f"cell.{rate}" in others):
+        same = others[others[rate] == own[rate].iloc[0]]
+        others = same if len(same) else others
+    largest = others[others["trained"] == others["trained"].max()]
     return largest[largest["row"] == largest["row"].iloc[0]] if len(largest) else largest
 
 
 def _difference(both: pd.DataFrame) -> dict[str, Any]:
-    gaps = (both["score"].astype(float) - both["score_base"].astype(float)).to_numpy()
+    gaps = (both["score"].astype(float) - both["score_other"].astype(float)).to_numpy()
     t_low, t_high = t_interval(gaps)
     seeds_low, seeds_high = bootstrap(gaps)
     return {
@@ -290,19 +290,29 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """SciPy's percentile interval of a mean; NaN for fewer than two values."""
     if len(values) < 2:
         return float("nan"), float("nan")
-    found = stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
+    found = _bootstrap(values, np.mean).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _bootstrap(values: np.ndarray, statistic: Callable[..., Any]) -> Any:
+    return stats.bootstrap(
+        (values,), statistic, method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
         rng=np.random.default_rng(0),
     )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def _over_rows(both: pd.DataFrame, scores: Callable[[str, str], np.ndarray]) -> dict[str, float]:
-    """The seeds as they are, the test rows redrawn: the same rows for both methods."""
     metric = both["metric"].iloc[0]
-    ours, base = (np.mean([scores(f, metric) for f in both[column]], axis=0) for column in ("folder", "folder_base"))
-    low, high = np.quantile(ours - base, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"rows_low": float(low), "rows_high": float(high)}
+    ours, theirs = ([scores(folder, metric) for folder in both[column]] for column in ("folder", "folder_other"))
+    low, high = over_rows(ours, theirs)
+    return {"rows_low": low, "rows_high": high}
+
+
+def over_rows(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Percentile interval of a difference of mean scores, of which `redrawn` gave each: the seeds as they are."""
+    gaps = np.mean(ours, axis=0) - np.mean(theirs, axis=0)
+    low, high = np.quantile(gaps, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def predictions(folder: str | Path) -> pd.DataFrame:
@@ -311,15 +321,16 @@ def predictions(folder: str | Path) -> pd.DataFrame:
 
 
 def redrawn(rows: pd.DataFrame, metric: str) -> np.ndarray:
-    """Scores of predictions whose rows are redrawn with replacement: (RESAMPLES,), the same rows for every model.
+    """Scores of predictions in SciPy's bootstrap over their rows: (RESAMPLES,), the same rows for every model.
 
     NaN for fewer than two rows.
     """
     if len(rows) < 2:
         return np.full(RESAMPLES, np.nan)
-    draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
-    if "group" in rows:
-        kept = rows[["label", "prediction", "group"]]
-        return np.array([score(metric, kept.iloc[drawn]) for drawn in draws])
+    kept = rows[["label", "prediction", "group"]] if "group" in rows else None
     labels, predicted = rows["label"].to_numpy(), rows["prediction"].to_numpy()
-    return np.array([float(METRICS[metric](labels[drawn], predicted[drawn])) for drawn in draws])
+
+    def scored(drawn: np.ndarray) -> float:
+        return METRICS[metric](labels[drawn], predicted[drawn]) if kept is None else score(metric, kept.iloc[drawn])
+
+    return np.asarray(_bootstrap(np.arange(len(rows)), scored).bootstrap_distribution)

@@ -186,8 +186,3 @@ def data_rows(run: Run) -> dict[str, dict[str, int]]:
 
 def _may_read(run: Run, split: str) -> bool:
     return split != "test" or run.config.score_on == "test"
-
-
-def adapter_path(folder: Path) -> Path:
-    """Where a run keeps what it trained."""
-    return folder / ADAPTER

@@ -115,7 +115,8 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
 
     at_once: how many runs the launcher trains at the same time; a stage ends before the next begins.
     """
-    lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells"]
+    further = f", tuned at up to {MOST_BEYOND} rates beyond either edge of the grid where the best lies there"
+    lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells" + further * (len((sweep.tune or {}).get("lr", ())) > 1)]
     stages = runs_of(sweep)
     measured = _measured(sweep, stages, runs)
     seconds, unknown = 0.0, 0
@@ -126,10 +127,6 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         total = sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
         seconds += total / max(1, min(at_once, len(known)))
         unknown += len(missing) - len(known)
-    if len((sweep.tune or {}).get("lr", ())) > 1:
-        lines.append(
-            f"tune     and at most {MOST_BEYOND} rates more above and below the grid of a cell, if the best lies there"
-        )
     if measured:
         peak = max(m["peak_bytes"] for m in measured.values())
         lines.append(f"memory   {peak / 1e9:.1f} GB per run (measured), at most {at_once} at once")

@@ -37,7 +37,7 @@ class FailsWhenBuilt(Failing):
 
 @register("fails_when_used")
 class FailsWhenUsed(Failing):
-    def _matvec(self, theta_d, dtype):
+    def _matvec(self, theta_d):
         raise ValueError("no luck")
 
     def entries(self):
@@ -46,7 +46,7 @@ class FailsWhenUsed(Failing):
 
 @register("fails_in_backward")
 class FailsInBackward(Failing):
-    def _rmatvec(self, theta_D, dtype):
+    def _rmatvec(self, theta_D):
         raise ValueError("no luck")
 """
 BUILDING, FORWARD, _ = FAILING = ["fails_when_built", "fails_when_used", "fails_in_backward"]

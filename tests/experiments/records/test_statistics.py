@@ -1,5 +1,6 @@
 """Intervals and differences against SciPy and against numbers worked out by hand."""
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,17 @@ def test_lists_of_modules_pair(records: pd.DataFrame) -> None:
     listed = records.assign(target_modules=asked, **{"cell.target_modules": asked})
     (row,) = paired(listed, "lora").to_dict("records")
     assert row["pairs"] == 3 and row["target_modules"] == '["query"]'
+
+
+ROOT = Path(__file__).parents[3]
+# what makes a number of several records, and where the rest of these words is of something else
+OF_RECORDS = {"mean", "std", "sem", "var", "median", "quantile", "percentile", "ppf", "interval", "bootstrap"}
+OF_TIMES, OF_ROWS = "timing.py", "task.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.py")), ids=lambda p: p.stem)
+def test_no_other_file_makes_a_number_of_several_records(path: Path) -> None:
+    if path.name in ("statistics.py", OF_TIMES, OF_ROWS):
+        return
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    assert not {call.attr for call in calls if isinstance(call, ast.Attribute)} & OF_RECORDS

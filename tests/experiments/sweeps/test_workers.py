@@ -11,7 +11,7 @@ from experiments import train
 from experiments.errors import ExperimentError
 from experiments.processes import Processes
 from experiments.runs import distributed
-from experiments.runs.folder import RESULT
+from experiments.runs.folder import METRICS, RESULT
 from experiments.sweeps import workers
 from tests.experiments.processes import ROOT
 from tests.sweeps import made_up, write_run
@@ -153,3 +153,20 @@ def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match=r"train\.log must be writable"):
         workers.start(tmp_path)
     assert theirs.read_text() == "kept"
+
+
+def test_zeros_in_the_log_of_a_run_do_not_stop_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
+    started: list[Path] = []
+
+    def start(folder: Path, *_: object) -> subprocess.Popen:
+        started.append(folder)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(workers, "start", start)
+    folders = [tmp_path / name for name in ("cut", "whole")]
+    for folder in folders:
+        folder.mkdir()
+    line = b'{"step": 1, "of": 9, "loss": 0.7}\n'
+    (folders[0] / METRICS).write_bytes(line + bytes(4096) + b"\n" + line)  # as a power cut leaves it
+    assert workers.train_all(folders, "cpu") == {} and started == folders

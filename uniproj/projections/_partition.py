@@ -31,6 +31,7 @@ class Partition(Projection):
     """
 
     sparse = True
+    casts = True
 
     def __init__(self, layout: LoRALayout, d: int, seed: int, dealt: Tensor | Sequence[Group], normalise: bool = True):
         super().__init__(layout, d, seed)

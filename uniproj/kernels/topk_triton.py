@@ -1,7 +1,9 @@
-"""VB-LoRA's mixture and its derivatives (see `kernels/bank.py`): no atomics, every sum in a fixed order.
+"""VB-LoRA's mixture and its derivatives (see `kernels/topk.py`): no atomics, every sum in a fixed order.
 
 Without fused multiply-add, so products round as on the CPU.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -10,25 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uniproj.kernels.forms import accumulated
+from uniproj.kernels.topk import pairs_by_vector
+
 _PIECES, _COLUMNS = 32, 64
+_TILE = {"PIECES": _PIECES, "COLUMNS": _COLUMNS, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _mix(bank, weights, index, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+def _mix(vectors, weights, index, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
     s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     batch = tl.program_id(2).to(tl.int64)
     inside = (s < S)[:, None] & (c < b)[None, :]
-    total = tl.zeros([PIECES, COLUMNS], dtype=bank.dtype.element_ty)
+    total = tl.zeros([PIECES, COLUMNS], dtype=vectors.dtype.element_ty)
     for k in range(K):
         row = tl.load(index + s * K + k, mask=s < S, other=0)
         weight = tl.load(weights + s * K + k, mask=s < S, other=0)
-        total += weight[:, None] * tl.load(bank + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
+        total += weight[:, None] * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
     tl.store(out + (batch * S + s)[:, None] * b + c[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _bank_gradient(
+def _vectors_gradient(
     y, weights, order, starts, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -46,7 +52,7 @@ def _bank_gradient(
 
 
 @triton.jit
-def _weights_gradient(y, bank, index, out, S, h, b, n, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+def _weights_gradient(y, vectors, index, out, S, h, b, n, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
     s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     pair = s * K + tl.program_id(1)
     row = tl.load(index + pair, mask=s < S, other=0)
@@ -56,49 +62,34 @@ def _weights_gradient(y, bank, index, out, S, h, b, n, K: tl.constexpr, PIECES: 
             c = first + tl.arange(0, COLUMNS)
             inside = (s < S)[:, None] & (c < b)[None, :]
             ours = tl.load(y + (batch * S + s)[:, None] * b + c[None, :], mask=inside, other=0)
-            total += ours * tl.load(bank + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
+            total += ours * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
     tl.store(out + pair, tl.sum(total, 1).to(out.dtype.element_ty), mask=s < S)
 
 
-def mix(bank: Tensor, weights: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """bank (n, h, b), weights and index (S, k) -> (n, S, b) in dtype, summed in bank's dtype in the order of k."""
-    (n, h, b), (S, K) = bank.shape, index.shape
-    out = torch.empty(n, S, b, dtype=dtype, device=bank.device)
+def mix(vectors: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+    """Summed in the order of k."""
+    vectors, weights = accumulated(dtype, vectors, weights)
+    (n, _, b), (S, K) = vectors.shape, index.shape
+    out = torch.empty(n, S, b, dtype=dtype, device=vectors.device)
     cells = (triton.cdiv(S, _PIECES), triton.cdiv(b, _COLUMNS), n)
-    _mix[cells](
-        bank, weights, index.contiguous(), out, S, h, b, K=K, PIECES=_PIECES, COLUMNS=_COLUMNS, enable_fp_fusion=False
-    )
+    _mix[cells](vectors, weights, index.contiguous(), out, S, h, b, K=K, **_TILE)
     return out
 
 
-def bank_gradient(y: Tensor, weights: Tensor, order: Tensor, starts: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """y (n, S, b), weights (S, K), pairs sorted by bank row -> (n, h, b) in dtype."""
-    (n, S, b), h = y.shape, len(starts) - 1
+def vectors_gradient(y: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+    order, starts = pairs_by_vector(index, h)
+    y, weights = accumulated(dtype, y, weights)
+    n, S, b = y.shape
     out = torch.empty(n, h, b, dtype=dtype, device=y.device)
     cells = (h, triton.cdiv(b, _COLUMNS), n)
-    _bank_gradient[cells](
-        y, weights, order, starts, out, S, h, b, K=K, PIECES=_PIECES, COLUMNS=_COLUMNS, enable_fp_fusion=False
-    )
+    _vectors_gradient[cells](y, weights, order, starts, out, S, h, b, K=index.shape[1], **_TILE)
     return out
 
 
-def weights_gradient(y: Tensor, bank: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (n, S, b), bank (n, h, b), index (S, k) -> (S, k) in dtype."""
+def weights_gradient(y: Tensor, vectors: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+    y, vectors = accumulated(dtype, y, vectors)
     (n, S, b), K = y.shape, index.shape[1]
     out = torch.empty(S, K, dtype=dtype, device=y.device)
     cells = (triton.cdiv(S, _PIECES), K)
-    _weights_gradient[cells](
-        y,
-        bank,
-        index.contiguous(),
-        out,
-        S,
-        bank.shape[1],
-        b,
-        n,
-        K=K,
-        PIECES=_PIECES,
-        COLUMNS=_COLUMNS,
-        enable_fp_fusion=False,
-    )
+    _weights_gradient[cells](y, vectors, index.contiguous(), out, S, h, b, n, K=K, **_TILE)
     return out

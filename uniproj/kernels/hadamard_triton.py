@@ -1,11 +1,15 @@
 """The Walsh-Hadamard transform in passes over groups of bits (see `kernels/hadamard.py`)."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from uniproj.kernels.forms import accumulated
 
 _BITS = 10  # of one pass at most
 _TILE = 2**13  # numbers of a program
@@ -28,13 +32,13 @@ def _pass(x, y, columns, inner, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(y + place, tile, mask=inside)
 
 
-def transform(x: Tensor) -> Tensor:
-    """x (batch, n), float32 or float64 -> H x, a fresh tensor, from the lowest group of bits upwards."""
+def transform(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """From the lowest group of bits upwards."""
+    (x,), low = accumulated(dtype, x), 0
     log2_n = x.shape[1].bit_length() - 1
     passes = -(-log2_n // _BITS)
     if passes == 0 or x.numel() == 0:
-        return x.clone()
-    x, low = x.contiguous(), 0
+        return x.to(dtype, copy=True)
     for k in range(passes):
         count = (log2_n - low) // (passes - k)
         columns = x.numel() >> count
@@ -43,4 +47,4 @@ def transform(x: Tensor) -> Tensor:
         cells = (triton.cdiv(columns, at_once),)
         _pass[cells](x, y, columns, 1 << low, BITS=count, COLUMNS=at_once, enable_fp_fusion=False)
         x, low = y, low + count
-    return x
+    return x.to(dtype)

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from uniproj import LoRALayout, build
 from uniproj.kernels.gaussian import block_rows, block_table, times, transpose_times
 from uniproj.kernels.random import normal, uniform
+from uniproj.testing import sample
 
 F64 = torch.float64
 SEED = 2**40 + 3
@@ -44,18 +46,49 @@ def case(which: str, normals: bool, n: int = 2, dtype: torch.dtype = F64) -> tup
     return x, y, fixed, matrix(which, normals)
 
 
+def there(fixed: list, device: str) -> list:
+    return [t.to(device) if isinstance(t, Tensor) else t for t in fixed]
+
+
+@pytest.mark.parametrize(("which", "normals"), KINDS)
+def test_the_entries_are_the_matrix_bit_for_bit(which: str, normals: bool, device: str) -> None:
+    """A product with a unit vector is a column, or a row, of P without any rounding."""
+    _, _, fixed, P = case(which, normals)
+    D, d = P.shape
+    columns, rows = [0, d // 2, d - 1], [0, D // 3, D - 1]
+    found = times(torch.eye(d)[columns].to(device), *there(fixed, device), torch.float32)
+    assert torch.equal(found.double().cpu(), P.T[columns])
+    found = transpose_times(torch.eye(D)[rows].to(device), *there(fixed, device), torch.float32)
+    assert torch.equal(found.double().cpu(), P[rows])
+
+
 @pytest.mark.parametrize(("which", "normals"), KINDS)
 @pytest.mark.parametrize(("dtype", "eps"), [(F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_products_follow_the_matrix(which: str, normals: bool, dtype: torch.dtype, eps: float) -> None:
+def test_products_follow_the_matrix(which: str, normals: bool, dtype: torch.dtype, eps: float, device: str) -> None:
     x, y, fixed, P = case(which, normals, dtype=dtype)
-    for ours, theirs in (
-        (times(x, *fixed, dtype), x.double() @ P.T),
-        (transpose_times(y, *fixed, dtype), y.double() @ P),
-    ):
-        assert ours.dtype == dtype and ours.shape == theirs.shape
-        assert (ours.double() - theirs).abs().max() <= eps * theirs.abs().max()
     wide = torch.promote_types(dtype, torch.float32)
-    assert torch.equal(times(x, *fixed, dtype), times(x, *fixed, wide).to(dtype))
+    for f, v, wanted in ((times, x, x.double() @ P.T), (transpose_times, y, y.double() @ P)):
+        found, exact, again = (f(v.to(device), *there(fixed, device), kind) for kind in (dtype, wide, dtype))
+        assert found.dtype == dtype and found.shape == wanted.shape and found.device.type == device
+        assert (found.cpu().double() - wanted).abs().max() <= eps * wanted.abs().max()
+        assert torch.equal(found, again) and torch.equal(found, exact.to(dtype))
+
+
+@pytest.mark.parametrize("run", [1024, 45])
+def test_triton_adds_runs_of_rows(run: int, monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:
+    """More rows than one program of the adjoint takes, in runs that do and do not end with a tile."""
+    monkeypatch.setattr("uniproj.kernels.gaussian_triton._RUN", run)
+    P = build("gaussian", 2500 if run > 1000 else 200, 3, seed=4).to(triton_device)
+    y = torch.randn(1, P.D, dtype=F64, device=triton_device)
+    torch.testing.assert_close(P.adjoint(y), y @ P.to_dense())
+
+
+@pytest.mark.parametrize("name", ["gaussian", "nola"])
+def test_with_triton_the_projection_holds_no_entries(name: str, triton_device: str) -> None:
+    P = sample(name, LoRALayout.from_shapes({"q": (20, 10)}, 2), 9).to(triton_device)
+    assert all(buffer.numel() <= max(P.D, P.table.numel()) for buffer in P.constants().values())
+    x = torch.randn(2, P.d, dtype=F64, device=triton_device)
+    torch.testing.assert_close(P.matvec(x), x @ P.to_dense().T)
 
 
 @pytest.mark.parametrize("normals", [True, False])

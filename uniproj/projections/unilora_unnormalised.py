@@ -2,7 +2,7 @@
 
 from uniproj.kernels.deal import Group
 from uniproj.layout import LoRALayout
-from uniproj.projections.partition import Partition
+from uniproj.projections._partition import Partition
 from uniproj.registry import register
 
 

@@ -1,16 +1,46 @@
-"""The loops of `kernels/factors.py`, compiled by Numba; `table` has one row per block, see `block_table`."""
+"""Scaled copies of shared matrices, compiled by Numba; `table` has one row per block, see `block_table`."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-import numba
+from collections.abc import Sequence
+from typing import Any
 
-parallel = numba.njit(parallel=True, cache=True)
+import numba
+import torch
+from torch import Tensor
+
+from uniproj.kernels.compiled import call, parallel
+from uniproj.kernels.forms import accumulated
+
+
+def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return _filled(_product, matrix, scale, table, sizes[0], dtype)
+
+
+def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return _filled(_matrix_gradient, y, scale, table, sizes[1], dtype)
+
+
+def scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return _filled(_scale_gradient, y, matrix, table, sizes[2], dtype)
+
+
+def _filled(loop: Any, first: Tensor, second: Tensor, table: Tensor, numbers: int, dtype: torch.dtype) -> Tensor:
+    """(n, numbers): what a loop of two slots writes."""
+    first, second = accumulated(dtype, first, second)
+    out = torch.zeros(len(first), numbers, dtype=first.dtype)
+    call(loop, first, second, table, out)
+    return out.to(dtype)
+
+
 # a dot product may add in any order, else it would not be vectorised
 dot_products = numba.njit(parallel=True, cache=True, fastmath={"reassoc"})
 
 
 @parallel
-def product(matrix, scale, table, out):
+def _product(matrix, scale, table, out):
     """out[n, l, i, j] = scale[n, l, i] matrix[n, group of l, i, j]."""
     for k in numba.prange(len(table)):
         offset, rows, columns, start, width, scaler = table[k, :6]
@@ -23,7 +53,7 @@ def product(matrix, scale, table, out):
 
 
 @parallel
-def matrix_gradient(y, scale, table, out):
+def _matrix_gradient(y, scale, table, out):
     """out[n, g, i, j] = sum over the blocks l of group g, in their order, of scale[n, l, i] y[n, l, i, j]."""
     for first in range(len(table)):
         count = table[first, 6]
@@ -40,7 +70,7 @@ def matrix_gradient(y, scale, table, out):
 
 
 @dot_products
-def scale_gradient(y, matrix, table, out):
+def _scale_gradient(y, matrix, table, out):
     """out[n, l, i] = sum over j of y[n, l, i, j] matrix[n, group of l, i, j]."""
     for k in numba.prange(len(table)):
         offset, rows, columns, start, width, scaler = table[k, :6]

@@ -1,5 +1,7 @@
 """Dense random P with its entries drawn in the kernel (see `kernels/gaussian.py`), without fused multiply-add."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uniproj.kernels.forms import accumulated
 from uniproj.kernels.gaussian import FIELDS
-from uniproj.kernels.triton.random import normal, uniform
+from uniproj.kernels.random_triton import normal, uniform
 
 _ROWS, _COLUMNS = 32, 64
 _RUN = 2**10  # rows that one program of the adjoint adds, more where
@@ -70,21 +73,23 @@ def _transpose_times(
         tl.store(x + j, tl.sum(total, 0), mask=j < columns)
 
 
-def times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int]) -> Tensor:
-    """x (n, d) -> (n, D); a row sums columns j, j + _COLUMNS, .. first, in x's dtype."""
-    x = x.contiguous()
+def times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A row sums columns j, j + _COLUMNS, .. first."""
+    (x,) = accumulated(dtype, x)
     y = torch.empty(len(x), size[0], dtype=x.dtype, device=x.device)
     cells = (triton.cdiv(size[2], _ROWS), len(table), len(x))
     _times[cells](
         x, y, *_contiguous(table, divisors), *size[:2],
         NORMALS=normals, ROWS=_ROWS, COLUMNS=_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip
-    return y
+    return y.to(dtype)
 
 
-def transpose_times(y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int]) -> Tensor:
-    """y (n, D) -> (n, d); runs of rows are summed apart in y's dtype and then added."""
-    y, (D, d, rows, columns, _) = y.contiguous(), size
+def transpose_times(
+    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Runs of rows are summed apart and then added."""
+    (y,), (D, d, rows, columns, _) = accumulated(dtype, y), size
     run = max(_RUN, triton.cdiv(rows, max(1, _PARTIAL // d)))
     runs = triton.cdiv(rows, run)
     partial = torch.empty(len(y), runs, d, dtype=y.dtype, device=y.device)
@@ -93,7 +98,7 @@ def transpose_times(y: Tensor, table: Tensor, divisors: Tensor, normals: bool, s
         y, partial, *_contiguous(table, divisors), D, d, runs, run,
         NORMALS=normals, ROWS=_ROWS, COLUMNS=_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip
-    return partial.sum(1)
+    return partial.sum(1).to(dtype)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

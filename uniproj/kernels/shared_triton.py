@@ -1,17 +1,21 @@
-"""Scaled copies of shared matrices, one launch for all blocks (see `kernels/factors.py`).
+"""Scaled copies of shared matrices, one launch for all blocks (see `kernels/shared.py`).
 
 Without fused multiply-add, so products round as on the CPU.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniproj.kernels.factors import FIELDS
+from uniproj.kernels.forms import accumulated
+from uniproj.kernels.shared import FIELDS
 
 _BLOCK, _NARROW = 256, 16
 _FIELDS = tl.constexpr(FIELDS)
@@ -85,21 +89,27 @@ def _scale_gradient(y, matrix, out, table, D, M, R, WIDE: tl.constexpr, NARROW: 
             tl.store(out + i, sums, mask=i < rows)
 
 
-def product(matrix: Tensor, scale: Tensor, out: Tensor, table: Tensor, sizes: Sequence[int]) -> None:
-    """Writes out (n, D) at every block; matrix (n, M) and scale (n, R) of one dtype."""
+def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    matrix, scale = accumulated(dtype, matrix, scale)
+    out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
     cells = (triton.cdiv(sizes[3], _BLOCK), len(table), len(out))
     _product[cells](matrix, scale, out, table.contiguous(), *sizes[:3], BLOCK=_BLOCK, enable_fp_fusion=False)
+    return out
 
 
-def matrix_gradient(y: Tensor, scale: Tensor, out: Tensor, table: Tensor, sizes: Sequence[int]) -> None:
-    """Writes out (n, M), all of one dtype: the blocks of a group are added in the order of the table."""
+def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    y, scale = accumulated(dtype, y, scale)
+    out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
     cells = (triton.cdiv(sizes[5], _BLOCK), len(table), len(out))
     _matrix_gradient[cells](y, scale, out, table.contiguous(), *sizes[:3], BLOCK=_BLOCK, enable_fp_fusion=False)
+    return out.to(dtype)
 
 
-def scale_gradient(y: Tensor, matrix: Tensor, out: Tensor, table: Tensor, sizes: Sequence[int]) -> None:
-    """Writes out (n, R), all of one dtype."""
+def scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    y, matrix = accumulated(dtype, y, matrix)
+    out = torch.zeros(len(y), sizes[2], dtype=y.dtype, device=y.device)
     cells = (triton.cdiv(sizes[4], _NARROW), len(table), len(out))
     _scale_gradient[cells](
         y, matrix, out, table.contiguous(), *sizes[:3], WIDE=_BLOCK, NARROW=_NARROW, enable_fp_fusion=False
     )
+    return out.to(dtype)

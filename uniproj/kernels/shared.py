@@ -16,9 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from uniproj.kernels.compiled import call
-from uniproj.kernels.dispatch import uses_numba, uses_triton
-from uniproj.kernels.forms import accumulation_dtype, register_form
+from uniproj.kernels.forms import accumulated, register_form
 
 FIELDS = 8
 
@@ -55,17 +53,8 @@ def _starts(sizes: list[int]) -> list[int]:
 
 def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(n, D): scale[l, i] matrix[group of l, i, j] at the place of every block."""
-    matrix, scale = _accumulated(dtype, matrix, scale)
-    if uses_numba(matrix.device):
-        wide = torch.zeros(len(matrix), sizes[0], dtype=matrix.dtype)
-        call("factors", "product", matrix, scale, table, wide)
-        return wide.to(dtype)
+    matrix, scale = accumulated(dtype, matrix, scale)
     out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
-    if uses_triton(matrix.device):
-        from uniproj.kernels.triton.factors import product
-
-        product(matrix, scale, out, table, sizes)
-        return out
     for y, shared, factor in _views(table, out, matrix, scale):
         torch.mul(shared, factor, out=y) if dtype == matrix.dtype else y.copy_(shared * factor)
     return out
@@ -73,33 +62,19 @@ def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int],
 
 def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(n, numbers): sum of scale[l, i] y[l, i, j] over the blocks of a group, in the order of the table."""
-    y, scale = _accumulated(dtype, y, scale)
+    y, scale = accumulated(dtype, y, scale)
     out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
-    if uses_triton(y.device):
-        from uniproj.kernels.triton.factors import matrix_gradient
-
-        matrix_gradient(y, scale, out, table, sizes)
-    elif uses_numba(y.device):
-        call("factors", "matrix_gradient", y, scale, table, out)
-    else:
-        for block, total, factor in _views(table, y, out, scale):
-            total.addcmul_(block, factor)
+    for block, total, factor in _views(table, y, out, scale):
+        total.addcmul_(block, factor)
     return out.to(dtype)
 
 
 def _scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(n, scalers): sum over j of y[l, i, j] matrix[group of l, i, j]."""
-    y, matrix = _accumulated(dtype, y, matrix)
+    y, matrix = accumulated(dtype, y, matrix)
     out = torch.zeros(len(y), sizes[2], dtype=y.dtype, device=y.device)
-    if uses_triton(y.device):
-        from uniproj.kernels.triton.factors import scale_gradient
-
-        scale_gradient(y, matrix, out, table, sizes)
-    elif uses_numba(y.device):
-        call("factors", "scale_gradient", y, matrix, table, out)
-    else:
-        for block, shared, total in _views(table, y, matrix, out):
-            total.copy_((block * shared).sum(2, keepdim=True))
+    for block, shared, total in _views(table, y, matrix, out):
+        total.copy_((block * shared).sum(2, keepdim=True))
     return out.to(dtype)
 
 
@@ -117,14 +92,9 @@ def _view(x: Tensor, start: int, rows: int, columns: int, width: int) -> Tensor:
     return x.as_strided((len(x), rows, columns), (x.stride(0), width, 1), x.storage_offset() + start)
 
 
-def _accumulated(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    wide = accumulation_dtype(dtype, *[t.dtype for t in tensors])
-    return [t.detach().to(wide).contiguous() for t in tensors]
-
-
 # each takes (two of y, matrix, scale in this order, table, [D, *extents], dtype)
 product, matrix_gradient, scale_gradient = register_form(
-    "factors",
+    "shared",
     [_product, _matrix_gradient, _scale_gradient],
     [
         lambda matrix, scale, table, sizes: (len(matrix), sizes[0]),

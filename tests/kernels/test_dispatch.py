@@ -10,7 +10,6 @@ import torch
 
 import uniproj
 import uniproj.kernels
-from uniproj.kernels import partition, tiles
 from uniproj.kernels.dispatch import HAS_NUMBA, HAS_TRITON, _warn_once, backend
 
 needs_numba = pytest.mark.skipif(backend() != "numba", reason="Triton's interpreter runs everything")
@@ -82,24 +81,64 @@ def test_numba_leaves_pytorchs_number_of_threads_alone() -> None:
 @needs_numba
 @pytest.mark.parametrize("assignment", ["balanced", "peft"])
 def test_tiles_are_made_once_and_go_with_P(assignment: str, monkeypatch) -> None:
+    from uniproj.kernels import partition_numba
+
     made = []
-    monkeypatch.setattr(tiles, "tile", lambda index, d, tile=tiles.tile: made.append(d) or tile(index, d))
+    monkeypatch.setattr(
+        partition_numba, "tile", lambda index, d, tile=partition_numba.tile: made.append(d) or tile(index, d)
+    )
     P = uniproj.build("unilora", D=1000, d=30, assignment=assignment)
-    kept = len(partition._tiles)
+    kept = len(partition_numba._tiles)
     P.checksum(), P.to_dense()
     assert not made
     x = torch.randn(30, requires_grad=True)
     for way in (P, torch.compile(P, backend="aot_eager", fullgraph=True), torch.export.export(P, (x,)).module()):
         way(x).sum().backward()
-    assert made == [30] and len(partition._tiles) == kept + 1
+    assert made == [30] and len(partition_numba._tiles) == kept + 1
     assert all(value.dtype != torch.uint32 for value in P.constants().values())
     again = P.rebuild()
     again(x)
-    assert len(partition._tiles) == kept + 2
+    assert len(partition_numba._tiles) == kept + 2
     del again
-    assert len(partition._tiles) == kept + 1
+    assert len(partition_numba._tiles) == kept + 1
 
 
 def test_both_are_found_where_they_are_installed() -> None:
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
     assert ("triton" in installed, "numba" in installed) == (HAS_TRITON, HAS_NUMBA)
+
+
+SEVENS = """
+import torch
+
+RUNS_ON = ("cpu",)
+
+
+def deal_out(x, by_row, by_position, groups, tables, size, dtype):
+    return torch.full((len(x), size[0]), 7, dtype=dtype)
+"""
+WITH_SEVENS = """
+import sys
+import torch
+import uniproj.kernels
+from uniproj import build
+
+assert "numba" not in sys.modules
+uniproj.kernels.__path__.append(sys.argv[1])
+unilora, from_peft = build("unilora", D=100, d=9), build("unilora", D=100, d=9, assignment="peft")
+assert not [name for name in sys.modules if name.startswith("uniproj.kernels.partition_")]
+
+x, y = torch.randn(9, requires_grad=True), torch.randn(100)
+assert torch.equal(unilora(x), torch.full((100,), 7.0))
+# what the file lacks is computed as before, gradients included
+grad, = torch.autograd.grad(unilora(x), x, y)
+torch.testing.assert_close(grad.double(), y.double() @ unilora.to_dense())
+torch.testing.assert_close(from_peft(x).double(), from_peft.to_dense() @ x.double())
+print(uniproj.kernels.backend("cpu"), uniproj.kernels.backend("meta"))
+"""
+
+
+def test_a_backend_is_added_by_one_file(tmp_path) -> None:
+    (tmp_path / "partition_sevens.py").write_text(SEVENS)
+    found = subprocess.run([sys.executable, "-c", WITH_SEVENS, tmp_path], capture_output=True, text=True)
+    assert found.stdout.split() == ["sevens", uniproj.kernels.backend("meta")], found.stderr

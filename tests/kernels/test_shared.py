@@ -1,4 +1,4 @@
-"""The scaled-factors form against a dense three-way tensor built entry by entry."""
+"""Scaled copies of shared matrices against a dense three-way tensor built entry by entry."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from uniproj import LoRALayout
 from uniproj.kernels import backend
-from uniproj.kernels.factors import block_table, matrix_gradient, product, scale_gradient
+from uniproj.kernels.shared import block_table, matrix_gradient, product, scale_gradient
 
 F64 = torch.float64
 # modules (out, in) and their groups: equal, unequal, single, a block wider than a Triton tile
@@ -74,12 +74,13 @@ def operators(
 @pytest.mark.parametrize("which", range(len(CASES)))
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("dtype", "eps"), [(F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_operators_follow_the_definition(which: int, n: int, dtype: torch.dtype, eps: float) -> None:
+def test_operators_follow_the_definition(which: int, n: int, dtype: torch.dtype, eps: float, device: str) -> None:
     y, matrix, scale, table, sizes = case(which, n, dtype)
-    found = operators(y, matrix, scale, table, sizes, dtype)
-    for ours, theirs in zip(found, definition(which, y, matrix, scale), strict=True):
+    found, again = (operators(*(t.to(device) for t in (y, matrix, scale, table)), sizes, dtype) for _ in range(2))
+    for ours, same, theirs in zip(found, again, definition(which, y, matrix, scale), strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
-        assert (ours.double() - theirs).abs().max() <= eps * theirs.abs().max()
+        assert ours.device.type == device and torch.equal(ours, same)
+        assert (ours.cpu().double() - theirs).abs().max() <= eps * theirs.abs().max()
 
 
 def test_coordinates_outside_every_block_are_zero() -> None:
@@ -102,9 +103,9 @@ def test_half_precision_is_rounded_once() -> None:
 def test_operators_are_torch_operators() -> None:
     y, matrix, scale, table, sizes = case(1)
     y, matrix, scale = (t.requires_grad_() for t in (y, matrix, scale))
-    opcheck(torch.ops.uniproj.factors_0.default, (matrix, scale, table, sizes, F64))
-    opcheck(torch.ops.uniproj.factors_1.default, (y, scale, table, sizes, F64))
-    opcheck(torch.ops.uniproj.factors_2.default, (y, matrix, table, sizes, torch.float32))
+    opcheck(torch.ops.uniproj.shared_0.default, (matrix, scale, table, sizes, F64))
+    opcheck(torch.ops.uniproj.shared_1.default, (y, scale, table, sizes, F64))
+    opcheck(torch.ops.uniproj.shared_2.default, (y, matrix, table, sizes, torch.float32))
 
 
 def test_gradients_to_second_order() -> None:

@@ -1,9 +1,10 @@
 """The counter-based generator inside a kernel: the same bits as `kernels/random.py`."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -69,8 +70,7 @@ def _bits(out, key, start, count, BLOCK: tl.constexpr):
     tl.store(out + place, word(start + place, key).to(tl.int64), mask=place < count)
 
 
-def bits(key: Sequence[int], start: int, count: int, device: torch.device) -> Tensor:
-    """(count,) int64: words start .. of the stream of key = [lo32(seed), hi32(seed), stream, part]."""
+def draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
     out = torch.empty(count, dtype=torch.int64, device=device)
     if count:
         cells = (triton.cdiv(count, _BLOCK),)

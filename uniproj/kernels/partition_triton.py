@@ -1,6 +1,10 @@
 """Uni-LoRA's gather and its adjoint with the index computed in the kernel (see `kernels/deal.py`)."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -8,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniproj.kernels.deal import FIELDS
+from uniproj.kernels.forms import accumulation_dtype
 from uniproj.kernels.permutation import ROUNDS
 
 _BLOCK = 1024
@@ -106,38 +111,40 @@ def _gather_in(
     tl.store(x + batch * d + column, total, mask=inside)
 
 
-def deal_out(x: Tensor, by_row: Tensor, groups: Tensor, tables: Tensor, D: int) -> Tensor:
-    """x (n, d) -> (n, D) in x's dtype: row i gets x[column of i]."""
-    x = x.contiguous()
-    y = torch.empty(len(x), D, dtype=x.dtype, device=x.device)
-    cells = (triton.cdiv(D, _BLOCK), len(x))
+def deal_out(
+    x: Tensor,
+    by_row: Tensor,
+    by_position: Tensor,
+    groups: Tensor,
+    tables: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Row i gets x[column of i]."""
+    x = x.detach().to(dtype).contiguous()
+    y = torch.empty(len(x), size[0], dtype=dtype, device=x.device)
+    cells = (triton.cdiv(size[0], _BLOCK), len(x))
     search = (by_row, *_sizes(by_row), groups, *_sizes(groups))
-    _deal_out[cells](x, y, *search, tables, D, x.shape[1], BLOCK=_BLOCK, enable_fp_fusion=False)
+    _deal_out[cells](x, y, *search, tables, *size, BLOCK=_BLOCK, enable_fp_fusion=False)
     return y
 
 
-def gather_in(y: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-    """y (n, D) -> (n, d): sums in float32 (float64 for float64), each in the order pi^-1(j), pi^-1(j + d), .."""
-    y = y.contiguous()
-    accumulate = torch.float64 if torch.float64 in (y.dtype, dtype) else torch.float32
-    x = torch.empty(len(y), d, dtype=accumulate, device=y.device)
-    cells = (triton.cdiv(d, _BLOCK), len(y))
+def gather_in(
+    y: Tensor,
+    by_row: Tensor,
+    by_position: Tensor,
+    groups: Tensor,
+    tables: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sums in float32 (float64 for float64), each in the order pi^-1(j), pi^-1(j + d), .."""
+    y = y.detach().contiguous()
+    x = torch.empty(len(y), size[1], dtype=accumulation_dtype(y.dtype, dtype), device=y.device)
+    cells = (triton.cdiv(size[1], _BLOCK), len(y))
     most = int((-(-groups[:, 1] // groups[:, 2])).max())
-    pieces = (by_position, len(by_position), len(by_position).bit_length())
-    _gather_in[cells](
-        y,
-        x,
-        *pieces,
-        groups,
-        len(groups),
-        len(groups).bit_length(),
-        tables,
-        y.shape[1],
-        d,
-        most,
-        BLOCK=_BLOCK,
-        enable_fp_fusion=False,
-    )
+    search = (by_position, *_sizes(by_position), groups, *_sizes(groups))
+    _gather_in[cells](y, x, *search, tables, *size, most, BLOCK=_BLOCK, enable_fp_fusion=False)
     return x.to(dtype)
 
 
