@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import uniproj
-from analysis import style
 from experiments.errors import ExperimentError
 from experiments.files import write_json, write_text
 from experiments.models import trust
@@ -77,10 +75,13 @@ def run(
     name: str,
     options: argparse.ArgumentParser,
     measure: Callable[[argparse.Namespace], Tables],
-    draw: Callable[[Tables], Figure],
+    draw: Callable[[Tables, Path], None],
     argv: list[str] | None = None,
 ) -> int:
-    """Measure, write every table as CSV, all of them as JSON, and the picture; exit status 0, 2 bad input, 130."""
+    """Measure, write every table as CSV and all of them as JSON, and let `draw` write a picture beside them.
+
+    Exit status: 0 done, 2 bad input, 130 interrupted.
+    """
     args = options.parse_args(argv)
     try:
         trust.apply(args)
@@ -95,27 +96,27 @@ def run(
     return 0
 
 
-def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
+def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables, Path], None]) -> None:
     """The files of one command, and what it prints. Long tables, such as curves, are in their CSV file alone."""
     out: Path = args.out
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    everything = {
-        "settings": {key: value for key, value in settings.items() if key not in ("json", "out")},
-        "provenance": provenance("cpu"),
-        **{key: records(table) for key, table in tables.items()},
-    }
+    everything = {**asked(args, "json", "out"), **{key: rows(table) for key, table in tables.items()}}
     for key, table in tables.items():
         write_text(out / f"{name}-{key}.csv", table.to_csv(index=False))
     long = {key for key, table in tables.items() if len(table) > MOST_PRINTED}
     write_json(out / f"{name}.json", {key: value for key, value in everything.items() if key not in long})
-    with style.use():
-        style.save(draw(tables), out / name)
+    draw(tables, out / name)
     print(json.dumps(everything, indent=2) if args.json else as_text(tables))
     if not args.json:
         print(f"Tables, JSON and picture: {out}")
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def asked(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    """How the record of a measurement begins: what was asked for, and where and of which versions it is."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
+    return {"settings": settings, "provenance": provenance("cpu")}
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON has them: NaN is null."""
     return json.loads(table.to_json(orient="records", double_precision=DIGITS))
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,15 @@ def number(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+@cache
 def committed() -> Sweep:
     """The comparison that is trained where no option says otherwise."""
     return read(CONF / "sweeps" / "compare.yaml")
 
 
-def parse(argv: list[str] | None, default: Sweep) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    known, methods = default.settings, [case["projection"] for case in default.cases]
+    known, methods = committed().settings, [case["projection"] for case in committed().cases]
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.splitlines()[0])
     model = "minilm, smollm2, a hub id, a local folder or a .gguf file"
     task = "vader, glue/<name>, or a folder of jsonl, csv, tsv or parquet"
@@ -97,10 +99,10 @@ def default_budget(task: str, model: str) -> int:
     return sum(out for out, _ in shapes.values()) + VERA_RANK * len(shapes)
 
 
-def asked(args: argparse.Namespace, default: Sweep) -> Sweep:
+def asked(args: argparse.Namespace) -> Sweep:
     """The sweep that the options ask for."""
     settings = {
-        **default.settings,
+        **committed().settings,
         "task": args.task,
         "model": args.model,
         "budget": args.budget or default_budget(args.task, args.model),
@@ -114,9 +116,9 @@ def asked(args: argparse.Namespace, default: Sweep) -> Sweep:
     }
     chosen = {key: getattr(args, key) for key in ("projections", "seeds", "lr")}
     methods = [{"projection": projection} for projection in args.projections]
-    rates = {} if args.lr == AUTO else given_rates(args, default)
+    rates = {} if args.lr == AUTO else given_rates(args)
     return replace(
-        default,
+        committed(),
         name=f"comparison-{digest({**settings, **chosen})}",
         settings=settings,
         cases=[{**method, "lr": rates[method["projection"]]} if rates else method for method in methods],
@@ -125,10 +127,10 @@ def asked(args: argparse.Namespace, default: Sweep) -> Sweep:
     )
 
 
-def given_rates(args: argparse.Namespace, default: Sweep) -> Mapping[str, float]:
+def given_rates(args: argparse.Namespace) -> Mapping[str, float]:
     """The learning rate of every projection. Raises ExperimentError for one that was never tuned."""
     if args.lr == TABLE:
-        known = {case["projection"]: case["lr"] for case in default.cases}
+        known = {case["projection"]: case["lr"] for case in committed().cases}
         if missing := [projection for projection in args.projections if projection not in known]:
             raise ExperimentError(
                 f"compare: every projection needs a tuned rate, got none for {', '.join(missing)}. "
@@ -144,9 +146,9 @@ def given_rates(args: argparse.Namespace, default: Sweep) -> Mapping[str, float]
     return dict.fromkeys(args.projections, lr)
 
 
-def remark(settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
+def remark(settings: Mapping[str, Any]) -> str:
     """What a reader must know of the committed rates at other settings than their own; nothing at those."""
-    tuned_at = {key: value for key, value in default.items() if key != "timing"}
+    tuned_at = {key: value for key, value in committed().settings.items() if key != "timing"}
     if not (other := {key: settings[key] for key, value in tuned_at.items() if settings[key] != value}):
         return ""
     return f"Learning rates were tuned at {_listed(tuned_at)}, not at {_listed(other)}: --lr auto tunes them for these."
@@ -187,12 +189,12 @@ def trained(run: RunConfig) -> int:
     return get(run.projection).for_budget(shapes, run.budget, run.r).trained
 
 
-def compare(args: argparse.Namespace, default: Sweep) -> int:
+def compare(args: argparse.Namespace) -> int:
     """Train what is missing and write the table; returns the exit status."""
     check(args)
-    sweep = asked(args, default)
+    sweep = asked(args)
     preflight.check(sweep)
-    remarks = [said] if args.lr == TABLE and (said := remark(sweep.settings, default.settings)) else []
+    remarks = [said] if args.lr == TABLE and (said := remark(sweep.settings)) else []
     print("".join(f"{said}\n" for said in remarks), end="")
     if args.dry_run:
         print(announced(sweep, args.runs))
@@ -211,10 +213,9 @@ def compare(args: argparse.Namespace, default: Sweep) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
     torch.set_num_threads(1)
-    default = committed()
-    args = parse(argv, default)
+    args = parse(argv)
     try:
-        return compare(args, default)
+        return compare(args)
     except (ExperimentError, ProjectionError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.report.collect import REFERENCE
 from experiments.names import mapping
 from experiments.records import statistics
+from paper_figures.committed import Committed
 from paper_figures.comparison import score
-from paper_figures.sources import Results
+from paper_figures.report.collect import REFERENCE
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted(path.parent.name for path in ROOT.glob("results/sweeps/*/records.csv"))
@@ -53,7 +53,7 @@ def test_a_run_that_did_not_train_is_in_no_mean_anywhere() -> None:
     mean = own.loc[own["did_not_train"].isna(), "score"].mean()
     assert len(own) == 3 and own["did_not_train"].notna().sum() == 1 and abs(mean - own["score"].mean()) > 0.01
     summary = pd.read_csv(ROOT / "results/sweeps/glue_budget/summary.csv").set_index(["projection", "task"])
-    sweep = Results(ROOT / "results").sweep("glue_budget")
+    sweep = Committed(ROOT / "results").sweep("glue_budget")
     assert sweep is not None
     cell = sweep.cells.set_index(["projection", "task"]).loc[("vera", "glue/qnli")]
     kept = summary.loc[("vera", "glue/qnli")]

@@ -1,11 +1,14 @@
 """What the base class gives to a class: casts, hyperparameters, claims under a condition."""
 
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import uniproj
 from uniproj import LoRALayout, Projection, ProjectionError, build, get, registry
 from uniproj.testing import sample
 
@@ -74,3 +77,16 @@ def test_hyperparameters_without_types_are_taken_and_others_named(monkeypatch) -
     assert isinstance(P, Projection) and P.hyperparameters == {"own": P.own} and P.own == 2.0
     with pytest.raises(ProjectionError, match=r"untyped: unknown hyperparameters \['other'\]"):
         build("untyped", 40, 5, other=2.0)
+
+
+HOME = Path(uniproj.__file__).parent
+FILES = [HOME / "algebra.py", *sorted((HOME / "projections").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_no_class_sets_a_field_before_its_base_is_made(path: Path) -> None:
+    for init in (n for n in ast.walk(ast.parse(path.read_text())) if getattr(n, "name", "") == "__init__"):
+        nodes = list(ast.walk(init))
+        made = [n.lineno for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "super().__init__"]
+        fields = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+        assert [ast.unparse(n) for n in fields if made and n.lineno < min(made)] == []

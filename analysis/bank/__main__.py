@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from analysis.bank import batches, models, report, soak, storage, switching
+from analysis.command import INTERRUPTED
 from experiments.errors import ExperimentError
 from experiments.models import BaseModel
 from uniproj import console
 from uniproj.bank import AdapterBank
 from uniproj.errors import AdapterError
 
-INTERRUPTED = 130
 OF_SOAK = {"d": 2048, "processes": 4, "seed": 0}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def export(name: str, runs: Path, out: Path) -> Path:
     folder = out / name
     for file, text in texts.items():
         write_text(folder / file, without_paths(text, records))
-    write_json(folder / PROVENANCE, provenance(records, results))
+    write_json(folder / PROVENANCE, origin_of(len(records), int(records["failed"].notna().sum()), results))
     return folder
 
 
@@ -96,20 +96,20 @@ def _rounded(loss: float | None) -> float | None:
     return None if loss is None else float(f"{loss:.{DIGITS}g}")
 
 
-def provenance(records: pd.DataFrame, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Hardware, versions, commits, dates, and the SHA-256 of each adapter by run."""
+def origin_of(runs: int, failed: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Hardware, versions, commits, dates, and the SHA-256 of each adapter by run, of the runs that have a result."""
     origins = [result["provenance"] for result in results.values()]
     finished = sorted(origin["finished"] for origin in origins)
     return {
-        "runs": len(records),
-        "failed": int(records["failed"].notna().sum()),
+        "runs": runs,
+        "failed": failed,
         "hardware": _distinct(origin["hardware"] for origin in origins),
         "versions": _distinct(origin["versions"] for origin in origins),
         "commits": sorted({str(origin["commit"]) for origin in origins}),
         "first": finished[0] if finished else None,
         "last": finished[-1] if finished else None,
         "adapters": {
-            short(f): result["adapter_sha256"] for f, result in sorted(results.items()) if result["adapter_sha256"]
+            short(f): result["adapter_sha256"] for f, result in sorted(results.items()) if result.get("adapter_sha256")
         },
     }
 

@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 from transformers import BertConfig
 
-from analysis import sharing
-from analysis.report.__main__ import main as report_main
+from analysis.sharing.__main__ import main as sharing_main
 from experiments import compare, export, harness, models, mt_bench, sweep, train
 from experiments.errors import ExperimentError
 from experiments.files import read_json, write_json
@@ -28,6 +27,7 @@ from experiments.runs.resolve import resolve
 from experiments.runs.settings import RunConfig
 from experiments.sweeps.file import read
 from paper_figures.__main__ import main as figures_main
+from paper_figures.report.__main__ import main as report_main
 
 ROOT = Path(__file__).parents[2]
 CYCLIC = (ROOT / "examples" / "cyclic.py").read_text()
@@ -184,7 +184,7 @@ def test_code_of_a_model_runs_on_request_alone(
         (sweep.main, [str(tmp_path / "s.yaml"), "--dry-run"]),
         (train.main, [str(folder)]),
         (compare.main, ["--model", foreign, "--task", task, "--dry-run"]),
-        (sharing.main, ["--layout", foreign]),
+        (sharing_main, ["--layout", foreign]),
     ):
         assert main(words) in (1, 2) and not marker.exists(), main
         said = capsys.readouterr()

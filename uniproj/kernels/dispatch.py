@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,8 +33,6 @@ _MISSING = {
     "numba": "uniproj: Numba is not installed, so projections on the CPU run in plain PyTorch: Uni-LoRA, VeRA and "
     "Tied-LoRA take two to three times as long. Install it with `pip install numba`.",
 }
-
-
 _OWN = {"cuda": ["triton"], "cpu": ["numba"]}
 
 
@@ -77,7 +76,7 @@ def _added(kind: str) -> list[str]:
     found = set()
     for file in pkgutil.iter_modules(import_module(__package__).__path__):
         name = file.name.partition("_")[2]
-        if name and name not in _MISSING and kind in import_module(f"{__package__}.{file.name}").RUNS_ON:
+        if name and name not in _MISSING and kind in _load(f"{__package__}.{file.name}").RUNS_ON:
             found.add(name)
     return sorted(found)
 
@@ -90,8 +89,12 @@ def _file(home: str, name: str) -> str | None:
 
 @cache
 def _namesake(operator: Callable[..., Any], file: str) -> Callable[..., Any] | None:
+    return getattr(_load(file), operator.__name__.removeprefix("_"), None)
+
+
+def _load(file: str) -> ModuleType:
     with ONE_CALLER:
-        return getattr(import_module(file), operator.__name__.removeprefix("_"), None)
+        return import_module(file)
 
 
 @cache

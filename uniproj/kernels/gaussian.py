@@ -50,9 +50,7 @@ def _tiles(
             yield slice(first + rows.start, first + rows.stop), slice(column, column + columns), entries
 
 
-def _times(
-    x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype: P x."""
     x = x.detach().to(accumulation_dtype(x.dtype, dtype))
     y = torch.empty(len(x), size[0], dtype=dtype, device=x.device)
@@ -62,7 +60,7 @@ def _times(
 
 
 def _transpose_times(
-    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype
+    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """y (n, D) -> (n, d) in dtype: P^T y."""
     y = y.detach().to(accumulation_dtype(y.dtype, dtype))

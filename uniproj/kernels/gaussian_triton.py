@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +71,7 @@ def _transpose_times(
         tl.store(x + j, tl.sum(total, 0), mask=j < columns)
 
 
-def times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[int], dtype: torch.dtype) -> Tensor:
     """A row sums columns j, j + _COLUMNS, .. first."""
     (x,) = accumulated(dtype, x)
     y = torch.empty(len(x), size[0], dtype=x.dtype, device=x.device)
@@ -86,7 +84,7 @@ def times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Seque
 
 
 def transpose_times(
-    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype
+    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """Runs of rows are summed apart and then added."""
     (y,), (D, d, rows, columns, _) = accumulated(dtype, y), size

@@ -5,7 +5,6 @@ A backend may keep such an index in a form of its own, or compute it in its kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -20,12 +19,12 @@ from uniproj.kernels.gather import gathered, summed
 _indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _copy_by_index(x: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """x (n, d), index (D,) int32 -> (n, D) in dtype."""
     return gathered(x, index, size[1], dtype)
 
 
-def _sum_by_index(y: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """y (n, D), index (D,) int32 -> (n, d): each column sums its rows."""
     return summed(y, index, size[1], dtype)
 
@@ -38,26 +37,14 @@ sum_by_index, copy_by_index = register_form(
 
 
 def _deal_out(
-    x: Tensor,
-    by_row: Tensor,
-    by_position: Tensor,
-    groups: Tensor,
-    tables: Tensor,
-    size: Sequence[int],
-    dtype: torch.dtype,
+    x: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """x (n, d), a `Deal` -> (n, D) in dtype."""
     return gathered(x, _index_of(Deal(by_row, by_position, groups, tables)), size[1], dtype)
 
 
 def _gather_in(
-    y: Tensor,
-    by_row: Tensor,
-    by_position: Tensor,
-    groups: Tensor,
-    tables: Tensor,
-    size: Sequence[int],
-    dtype: torch.dtype,
+    y: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """y (n, D), a `Deal` -> (n, d): each column sums its rows."""
     return summed(y, _index_of(Deal(by_row, by_position, groups, tables)), size[1], dtype)

@@ -9,7 +9,7 @@ bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numba
 import numpy as np
@@ -31,41 +31,29 @@ _MOST_SUMS = 8
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def copy_by_index(x: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     return _copy(x, *_tiles_of(index, lambda: index, size), size, dtype)
 
 
-def sum_by_index(y: Tensor, index: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     return _sum(y, *_tiles_of(index, lambda: index, size), size, dtype)
 
 
 def deal_out(
-    x: Tensor,
-    by_row: Tensor,
-    by_position: Tensor,
-    groups: Tensor,
-    tables: Tensor,
-    size: Sequence[int],
-    dtype: torch.dtype,
+    x: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     deal = Deal(by_row, by_position, groups, tables)
     return _copy(x, *_tiles_of(tables, deal.index, size), size, dtype)
 
 
 def gather_in(
-    y: Tensor,
-    by_row: Tensor,
-    by_position: Tensor,
-    groups: Tensor,
-    tables: Tensor,
-    size: Sequence[int],
-    dtype: torch.dtype,
+    y: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     deal = Deal(by_row, by_position, groups, tables)
     return _sum(y, *_tiles_of(tables, deal.index, size), size, dtype)
 
 
-def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
     if key not in _tiles:
         _tiles[key] = tile(index(), size[1])
     return _tiles[key]
@@ -79,7 +67,7 @@ def tile(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
     return words, ends
 
 
-def _copy(x: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _copy(x: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype, rounded before the copy."""
     y = fresh((len(x), size[0]), dtype, owner=words)
     together = min(_TOGETHER, -(-len(ends) // torch.get_num_threads()))
@@ -87,7 +75,7 @@ def _copy(x: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: to
     return y
 
 
-def _sum(y: Tensor, words: Tensor, ends: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _sum(y: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """y (n, D) -> (n, d): sums of the rows of each column, in the order of the rows.
 
     The chunks are cut into as many runs as D and d decide, never the number of threads, and the sums of the runs added

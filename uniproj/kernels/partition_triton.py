@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -112,13 +110,7 @@ def _gather_in(
 
 
 def deal_out(
-    x: Tensor,
-    by_row: Tensor,
-    by_position: Tensor,
-    groups: Tensor,
-    tables: Tensor,
-    size: Sequence[int],
-    dtype: torch.dtype,
+    x: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """Row i gets x[column of i]."""
     x = x.detach().to(dtype).contiguous()
@@ -130,13 +122,7 @@ def deal_out(
 
 
 def gather_in(
-    y: Tensor,
-    by_row: Tensor,
-    by_position: Tensor,
-    groups: Tensor,
-    tables: Tensor,
-    size: Sequence[int],
-    dtype: torch.dtype,
+    y: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """Sums in float32 (float64 for float64), each in the order pi^-1(j), pi^-1(j + d), .."""
     y = y.detach().contiguous()

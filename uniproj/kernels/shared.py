@@ -51,7 +51,7 @@ def _starts(sizes: list[int]) -> list[int]:
     return list(accumulate(sizes, initial=0))[:-1]
 
 
-def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     """(n, D): scale[l, i] matrix[group of l, i, j] at the place of every block."""
     matrix, scale = accumulated(dtype, matrix, scale)
     out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
@@ -60,7 +60,7 @@ def _product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int],
     return out
 
 
-def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     """(n, numbers): sum of scale[l, i] y[l, i, j] over the blocks of a group, in the order of the table."""
     y, scale = accumulated(dtype, y, scale)
     out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
@@ -69,7 +69,7 @@ def _matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[in
     return out.to(dtype)
 
 
-def _scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     """(n, scalers): sum over j of y[l, i, j] matrix[group of l, i, j]."""
     y, matrix = accumulated(dtype, y, matrix)
     out = torch.zeros(len(y), sizes[2], dtype=y.dtype, device=y.device)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -15,15 +14,15 @@ from uniproj.kernels.compiled import call, parallel
 from uniproj.kernels.forms import accumulated
 
 
-def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     return _filled(_product, matrix, scale, table, sizes[0], dtype)
 
 
-def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     return _filled(_matrix_gradient, y, scale, table, sizes[1], dtype)
 
 
-def scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     return _filled(_scale_gradient, y, matrix, table, sizes[2], dtype)
 
 

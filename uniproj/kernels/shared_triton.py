@@ -7,8 +7,6 @@ Without fused multiply-add, so products round as on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -89,7 +87,7 @@ def _scale_gradient(y, matrix, out, table, D, M, R, WIDE: tl.constexpr, NARROW: 
             tl.store(out + i, sums, mask=i < rows)
 
 
-def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     matrix, scale = accumulated(dtype, matrix, scale)
     out = torch.zeros(len(matrix), sizes[0], dtype=dtype, device=matrix.device)
     cells = (triton.cdiv(sizes[3], _BLOCK), len(table), len(out))
@@ -97,7 +95,7 @@ def product(matrix: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], 
     return out
 
 
-def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     y, scale = accumulated(dtype, y, scale)
     out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
     cells = (triton.cdiv(sizes[5], _BLOCK), len(table), len(out))
@@ -105,7 +103,7 @@ def matrix_gradient(y: Tensor, scale: Tensor, table: Tensor, sizes: Sequence[int
     return out.to(dtype)
 
 
-def scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def scale_gradient(y: Tensor, matrix: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     y, matrix = accumulated(dtype, y, matrix)
     out = torch.zeros(len(y), sizes[2], dtype=y.dtype, device=y.device)
     cells = (triton.cdiv(sizes[4], _NARROW), len(table), len(out))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.records import read, read_sweep
 from experiments import export, sweep
 from experiments.records.committed import without_paths
+from experiments.records.gather import read, read_sweep
 from experiments.records.reading import load
 from experiments.runs.folder import lock, prepare
 

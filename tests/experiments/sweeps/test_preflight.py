@@ -18,7 +18,7 @@ from experiments.files import read_json, write_json
 from experiments.runs.folder import CONFIG, METRICS, RESULT, prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.settings import RunConfig
-from experiments.sweeps import launchers
+from experiments.sweeps import launchers, preflight
 from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 
 
@@ -190,8 +190,7 @@ def test_a_comparison_ranks_by_a_metric_that_its_task_has(model: str, task: str,
     assert compare.main([*asked, "--metric", "Spearman", "--runs", str(runs)]) == 2
     assert "the metric of classes must be one of" in capsys.readouterr().err and not runs.exists()
     for more, metric in (([], None), (["--metric", "macro F1"], "macro F1")):
-        settings = compare.settings(compare.parse([*asked, *more]), 200)
-        config = resolve({**settings, "projection": "unilora", "lr": 0.02, "seed": 0})
+        (config,) = preflight.runs_of(compare.asked(compare.parse([*asked, *more])))["confirm"]
         assert config.metric == metric and config.to_json().get("metric", None) == metric
 
 
