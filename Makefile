@@ -4,8 +4,8 @@ PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 LOWEST := .venv-lowest/bin/python -m pytest -o addopts= -q -m "not slow"
 PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra_passes_the_battery \
-	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/adapters/test_fixtures.py \
-	tests/adapters/test_peft_formats.py tests/test_transforms.py::test_export \
+	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/format/test_fixtures.py \
+	tests/exchange/test_peft_formats.py tests/test_transforms.py::test_export \
 	tests/test_transforms.py::test_compile_after_a_call_without_gradients
 
 .PHONY: compare sweep overhead figures test test-lowest lint .venv .venv-lowest

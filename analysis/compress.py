@@ -19,9 +19,10 @@ from experiments import models
 from experiments.errors import ExperimentError
 from experiments.models import trust
 from uniproj import AdapterError, ProjectionError, console
-from uniproj.adapters.compress import compress
-from uniproj.adapters.lora import LoRAAdapter, read
 from uniproj.errors import printable
+from uniproj.exchange import LoRAAdapter
+from uniproj.exchange.compress import compress
+from uniproj.exchange.formats.lora import read
 
 
 def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:

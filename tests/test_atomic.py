@@ -17,12 +17,12 @@ import pytest
 
 from experiments.files import write_bytes
 from uniproj import atomic
-from uniproj.adapters.disk import replace
+from uniproj.format.disk import replace
 
 ROOT = Path(__file__).parent.parent
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 WRITERS = {
-    "adapter": "from uniproj.adapters.disk import replace; write = lambda p: replace({p: b'new' * 9999})",
+    "adapter": "from uniproj.format.disk import replace; write = lambda p: replace({p: b'new' * 9999})",
     "result": "from experiments.files import write_bytes; write = lambda p: write_bytes(p, b'new' * 9999)",
 }
 
@@ -66,7 +66,7 @@ def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: replace({tmp_path / "mine": slow()}))
     thread.start()
     code = (
-        "import os, sys, pathlib; from uniproj.adapters.disk import replace; original = os.fsync;"
+        "import os, sys, pathlib; from uniproj.format.disk import replace; original = os.fsync;"
         "os.fsync = lambda *_: (print('begun', flush=True), sys.stdin.read(1), setattr(os, 'fsync', original));"
         f"replace({{pathlib.Path({str(tmp_path / 'theirs')!r}): b'theirs'}})"
     )

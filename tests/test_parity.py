@@ -24,7 +24,7 @@ from tests.reference.peft_toys import (
 )
 from uniproj import AdapterError, LoRALayout, Projection, ProjectionError, build
 from uniproj.claims import CHECKS
-from uniproj.tuner.convert import from_peft, to_peft
+from uniproj.exchange import from_peft, to_peft
 
 KINDS = sorted(CONFIGS)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -226,8 +226,8 @@ def _refused(match: str, model: PeftModel, P: Projection, theta_d: Tensor, **opt
 @pytest.mark.parametrize(
     ("kind", "changes", "match"),
     [
-        ("LORA", {"r": 2}, r"to_peft: the adapter must have down\.B \(16, 4\).*D = 984.*got down\.B \(16, 2\)"),
-        ("LORA", {"target_modules": TARGETS[:2]}, r"must have mix\.B \(24, 3\).*got up\.B"),
+        ("LORA", {"r": 2}, r"to_peft: down must have .* = \(16, 40, 4\), got .* = \(16, 40, 2\).*D = 984"),
+        ("LORA", {"target_modules": TARGETS[:2]}, r"mix must have .* = \(24, 16, 3\), got no adapter"),
         ("UNILORA", {"theta_d_length": 40}, r"unilora_theta_d must have the projection's shape \(50,\), got \(40,\)"),
         ("UNILORA", {"proj_seed": 1}, r"down\.unilora_indices_B must already equal.*save_indices=True"),
         ("VERA", {"projection_prng_key": 1, "save_projection": False}, "vera_B must already equal.*save_projection"),

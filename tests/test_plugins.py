@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from tests.adapters.fixtures import base
+from tests.format.fixtures import base
 from uniproj import ProjectionError, plugins, registry
-from uniproj.__main__ import main
+from uniproj.cli import main
 from uniproj.tuner import UniProjConfig
 
 CYCLIC = (Path(__file__).parents[1] / "examples" / "cyclic.py").read_text()

@@ -9,9 +9,9 @@ import torch
 
 import uniproj
 from uniproj import LoRALayout, Projection, ProjectionError, build, get, names, register, registry
-from uniproj.__main__ import main
 from uniproj.algebra import BlockDiagonal, Compose, ConcatColumns, Select
 from uniproj.budget import TOLERANCE
+from uniproj.cli import main
 from uniproj.projections._partition import Partition
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in "qv"}, r=2)

@@ -19,7 +19,7 @@ _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCE
 
 
 @contextmanager
-def written(path: Path, content: bytes | Iterable[bytes]) -> Iterator[Path]:
+def written(path: Path, content: bytes | Iterable[bytes | memoryview]) -> Iterator[Path]:
     """A temporary file beside `path` that holds the content, flushed to the disk, and is gone at the end.
 
     Its permissions are those of the file at `path`, or of any new file. What killed writers left there is removed.

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from analysis.capabilities.probe import check, probe
 from analysis.capabilities.subjects import IDS, ROUNDING, TARGETS, llama, logits, same, saved
-from uniproj.adapters.exchange import export
-from uniproj.tuner import from_peft, to_peft
+from uniproj.exchange import export, from_peft, to_peft
 
 FORMATS = "Other formats"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

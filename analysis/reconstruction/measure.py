@@ -13,8 +13,8 @@ from analysis.command import bar
 from analysis.spaces import build
 from analysis.subject import Head, Subject
 from uniproj import Projection
-from uniproj.adapters.compress import GAUGE_LIMIT, GAUGE_NOTE
-from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.compress import GAUGE_LIMIT, GAUGE_NOTE
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
 
 # Rows whose own gradients make the Fisher information.
 FISHER_ROWS = 64

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from experiments.models.pretrained import BaseModel, target_modules, unloaded
 from experiments.tasks import Task
-from uniproj.adapters.places import linear_modules
+from uniproj.format import linear_modules
 
 
 class Family(ABC):

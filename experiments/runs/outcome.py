@@ -15,8 +15,8 @@ from torch import Tensor
 
 from experiments.files import write_text
 from experiments.runs.run import HEAD, Run
-from uniproj.adapters.tensors import HEADS
 from uniproj.claims import isometry_error
+from uniproj.format import HEADS
 from uniproj.projection import Projection
 
 # Fraction of the initial loss that a run must gain on rows it was trained on.

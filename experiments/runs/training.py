@@ -19,7 +19,7 @@ from experiments.runs.outcome import ADAPTER, finite
 from experiments.runs.provenance import provenance
 from experiments.runs.run import Run
 from experiments.runs.step_time import step_times
-from uniproj.adapters.file import read
+from uniproj.format import read
 
 INTERRUPTED = 130
 STATE = "trainer_state.json"

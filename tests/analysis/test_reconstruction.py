@@ -21,8 +21,8 @@ from analysis.subject import HEAD, Setting, Subject, factor_name
 from analysis.training import train_lora
 from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
-from uniproj.adapters.lora import read
-from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.formats.lora import read
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
 
 SMALL = LoRALayout.from_shapes({"layer.0.query": (12, 8), "layer.1.query": (12, 8)}, r=4)
 

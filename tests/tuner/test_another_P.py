@@ -20,12 +20,12 @@ from peft import (
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
-from tests.adapters.fixtures import ROOT, base
-from tests.adapters.saved import reconfigure
+from tests.format.fixtures import ROOT, base
+from tests.format.saved import reconfigure
 from tests.tuner.models import base_model, config, train_steps
 from uniproj import AdapterError
-from uniproj.adapters import file, identity
-from uniproj.adapters.tensors import IDENTITY, THETA_D
+from uniproj.format import file, identity
+from uniproj.format.tensors import IDENTITY, THETA_D
 
 # what ties theta_d to other updates, with the word by which the error names it
 OTHERS = {

@@ -14,14 +14,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tests.adapters.saved import save
+from tests.format.saved import save
 from tests.tuner.models import base_model, config, train_steps
 from tests.tuner.test_trainer import _data
 from uniproj import AdapterError
-from uniproj.adapters import file
-from uniproj.adapters.exchange import export
-from uniproj.adapters.tensors import OF_P, THETA_D
-from uniproj.adapters.trained import Trained
+from uniproj.exchange import export
+from uniproj.exchange.adapter import Adapter
+from uniproj.format import file
+from uniproj.format.tensors import OF_P, THETA_D
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -75,7 +75,7 @@ def test_bad_numbers_are_not_saved_by_any_way(case: str, tmp_path: Path) -> None
         lambda out: model.save_pretrained(out, selected_adapters=["default"], save_embedding_layers=False),
         lambda out: export(model, out),
         lambda out: export(model, out, to="vllm"),
-        lambda out: Trained.of_model(model).save(out),
+        lambda out: Adapter.of_model(model).save(out),
     ]
     for way in ways:
         for out in (there, new):

@@ -22,13 +22,13 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.adapters.saved import rewrite
+from tests.format.saved import rewrite
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.adapters import file, inspect
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.exchange import export, import_adapter
-from uniproj.adapters.verify import verify
+from uniproj.exchange import export, import_adapter, inspect
+from uniproj.exchange.verify import verify
+from uniproj.format import file
+from uniproj.format.tensors import OF_P, THETA_D
 from uniproj.tuner import UniProjConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -108,8 +108,8 @@ ADDED: dict[str, tuple[dict[str, Any], str, Tensor, str]] = {
     ),
     "wrapper": ({}, f"{BASE}_orig_mod.model.norm.weight", torch.ones(32), "must be what the configuration trains"),
     "no prefix": ({}, "model.norm.weight", torch.ones(32), "must be what the configuration trains"),
-    "P's numbers": ({}, f"{stored.OF_P}logits", torch.ones(3), "which projection 'unilora' does not have"),
-    "another's theta_d": ({}, f"{stored.THETA_D}.default", torch.ones(60), "which projection 'unilora' does not have"),
+    "P's numbers": ({}, f"{OF_P}logits", torch.ones(3), "which projection 'unilora' does not have"),
+    "another's theta_d": ({}, f"{THETA_D}.default", torch.ones(60), "which projection 'unilora' does not have"),
     "integers": (
         HEAD,
         f"{BASE}lm_head.weight",
@@ -224,7 +224,7 @@ def test_what_another_configuration_trains_does_not_reach_the_base(tmp_path: Pat
 
 def test_a_learned_P_has_its_own_numbers_and_no_more(tmp_path: Path) -> None:
     _trained(projection="vblora").save_pretrained(tmp_path / "ours")
-    folder, more = tmp_path / "ours", f"{stored.OF_P}more"
+    folder, more = tmp_path / "ours", f"{OF_P}more"
     rewrite(folder, lambda tensors: {**tensors, more: torch.ones(3)})
     for way in (
         lambda: PeftModel.from_pretrained(base_model("llama"), folder),
@@ -234,7 +234,7 @@ def test_a_learned_P_has_its_own_numbers_and_no_more(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match=rf"^{more}: .* which projection 'vblora' does not have"):
             way()
     rewrite(folder, _without(more))
-    rewrite(folder, _without(f"{stored.OF_P}logits"))
+    rewrite(folder, _without(f"{OF_P}logits"))
     for way in (lambda: PeftModel.from_pretrained(base_model("llama"), folder), lambda: verify(folder)):
         with pytest.raises(AdapterError, match=r"logits: the file must hold a tensor of shape .* got none"):
             way()
@@ -411,7 +411,7 @@ def test_an_import_takes_no_weight_of_the_base_along(kind: str, tmp_path: Path) 
     _foreign(kind).save_pretrained(tmp_path / "theirs")
     path, base = tmp_path / "theirs" / file.WEIGHTS, base_model("llama")
     tensors = load_file(path)
-    for key in (f"{BASE}model.norm.weight", f"{BASE}lm_head.weight", f"{Q}base_layer.weight", stored.THETA_D):
+    for key in (f"{BASE}model.norm.weight", f"{BASE}lm_head.weight", f"{Q}base_layer.weight", THETA_D):
         save_file({**tensors, key: torch.ones(32)}, path)
         with pytest.raises(AdapterError, match=rf"{key} must be what the configuration trains"):
             import_adapter(tmp_path / "theirs", tmp_path / "ours", base=base)

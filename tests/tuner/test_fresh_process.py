@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+import uniproj.format
 from tests.tuner.models import base_model, batch, config, train_steps
 
 ROOT = Path(__file__).parents[2]
@@ -111,17 +113,17 @@ def test_the_card_of_a_lora_stays_as_peft_writes_it(tmp_path: Path) -> None:
     assert "uniproj" not in (tmp_path / "README.md").read_text()
 
 
-BELOW_THE_TUNER = [
-    *("disk", "file", "fit", "header", "heads", "identity", "inspect", "keys", "patterns", "remap", "tensors"),
-]
-
-
-def test_what_the_tuner_imports_does_not_import_peft(saved: Path) -> None:
+def test_the_format_does_not_import_peft(saved: Path) -> None:
     # PEFT imports the tuner, which would find such a module half made
-    wanted = ", ".join(f"uniproj.adapters.{name}" for name in BELOW_THE_TUNER)
+    wanted = ", ".join(f"uniproj.format.{module.name}" for module in pkgutil.iter_modules(uniproj.format.__path__))
     _run(f"import sys, {wanted}\nassert 'peft' not in sys.modules", saved)
 
 
 def test_a_command_in_a_fresh_process(saved: Path) -> None:
-    said = _run("from uniproj.__main__ import main; import sys; sys.exit(main(['inspect', 'adapter']))", saved)
+    said = _run("from uniproj.cli import main; import sys; sys.exit(main(['inspect', 'adapter']))", saved)
+    assert "unilora" in said
+
+
+def test_a_command_that_needs_no_adapter_imports_no_peft(saved: Path) -> None:
+    said = _run("import sys; from uniproj.cli import main; main(['list']); assert 'peft' not in sys.modules", saved)
     assert "unilora" in said

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.adapters.saved import rewrite
+from tests.format.saved import rewrite
 from tests.tuner.models import batch, train_steps
 from uniproj import AdapterError
 from uniproj.tuner import UniProjConfig

@@ -13,12 +13,12 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from tests.adapters.fixtures import ROOT
+from tests.format.fixtures import ROOT
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError, names
-from uniproj.adapters import file
-from uniproj.adapters.exchange import export
-from uniproj.adapters.keys import plain
+from uniproj.exchange import export
+from uniproj.format import file
+from uniproj.format.keys import plain
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig, UniProjModel
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.adapters.saved import reconfigure, rewrite
+from tests.format.saved import reconfigure, rewrite
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
-from uniproj.adapters.tensors import THETA_D as THETA
+from uniproj.format.tensors import THETA_D as THETA
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from tests.adapters.saved import reconfigure
+from tests.format.saved import reconfigure
 from tests.tuner.models import TARGETS, base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.adapters import file
+from uniproj.format import file
 from uniproj.tuner import UniProjConfig
 
 

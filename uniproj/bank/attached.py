@@ -10,15 +10,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import file as adapter_file
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import THETA_D
 from uniproj.errors import AdapterError
-from uniproj.layout import LoRALayout
+from uniproj.format.compatibility import first_difference
+from uniproj.format.fields import Role, used
+from uniproj.format.file import read
+from uniproj.format.header import Header
+from uniproj.format.tensors import THETA_D
 from uniproj.tuner import UniProjModel
-
-# fields by which an adapter trains more than theta_d, and their value where it does not
-_MORE = {"modules_to_save": None, "bias": "none", "trainable_token_indices": None}
 
 
 def tuner_of(model: nn.Module, where: str) -> UniProjModel:
@@ -59,7 +57,7 @@ def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
 def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
     """The header of an attached adapter. Raises AdapterError if it trains numbers beside theta_d."""
     projection: Any = tuner.projections[adapter_name]
-    header = Header.of(tuner.peft_config[adapter_name], projection, tuner.model)
+    header = Header.of(tuner.peft_config[adapter_name].to_dict(), projection, tuner.model)
     check_alone(header, [name for name, _ in projection.named_parameters()])
     return header
 
@@ -75,7 +73,7 @@ def read_adapter(source: Any, what: str, kinds: str) -> tuple[Header, Tensor]:
             f"bank: {what} must be {kinds} or the folder of a saved adapter, got a {type(source).__name__}. "
             "Numbers go into bank.add by torch.as_tensor(numbers)."
         )
-    saved = adapter_file.read(source)
+    saved = read(source)
     if saved.header is None:
         raise AdapterError(
             f"bank: {source} must hold a header of its P, got a file of an earlier format. "
@@ -92,8 +90,7 @@ def check_alone(header: Header, other: Iterable[str]) -> None:
             f"bank: {header.projection} must have no numbers of its own, got the learned {', '.join(learned)[:80]}: a "
             "bank holds the theta_d of one fixed P. Save such adapters one by one, with save_pretrained."
         )
-    more = [key for key, absent in _MORE.items() if (header.settings.get(key) or absent) != absent]
-    if more:
+    if more := used(header.settings, Role.BESIDE):
         raise AdapterError(
             f"bank: an adapter must train theta_d alone, got {more[0]} = {header.settings[more[0]]!r}. "
             "Save adapters with a head of their own one by one, with save_pretrained."
@@ -106,17 +103,5 @@ def check_same(mine: Header, other: Header, what: str) -> None:
     if difference is None:
         return
     if difference.startswith("layout_fingerprint"):
-        difference = _first_module(mine.layout, other.layout) or difference
+        difference = str(first_difference(mine.layout, other.layout) or difference)
     raise AdapterError(f"bank: {what} must have the bank's P: {difference}. Keep one bank per P and base model.")
-
-
-def _first_module(mine: LoRALayout, other: LoRALayout) -> str | None:
-    """The first module that one of two layouts lacks, or has in another size or rank, as a clause."""
-    wanted, found = (
-        {b.module: f"(out, in, rank) = {(b.shape[0], a.shape[1], b.shape[1])}" for b, a in layout.pairs()}
-        for layout in (mine, other)
-    )
-    for module in {**wanted, **found}:
-        if wanted.get(module) != found.get(module):
-            return f"{module} must have {wanted.get(module, 'no adapter')}, got {found.get(module, 'no adapter')}"
-    return None

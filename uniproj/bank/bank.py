@@ -13,10 +13,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import file as adapter_file
-from uniproj.adapters.fit import warn_of_another_base
-from uniproj.adapters.header import Header
-from uniproj.adapters.tensors import THETA_D, check_numbers
 from uniproj.bank.attached import (
     active_adapter,
     check_same,
@@ -32,6 +28,11 @@ from uniproj.bank.index import Change, Index
 from uniproj.bank.slots import Slots, crc
 from uniproj.bank.spool import Spool
 from uniproj.errors import AdapterError
+from uniproj.format.compatibility import warn_of_another_base
+from uniproj.format.file import SavedAdapter, config_of, write
+from uniproj.format.header import Header
+from uniproj.format.tensors import THETA_D, check_numbers
+from uniproj.tuner.config import UniProjConfig
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
 # bytes of the longest name
@@ -162,8 +163,8 @@ class AdapterBank:
             check_numbers(tensors, self.header.projection)
         except AdapterError as error:
             raise AdapterError(f"bank.export of {name!r}: {error}") from None
-        config = adapter_file.config_of(self.header, folder)
-        adapter_file.write(folder, tensors, self.header, config)
+        saved = SavedAdapter(config_of(self.header), self.header, tensors)
+        write(folder, tensors, self.header, UniProjConfig.of_saved(saved, folder).to_dict())
 
     # ---- writing ----------------------------------------------------------------------------------
 

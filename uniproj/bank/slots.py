@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,8 @@ import numpy as np
 from uniproj import limits
 from uniproj.bank.folder import RESTORE, identity, refusal, replaced
 from uniproj.errors import AdapterError
+from uniproj.format.tensors import LENGTH, framed, header_length
 
-# bytes of the number with which a safetensors file begins: the length of its header
-_LENGTH = 8
 _PAGE = 4096
 TENSOR, _METADATA = "theta_d", "__metadata__"
 # a file grows by this part of itself at least, so that few writes have to wait for it
@@ -51,7 +49,7 @@ class Slots:
         if not stat.S_ISREG(status.st_mode):
             raise self._foreign("a folder, pipe or device")
         self._identity = status.st_dev, status.st_ino
-        self._start = _LENGTH + self._header_length()
+        self._start = LENGTH + self._header_length()
         self._written_at: int | None = None
         try:
             header = json.loads(self._header())
@@ -75,11 +73,11 @@ class Slots:
     def create(cls, path: Path, d: int, metadata: Mapping[str, str]) -> Slots:
         """A new file with one empty slot."""
         rest = f'"{_METADATA}":{json.dumps(dict(metadata))}}}'.encode().removesuffix(_END) + _written_line(0)
-        pad = -(_LENGTH + len(_shape(d, 1)) + len(rest)) % _PAGE
+        pad = -(LENGTH + len(_shape(d, 1)) + len(rest)) % _PAGE
         header = _shape(d, 1) + rest + b" " * pad
         with path.open("xb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(_LENGTH + len(header) + 4 * d)
+            file.write(framed(header))
+            file.truncate(LENGTH + len(header) + 4 * d)
             _to_disk(file)
         return cls(path)
 
@@ -122,13 +120,13 @@ class Slots:
         after = before if slots <= before else max(slots, before + before // _GROWTH)
         shape = _shape(self.d, after)
         with self._writable() as file:
-            file.seek(_LENGTH)
+            file.seek(LENGTH)
             if after == before and file.read(len(shape)) == shape:
                 return after
             # also where a crash left a part of a slot
             os.ftruncate(file.fileno(), self._end(after))
             # of a fixed length and within the first page, so that it is written whole
-            file.seek(_LENGTH)
+            file.seek(LENGTH)
             file.write(shape)
             _to_disk(file)
         return after
@@ -150,7 +148,7 @@ class Slots:
             text = f"{change:{_DIGITS}d}".encode()
         else:
             header = self._header()
-            at, text = _LENGTH + len(header.rstrip()) - len(_END), _written_line(change)
+            at, text = LENGTH + len(header.rstrip()) - len(_END), _written_line(change)
             if at // _PAGE != (at + len(text) - 1) // _PAGE or at + len(text) > self._start:
                 return
         if change > self.written():
@@ -161,18 +159,18 @@ class Slots:
     def _line(self) -> int | None:
         """Where the number of the last change lies, if there is one."""
         if self._written_at is None and (found := _WRITTEN.search(self._header())):
-            self._written_at = _LENGTH + found.start(1)
+            self._written_at = LENGTH + found.start(1)
         return self._written_at
 
     def _header_length(self) -> int:
-        begin = os.pread(self._file, _LENGTH, 0)
-        length: int = struct.unpack("<Q", begin)[0] if len(begin) == _LENGTH else 0
+        begin = os.pread(self._file, LENGTH, 0)
+        length = header_length(begin) if len(begin) == LENGTH else 0
         if length > min(limits.header_bytes, os.fstat(self._file).st_size):
             raise self._foreign(f"a header of {length:,} bytes")
         return length
 
     def _header(self) -> bytes:
-        return self._steady(self._start - _LENGTH, _LENGTH)
+        return self._steady(self._start - LENGTH, LENGTH)
 
     def _steady(self, size: int, at: int) -> bytes:
         """Bytes as no writer was just changing them."""

@@ -9,7 +9,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from uniproj.tuner import card, files
 from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
-from uniproj.tuner.convert import from_peft, to_peft
 from uniproj.tuner.distributed import shard_base
 from uniproj.tuner.model import UniProjModel
 
@@ -19,4 +18,4 @@ PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UniProjModel.prefix
 files.install()
 card.install()
 
-__all__ = ["UniProjConfig", "UniProjModel", "from_peft", "shard_base", "to_peft"]
+__all__ = ["UniProjConfig", "UniProjModel", "shard_base"]

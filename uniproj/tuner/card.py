@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from uniproj.adapters import file
-from uniproj.adapters.disk import replace
+from uniproj.format import file
+from uniproj.format.disk import replace
 
 _theirs = PeftModel.create_or_update_model_card
 

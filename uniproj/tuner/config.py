@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import LoraConfig
+from torch import Tensor
 
-from uniproj.adapters import file, schema
-from uniproj.adapters.disk import replace
-from uniproj.adapters.header import Header
-from uniproj.adapters.remap import rename
-from uniproj.errors import AdapterError
-from uniproj.registry import get
+from uniproj.errors import AdapterError, ProjectionError
+from uniproj.format import disk, file
+from uniproj.format.fields import PROJECTION, check_fields
+from uniproj.format.header import Header
+from uniproj.format.remap import rename
 
 
 class _PeftType(str):
@@ -31,27 +30,6 @@ class _PeftType(str):
 
 
 PEFT_TYPE = _PeftType("UNIPROJ")
-
-# Settings of LoraConfig that give theta_D another meaning than "the A and B of linear layers".
-_REFUSED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "kasa_config",
-    "layer_replication",
-    "loftq_config",
-    "lora_bias",
-    "lora_ga_config",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
 
 
 @dataclass
@@ -69,7 +47,7 @@ class UniProjConfig(LoraConfig):
     """
 
     lora_alpha: int | None = None  # type: ignore[assignment]
-    projection: str = field(default="unilora", metadata={"help": "Name of the projection P."})
+    projection: str = field(default=PROJECTION, metadata={"help": "Name of the projection P."})
     d: int | None = field(default=None, metadata={"help": "Length of theta_d."})
     projection_seed: int = field(default=0, metadata={"help": "Seed of P."})
     init_seed: int = field(default=0, metadata={"help": "Seed of the start of theta_d."})
@@ -84,25 +62,11 @@ class UniProjConfig(LoraConfig):
             self.lora_alpha = self.r
         # a number of NumPy's is as good as Python's, but no file can hold it
         self.__dict__.update({k: v.item() for k, v in vars(self).items() if isinstance(v, np.generic)})
-        schema.check(schema.Configuration, vars(self), "UniProjConfig: ")
+        check_fields(vars(self), "UniProjConfig: ")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        get(self.projection)
-        defaults = {f.name: f.default for f in dataclasses.fields(LoraConfig)}
-        changed = [name for name in _REFUSED if getattr(self, name, None) not in (None, {}, defaults.get(name))]
-        if self.init_lora_weights is not True:
-            changed.append("init_lora_weights")
-        if changed:
-            raise AdapterError(
-                f"UniProjConfig: {', '.join(changed)} changes what A and B are, which P already decides. "
-                "Leave it at its default, or use PEFT's LoraConfig."
-            )
-        if reserved := sorted({"d", "layout", "seed", "base_weights"} & set(self.projection_kwargs)):
-            raise AdapterError(
-                f"UniProjConfig: projection_kwargs holds hyperparameters of P, got {reserved}. "
-                "Use the fields d, projection_seed and target_modules."
-            )
         self.header: Header | None = None
+        self.unsaved: tuple[Mapping[str, Tensor], Header] | None = None  # between PEFT's two writings, `tuner.files`
         self.renames_heads: list[tuple[str, str]] = []  # rows of `remap` that the file does not know yet
         self.takes_other_sizes = False  # while PEFT loads under ignore_mismatched_sizes
         # while PEFT injects: the modules to adapt, each with r and alpha, and those to leave as they are
@@ -125,31 +89,53 @@ class UniProjConfig(LoraConfig):
         """The configuration of a saved adapter, after every check of its file that needs no model.
 
         remap: {old: new} for modules of the base model that were renamed since; both are runs of whole components of
-        their names. Raises AdapterError for a file that is not what was saved (see `uniproj.adapters.file.read`).
+        their names. Raises AdapterError for a file that is not what was saved (see `uniproj.format.file.read`).
         """
         hub, _, _ = cls._split_kwargs(kwargs)
         folder = file.locate(pretrained_model_name_or_path, subfolder, **hub)
         if file.is_template(folder):
             return super().from_pretrained(str(folder))
-        config = file.read(folder).config
-        if remap:
-            if not isinstance(remap, Mapping):
-                raise AdapterError(f"{folder}: remap must be a dict {{old: new}}, got {remap!r}. Write it as one.")
-            if config.header is None:
-                raise AdapterError(
-                    f"{folder}: remap needs a file with the list of its modules, got one from before format 1. "
-                    "Load it on the base model it was trained on and save it again."
-                )
-            rows = list(remap.items())
-            rename(config, config.header.layout, rows)
-            config.renames_heads = rows
+        saved = file.read(folder)
+        if not remap:
+            return cls.of_saved(saved, folder)
+        if not isinstance(remap, Mapping):
+            raise AdapterError(f"{folder}: remap must be a dict {{old: new}}, got {remap!r}. Write it as one.")
+        if saved.header is None:
+            raise AdapterError(
+                f"{folder}: remap needs a file with the list of its modules, got one from before format 1. "
+                "Load it on the base model it was trained on and save it again."
+            )
+        rows = list(remap.items())
+        config = cls.of_saved(replace(saved, config=rename(saved.config, saved.header.layout, rows)), folder)
+        config.renames_heads = rows
+        return config
+
+    @classmethod
+    def of_saved(cls, saved: file.SavedAdapter, where: str | Path) -> UniProjConfig:
+        """The configuration of an adapter that was read. Raises AdapterError for what PEFT makes of odd values."""
+        try:
+            config: UniProjConfig = cls.from_peft_type(**cls.check_kwargs(**saved.config))
+        except (AdapterError, ProjectionError) as error:
+            raise AdapterError(f"{Path(where, file.CONFIG)}: {error}") from error
+        except Exception as error:  # whatever PEFT makes of a field of another type
+            raise AdapterError(
+                f"{Path(where, file.CONFIG)}: must be a configuration of {file.KIND}, got {error}. Restore it."
+            ) from error
+        config.header = saved.header
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write adapter_config.json, whole or not at all. Raises AdapterError beside an adapter_model.bin."""
+        """Write the configuration, and with it the numbers that PEFT wants saved beside it: both, or none of them.
+
+        Raises AdapterError beside an adapter_model.bin, and as `uniproj.format.file.write` does.
+        """
         folder = Path(save_directory)
         file.refuse_unsafe(folder)
-        fields = self.to_dict()
+        noted = self.to_dict()
         if (auto_mapping := kwargs.get("auto_mapping_dict")) is not None:
-            fields["auto_mapping"] = auto_mapping
-        replace({folder / file.CONFIG: file.config_text(fields).encode()})
+            noted["auto_mapping"] = auto_mapping
+        if self.unsaved is None:
+            disk.replace({folder / file.CONFIG: file.config_text(noted).encode()})
+        else:
+            file.write(folder, *self.unsaved, noted)
+            self.unsaved = None

@@ -1,4 +1,4 @@
-"""Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.adapters`, every other one by PEFT.
+"""Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.format`, every other one by PEFT.
 
 PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` stands a thin wrapper
 in the place of some of its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones
@@ -19,13 +19,14 @@ from peft.utils import save_and_load
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from uniproj.adapters import file, identity
-from uniproj.adapters.header import Header
-from uniproj.adapters.keys import plain
-from uniproj.adapters.patterns import fits
-from uniproj.adapters.remap import renamed
-from uniproj.adapters.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.errors import AdapterError, ProjectionError
+from uniproj.format import file, identity
+from uniproj.format.header import Header
+from uniproj.format.keys import plain
+from uniproj.format.patterns import fits
+from uniproj.format.remap import renamed
+from uniproj.format.tensors import HEADS, IDENTITY, OWN, THETA_D
+from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P
 from uniproj.tuner.undo import unchanged_on_failure
@@ -57,18 +58,18 @@ def _save_file(tensors: dict[str, Tensor], filename: str, metadata: dict[str, st
     if header is None:
         _theirs_save(tensors, filename, metadata=metadata)
     else:
-        file.write(Path(filename).parent, tensors, header, config)
+        config.unsaved = tensors, header  # which PEFT saves next, and both files with it
 
 
 def _get_peft_type(model_id: Any, **hub: Any) -> str:
     folder = Path(model_id, hub.get("subfolder") or "")
-    if file.is_ours(folder) and not file.says_ours(folder):
+    if not file.says_ours(folder) and file.is_ours(folder):
         file.read(folder)  # says what is wrong with the configuration
     return str(_theirs_type(model_id, **hub))
 
 
 def _is_ours(folder: Path) -> bool:
-    return file.is_ours(folder) or file.says_ours(folder)
+    return file.says_ours(folder) or file.is_ours(folder)
 
 
 def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
@@ -80,7 +81,8 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
     tensors = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
     if saved.header is not None:
         tensors[IDENTITY] = identity.encode(saved.header)
-    note(tensors[THETA_D], saved.header, saved.config)
+    # what has no header is told by its configuration
+    note(tensors[THETA_D], saved.header, UniProjConfig.of_saved(saved, folder) if saved.header is None else None)
     return tensors
 
 
@@ -165,7 +167,7 @@ def _from_pretrained(
     kind = PeftConfig._get_peft_type(model_id, **hub) if config is None else getattr(config, "peft_type", None)
     if kind != file.KIND:
         return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
-    with _whole(model, model_id):
+    with file.read_once(), _whole(model, model_id):
         return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
 
 
@@ -173,7 +175,7 @@ def _from_pretrained(
 def _load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **rest: Any) -> Any:
     if self.peft_type != file.KIND:
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
-    with _whole(self, model_id):
+    with file.read_once(), _whole(self, model_id):
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
 
 
@@ -198,9 +200,13 @@ def _save_pretrained(
         header, config = noted(tensors)
         if header is not None:  # of processes that shard a model, the first alone has all of it
             P: Any = self.base_model.projections[name]
-            file.check(folder, tensors, header, config, has_offset=P.offset is not None)
+            file.check(folder, tensors, header, config.to_dict(), has_offset=P.offset is not None)
     theirs = False if ours else save_embedding_layers
-    _theirs_save_pretrained(self, save_directory, safe_serialization, selected_adapters, theirs, *args, **rest)
+    try:
+        _theirs_save_pretrained(self, save_directory, safe_serialization, selected_adapters, theirs, *args, **rest)
+    finally:
+        for name in ours:
+            self.peft_config[name].unsaved = None
 
 
 def install() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-from uniproj.adapters.keys import plain
-from uniproj.adapters.tensors import OWN
+from uniproj.format.keys import plain
+from uniproj.format.tensors import OWN
 
 
 def beside_P(model: Any, state_dict: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:

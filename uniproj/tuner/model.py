@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from uniproj.adapters import patterns
-from uniproj.adapters.heads import check_tokens
-from uniproj.adapters.keys import in_file, in_model, plain
-from uniproj.adapters.tensors import IDENTITY, renamed
 from uniproj.errors import AdapterError
+from uniproj.format import patterns
+from uniproj.format.heads import check_tokens
+from uniproj.format.keys import in_file, in_model, plain
+from uniproj.format.tensors import IDENTITY, renamed
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard

@@ -5,34 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.adapters import identity
-from uniproj.adapters import tensors as stored
-from uniproj.adapters.fit import warn_of_another_base
-from uniproj.adapters.header import FORMAT_VERSION, Header
-from uniproj.adapters.heads import check_heads
-from uniproj.adapters.keys import in_model, plain
-from uniproj.adapters.remap import new_names
 from uniproj.errors import AdapterError
+from uniproj.format import identity
+from uniproj.format.compatibility import warn_of_another_base
+from uniproj.format.fields import Role, of
+from uniproj.format.header import FORMAT_VERSION, Header
+from uniproj.format.heads import check_heads
+from uniproj.format.keys import in_model, plain
+from uniproj.format.remap import new_names
+from uniproj.format.tensors import FLOATS, HEADS, IDENTITY, OWN, THETA_D, check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
 from uniproj.tuner.keys import trained_beside_P
-
-if TYPE_CHECKING:
-    from uniproj.tuner.model import UniProjModel
-
-# what decides the updates s B A of an adapter
-_OF_UPDATES = (
-    *("projection", "projection_seed", "projection_kwargs", "d", "_attached"),
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"),
-)
 
 
 def layout_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> LoRALayout:
@@ -84,26 +76,26 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -
     missing, misshapen, not finite or a zero saddle, have no place, are of another P, or would change anything beside
     the adapter; a tensor of the base that is as the base has it is passed over.
     """
-    tuner: UniProjModel = model.base_model
-    projection: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
-    stored.check_shapes(tensors, stored.shapes_of(projection), projection.name)
-    stored.check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
+    tuner = model.base_model
+    projection: Projection = tuner.projections[adapter_name]
+    check_shapes(tensors, shapes_of(projection), projection.name)
+    check_numbers(tensors, projection.name, has_offset=projection.offset is not None)
     config = tuner.peft_config[adapter_name]
     check_heads(tensors, tuner.model, config.modules_to_save, sizes=not config.takes_other_sizes)
     beside = _check_beside_P(model, adapter_name, tensors)
-    own: Identity = tuner.uniproj_identity[adapter_name]  # type: ignore[assignment]
+    own: Identity = tuner.uniproj_identity[adapter_name]
     if found := _difference(tensors, own.header, projection):
         raise AdapterError(
             f"{projection.name}: the adapter {adapter_name!r} of this model must be as that of the numbers: {found}. "
             "Load the file under a new name, or with its own configuration."
         )
-    return {key: tensor for key, tensor in tensors.items() if key in beside or key.startswith(stored.OWN)}
+    return {key: tensor for key, tensor in tensors.items() if key in beside or key.startswith(OWN)}
 
 
 def _check_beside_P(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -> set[str]:
     """The keys of the tensors that the adapter trains in this model, heads, tokens and biases; see `check_loaded`."""
     state = model.base_model.model.state_dict(keep_vars=True)
-    base = {plain(f"{stored.HEADS}{key}"): value for key, value in state.items()}
+    base = {plain(f"{HEADS}{key}"): value for key, value in state.items()}
     own = trained_beside_P(model, base, adapter_name)
     other_sizes = model.peft_config[adapter_name].takes_other_sizes
     found = {}
@@ -112,7 +104,7 @@ def _check_beside_P(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]
         if name in own:
             found[name] = key
             _check_same_kind(name, own[name], tensor, other_sizes)
-        elif not name.startswith(stored.OWN) and not _is_equal(base.get(name), tensor):
+        elif not name.startswith(OWN) and not _is_equal(base.get(name), tensor):
             raise AdapterError(
                 f"{name}: must be what {adapter_name!r} trains in this model, or as the base has it, got a tensor that "
                 "would change the base or another adapter. Give the base its own weights before the adapter is loaded; "
@@ -134,7 +126,7 @@ def _check_same_kind(name: str, own: Any, tensor: Tensor, other_sizes: bool) -> 
             f"{name}: must have shape {tuple(own.shape)} as in this model, got {tuple(tensor.shape)}. Load the adapter "
             "on the base model that it was trained on."
         )
-    if own.dtype != tensor.dtype and not {own.dtype, tensor.dtype} <= {*stored.FLOATS}:
+    if own.dtype != tensor.dtype and not {own.dtype, tensor.dtype} <= {*FLOATS}:
         raise AdapterError(
             f"{name}: must be of dtype {own.dtype} as in this model, got {tensor.dtype}. Use another checkpoint."
         )
@@ -154,14 +146,14 @@ def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projecti
     if config is not None:  # a file from before the header
         if config.layout_fingerprint != own.layout.fingerprint:
             return f"layout_fingerprint must be {config.layout_fingerprint}, got {own.layout.fingerprint}"
-        return Header.of(config, projection).difference(own)
-    if stored.IDENTITY not in tensors:
+        return Header.of(config.to_dict(), projection).difference(own)
+    if IDENTITY not in tensors:
         raise AdapterError(
-            f"{own.projection}: tensors must tell their P by {stored.IDENTITY}, as those of get_peft_model_state_dict "
+            f"{own.projection}: tensors must tell their P by {IDENTITY}, as those of get_peft_model_state_dict "
             "and of files since format 3 do, got none. Load a folder by PeftModel.from_pretrained or load_adapter; "
             "copy numbers of your own into model.base_model.uniproj_theta_d."
         )
-    return identity.difference(tensors[stored.IDENTITY], own)
+    return identity.difference(tensors[IDENTITY], own)
 
 
 class Identity(nn.Module):
@@ -175,10 +167,11 @@ class Identity(nn.Module):
     @cached_property
     def header(self) -> Header:
         """Of the adapter as it was attached; made when it is needed, since a P that awaits its file has no numbers."""
-        return Header.of(*self._of)
+        config, projection = self._of
+        return Header.of(config.to_dict(), projection)
 
     def get_extra_state(self) -> Tensor:
-        """The tensor of `uniproj.adapters.identity`."""
+        """The tensor of `uniproj.format.identity`."""
         return identity.encode(self.header)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -200,9 +193,9 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
     """
     tuner = model.base_model
     projection = tuner.projections[adapter_name]
-    header = Header.of(config, projection, tuner.model)
+    header = Header.of(config.to_dict(), projection, tuner.model)
     found = {}
-    for name, shape in stored.shapes_of(projection).items():
+    for name, shape in shapes_of(projection).items():
         key = in_model(name, adapter_name)
         tensor = tensors.get(key)
         if tensor is None or tensor.shape != shape:
@@ -213,11 +206,11 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
                 f"{like}). Pass model.state_dict(), gathered from all processes, or leave state_dict= out."
             )
         found[key] = tensor
-    key = in_model(stored.IDENTITY, adapter_name)
+    key = in_model(IDENTITY, adapter_name)
     own: Identity = tuner.uniproj_identity[adapter_name]
     found[key] = own.get_extra_state()
     own.check(adapter_name, tensors.get(key, found[key]))
-    theta_d = in_model(stored.THETA_D, adapter_name)
+    theta_d = in_model(THETA_D, adapter_name)
     # of its own storage: PEFT copies tensors that share one, and loses the note
     found[theta_d] = found[theta_d].detach().clone()
     note(found[theta_d], header, config)
@@ -227,7 +220,7 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
 def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
     """A configuration for one adapter alone: the caller's, with what made its P and scale as it was then."""
     own = copy.deepcopy(given)
-    for key in _OF_UPDATES:
+    for key in (*of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
         setattr(own, key, getattr(made_by, key))
     return own
 

@@ -13,11 +13,11 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
-from uniproj.adapters import patterns
-from uniproj.adapters.fit import check_fit
-from uniproj.adapters.keys import plain
-from uniproj.adapters.places import layout_on, targets
 from uniproj.errors import AdapterError, shown
+from uniproj.format import patterns
+from uniproj.format.compatibility import check_fit
+from uniproj.format.keys import plain
+from uniproj.format.places import layout_on, targets
 from uniproj.tuner.config import UniProjConfig
 
 _LONGEST = 200  # a file system takes 255

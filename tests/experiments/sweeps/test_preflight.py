@@ -19,7 +19,7 @@ from experiments.runs.folder import CONFIG, METRICS, RESULT, prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.settings import RunConfig
 from experiments.sweeps import launchers, preflight
-from tests.adapters.test_patterns import HANGS_BOTH, HANGS_RE
+from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 
 
 @pytest.fixture

@@ -1,0 +1,99 @@
+"""Adapters that each format's version wrote, kept for ever; `python -m tests.format.fixtures` adds missing ones.
+
+v<format>/<name>/ holds an adapter as PEFT saved it and `expected.safetensors`: its trained numbers and theta_D then.
+Nothing that is there is ever written again; manifest.json holds the digest of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from uniproj import get, names
+from uniproj.format.header import FORMAT_VERSION
+from uniproj.kernels.random import uniform
+from uniproj.tuner import UniProjConfig
+
+ROOT = Path(__file__).parents[1] / "fixtures" / "adapters"
+MANIFEST, BASE, EXPECTED = ROOT / "manifest.json", ROOT / "base.json", "expected.safetensors"
+WITH_HEAD = "unilora_with_head"
+SIZES = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def base() -> LlamaForCausalLM:
+    """The base model: its sizes from base.json, its weights from the library's own streams."""
+    model = LlamaForCausalLM(LlamaConfig(**json.loads(BASE.read_text())))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(uniform(3, f"fixture.{name}", parameter.numel()).view(parameter.shape))
+    return model.eval()
+
+
+def wanted() -> list[str]:
+    """One adapter per projection of the library, and one with a head."""
+    return [*(name for name in names() if get(name).__module__.startswith("uniproj.")), WITH_HEAD]
+
+
+def trained(model: PeftModel) -> dict[str, Tensor]:
+    """theta_d, P's own Parameters, and theta_D."""
+    tuner = model.base_model
+    P, theta_d = tuner.projections["default"], tuner.uniproj_theta_d["default"]
+    with torch.no_grad():
+        own = {f"projections.{name}": p.detach() for name, p in P.named_parameters()}
+        return {"theta_d": theta_d.detach(), **own, "theta_D": P(theta_d)}
+
+
+def write(name: str, folder: Path) -> None:
+    """Save the adapter of this name, moved off its start as training would."""
+    projection = "unilora" if name == WITH_HEAD else name
+    config = UniProjConfig(
+        projection=projection,
+        d=40 if get(projection).free_d else None,
+        r=4,
+        lora_alpha=8,
+        projection_seed=11,
+        projection_kwargs=dict(get(projection).variants[0]),
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=["lm_head"] if name == WITH_HEAD else None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base(), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * uniform(5, f"fixture.{key}", parameter.numel()).view(parameter.shape))
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in trained(model).items()}, folder / EXPECTED)
+
+
+def main() -> int:
+    """Add what is missing, and nothing else."""
+    ROOT.mkdir(parents=True, exist_ok=True)
+    if not BASE.exists():
+        BASE.write_text(json.dumps(SIZES, indent=2) + "\n")
+    for name in wanted():
+        folder = ROOT / f"v{FORMAT_VERSION}" / name
+        if not folder.exists():
+            write(name, folder)
+    known = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    MANIFEST.write_text(json.dumps({**digests(), **known}, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+def digests() -> dict[str, str]:
+    """{path below ROOT: SHA-256}, without the manifest."""
+    files = [path for path in sorted(ROOT.rglob("*")) if path.is_file() and path != MANIFEST]
+    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The table of fields: every field of PEFT's LoraConfig and of ours has a place in it, and what it says holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from tests.format.saved import reconfigure, relabel, save
+from uniproj import AdapterError
+from uniproj.format import file
+from uniproj.format.fields import FIELDS, FREE, REFUSED, Role, of, used
+from uniproj.format.header import pack, unpack
+from uniproj.tuner import UniProjConfig
+
+# a value of each refused field that PEFT takes
+REFUSED_VALUES = {
+    "alora_invocation_tokens": [1],
+    "ensure_weight_tying": True,
+    "init_lora_weights": "gaussian",
+    "layer_replication": [[0, 1]],
+    "lora_bias": True,
+    "megatron_config": {"a": 1},
+    "target_parameters": ["x"],
+    "use_dora": True,
+    "use_qalora": True,
+}
+
+
+NAMES = [field.name for field in dataclasses.fields(UniProjConfig)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_has_a_role(name: str) -> None:
+    """A field that a new PEFT brings is not in the table, and fails here until somebody says what it is."""
+    assert name in FIELDS
+
+
+def test_a_plain_configuration_uses_nothing_of_what_is_refused_or_trained_beside() -> None:
+    for config in (LoraConfig(), UniProjConfig()):
+        assert not used(vars(config), *REFUSED, Role.BESIDE)
+
+
+@pytest.mark.parametrize("name", [name for name in of(*REFUSED) if name in NAMES])
+def test_what_is_refused_is_refused_in_code_and_in_a_file(name: str, tmp_path: Path) -> None:
+    value = REFUSED_VALUES.get(name, {"x": 1})
+    with pytest.raises(AdapterError, match=f"^UniProjConfig: {name} changes what A and B are"):
+        UniProjConfig(**{name: value})
+    save(tmp_path)
+    relabel(tmp_path, lambda metadata: _with_setting(metadata, name, value))
+    reconfigure(tmp_path, **{name: value})
+    for read in (file.read, file.of_weights):
+        with pytest.raises(AdapterError, match=f"{file.CONFIG}: {name} changes what A and B are"):
+            read(tmp_path)
+
+
+def _with_setting(metadata: dict[str, str], name: str, value: Any) -> dict[str, str]:
+    settings = json.loads(unpack(metadata["uniproj.settings"], "config_bytes"))
+    return {**metadata, "uniproj.settings": pack({**settings, name: value})}
+
+
+def test_only_what_is_free_may_be_said_otherwise_than_in_the_header(tmp_path: Path) -> None:
+    save(tmp_path)
+    fields = json.loads((tmp_path / file.CONFIG).read_text())
+    others = {str: "other", int: 5, float: 0.5, bool: True, list: ["other"], dict: {"other": 1}, type(None): "other"}
+    odd = {"bias": "all", "auto_mapping": {"x": 1}, "init_lora_weights": False}
+    for name, value in fields.items():
+        save(tmp_path)
+        reconfigure(tmp_path, **{name: odd.get(name, others[type(value)])})
+        if name in FREE:
+            file.read(tmp_path)
+        else:
+            with pytest.raises(AdapterError):
+                file.read(tmp_path)

@@ -1,0 +1,51 @@
+"""What an earlier version saved loads bit-equal now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from tests.format.fixtures import EXPECTED, MANIFEST, ROOT, WITH_HEAD, base, digests, trained, wanted
+from uniproj.format import file
+from uniproj.format.header import FORMAT_VERSION
+
+FOLDERS = sorted(path.parent for path in ROOT.glob("v*/*/adapter_config.json"))
+
+
+def test_the_fixtures_only_grow() -> None:
+    noted, found = json.loads(MANIFEST.read_text()), digests()
+    assert {path: found.get(path) for path in noted} == noted
+    assert found.keys() == noted.keys(), "run python -m tests.format.fixtures and commit"
+    assert {folder.name for folder in FOLDERS if folder.parent.name == f"v{FORMAT_VERSION}"} >= set(wanted()), (
+        "a projection without a fixture: run python -m tests.format.fixtures and commit"
+    )
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+def test_a_fixture_loads_bit_equal(folder: Path) -> None:
+    model = PeftModel.from_pretrained(base(), folder)
+    now, then = trained(model), load_file(folder / EXPECTED)
+    assert now.keys() == then.keys()
+    theta_D, expected = now.pop("theta_D"), then.pop("theta_D")
+    assert all(torch.equal(now[name], then[name]) for name in then)
+    P = model.base_model.projections["default"]
+    if P.sparse and not P.sums_products and not P.learned:
+        assert torch.equal(theta_D, expected)
+    else:  # sums, whose last bit is the matrix product's of the day
+        torch.testing.assert_close(theta_D, expected, rtol=1e-5, atol=1e-7)
+    scaling = {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)}
+    assert scaling == {2.0}
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_head_of_a_fixture_loads_bit_equal(version: str) -> None:
+    folder = ROOT / version / WITH_HEAD
+    head = load_file(folder / file.WEIGHTS)["base_model.model.lm_head.weight"]
+    model = PeftModel.from_pretrained(base(), folder)
+    assert torch.equal(model.base_model.model.lm_head.modules_to_save["default"].weight, head)

@@ -1,0 +1,136 @@
+"""A crash or a full disk while an adapter is written leaves the one of before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.format.saved import edit_weights, relabel, save
+from uniproj import AdapterError
+from uniproj.cli import main
+from uniproj.exchange.restore import restore
+from uniproj.format import disk, file
+
+FILES = (file.CONFIG, file.WEIGHTS)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("call", "error"), [("fsync", errno.ENOSPC), ("replace", errno.EIO)])
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_disk_that_refuses_leaves_the_old_file(folder: Path, monkeypatch, call: str, error: int, nth: int) -> None:
+    before, original, calls = _contents(folder), getattr(os, call), []
+
+    def refuse(*args):
+        calls.append(args)
+        if len(calls) > nth:
+            raise OSError(error, os.strerror(error))
+        return original(*args)
+
+    monkeypatch.setattr(os, call, refuse)
+    state = "What was saved there before is intact" if call == "fsync" else "Each file there is whole"
+    with pytest.raises(AdapterError, match=state):
+        save(folder, "fastfood")
+    monkeypatch.undo()
+    now = _contents(folder)
+    assert now.keys() == before.keys()
+    if call == "fsync" or nth == 0:
+        assert now == before and file.read(folder).config["projection"] == "unilora"
+    else:  # between the two renames: each file is whole, and the pair is refused rather than mixed
+        assert now[file.CONFIG] == before[file.CONFIG]
+        with pytest.raises(AdapterError, match=f"as in the header.*uniproj restore {folder}"):
+            file.read(folder)
+        assert restore(folder).projection == "fastfood"
+        save(folder / "again", "fastfood")
+        assert (folder / file.CONFIG).read_bytes() == (folder / "again" / file.CONFIG).read_bytes()
+
+
+def test_a_configuration_is_restored_from_the_header(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _contents(folder)
+    for damage in (
+        Path.unlink,
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text('{"peft_type": "LORA"}'),
+    ):
+        damage(folder / file.CONFIG)
+        with pytest.raises(AdapterError):
+            file.read(folder)
+        assert main(["restore", str(folder)]) == 0 and "unilora, d = 40" in capsys.readouterr().out
+        assert _contents(folder) == before
+
+
+def _with_seed(header: dict[str, Any], seed: str) -> dict[str, Any]:
+    return {**header, "__metadata__": {**header["__metadata__"], "uniproj.projection_seed": seed}}
+
+
+def test_a_configuration_is_not_restored_from_altered_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / file.CONFIG).read_bytes()
+    relabel(folder, lambda metadata: {**metadata, "uniproj.projection_version": "1"})
+    assert main(["restore", str(folder)]) == 2 and "must be of version" in capsys.readouterr().err
+    save(folder)
+    edit_weights(folder, lambda header, tensors: (_with_seed(header, "8"), tensors))
+    assert main(["restore", str(folder)]) == 2 and "altered" in capsys.readouterr().err
+    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+    assert main(["restore", str(folder)]) == 2 and "must hold the header" in capsys.readouterr().err
+    assert (folder / file.CONFIG).read_bytes() == before
+
+
+def test_a_file_that_may_not_grow_leaves_the_old_one(folder: Path) -> None:
+    """The operating system itself refuses bytes beyond 1 kB, as it does on a full disk."""
+    before = _contents(folder)
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "from pathlib import Path; from uniproj.format.disk import replace;"
+        f"replace({{Path({str(folder / file.WEIGHTS)!r}): bytes(5000), Path({str(folder / file.CONFIG)!r}): b'x'}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and "What was saved there before is intact" in done.stderr
+    assert _contents(folder) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small], capture_output=True).returncode:
+        pytest.skip("no mounts here")
+    try:
+        save(small)
+        before = _contents(small)
+        (small / "ballast").write_bytes(bytes(4096))
+        with pytest.raises(AdapterError, match="No space left on device"):
+            disk.replace({small / file.WEIGHTS: bytes(12_000)})
+        (small / "ballast").unlink()
+        assert _contents(small) == before
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_process_killed_while_writing_leaves_the_old_file(folder: Path, moment: str) -> None:
+    before = _contents(folder)
+    code = (
+        "import os, signal; from pathlib import Path; from uniproj.format.disk import replace;"
+        f"{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        f"replace({{Path({str(folder / file.WEIGHTS)!r}): b'new', Path({str(folder / file.CONFIG)!r}): b'new'}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    assert done.returncode == -9
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+    save(folder, "fastfood")  # what the killed process left behind disturbs nobody
+    assert file.read(folder).config["projection"] == "fastfood"

@@ -1,0 +1,183 @@
+"""`Adapter`: P, theta_d and what belongs to them, apart from any model; `LoRAAdapter`: the same updates as A and B."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from uniproj.errors import AdapterError
+from uniproj.exchange import bases
+from uniproj.format import file
+from uniproj.format.compatibility import check_fit
+from uniproj.format.header import Header
+from uniproj.format.keys import plain
+from uniproj.format.patterns import of_modules, scale
+from uniproj.format.places import layout_on, linear_modules
+from uniproj.format.remap import new_names
+from uniproj.format.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.registry import build, get
+from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.embeddings import check_embeddings
+from uniproj.tuner.model import UniProjModel
+from uniproj.tuner.quantised import BaseWeights
+
+
+@dataclass(frozen=True)
+class LoRAAdapter:
+    """theta_D (D,) in the order of `layout`; scales: s of delta W = s B A by module; the configuration (PEFT's
+    LoraConfig or one that extends it); other: what the file holds besides, such as a classification head, by PEFT's
+    names."""
+
+    layout: LoRALayout
+    theta_D: Tensor
+    scales: Mapping[str, float]
+    config: LoraConfig
+    other: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """theta_d (d,) and P with its Parameters as trained; layout: P's, with the names that the modules have in the base
+    model now; scales: s of delta W = s B A by these names; other: heads and the like, by PEFT's names; order: the
+    modules in the base model's order of registration, where it is known."""
+
+    projection: Projection
+    theta_d: Tensor
+    config: UniProjConfig
+    layout: LoRALayout
+    scales: Mapping[str, float]
+    other: Mapping[str, Tensor]
+    order: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises AdapterError for numbers that no file may hold: NaN, inf, or theta_d = 0 where c = 0."""
+        numbers = {THETA_D: self.theta_d, **dict(self.projection.named_parameters()), **self.other}
+        check_numbers(numbers, self.projection.name, has_offset=self.projection.offset is not None)
+
+    @classmethod
+    def of_file(
+        cls, folder: str | Path, base: str | nn.Module | None = None, trust_remote_code: bool = False
+    ) -> Adapter:
+        """A saved adapter. Raises AdapterError for a bad file, and where P cannot be made without the base model.
+
+        base: the base model (or its name), for a P that is made of its weights, and for a file without a header;
+        trust_remote_code: whether Python code that comes with a model of this name may run.
+        """
+        saved = file.read(file.locate(folder))
+        config = UniProjConfig.of_saved(saved, folder)
+        needs_weights = get(config.projection).needs_base_weights
+        if base is None and (needs_weights or saved.header is None):
+            why = (
+                f"{config.projection} is made of its weights"
+                if needs_weights
+                else "the file was written before format 1 and does not list its modules"
+            )
+            raise AdapterError(f"{folder}: the base model must be given, as {why}. Pass --base.")
+        model = None if base is None else bases.load(base, config, needs_weights, trust_remote_code)
+        shapes = None if model is None else linear_modules(model, config)
+        if saved.header is not None:
+            weights = None
+            if model is not None:
+                names = check_fit(saved.header, layout_on(model, config), config.remap or [])
+                weights = bases.weights_of(model, names) if needs_weights else None
+            P = saved.header.build(weights, str(folder), on_base=model is not None)
+        else:
+            assert shapes is not None and model is not None
+            weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None
+            P = _built(config, shapes, weights, folder)
+        check_shapes(saved.tensors, shapes_of(P), P.name)
+        tensors = dict(saved.tensors)
+        theta_d = tensors.pop(THETA_D).float()
+        own = {name.removeprefix(OF_P): tensors.pop(name) for name in list(tensors) if name.startswith(OF_P)}
+        P.load_state_dict(own)
+        order = None if shapes is None else tuple(shapes)
+        layout = _as_named_now(P.layout, config)
+        return cls(P, theta_d, config, layout, scales(config, layout), tensors, order)
+
+    @classmethod
+    def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
+        """A live adapter; P is the model's own. Raises AdapterError for another PEFT type."""
+        tuner = model.base_model
+        if not isinstance(tuner, UniProjModel) or adapter_name not in tuner.projections:
+            raise AdapterError(
+                f"export: the model must hold a uniproj adapter {adapter_name!r}, got {sorted(model.peft_config)} of "
+                f"{type(tuner).__name__}. Pass adapter_name=."
+            )
+        P: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
+        check_embeddings(model, adapter_name, "auto")
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        theta_d = state[THETA_D].detach().float().to(P.device)
+        other = {name: tensor.detach().cpu() for name, tensor in state.items() if not name.startswith(OWN)}
+        config = model.peft_config[adapter_name]
+        layout = _as_named_now(P.layout, config)
+        known = {plain(f"{name}."): name for name in layout.modules}  # parts of the model may have been compiled since
+        modules = tuner.model.named_modules()
+        layers = {
+            known[plain(f"{name}.")]: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling
+        }
+        scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
+        return cls(P, theta_d, config, layout, scaling, other, tuple(layers))
+
+    @torch.no_grad()
+    def lora(self) -> LoRAAdapter:
+        """The same updates as LoRA's A and B, in float32 as the model computes them."""
+        theta_D = self.projection(self.theta_d).cpu()
+        return LoRAAdapter(self.layout, theta_D, self.scales, self.config, self.other)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a uniproj adapter, theta_d and Parameters in float32.
+
+        Raises AdapterError for numbers beyond float32, and where the disk refuses.
+        """
+        own = {f"{OF_P}{name}": p.detach().float() for name, p in self.projection.named_parameters()}
+        tensors = {THETA_D: self.theta_d.float(), **own, **self.other}
+        config = {**self.config.to_dict(), "inference_mode": True}
+        file.write(folder, tensors, Header.of(config, self.projection), config)
+
+
+def _as_named_now(layout: LoRALayout, config: UniProjConfig) -> LoRALayout:
+    names = new_names(layout, config.remap or [])
+    return LoRALayout([dataclasses.replace(block, module=names[block.module]) for block in layout.blocks])
+
+
+def _built(
+    config: UniProjConfig, shapes: Mapping[str, tuple[int, int]], weights: BaseWeights | None, folder: str | Path
+) -> Projection:
+    """P of a file without a header, on the modules of its base model."""
+    options = {**config.projection_kwargs, **({} if weights is None else {"base_weights": weights})}
+    layout = LoRALayout.from_shapes(shapes, ranks(config, shapes))
+    P = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
+    found = (layout.fingerprint, P.checksum())
+    if (config.layout_fingerprint, config.projection_checksum) != found:
+        raise AdapterError(
+            f"{folder}: the base model must have the modules, shapes and weights that the adapter was trained on, got "
+            f"layout {found[0][:12]}.. and P {found[1][:12]}... Pass the base model (and dtype) of the adapter."
+        )
+    return P
+
+
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
+    names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
+    return {name: getattr(config, name) for name in names}
+
+
+def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
+    """The rank of every module, with the pattern that fits its name."""
+    return of_modules("rank_pattern", config.rank_pattern, modules, config.r)
+
+
+def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
+    """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
+    alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
+    return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}

@@ -1,0 +1,108 @@
+"""A base model as far as an adapter needs it: its linear modules, or also their weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from uniproj.errors import AdapterError
+from uniproj.exchange import architecture
+from uniproj.tuner.quantised import BaseWeights
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def weights_of(base: nn.Module, names: Mapping[str, str]) -> BaseWeights:
+    """W (out, in) of modules of a base model; names: theirs in a layout -> in the base.
+
+    Raises AdapterError for a module that the base does not have.
+    """
+    try:
+        return BaseWeights({name: base.get_submodule(module) for name, module in names.items()})
+    except AttributeError as error:
+        raise AdapterError(
+            f"base: must have every module that the adapter was trained on, got {error}. Pass the adapter's own base."
+        ) from error
+
+
+def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_code: bool = False) -> nn.Module:
+    """The base model of an adapter, by Transformers' class for its task; without weights it lies on the meta device.
+
+    base: a folder or a name on the hub, or the model itself. Raises AdapterError for one that Transformers cannot load,
+    and for one that needs Python code of its own, which runs with `trust_remote_code` alone.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    try:
+        architecture.check_sizes(transformers.PretrainedConfig.get_config_dict(base)[0], base)
+        found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        # a configuration may name a kernel on the hub, which is code, and no number here depends on it
+        found._attn_implementation = "eager"
+        task = getattr(config.task_type, "value", config.task_type)
+        cls = getattr(transformers, _CLASSES[task]) if task in _CLASSES else _architecture(base, found)
+        with torch.device("meta"), architecture.bounded(base):
+            is_class = issubclass(cls, PreTrainedModel)
+            bare = cls(found) if is_class else cls.from_config(found, trust_remote_code=trust_remote_code)
+        if not weights:
+            return bare
+        architecture.check_weights(base, bare)
+        return cls.from_pretrained(base, config=found, trust_remote_code=trust_remote_code)
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever a model makes of numbers that are not its own
+        if "trust_remote_code" in str(error):
+            raise AdapterError(
+                f"{base}: must be a model of Transformers' own, got one that needs Python code which comes with it. "
+                "Read that code, and if you trust it pass trust_remote_code=True (on the command line "
+                "--trust-remote-code)."
+            ) from error
+        raise AdapterError(f"{base}: must be a model that Transformers loads, got {error}. Check the name.") from error
+
+
+def _architecture(base: str, found: PretrainedConfig) -> Any:
+    """The model class that a configuration names; AutoModel where Transformers has none of the name."""
+    named = found.architectures or ["AutoModel"]
+    name = named[0] if isinstance(named, list) else named
+    cls = getattr(transformers, name, transformers.AutoModel) if isinstance(name, str) else None
+    if cls is transformers.AutoModel or (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        return cls
+    raise AdapterError(
+        f"{base}: architectures must begin with a model class such as LlamaForCausalLM, got {name!r}. Correct its "
+        "config.json."
+    )
+
+
+def bare(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
+    """Linear layers of these names and shapes (out, in), registered in this order; their weights take no memory."""
+    root = nn.Module()
+    for name, (out, in_) in shapes.items():
+        with torch.device("meta"):
+            layer = nn.Linear(in_, out, bias=False)
+        layer.weight = nn.Parameter(torch.zeros(1).expand(out, in_), requires_grad=False)
+        *parents, last = name.split(".")
+        place = root
+        for part in parents:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        place.add_module(last, layer)
+    return root
+
+
+def quietly() -> warnings.catch_warnings:
+    """Without PEFT's warnings about layers whose weights are not there."""
+    return warnings.catch_warnings(action="ignore")

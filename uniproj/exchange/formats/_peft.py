@@ -1,0 +1,370 @@
+"""A method of PEFT as a foreign format: its folders out and in, and its live adapters.
+
+PEFT's own code writes and reads the tensors, on linear layers of the right shapes in place of the base model. Each
+method is one list of pairs (a tensor of PEFT's, our view of the same numbers); both directions copy along that list, so
+they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from uniproj.errors import AdapterError, ProjectionError
+from uniproj.exchange import bases, peft_folder
+from uniproj.exchange.adapter import Adapter, LoRAAdapter
+from uniproj.exchange.registry import Format
+from uniproj.format.compatibility import first_difference
+from uniproj.format.disk import exists
+from uniproj.format.fields import Role, of
+from uniproj.format.file import CONFIG
+from uniproj.format.heads import entitled
+from uniproj.format.places import linear_modules
+from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
+from uniproj.projections.lora import LoRA
+from uniproj.registry import build, get
+from uniproj.tuner.config import UniProjConfig
+
+_FLOAT32 = 1e-6  # frozen numbers this close are the same draw at float32 precision
+_PASS_BASE = "Pass --base."
+# fields that say where an adapter belongs: on the layers that stand in for the base model they would have no meaning
+_OF_THE_MODEL = (*of(Role.BASE, Role.PLACE), "modules_to_save")
+
+# name, seed and hyperparameters of a projection
+Candidate = tuple[str, int, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`fixed`: why PEFT's tensor may not change, or nothing."""
+
+    where: str
+    theirs: Tensor
+    ours: Tensor
+    fixed: str = ""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter of a PEFT model; `layers` by name in the base model, in PEFT's order of registration."""
+
+    name: str
+    config: Any
+    layers: dict[str, Any]
+    layout: LoRALayout
+
+    def tensor(self, module: str, attribute: str) -> Any:
+        """A tensor of one layer."""
+        return getattr(self.layers[module], attribute)[self.name]
+
+    def shared(self, attribute: str) -> Any:
+        """A tensor that all layers share."""
+        return self.tensor(next(iter(self.layers)), attribute)
+
+    def fixed_without(self, flag: str) -> str:
+        """Why a frozen tensor may not change, unless PEFT saves it."""
+        return "" if getattr(self.config, flag) else f"PEFT redraws it on loading unless the config has {flag}=True"
+
+
+class PeftMethod(Format):
+    """kind: PEFT's type; config: its configuration; accepts: the projections that it can hold.
+
+    saved: the fields under which PEFT's frozen numbers are in the file, where `draws_ours` may say that they must be;
+    needs_order: whether the base's order of registration decides P; needs_weights: whether its weights do.
+    """
+
+    kind: ClassVar[str]
+    config: ClassVar[type[Any]]
+    accepts: ClassVar[type[Projection]]
+    saved: ClassVar[Mapping[str, Any]] = {}
+    needs_order: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+
+    # ---- what a method says of itself: `build` to `draws_ours` --------------------------------------
+
+    def build(self, theirs: Attached) -> Projection:
+        """P with PEFT's own frozen tensors; its learned ones come by `pairs`."""
+        raise NotImplementedError
+
+    def pairs(self, theirs: Attached, P: Any, theta_d: Tensor) -> Iterator[Pair]:
+        """Every tensor of PEFT's, with our view of the same numbers."""
+        raise NotImplementedError
+
+    def fields(self, P: Any, config: UniProjConfig) -> dict[str, Any]:
+        """The fields of PEFT's configuration that decide P."""
+        raise NotImplementedError
+
+    def candidates(self, P: Any, config: Any, order: tuple[str, ...]) -> Iterator[Candidate]:
+        """The projections of ours that may be P; order: PEFT's of registration."""
+        raise NotImplementedError
+
+    def moved(self, theirs: Any, ours: Any, theta_d: Tensor) -> Tensor | None:
+        """The theta_d of `ours` that gives what `theirs` makes of theta_d, or None if no theta_d does."""
+        same = theirs.name == ours.name and all(
+            torch.allclose(mine.double(), theirs.constants()[name].double(), rtol=_FLOAT32, atol=_FLOAT32)
+            for name, mine in ours.constants().items()
+        )
+        return theta_d if same else None
+
+    def draws_ours(self, adapter: Adapter, drawn: Any) -> bool:
+        """Whether PEFT comes to the same P by itself; drawn: the P to which it comes."""
+        return True
+
+    # ---- live adapters ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def take(self, model: PeftModel, adapter_name: str, dtype: torch.dtype) -> tuple[Projection, Tensor]:
+        """P and theta_d of a PEFT model's adapter; see `from_peft`."""
+        theirs = self._open("from_peft", model, adapter_name)
+        device = next(next(iter(theirs.layers.values())).parameters()).device
+        P = self.build(theirs).to(device, torch.promote_types(dtype, torch.float32))
+        theta_d = torch.zeros(P.d, dtype=dtype, device=device)
+        pairs = list(self.pairs(theirs, P, theta_d))
+        _check_shapes("from_peft", pairs)
+        for pair in pairs:
+            pair.ours.copy_(pair.theirs)
+        return P, theta_d
+
+    @torch.no_grad()
+    def give(self, P: Projection, theta_d: Tensor, model: PeftModel, adapter_name: str = "default") -> None:
+        """Write P and theta_d into a PEFT model's adapter; see `to_peft`."""
+        theirs = self._open("to_peft", model, adapter_name)
+        self._check_accepts("to_peft", P)
+        if differs := first_difference(P.layout, theirs.layout):
+            raise AdapterError(
+                f"to_peft: {differs}, by the projection's layout (D = {P.D}; the adapter's has D = {theirs.layout.D}). "
+                "Use the same base model, target_modules and ranks."
+            )
+        if theta_d.shape != (P.d,):
+            raise AdapterError(
+                f"to_peft: theta_d must have shape (d,) = ({P.d},), got {tuple(theta_d.shape)}. "
+                "Write one adapter at a time."
+            )
+        if merged := [name for name, layer in theirs.layers.items() if adapter_name in layer.merged_adapters]:
+            raise AdapterError(
+                f"to_peft: {merged[0]} must not have {adapter_name!r} merged, got {len(merged)} modules that have. "
+                "Call unmerge_adapter() first, or the base weight keeps the old update."
+            )
+        pairs = list(self.pairs(theirs, P, theta_d.contiguous()))
+        _check_shapes("to_peft", pairs)
+        for pair in (pair for pair in pairs if pair.fixed):
+            ours, frozen = pair.ours.to(pair.theirs.device).double(), pair.theirs.double()
+            if not torch.allclose(frozen, ours, rtol=_FLOAT32, atol=0.0):
+                raise AdapterError(
+                    f"to_peft: {pair.where} must already equal the projection's, as {pair.fixed}, got a difference of "
+                    f"{(frozen - ours).abs().max():.3g}. Change that setting, or take the projection from this model."
+                )
+        for pair in pairs:
+            pair.theirs.copy_(pair.ours)
+
+    def _check_accepts(self, who: str, P: Projection) -> None:
+        if not isinstance(P, self.accepts):
+            raise AdapterError(
+                f"{who}: an adapter of PEFT type {self.kind} must get a {self.accepts.__name__} projection, "
+                f"got {P.name!r}. Use the PEFT type of that method, or train it with UniProjConfig."
+            )
+
+    def _open(self, who: str, model: PeftModel, adapter_name: str) -> Attached:
+        layers = {
+            name: layer
+            for name, layer in model.base_model.model.named_modules()
+            if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "r", {})
+        }
+        for name, layer in layers.items():
+            if found := _not_plain(layer, adapter_name):
+                raise AdapterError(
+                    f"{who}: {name} must be a linear layer whose update is s B A, got {found}. "
+                    "Leave it out of target_modules, or keep this adapter in PEFT."
+                )
+        layout = LoRALayout.from_shapes(
+            {name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+            {name: layer.r[adapter_name] for name, layer in layers.items()},
+        )
+        return Attached(adapter_name, model.peft_config[adapter_name], layers, layout)
+
+    # ---- folders ------------------------------------------------------------------------------------
+
+    def reads(self, folder: Path) -> bool:
+        """By the configuration in it."""
+        return exists(folder / CONFIG) and peft_folder.peft_type(folder) == self.kind
+
+    def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
+        """A folder of this PEFT type, with the same updates. PEFT's frozen numbers are saved where it could not draw
+        ours.
+
+        PEFT's methods have no alpha / r: s goes into theta_d (s B A is the update of sqrt(s) theta_d, or of s theta_d
+        where c is one of the factors). Raises AdapterError for another method, unequal s or ranks, and for a TINYLORA
+        without the base model, whose order of registration decides which modules share numbers.
+        """
+        self._check_accepts("export", adapter.projection)
+        theta_d = self._scaled(adapter)
+        if self.needs_order and adapter.order is None:
+            raise AdapterError(
+                f"export: {self.kind} ties modules in the order of the base model, got none. {_PASS_BASE}"
+            )
+        P, ours = adapter.projection, adapter.config
+        shapes = P.layout.shapes()
+        shapes = {name: shapes[name] for name in adapter.order or _known_order(adapter)}
+        r = P.layout.pairs()[0][1].shape[0]
+        fields = {"r": r, f"{self.kind.lower()}_dropout": ours.lora_dropout, **self.fields(P, ours)}
+        with bases.quietly():
+            model = _attached(self.config(**fields), shapes)
+            if self.saved and not self.draws_ours(adapter, self.take(model, "default", torch.float64)[0]):
+                model = _attached(self.config(**fields, **self.saved), shapes)
+            self.give(P, theta_d, model)
+            tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        config = model.peft_config["default"]
+        _copy_places(ours, config, list(shapes))
+        config.bias = ours.bias.replace("lora", self.kind.lower())
+        tensors = {name: tensor.detach() for name, tensor in {**tensors, **adapter.other}.items()}
+        index = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        peft_folder.write(folder, {**config.to_dict(), "inference_mode": True}, index, tensors.values())
+
+    def read(self, folder: Path, base: str | nn.Module | None, trust_remote_code: bool) -> Adapter | LoRAAdapter:
+        """An adapter of this PEFT type, with the same updates to the last bits of float32.
+
+        P is made again from its seed where `candidates` have it; else every A and B is kept as `lora`, D numbers.
+        Raises AdapterError without a base (its configuration is enough, but for TINYLORA), and for tensors that do not
+        fit it.
+        """
+        config = peft_folder.read_config(folder, self.kind)
+        tensors = peft_folder.read_tensors(folder)
+        kind = self.kind.lower()
+        if base is None:
+            raise AdapterError(
+                f"{folder}: which modules an adapter of {self.kind} belongs to, and in which order, the base model "
+                f"alone tells. {_PASS_BASE}"
+            )
+        model = bases.load(base, config, self.needs_weights, trust_remote_code)
+        shapes = linear_modules(model, config)
+        own = {name: tensor for name, tensor in tensors.items() if f".{kind}_" in name}
+        with bases.quietly():
+            P, theta_d = self.take(self._filled(folder, config, shapes, own), "default", torch.float64)
+        weights = bases.weights_of(model, {name: name for name in shapes}) if self.needs_weights else None
+        found, theta_d, hyperparameters = self.rebuilt(P, theta_d, config, tuple(shapes), weights)
+        other = {name: tensor for name, tensor in tensors.items() if name not in own}
+        ours = UniProjConfig(
+            projection=found.name,
+            projection_seed=found.seed,
+            projection_kwargs=hyperparameters,
+            lora_dropout=getattr(config, f"{kind}_dropout"),
+            bias=config.bias.replace(kind, "lora"),
+            d=found.d if found.free_d else None,
+            **_rank_settings(P.layout, config.r),
+        )
+        _copy_places(config, ours, list(shapes))
+        other = entitled(other, config.to_dict(), shapes, str(folder))
+        return Adapter(found, theta_d, ours, P.layout, dict.fromkeys(shapes, 1.0), other, tuple(shapes))
+
+    @torch.no_grad()
+    def rebuilt(
+        self, P: Projection, theta_d: Tensor, config: PeftConfig, order: tuple[str, ...], weights: Mapping | None
+    ) -> tuple[Projection, Tensor, dict[str, Any]]:
+        """The same theta_D from a P of the registry, with its theta_d and its hyperparameters.
+
+        order: PEFT's of registration; weights: the base model's, where P is made of them. Falls back on `lora`, where
+        theta_d is theta_D itself.
+        """
+        for name, seed, hyperparameters in self.candidates(P, config, order):
+            options = hyperparameters | ({"base_weights": weights} if get(name).needs_base_weights else {})
+            size = {"d": P.d} if get(name).free_d else {}
+            try:
+                found = build(name, layout=P.layout, seed=seed, **size, **options)
+            except ProjectionError:
+                continue  # a seed or a size that this one does not take
+            if found.d == P.d and (moved := self.moved(P, found, theta_d)) is not None:
+                return found, moved, hyperparameters
+        return LoRA(P.layout), P(theta_d), {}
+
+    def _scaled(self, adapter: Adapter) -> Tensor:
+        config, found = adapter.config, set(adapter.scales.values())
+        if config.remap:
+            raise AdapterError(f"export: {self.kind} knows no renamed modules, got {config.remap}. Export to lora.")
+        if len(found) > 1 or min(found) <= 0:
+            raise AdapterError(
+                f"export: {self.kind} has no alpha, so s = alpha / r must be one positive number for all modules, got "
+                f"{sorted(found)}. Export to lora."
+            )
+        if config.trainable_token_indices:
+            raise AdapterError(f"export: {self.kind} has no trainable_token_indices, got some. Export to lora.")
+        (s,) = found
+        return (adapter.theta_d.double() * (s if adapter.projection.offset is not None else s**0.5)).float()
+
+    def _filled(
+        self, folder: Path, config: PeftConfig, shapes: Mapping[str, tuple[int, int]], own: Mapping[str, Tensor]
+    ) -> PeftModel:
+        """PEFT's model with these tensors. Raises AdapterError for one that is missing, left over or misshapen."""
+        plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+        plain = {name: value for name, value in plain.items() if name not in (*_OF_THE_MODEL, "peft_type")}
+        model = _attached(self.config(**plain | {"inference_mode": False, "bias": "none"}), shapes)
+        try:
+            result = set_peft_model_state_dict(model, dict(own))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise AdapterError(
+                f"{folder}: must fit the base model, got {error}. Pass the adapter's own base."
+            ) from error
+        # every layer names what all layers share: loaded once, it is loaded everywhere
+        state = model.state_dict()
+        loaded = {state[name].data_ptr() for name in state.keys() - set(result.missing_keys)}
+        lacking = (n for n in result.missing_keys if f".{self.kind.lower()}_" in n)
+        if odd := [*result.unexpected_keys, *(n for n in lacking if state[n].data_ptr() not in loaded)]:
+            raise AdapterError(
+                f"{folder}: every tensor must belong to a module of the base model and the other way round, got "
+                f"{odd[0]} on one side alone. Pass the adapter's own base, or an adapter that is whole."
+            )
+        return model
+
+
+def _known_order(adapter: Adapter) -> tuple[str, ...]:
+    modules = adapter.projection.layout.modules
+    order = adapter.config.projection_kwargs.get("module_order") or range(len(modules))
+    return tuple(modules[m] if isinstance(m, int) else m for m in order)
+
+
+def _attached(config: PeftConfig, shapes: Mapping[str, tuple[int, int]]) -> PeftModel:
+    config.target_modules = list(shapes)
+    return get_peft_model(bases.bare(shapes), config)
+
+
+def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
+    for name in _OF_THE_MODEL:
+        if hasattr(target, name):
+            setattr(target, name, getattr(source, name, None))
+    if getattr(source, "exclude_modules", None) and not hasattr(target, "exclude_modules"):
+        target.target_modules = modules
+
+
+def _rank_settings(layout: LoRALayout, r: int) -> dict[str, Any]:
+    """r, and the modules whose rank PEFT cut down to their size; alpha = r everywhere, so that s = 1."""
+    cut = {a.module: a.shape[0] for _, a in layout.pairs() if a.shape[0] != r}
+    return {"r": r, "lora_alpha": r, "rank_pattern": cut, "alpha_pattern": dict(cut)}
+
+
+def _not_plain(layer: Any, adapter_name: str) -> str:
+    """What makes a layer's update something else than s B A, or nothing."""
+    base = layer.get_base_layer()
+    if isinstance(base, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        return type(base).__name__
+    if hasattr(layer, "parameter_name"):
+        return f"target_parameters {layer.parameter_name!r}"
+    if adapter_name in getattr(layer, "lora_variant", {}):
+        return type(layer.lora_variant[adapter_name]).__name__
+    return "lora_bias=True" if getattr(layer, "lora_bias", {}).get(adapter_name) else ""
+
+
+def _check_shapes(who: str, pairs: list[Pair]) -> None:
+    for pair in pairs:
+        if pair.theirs.shape != pair.ours.shape:
+            raise AdapterError(
+                f"{who}: {pair.where} must have the projection's shape {tuple(pair.ours.shape)}, "
+                f"got {tuple(pair.theirs.shape)}. Use the same hyperparameters on both sides."
+            )

@@ -1,0 +1,49 @@
+"""LoRA under vLLM's rules.
+
+Source: vLLM's documentation, v0.26, `vllm.config.lora`, `vllm.lora.peft_helper` and `vllm.lora.utils`. max_lora_rank is
+one of nine ranks, and no adapter's r may exceed it. Of the configuration vLLM reads r, lora_alpha, target_modules,
+bias, modules_to_save, use_rslora and use_dora; it knows no rank_pattern or alpha_pattern, so r and alpha must hold for
+every module. A tensor is an A or a B of a linear layer, by PEFT's name; any other is refused. Which modules have a LoRA
+layer the server alone knows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from uniproj.errors import AdapterError
+from uniproj.exchange.adapter import Adapter
+from uniproj.exchange.formats import lora
+from uniproj.exchange.registry import Format, register
+from uniproj.format.fields import Role, used
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@register("vllm")
+class VLLMFormat(Format):
+    """Written, and read as any LoRA."""
+
+    takes_rank = True
+
+    def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
+        """A LoRA folder that vLLM takes, padded to `rank` or to the least rank of vLLM's that holds every module.
+
+        Raises AdapterError for a rank that is not among vLLM's or too small, and for a head, a bias, added tokens or
+        anything else that is trained besides A and B.
+        """
+        config = vars(adapter.config)
+        besides = [f"{name}={config[name]!r}" for name in used(config, Role.BESIDE)] + sorted(adapter.other)[:1]
+        if besides:
+            raise AdapterError(
+                f"export: an adapter for vLLM must hold A and B alone, got {', '.join(besides)}. Export to lora and "
+                "merge it into the base model, or train the adapter without."
+            )
+        largest = max(a.shape[0] for _, a in adapter.layout.pairs())
+        fitting = [legal for legal in RANKS if legal >= largest]
+        chosen = rank if rank is not None else next(iter(fitting), largest)
+        if chosen not in fitting:
+            raise AdapterError(
+                f"export: rank must be one of vLLM's {', '.join(map(str, RANKS))} and at least {largest}, got {chosen}."
+            )
+        lora.write(adapter.lora(), folder, chosen)

@@ -1,0 +1,29 @@
+"""An adapter on disk: what a file says of itself, how it is read, written, checked and renamed.
+
+Plain dictionaries in the place of configurations: nothing here knows the tuner, or imports PEFT.
+"""
+
+from uniproj.format.compatibility import check_fit, first_difference
+from uniproj.format.fields import FIELDS, Role
+from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, of_weights, read, write
+from uniproj.format.header import FORMAT_VERSION, Header
+from uniproj.format.places import linear_modules
+from uniproj.format.tensors import HEADS, THETA_D
+
+__all__ = [
+    "CONFIG",
+    "FIELDS",
+    "FORMAT_VERSION",
+    "HEADS",
+    "THETA_D",
+    "WEIGHTS",
+    "Header",
+    "Role",
+    "SavedAdapter",
+    "check_fit",
+    "first_difference",
+    "linear_modules",
+    "of_weights",
+    "read",
+    "write",
+]

@@ -1,0 +1,144 @@
+"""What each field of a configuration is: those of PEFT's LoraConfig, and those that `UniProjConfig` adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, create_model
+
+from uniproj.errors import AdapterError
+from uniproj.format import schema
+from uniproj.registry import get
+
+
+class Role(Enum):
+    """What a field is to an adapter."""
+
+    P = "decides P, or is checked against it; the header has lines of its own for these"
+    RANK = "the size of the factors"
+    SCALE = "s of the update s B A"
+    PLACE = "the modules that are adapted"
+    BESIDE = "what is trained beside theta_d"
+    TRAINING = "leaves the update as it is"
+    BASE = "where the base model lies; may be changed by hand"
+    STATE = "of the moment, not of the adapter"
+    VARIANT = "refused: its update is not s B A"
+    START = "refused: P decides how A and B start"
+    OTHER = "refused: it changes which A and B there are, or how they learn"
+
+
+# the one that a configuration means that names none
+PROJECTION = "unilora"
+REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
+
+
+@dataclass(frozen=True)
+class Field:
+    """holds: the type of its values, which Any leaves to PEFT; absent: the values that mean it is not used."""
+
+    role: Role
+    holds: Any = Any
+    absent: tuple[Any, ...] = (None, False, {})
+
+
+FIELDS = {
+    "peft_type": Field(Role.P),
+    "format_version": Field(Role.P, schema.MaybeNatural),
+    "projection": Field(Role.P, schema.Name),
+    "projection_seed": Field(Role.P, schema.Seed),
+    "projection_kwargs": Field(Role.P, schema.Object),
+    "d": Field(Role.P, schema.MaybeSize),
+    "layout_fingerprint": Field(Role.P, schema.MaybeText),
+    "projection_checksum": Field(Role.P, schema.MaybeText),
+    "r": Field(Role.RANK, schema.Rank),
+    "rank_pattern": Field(Role.RANK, schema.Ranks),
+    "lora_alpha": Field(Role.SCALE, schema.Alpha),
+    "use_rslora": Field(Role.SCALE, schema.Flag),
+    "alpha_pattern": Field(Role.SCALE, schema.Alphas),
+    "task_type": Field(Role.PLACE, schema.MaybeText),
+    "target_modules": Field(Role.PLACE, schema.Pattern),
+    "exclude_modules": Field(Role.PLACE, schema.Pattern),
+    "layers_to_transform": Field(Role.PLACE, schema.Layers),
+    "layers_pattern": Field(Role.PLACE, schema.Pattern),
+    "fan_in_fan_out": Field(Role.PLACE, schema.Flag),
+    "remap": Field(Role.PLACE, schema.Table),
+    "modules_to_save": Field(Role.BESIDE, schema.Texts, (None, [])),
+    "trainable_token_indices": Field(Role.BESIDE, schema.Tokens),
+    "bias": Field(Role.BESIDE, schema.Bias, (None, "none")),
+    "init_seed": Field(Role.TRAINING, schema.Seed),
+    "lora_dropout": Field(Role.TRAINING, schema.Rate),
+    "runtime_config": Field(Role.TRAINING),
+    # of variants that are refused, and without effect alone
+    "megatron_core": Field(Role.TRAINING),
+    "qalora_group_size": Field(Role.TRAINING),
+    "base_model_name_or_path": Field(Role.BASE, schema.MaybeText),
+    "revision": Field(Role.BASE, schema.MaybeText),
+    "auto_mapping": Field(Role.BASE),
+    "inference_mode": Field(Role.STATE, schema.Flag),
+    "peft_version": Field(Role.STATE, schema.MaybeText),
+    "alora_invocation_tokens": Field(Role.VARIANT),
+    "arrow_config": Field(Role.VARIANT),
+    "kasa_config": Field(Role.VARIANT),
+    "layer_replication": Field(Role.VARIANT),
+    "lora_bias": Field(Role.VARIANT),
+    "monteclora_config": Field(Role.VARIANT),
+    "use_bdlora": Field(Role.VARIANT),
+    "use_dora": Field(Role.VARIANT),
+    "use_qalora": Field(Role.VARIANT),
+    "corda_config": Field(Role.START),
+    "eva_config": Field(Role.START),
+    "init_lora_weights": Field(Role.START, absent=(True,)),
+    "loftq_config": Field(Role.START),
+    "lora_ga_config": Field(Role.START),
+    "ensure_weight_tying": Field(Role.OTHER),
+    "megatron_config": Field(Role.OTHER),
+    "target_parameters": Field(Role.OTHER),
+    "velora_config": Field(Role.OTHER),
+}
+
+
+def of(*roles: Role) -> tuple[str, ...]:
+    """The names of the fields of these roles."""
+    return tuple(name for name, field in FIELDS.items() if field.role in roles)
+
+
+def used(fields: Mapping[str, Any], *roles: Role) -> list[str]:
+    """The fields of these roles that say something."""
+    return [name for name in of(*roles) if name in fields and fields[name] not in FIELDS[name].absent]
+
+
+# what a configuration may say otherwise than the header: where the base lies, and how the adapter is used
+FREE = frozenset(of(Role.BASE, Role.STATE))
+
+
+def _model(name: str, *but: str, roles: tuple[Role, ...] = tuple(Role)) -> type[BaseModel]:
+    holds = {name: (FIELDS[name].holds, None) for name in of(*roles) if name not in but}
+    return create_model(name, __base__=schema.Schema, **holds)  # type: ignore[call-overload, no-any-return]
+
+
+# the fields in which the configurations of PEFT's methods agree
+Places = _model(
+    "Places", "rank_pattern", "bias", "remap", roles=(Role.RANK, Role.PLACE, Role.BESIDE, Role.BASE, Role.STATE)
+)
+Configuration = _model("Configuration")
+
+
+def check_fields(fields: Mapping[str, Any], what: str) -> None:
+    """Raises AdapterError for a value that its field cannot hold, and for a field that does not go with a projection;
+    ProjectionError for an unknown projection. what: begins the sentence."""
+    schema.check(Configuration, fields, what)
+    if "projection" in fields:
+        get(fields["projection"])
+    if changed := sorted(used(fields, *REFUSED), key=lambda name: (name == "init_lora_weights", name)):
+        raise AdapterError(
+            f"{what}{', '.join(changed)} changes what A and B are, which P already decides. "
+            "Leave it at its default, or use PEFT's LoraConfig."
+        )
+    if reserved := sorted({"d", "layout", "seed", "base_weights"} & set(fields.get("projection_kwargs") or {})):
+        raise AdapterError(
+            f"{what}projection_kwargs holds hyperparameters of P, got {reserved}. "
+            "Use the fields d, projection_seed and target_modules."
+        )
