@@ -30,7 +30,7 @@ _HOST = "https://github.com/uniproj/uniproj/blob/main/"
 
 
 def _link_to_the_repository(app: Any, page: str, source: list[str]) -> None:
-    """A link from a page to a file beside docs/, which is no page of the site, leads to the file's place on the host."""
+    """A link from a page to a file beside docs/, which is no page of the site, leads to the file on the host."""
 
     def to_host(found: re.Match[str]) -> str:
         path = found[2]
