@@ -33,7 +33,7 @@ test: .venv
 # The lowest supported versions, without Numba, on a part of every kind of test. Their PyTorch exists with CUDA only: 5 GB.
 test-lowest: .venv-lowest
 	$(LOWEST) $(or $(ARGS),$(PART))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) tests/kernels -k "triton and not battery")
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) tests/kernels -k "(triton or cpu) and not battery")
 
 lint: .venv
 	$(PY) -m ruff check .

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import uniproj
-from analysis import style
-from experiments import models
 from experiments.errors import ExperimentError
-from experiments.provenance import provenance
-from experiments.results import write_json, write_text
-from uniproj import console, plugins
+from experiments.files import write_json, write_text
+from experiments.models import trust
+from experiments.runs.provenance import provenance
+from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 
 Tables = Mapping[str, pd.DataFrame]
@@ -48,8 +46,7 @@ def parser(name: str, summary: str) -> argparse.ArgumentParser:
     """A parser with the options that every command has."""
     options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)
     options.add_argument("--projections", nargs="+", metavar="NAME", help="names of `python -m uniproj list` (all)")
-    plugins.add_option(options, "+")
-    plugins.add_trust(options)
+    trust.add_options(options)
     options.add_argument("--out", type=Path, default=Path("results") / name, help="folder of tables and picture")
     options.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return options
@@ -65,7 +62,6 @@ def add_space(options: argparse.ArgumentParser, d: int) -> None:
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """The names asked for, by default the whole registry. Raises ProjectionError for an unknown one."""
-    plugins.load(args.plugins)
     return [uniproj.get(name).name for name in args.projections] if args.projections else uniproj.names()
 
 
@@ -79,13 +75,16 @@ def run(
     name: str,
     options: argparse.ArgumentParser,
     measure: Callable[[argparse.Namespace], Tables],
-    draw: Callable[[Tables], Figure],
+    draw: Callable[[Tables, Path], None],
     argv: list[str] | None = None,
 ) -> int:
-    """Measure, write every table as CSV, all of them as JSON, and the picture; exit status 0, 2 bad input, 130."""
+    """Measure, write every table as CSV and all of them as JSON, and let `draw` write a picture beside them.
+
+    Exit status: 0 done, 2 bad input, 130 interrupted.
+    """
     args = options.parse_args(argv)
-    models.trust_remote_code(args.trust_remote_code)
     try:
+        trust.apply(args)
         tables = measure(args)
         write(name, args, tables, draw)
     except (ExperimentError, ProjectionError, AdapterError) as error:
@@ -97,27 +96,27 @@ def run(
     return 0
 
 
-def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables], Figure]) -> None:
+def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables, Path], None]) -> None:
     """The files of one command, and what it prints. Long tables, such as curves, are in their CSV file alone."""
     out: Path = args.out
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    everything = {
-        "settings": {key: value for key, value in settings.items() if key not in ("json", "out")},
-        "provenance": provenance("cpu"),
-        **{key: records(table) for key, table in tables.items()},
-    }
+    everything = {**asked(args, "json", "out"), **{key: rows(table) for key, table in tables.items()}}
     for key, table in tables.items():
         write_text(out / f"{name}-{key}.csv", table.to_csv(index=False))
     long = {key for key, table in tables.items() if len(table) > MOST_PRINTED}
     write_json(out / f"{name}.json", {key: value for key, value in everything.items() if key not in long})
-    with style.use():
-        style.save(draw(tables), out / name)
+    draw(tables, out / name)
     print(json.dumps(everything, indent=2) if args.json else as_text(tables))
     if not args.json:
         print(f"Tables, JSON and picture: {out}")
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def asked(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    """How the record of a measurement begins: what was asked for, and where and of which versions it is."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
+    return {"settings": settings, "provenance": provenance("cpu")}
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON has them: NaN is null."""
     return json.loads(table.to_json(orient="records", double_precision=DIGITS))
 

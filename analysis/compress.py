@@ -17,7 +17,8 @@ from torch import nn
 
 from experiments import models
 from experiments.errors import ExperimentError
-from uniproj import AdapterError, ProjectionError, console, plugins
+from experiments.models import trust
+from uniproj import AdapterError, ProjectionError, console
 from uniproj.adapters.compress import compress
 from uniproj.adapters.lora import LoRAAdapter, read
 from uniproj.errors import printable
@@ -27,8 +28,8 @@ def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:
     """The model of an adapter: a classifier with as many outputs as its head has, else a causal language model."""
     heads = [t for key, t in adapter.other.items() if key.endswith("weight")]
     if str(adapter.config.task_type).endswith("SEQ_CLS") and heads:
-        return models.load_classifier(models.Base(name), len(heads[-1]), None, seed=0)
-    return models.load_causal(models.Base(name))
+        return models.load_classifier(models.BaseModel(name), len(heads[-1]), None, seed=0)
+    return models.load_causal(models.BaseModel(name))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,8 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--seed", type=int, default=0, help="of P")
     options.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
     options.add_argument("--base", help="the base model, for projections made of its weights")
-    plugins.add_option(options)
-    plugins.add_trust(options)
+    trust.add_options(options, 1)
     options.add_argument("--json", action="store_true", help="print JSON")
     return options.parse_args(argv)
 
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     args = parse(argv)
     try:
-        plugins.load(args.plugins)
-        models.trust_remote_code(args.trust_remote_code)
+        trust.apply(args)
         adapter = read(args.folder)
         base = load_base(args.base, adapter) if args.base else None
         trained, quality = compress(adapter, args.projection, args.d, args.seed, args.options, base)

@@ -100,7 +100,7 @@ class Subject:
 
     def _base(self) -> PreTrainedModel:
         padding = self.tokenizer.pad_token_id
-        return models.load_classifier(models.Base(self.setting.model), self._labels, padding, self.setting.seed)
+        return models.load_classifier(models.BaseModel(self.setting.model), self._labels, padding, self.setting.seed)
 
     def _fresh(self) -> PeftModel:
         targets = models.target_modules(self.setting.model)

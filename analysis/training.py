@@ -19,7 +19,7 @@ PROBED = 4
 
 
 @dataclass
-class Trained:
+class Trajectory:
     """What a training left behind: theta_d, the head, the loss on the first four batches before and after.
 
     steps, thetas (n, d), gradients (n, d) of the loss by theta_d: along the way, the start first and the end last;
@@ -43,7 +43,7 @@ class Trained:
 
 def train(
     subject: Subject, P: Projection, steps: int, lr: float, snapshots: int = 0, start: Tensor | None = None
-) -> Trained:
+) -> Trajectory:
     """AdamW with a linear decay on theta_d, a learned P and the head; `snapshots` evenly spread, besides the start.
 
     P is trained in place. start: theta_d (d,), the projection's own by default.
@@ -56,7 +56,7 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    trained = Trained(theta_d.data, head, _probe(subject, P, theta_d, head), float("nan"))
+    trained = Trajectory(theta_d.data, head, _probe(subject, P, theta_d, head), float("nan"))
     kept = {round(i * steps / snapshots) for i in range(1, snapshots + 1)} if snapshots else set()
     for step, batch in enumerate(bar(subject.batches(steps), P.name)):
         loss = subject.loss(P(theta_d), head, batch)
@@ -82,7 +82,7 @@ def train_lora(subject: Subject, steps: int, lr: float) -> tuple[Tensor, Head]:
     return trained.theta_d, trained.head
 
 
-def _keep(trained: Trained, P: Projection, step: int, theta_d: nn.Parameter) -> None:
+def _keep(trained: Trajectory, P: Projection, step: int, theta_d: nn.Parameter) -> None:
     assert theta_d.grad is not None
     trained.steps.append(step)
     trained.thetas.append(theta_d.detach().double().clone())

@@ -11,24 +11,27 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from experiments import preflight, rates, report, tasks, trust
+from experiments import tasks
 from experiments.checks import check_distinct
-from experiments.config import COMPARED, DEVICES, shapes_of
 from experiments.errors import ExperimentError
-from experiments.families import adapted_shapes
-from experiments.plan import Sweep
-from experiments.protocol import folders
-from experiments.results import RUNS, digest, is_done, load_runs, run_folder, slug, write_json
-from experiments.settings import RunConfig
+from experiments.files import digest
+from experiments.models import adapted_shapes, trust
+from experiments.records.reading import is_done
+from experiments.runs.folder import RUNS, run_folder
+from experiments.runs.resolve import DEVICES, shapes_of
+from experiments.runs.settings import RunConfig
+from experiments.sweeps import comparison, preflight, protocol
+from experiments.sweeps.file import CONF, read
+from experiments.sweeps.launchers import trainer
+from experiments.sweeps.sweep import Sweep
 from experiments.tasks.task import METRICS
-from experiments.tune import GRID, describe, rate, record, tune
-from experiments.workers import train_all
 from uniproj import console
 from uniproj.errors import ProjectionError, printable
 from uniproj.layout import LoRALayout
@@ -38,6 +41,7 @@ INTERRUPTED = 130
 # VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
 VERA_RANK = 11
 TABLE, AUTO = "table", "auto"
+GRID = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def number(text: str) -> float:
@@ -48,18 +52,27 @@ def number(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
+@cache
+def committed() -> Sweep:
+    """The comparison that is trained where no option says otherwise."""
+    return read(CONF / "sweeps" / "compare.yaml")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
+    known, methods = committed().settings, [case["projection"] for case in committed().cases]
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="minilm", help="minilm, smollm2, a hub id, a local folder or a .gguf file")
-    parser.add_argument("--task", default="vader", help="vader, glue/<name>, or a folder of jsonl, csv, tsv or parquet")
+    model = "minilm, smollm2, a hub id, a local folder or a .gguf file"
+    task = "vader, glue/<name>, or a folder of jsonl, csv, tsv or parquet"
+    parser.add_argument("--model", default=known["model"], help=model)
+    parser.add_argument("--task", default=known["task"], help=task)
     parser.add_argument("--metric", choices=list(METRICS), help="what ranks, in place of the task's own")
-    parser.add_argument("--projections", nargs="+", default=list(COMPARED), metavar="NAME")
+    parser.add_argument("--projections", nargs="+", default=methods, metavar="NAME")
     trust.add_options(parser)
     parser.add_argument("--budget", type=int, help="trained numbers, without the head (default: VeRA's at r = 11)")
-    parser.add_argument("--rank", type=int, default=rates.TUNED["r"], help="r where a method leaves it free (4)")
-    parser.add_argument("--train-size", type=int, default=rates.TUNED["train_size"], help="rows to train on (1600)")
-    parser.add_argument("--epochs", type=number, default=rates.TUNED["epochs"], help="passes over them (2)")
+    parser.add_argument("--rank", type=int, default=known["r"], help="r where a method leaves it free (4)")
+    parser.add_argument("--train-size", type=int, default=known["train_size"], help="rows to train on (1600)")
+    parser.add_argument("--epochs", type=number, default=known["epochs"], help="passes over them (2)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each sets the four seeds of one repetition")
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--lr", default=TABLE, help="table (the committed rates), auto (tune first) or a number")
@@ -69,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fail on a bad name, number or device before anything is trained."""
+    """Fail on a bad name or number before anything is trained."""
     trust.apply(args)
     tasks.get(args.task)
     for option in ("projections", "seeds"):
@@ -86,12 +99,13 @@ def default_budget(task: str, model: str) -> int:
     return sum(out for out, _ in shapes.values()) + VERA_RANK * len(shapes)
 
 
-def settings(args: argparse.Namespace, budget: int) -> dict[str, Any]:
-    """What all runs of a comparison share."""
-    return {
+def asked(args: argparse.Namespace) -> Sweep:
+    """The sweep that the options ask for."""
+    settings = {
+        **committed().settings,
         "task": args.task,
         "model": args.model,
-        "budget": budget,
+        "budget": args.budget or default_budget(args.task, args.model),
         "device": args.device,
         "train_size": args.train_size,
         "epochs": args.epochs,
@@ -100,14 +114,29 @@ def settings(args: argparse.Namespace, budget: int) -> dict[str, Any]:
         "plugins": [os.path.abspath(plugin) if plugin.endswith(".py") else plugin for plugin in args.plugins],
         "dtype": "bfloat16" if args.device == "cuda" else "float32",
     }
+    chosen = {key: getattr(args, key) for key in ("projections", "seeds", "lr")}
+    methods = [{"projection": projection} for projection in args.projections]
+    rates = {} if args.lr == AUTO else given_rates(args)
+    return replace(
+        committed(),
+        name=f"comparison-{digest({**settings, **chosen})}",
+        settings=settings,
+        cases=[{**method, "lr": rates[method["projection"]]} if rates else method for method in methods],
+        tune=None if rates else {"seeds": [max(args.seeds) + 1], "lr": GRID},
+        seeds=args.seeds,
+    )
 
 
 def given_rates(args: argparse.Namespace) -> Mapping[str, float]:
-    """The learning rate of every projection, as far as it is known before tuning: else the first that is tried."""
+    """The learning rate of every projection. Raises ExperimentError for one that was never tuned."""
     if args.lr == TABLE:
-        return rates.load(args.projections)
-    if args.lr == AUTO:
-        return dict.fromkeys(args.projections, rate(GRID[0]))
+        known = {case["projection"]: case["lr"] for case in committed().cases}
+        if missing := [projection for projection in args.projections if projection not in known]:
+            raise ExperimentError(
+                f"compare: every projection needs a tuned rate, got none for {', '.join(missing)}. "
+                f"Known: {', '.join(known)}. Pass --lr auto to tune, or a number."
+            )
+        return known
     try:
         lr = float(args.lr)
     except ValueError:
@@ -117,35 +146,38 @@ def given_rates(args: argparse.Namespace) -> Mapping[str, float]:
     return dict.fromkeys(args.projections, lr)
 
 
-def tuned_rates(args: argparse.Namespace, common: Mapping[str, Any], record_to: Path) -> Mapping[str, float]:
-    """The learning rate of every projection, chosen now; the record of it is left in a file."""
-    trials = tune({**common, "seed": args.seeds[0]}, args.projections, args.runs)
-    write_json(record_to, record(trials))
-    best = rates.best(trials)
-    print(f"Learning rates tuned on the validation split, recorded in {record_to}:\n{describe(best)}")
-    return best
+def remark(settings: Mapping[str, Any]) -> str:
+    """What a reader must know of the committed rates at other settings than their own; nothing at those."""
+    tuned_at = {key: value for key, value in committed().settings.items() if key != "timing"}
+    if not (other := {key: settings[key] for key, value in tuned_at.items() if settings[key] != value}):
+        return ""
+    return f"Learning rates were tuned at {_listed(tuned_at)}, not at {_listed(other)}: --lr auto tunes them for these."
 
 
-def announced(sweep: Sweep, args: argparse.Namespace) -> str:
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def announced(sweep: Sweep, runs: Path) -> str:
     """What would be trained: the size and rate of every method, and how many runs are missing."""
-    runs = [run for cell in sweep.cells() for run in sweep.confirmations(cell, {})]
+    configs = preflight.runs_of(sweep)["confirm"]
     rows = [
         {
             "projection": run.projection,
-            "lr": "tuned first" if args.lr == AUTO else run.lr,
+            "lr": "tuned first" if sweep.tune else run.lr,
             "r": run.r,
             "trained": trained(run),
             "hyperparameters": ", ".join(f"{key}={value}" for key, value in run.hyperparameters.items()),
         }
-        for run in runs[:: len(args.seeds)]
+        for run in configs[:: len(sweep.seeds)]
     ]
-    rows_at_hand = len(tasks.get(args.task).split("train"))
-    steps = preflight.steps(replace(runs[0], train_size=min(args.train_size, rows_at_hand)))
-    missing = [run for run in runs if not is_done(run_folder(args.runs, run.to_json()))]
-    tuning = f", after {len(GRID)} or more of each to tune its rate" if args.lr == AUTO else ""
+    rows_at_hand = len(tasks.get(sweep.settings["task"]).split("train"))
+    steps = preflight.steps(replace(configs[0], train_size=min(sweep.settings["train_size"], rows_at_hand)))
+    missing = [run for run in configs if not is_done(run_folder(runs, run.to_json()))]
+    tuning = f", after {len(GRID)} or more of each to tune its rate" if sweep.tune else ""
     return (
-        f"{pd.DataFrame(rows).to_string(index=False)}\n\n{len(runs)} runs of {steps} steps, "
-        f"{len(runs) - len(missing)} done, {len(missing)} to train{tuning}"
+        f"{pd.DataFrame(rows).to_string(index=False)}\n\n{len(configs)} runs of {steps} steps, "
+        f"{len(configs) - len(missing)} done, {len(missing)} to train{tuning}"
     )
 
 
@@ -160,32 +192,20 @@ def trained(run: RunConfig) -> int:
 def compare(args: argparse.Namespace) -> int:
     """Train what is missing and write the table; returns the exit status."""
     check(args)
-    budget = args.budget or default_budget(args.task, args.model)
-    common = settings(args, budget)
-    name = f"comparison-{digest({**common, **{key: getattr(args, key) for key in ('projections', 'seeds', 'lr')}})}"
-
-    def sweep(lr: Mapping[str, float]) -> Sweep:
-        cases = [{"projection": projection, "lr": lr[projection]} for projection in args.projections]
-        return Sweep(name, settings={**common, "timing": True}, cases=cases, seeds=args.seeds)
-
-    lr = given_rates(args)
-    preflight.check(sweep(lr))
-    if remark := rates.remark(common) if args.lr == TABLE else "":
-        print(remark)
+    sweep = asked(args)
+    preflight.check(sweep)
+    remarks = [said] if args.lr == TABLE and (said := remark(sweep.settings)) else []
+    print("".join(f"{said}\n" for said in remarks), end="")
     if args.dry_run:
-        print(announced(sweep(lr), args))
+        print(announced(sweep, args.runs))
         return 0
-    folder = args.runs / slug(args.task) / name
-    planned = sweep(tuned_rates(args, common, folder / "tuning.json") if args.lr == AUTO else lr)
-    runs = folders(args.runs, (run for cell in planned.cells() for run in planned.confirmations(cell, {})))
-    failures = train_all(runs, args.device)
+    train, folder = trainer(sweep, "local", args.runs), protocol.sweep_folder(args.runs, sweep)
+    records, failures = protocol.confirm(sweep, args.runs, protocol.tune(sweep, args.runs, train), train)
     for run, reason in failures.items():
         print(printable(f"{run} failed: {reason}"), file=sys.stderr)
-    done = [run for run in runs if run not in failures and is_done(run)]
-    if done:
-        remarks = [remark] if remark else []
-        remarks += [f"{run} failed, so it is in no mean: {reason}" for run, reason in failures.items()]
-        report.write(folder, load_runs(done), budget, remarks)
+    remarks += [f"{run} failed, so it is in no mean: {reason}" for run, reason in failures.items()]
+    if len(done := records[records["failed"].isna()]):
+        comparison.write(folder, done, sweep.settings["budget"], remarks)
     return 1 if failures else 0
 
 

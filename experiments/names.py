@@ -1,4 +1,4 @@
-"""What figures, tables and the report call methods, tasks and models: the table in names.yaml."""
+"""What figures, tables and the report call methods, tasks and models: those of names.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILE = Path(__file__).with_name("names.yaml")
 
 
 @cache
-def table(kind: str) -> dict[str, str]:
+def mapping(kind: str) -> dict[str, str]:
     """Names of "methods", "tasks" or "models" by what they are called in settings."""
     found: dict[str, str] = yaml.safe_load(FILE.read_text())[kind]
     return found
@@ -19,7 +19,7 @@ def table(kind: str) -> dict[str, str]:
 
 def method(name: str) -> str:
     """A projection of the registry, or another entrant of a measurement."""
-    return table("methods").get(name, name)
+    return mapping("methods").get(name, name)
 
 
 def variant(text: str) -> str:
@@ -30,12 +30,12 @@ def variant(text: str) -> str:
 
 def task(name: str) -> str:
     """A task; one's own is called as its folder."""
-    return table("tasks").get(name, _folder(name))
+    return mapping("tasks").get(name, _folder(name))
 
 
 def model(name: str) -> str:
     """A base model; one's own is called as its folder."""
-    return table("models").get(name, _folder(name))
+    return mapping("models").get(name, _folder(name))
 
 
 def _folder(name: str) -> str:

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
 
-from experiments import models, plan, preflight, protocol, slurm, sweep_report
-from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
-from experiments.plan import Sweep
-from experiments.results import RUNS
-from experiments.slurm import SlurmOptions
-from experiments.workers import Processes, processes, train_all
+from experiments.models import trust
+from experiments.runs.folder import RUNS
+from experiments.sweeps import preflight, protocol, report
+from experiments.sweeps.file import read
+from experiments.sweeps.launchers import LAUNCHERS, at_once, check_launchers, trainer
 from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError, printable
 
 INTERRUPTED = 130
-LAUNCHERS: Mapping[str, type[Any]] = {"local": Processes, "slurm": SlurmOptions}
-# options of launchers that count something
-COUNTS = ("processes", "nodes", "concurrency", "queue_cap")
-Options = TypeVar("Options")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,52 +34,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
-    """The launcher as a function of run folders that returns the reason of each failure."""
-    if launcher == "local":
-        device, over = sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes)
-        return lambda folders: train_all(folders, device, over)
-    options = options_of(sweep, "slurm", SlurmOptions)
-
-    def train(folders: Sequence[Path]) -> Mapping[Path, str]:
-        return slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
-
-    return train
-
-
-def at_once(sweep: Sweep, launcher: str) -> int:
-    """How many runs the launcher trains at the same time."""
-    if launcher == "local":
-        return processes(sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes))
-    return options_of(sweep, "slurm", SlurmOptions).concurrency
-
-
-def options_of(sweep: Sweep, launcher: str, kind: Callable[..., Options]) -> Options:
-    """What the sweep says of a launcher."""
-    return kind(**sweep.launcher.get(launcher, {}))
-
-
-def check_launchers(sweep: Sweep) -> None:
-    """Raises ExperimentError for an unknown launcher, and for an option that its launcher does not know or take."""
-    for launcher, given in sweep.launcher.items():
-        if launcher not in LAUNCHERS:
-            raise ExperimentError(
-                f"sweep: launcher must have keys among {', '.join(LAUNCHERS)}, got {launcher}. Correct it."
-            )
-        known = [field.name for field in fields(LAUNCHERS[launcher])]
-        if not set(given) <= set(known):
-            raise ExperimentError(
-                f"sweep: launcher.{launcher} must have keys among {', '.join(known)}, got {', '.join(given)}. "
-                "Correct them."
-            )
-        check_fields(f"sweep: launcher.{launcher}.", LAUNCHERS[launcher], given)
-        check_positive(f"sweep: launcher.{launcher}.", given, COUNTS)
-
-
 def run(args: argparse.Namespace) -> int:
     """Everything a sweep asks for; returns the exit status."""
-    models.trust_remote_code(args.trust_remote_code)
-    sweep = plan.read(args.file, args.overrides)
+    trust.trust_remote_code(args.trust_remote_code)
+    sweep = read(args.file, args.overrides)
     check_launchers(sweep)
     preflight.check(sweep, here=args.doctor or (args.launcher == "local" and not args.dry_run))
     if args.dry_run:
@@ -98,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     train = trainer(sweep, args.launcher, args.runs)
     chosen = protocol.tune(sweep, args.runs, train)
     records, failures = protocol.confirm(sweep, args.runs, chosen, train)
-    sweep_report.write(protocol.sweep_folder(args.runs, sweep), sweep, records)
+    report.write(protocol.sweep_folder(args.runs, sweep), sweep, records)
     for folder, reason in failures.items():
         print(printable(f"{folder} failed: {reason}"), file=sys.stderr)
     return 1 if failures else 0

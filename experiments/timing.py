@@ -34,11 +34,8 @@ def compare_steps(
     """
     steps = [training_step(m, batch, make_optimizer(m), autocast) for m in (model, reference)]
     seconds: np.ndarray = np.array(interleave(steps, pairs, warm_up))
-    ratio, low, high = median_interval(seconds[:, 0] / seconds[:, 1])
     return {
-        "step_ratio": ratio,
-        "step_ratio_low": low,
-        "step_ratio_high": high,
+        **ratio("step_ratio", seconds[:, 0], seconds[:, 1]),
         "step_pairs": pairs,
         "step_seconds": float(np.median(seconds[:, 0])),
         "step_seconds_lora": float(np.median(seconds[:, 1])),
@@ -70,6 +67,55 @@ def median_interval(values: Any) -> tuple[float, float, float]:
         raise ValueError(f"median_interval: a 95 % interval needs at least {LEAST_VALUES} values, got {len(ordered)}.")
     rank = int(binom.ppf(0.025, len(ordered), 0.5))
     return float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[len(ordered) - rank])
+
+
+def ratio(name: str, above: np.ndarray, below: np.ndarray) -> dict[str, float]:
+    """The median of paired ratios as `name`, with the bounds of its 95 % interval."""
+    middle, low, high = median_interval(above / below)
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
+
+
+def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int, per: float = 1.0) -> dict[str, np.ndarray]:
+    """name -> (rounds, 2): seconds on the clock and of the processor (all threads), divided by `per`.
+
+    What an action returns is called after the clock was stopped, if it can be. One round goes before.
+    """
+    found = np.array(interleave([_clock_and_processor(action) for action in actions.values()], rounds, 1)) / per
+    return {name: found[:, position] for position, name in enumerate(actions)}
+
+
+def _clock_and_processor(action: Callable[[], object]) -> Callable[[], tuple[float, float]]:
+    def timed() -> tuple[float, float]:
+        clock, processor = time.perf_counter(), time.process_time()
+        after = action()
+        seconds = time.perf_counter() - clock, time.process_time() - processor
+        if callable(after):
+            after()
+        return seconds
+
+    return timed
+
+
+def of_turns(seconds: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A row per alternative that took turns: median and quartiles on the clock, median of the processor."""
+    return [
+        {
+            "action": name,
+            "rounds": len(found),
+            "clock_seconds": float(np.median(found[:, 0])),
+            "clock_lower_quartile": float(np.quantile(found[:, 0], 0.25)),
+            "clock_upper_quartile": float(np.quantile(found[:, 0], 0.75)),
+            "processor_seconds": float(np.median(found[:, 1])),
+        }
+        for name, found in seconds.items()
+    ]
+
+
+def ratio_of_turns(seconds: Mapping[str, np.ndarray], which: str, to: str) -> dict[str, Any]:
+    """A row with the paired ratios of two of them: on the clock, and of the processor, which waits for nobody."""
+    above, below = seconds[which], seconds[to]
+    clock, processor = (ratio(kind, above[:, k], below[:, k]) for k, kind in enumerate(("clock", "processor")))
+    return {"ratio": f"{which} / {to}", **clock, **processor}
 
 
 def training_step(

@@ -8,135 +8,22 @@ their processes.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import re
-import shutil
 import sys
-import time
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
 
 import torch
 
-from experiments import outcome, results, trust
-from experiments.distributed import TORCHRUN, asked_of_accelerate
 from experiments.errors import ExperimentError
+from experiments.files import disk_errors
+from experiments.models import trust
 from experiments.orphans import end_with
-from experiments.outcome import ADAPTER, finite
-from experiments.provenance import provenance
-from experiments.results import BUSY, CONFIG, FAILED, RESULT, disk_errors, is_done, lock, write_json
-from experiments.run import Run
-from experiments.steps import isometry, step_times
+from experiments.records.reading import is_done, result
+from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
+from experiments.runs.folder import BUSY, CONFIG, FAILED, lock
+from experiments.runs.training import train
 from uniproj import console
-from uniproj.adapters.file import read
 from uniproj.errors import AdapterError, ProjectionError, printable
-
-INTERRUPTED = 130
-
-
-CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
-STATE = "trainer_state.json"
-# without one of these Trainer would go on from other numbers, and say nothing
-STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step. A folder of another name, such as a copy, is none."""
-    named = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return {int(name[1]): path for path, name in named.items() if name}
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole, and so is the best one that it remembers. A line names each passed over."""
-    found = checkpoints(folder)
-    for step in sorted(found, reverse=True):
-        try:
-            best = _check_checkpoint(found[step], step).get("best_global_step") or step
-            if best != step:
-                _check_checkpoint(folder / f"checkpoint-{best}", best)
-        except Exception as error:  # of whatever reads it: files may hold anything after a power cut
-            print(f"train: {found[step]} must be whole, got: {error} The run goes on from an earlier one, or anew.")
-        else:
-            return str(found[step])
-    return None
-
-
-def _check_checkpoint(path: Path, step: int) -> dict[str, Any]:
-    """Raises for a file that is missing, cut off or damaged; returns the state, the last file that is written."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text())  # the log in it may hold NaN
-    if state.get("global_step") != step:
-        raise ExperimentError(f"{path / STATE} must be that of step {step}, got {state.get('global_step')!r}.")
-    read(path)
-    for name in sorted(STATES | {other.name for other in path.glob("*.pt*")}):
-        with ZipFile(path / name) as archive:
-            if damaged := archive.testzip():
-                raise ExperimentError(f"{path / name} must be as it was written, got another {damaged}.")
-    return state
-
-
-def run(folder: Path) -> int:
-    """Train and score, or resume; returns the exit status."""
-    started = time.perf_counter()
-    current = Run.load(folder)
-    before = current.probe()
-    trained = current.trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if current.stop.requested:
-        return INTERRUPTED
-    result = evaluate(current, before)
-    result["cost"] = {
-        "seconds": round(time.perf_counter() - started, 2),
-        "train_seconds": round(trained.metrics["train_runtime"], 2),
-        "peak_bytes": outcome.peak_bytes(current.config.device),
-        "processes": current.trainer.args.world_size,
-    }
-    result["provenance"] = provenance(current.config.device)
-    if current.trainer.is_world_process_zero():
-        write_json(folder / RESULT, result)
-        for checkpoint in checkpoints(folder).values():
-            shutil.rmtree(checkpoint)
-    return 0
-
-
-def evaluate(current: Run, before: float) -> dict[str, Any]:
-    """Everything a trained run is asked; the test split is read only where the configuration says so.
-
-    One that diverged has no score and no adapter.
-    """
-    after, change, diverged = current.probe(), outcome.theta_change(current), current.divergence.reason
-    scored = outcome.unscored(current) if diverged else _scored(current)
-    saved = None if diverged else _saved(current)
-    return {
-        "config": current.config.to_json(),
-        "metric": current.task.metric,
-        "classes": list(current.task.classes) or None,
-        **scored,
-        "loss_before": finite(before),
-        "loss_after": finite(after),
-        "did_not_train": diverged or outcome.did_not_train(before, after, change),
-        "theta_change": finite(change),
-        **outcome.sizes(current, saved),
-        "adapter_sha256": saved and hashlib.sha256(saved.read_bytes()).hexdigest(),
-        "incomplete_data": outcome.data_rows(current),
-        **(isometry(current) | step_times(current) if current.config.timing and not diverged else {}),
-    }
-
-
-def _scored(current: Run) -> dict[str, Any]:
-    validation = outcome.validations(current)
-    on_test = current.config.score_on == "test"
-    return {**(outcome.tested(current) if on_test else {"score": validation["validation"]}), **validation}
-
-
-def _saved(current: Run) -> Path:
-    """The file of the adapter, which the first process writes."""
-    current.trainer.accelerator.wait_for_everyone()
-    if current.trainer.is_world_process_zero():
-        current.model.save_pretrained(current.folder / ADAPTER)
-    current.trainer.accelerator.wait_for_everyone()
-    return current.folder / ADAPTER / "adapter_model.safetensors"
 
 
 @console.command
@@ -167,13 +54,13 @@ def main(argv: list[str] | None = None) -> int:
             return BUSY
         if not is_done(folder):
             with disk_errors(folder):
-                status = run(folder)
+                status = train(folder)
             if status:
                 return status
         if is_first:
-            result = results.result(folder)
-            score = f"{result['metric']} {result['score']} on {result['config']['score_on']}"
-            print(f"{folder} done: {printable(score if result['score'] is not None else result['did_not_train'])}")
+            found = result(folder)
+            score = f"{found['metric']} {found['score']} on {found['config']['score_on']}"
+            print(f"{folder} done: {printable(score if found['score'] is not None else found['did_not_train'])}")
         return 0
     except (ExperimentError, ProjectionError, AdapterError) as error:
         print(f"{FAILED}{error}")

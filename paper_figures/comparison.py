@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from experiments import statistics
-from paper_figures.published import claims
-from paper_figures.sources import NOT_AVAILABLE, NOT_RUN, Results, Sweep, one_cell
-from paper_figures.table import Table
+from experiments.records import statistics
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
+from paper_figures.published import claims, of_table
+from paper_figures.typesetting import Table
 
 OURS = "Ours: mean over n seeds after the last step, Student's 95 % interval, as far as the metric goes."
 
@@ -81,16 +81,16 @@ class Row:
     scores: Mapping[str, Score]
 
 
-def rows(spec: Comparison, published: pd.DataFrame, results: Results) -> list[Row]:
+def rows(spec: Comparison, committed: Committed) -> list[Row]:
     """The published block first, then each of ours; a method or cell that is missing is named, not left out."""
-    found = _published(spec, published)
+    found = _published(spec)
     for ours in spec.ours:
-        found += _ours(spec, ours, results.sweep(ours.sweep))
+        found += _ours(spec, ours, committed.sweep(ours.sweep))
     return found
 
 
-def _published(spec: Comparison, published: pd.DataFrame) -> list[Row]:
-    values = published[published["table"] == spec.name]
+def _published(spec: Comparison) -> list[Row]:
+    values = of_table(spec.name)
     block = f"published, {spec.published}"
     listed = list(dict.fromkeys(zip(values["method"], values["projection"], values["trained"], strict=True)))
     known = {projection for _, projection, _ in listed}
@@ -150,11 +150,11 @@ def score(cell: pd.Series | None) -> Score:
     return Score(f"{mean:.1f} [{low:.1f}, {high:.1f}] (n = {cell['n']})", mean, low, high, int(cell["n"]))
 
 
-def table(spec: Comparison, found: Sequence[Row], published: pd.DataFrame) -> Table:
+def table(spec: Comparison, found: Sequence[Row]) -> Table:
     """One line per method and block."""
     heads = ["block", "method", "trained", *(f"{column}, {spec.unit_of(column)}" for column in spec.columns)]
     lines = [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.columns)] for r in found]
-    sources = sorted(set(published.loc[published["table"] == spec.name, "source"]))
+    sources = sorted(set(of_table(spec.name)["source"]))
     cited = [f"Published: {source}." for source in sources] or ["Published: no value is known to us."]
     said = [f"Published without numbers: {claim}." for claim in claims(spec.name)]
-    return Table(spec.name, spec.title, heads, lines, [*cited, *said, OURS, *spec.notes])
+    return Table(spec.title, heads, lines, [*cited, *said, OURS, *spec.notes])

@@ -32,6 +32,12 @@ def read(file: Path = FILE) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def of_table(name: str) -> pd.DataFrame:
+    """The values of one table of the paper."""
+    values = read()
+    return values[values["table"] == name]
+
+
 def claims(table: str | None = None, file: Path = FILE) -> list[str]:
     """What is reported of the paper without numbers, of all tables or of one."""
     content = yaml.safe_load(file.read_text())

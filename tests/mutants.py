@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from uniproj import LoRALayout, Projection
-from uniproj.projections.fastfood import SignFastfood
-from uniproj.projections.gaussian import NOLA, Gaussian
-from uniproj.projections.partition import Partition
-from uniproj.projections.svd import LoRAXS
-from uniproj.projections.tied import VeRA
-from uniproj.projections.unilora import LocalUniLoRA, UniLoRA
+from uniproj.projections._partition import Partition
+from uniproj.projections.fastfood_sign import SignFastfood
+from uniproj.projections.gaussian import Gaussian
+from uniproj.projections.lora_xs import LoRAXS
+from uniproj.projections.nola import NOLA
+from uniproj.projections.unilora import UniLoRA
+from uniproj.projections.unilora_local import LocalUniLoRA
 from uniproj.projections.vblora import VBLoRA
+from uniproj.projections.vera import VeRA
 
 
 class ScaledAdjoint(UniLoRA):

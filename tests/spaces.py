@@ -8,7 +8,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 from uniproj import LoRALayout, Projection, ProjectionError, get
-from uniproj.projections.tied import SharedFactors
+from uniproj.projections._shared import SharedFactors
 from uniproj.testing import sample
 
 _MAX_D = 480  # rows of theta_D: the identity then has 480^2 entries

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from experiments.results import write_bytes
+from experiments.files import write_bytes
 from uniproj import atomic
 from uniproj.adapters.disk import replace
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 WRITERS = {
     "adapter": "from uniproj.adapters.disk import replace; write = lambda p: replace({p: b'new' * 9999})",
-    "result": "from experiments.results import write_bytes; write = lambda p: write_bytes(p, b'new' * 9999)",
+    "result": "from experiments.files import write_bytes; write = lambda p: write_bytes(p, b'new' * 9999)",
 }
 
 

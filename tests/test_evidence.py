@@ -5,6 +5,7 @@ The numbers of the document are worked out from the records with SciPy alone.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +15,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.report.collect import REFERENCE
-from experiments import statistics
-from experiments.names import table as names
+from experiments.names import mapping
+from experiments.records import statistics
+from paper_figures.committed import Committed
 from paper_figures.comparison import score
-from paper_figures.sources import Results
+from paper_figures.report.collect import REFERENCE
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted(path.parent.name for path in ROOT.glob("results/sweeps/*/records.csv"))
-PROJECTIONS = {label: name for name, label in names("methods").items()}
-TASKS = {label: name for name, label in names("tasks").items()}
+PROJECTIONS = {label: name for name, label in mapping("methods").items()}
+TASKS = {label: name for name, label in mapping("tasks").items()}
 
 
 def _records(sweep: str) -> pd.DataFrame:
@@ -52,7 +53,7 @@ def test_a_run_that_did_not_train_is_in_no_mean_anywhere() -> None:
     mean = own.loc[own["did_not_train"].isna(), "score"].mean()
     assert len(own) == 3 and own["did_not_train"].notna().sum() == 1 and abs(mean - own["score"].mean()) > 0.01
     summary = pd.read_csv(ROOT / "results/sweeps/glue_budget/summary.csv").set_index(["projection", "task"])
-    sweep = Results(ROOT / "results").sweep("glue_budget")
+    sweep = Committed(ROOT / "results").sweep("glue_budget")
     assert sweep is not None
     cell = sweep.cells.set_index(["projection", "task"]).loc[("vera", "glue/qnli")]
     kept = summary.loc[("vera", "glue/qnli")]
@@ -101,6 +102,24 @@ def _difference(own: pd.DataFrame, other: pd.DataFrame, key: str, scale: float, 
     ends = [gaps.mean(), gaps.mean() - _spread(gaps), gaps.mean() + _spread(gaps)]
     found = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
     assert len(gaps) == 3 and found == [pytest.approx(end, abs=0.5001 * 10**-digits) for end in ends[: len(found)]]
+
+
+@pytest.mark.parametrize(
+    ("heading", "sweep"),
+    [
+        ("Four GLUE tasks at one budget", "glue_budget"),
+        ("GSM8K, a model that can hardly do it", "gsm8k_budget"),
+        ("Score against trained numbers", "score_against_d"),
+        ("Score against the rank", "score_against_r"),
+    ],
+)
+def test_the_rates_at_the_edge_of_the_grid_are_counted(heading: str, sweep: str) -> None:
+    section = (ROOT / "docs" / "evidence.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    (said,) = re.findall(r"(\d+) of (\d+) rates lie at the edge", section)
+    choices = json.loads((ROOT / "results" / "sweeps" / sweep / "choice.json").read_text())["choices"]
+    lowest, highest = (f({trial["lr"] for each in choices for trial in each["trials"]}) for f in (min, max))
+    at_edge = sum(each["chosen"]["lr"] in (lowest, highest) for each in choices)
+    assert (int(said[0]), int(said[1])) == (at_edge, len(choices))
 
 
 def test_the_table_of_four_tasks_is_that_of_the_records() -> None:

@@ -50,7 +50,7 @@ def test_a_wrong_gradient_is_named() -> None:
 
 @pytest.mark.parametrize("where", ["claims", "claims_if"])
 def test_an_unknown_claim_is_refused_with_the_nearest(where: str, monkeypatch) -> None:
-    said = {"isometrc": "never"} if where == "claims_if" else frozenset({"linear", "isometrc"})
+    said = {"isometrc": ("never", lambda P: False)} if where == "claims_if" else frozenset({"linear", "isometrc"})
     monkeypatch.setattr(MUTANTS[0], where, said)
     P = _build(MUTANTS[0])
     for refused in (lambda: check_projection(P), lambda: register("isometrc")(type(P))):

@@ -69,6 +69,32 @@ def test_a_wheel_works_in_a_new_environment(built, tmp_path: Path) -> None:
     assert "unilora_nonuniform" in _python("-m", "uniproj", "list", cwd=tmp_path, interpreter=python)
 
 
+USER = """
+from typing import assert_type
+import torch
+from torch import Tensor
+from uniproj import LoRALayout, build
+from uniproj.tuner import UniProjConfig
+
+def there_and_back(layout: LoRALayout) -> Tensor:
+    P = build("unilora", layout=layout, d=5)
+    theta_D = assert_type(P(torch.ones(P.d)), Tensor)
+    P("theta_d")  # type: ignore[arg-type]
+    return P.adjoint(theta_D)
+
+assert_type(UniProjConfig(projection="unilora", d=5, r=2, target_modules=["q"]).d, int | None)
+UniProjConfig(projection=5)  # type: ignore[arg-type]
+"""
+
+
+def test_a_user_sees_the_types(built, tmp_path: Path) -> None:
+    """Under --strict an `ignore` that silences nothing is an error, as it would be if the package had no types."""
+    python = _install(built["wheel"], tmp_path / "venv")
+    (tmp_path / "user.py").write_text(USER)
+    options = ["--strict", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    assert "Success" in _python("-m", "mypy", *options, "user.py", cwd=tmp_path, interpreter=python)
+
+
 def test_a_script_beside_an_editable_clone_of_this_name_finds_the_package(built, tmp_path: Path) -> None:
     python, clone = _install(built["editable"], tmp_path / "venv"), built["clone"]
     script = clone.parent / "script.py"

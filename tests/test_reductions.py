@@ -10,9 +10,10 @@ from torch import Tensor
 from tests.reference.peft_toys import deltas, error, layers, peft_delta, wrap
 from uniproj import LoRALayout, build
 from uniproj.projections.fastfood import Fastfood
-from uniproj.projections.gaussian import NOLA
-from uniproj.projections.svd import LoRAXS, TinyLoRA
-from uniproj.projections.tied import TiedLoRA
+from uniproj.projections.lora_xs import LoRAXS
+from uniproj.projections.nola import NOLA
+from uniproj.projections.tied_lora import TiedLoRA
+from uniproj.projections.tinylora import TinyLoRA
 from uniproj.tuner.convert import from_peft, to_peft
 
 SEEDS = pytest.mark.parametrize("seed", range(3))

@@ -12,7 +12,7 @@ from uniproj import LoRALayout, Projection, ProjectionError, build, get, names, 
 from uniproj.__main__ import main
 from uniproj.algebra import BlockDiagonal, Compose, ConcatColumns, Select
 from uniproj.budget import TOLERANCE
-from uniproj.projections.partition import Partition
+from uniproj.projections._partition import Partition
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in "qv"}, r=2)
 METHODS = {
@@ -89,12 +89,6 @@ def test_forward_mode_and_hessian() -> None:
     torch.testing.assert_close(torch.func.jacfwd(P)(x), P.to_dense())
     hessian = torch.func.hessian(lambda t: P(t).square().sum())(x)
     torch.testing.assert_close(hessian, 2 * torch.eye(5, dtype=torch.float64))
-
-
-def test_a_composite_is_rebuilt_with_parts_of_its_own() -> None:
-    learned = build("vblora", layout=LAYOUT, num_vectors=9, vector_length=1)
-    composite = Compose(learned, build("unilora", 9, 4))
-    assert not {id(p) for p in composite.rebuild().parameters()} & {id(p) for p in composite.parameters()}
 
 
 def test_a_taken_name_is_refused(monkeypatch) -> None:
@@ -176,8 +170,9 @@ def test_integers_of_numpy_are_integers() -> None:
 
 def test_a_dense_matrix_too_large_to_hold_is_refused_or_regenerated(monkeypatch) -> None:
     whole = build("gaussian", 50, 7, seed=2)
-    monkeypatch.setattr("uniproj.projections.gaussian.RESIDENT", 100)
-    monkeypatch.setattr("uniproj.projections.gaussian.TILE", 30)
+    for home in ("_random", "gaussian_orthonormal"):
+        monkeypatch.setattr(f"uniproj.projections.{home}.RESIDENT", 100)
+    monkeypatch.setattr("uniproj.projections._random.TILE", 30)
     tiled = build("gaussian", 50, 7, seed=2)
     x, y = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     assert tiled.P is None

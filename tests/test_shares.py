@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uniproj.projections.unilora import _shares
+from uniproj.projections.unilora_local import _shares
 
 
 def _one_by_one(d: int, sizes: list[int]) -> list[int]:

@@ -1,5 +1,15 @@
 """uniproj: parameter sharing for LoRA as one linear map, theta_D = P theta_d + c.
 
+The whole interface is what this package exports, and
+
+    uniproj.tuner       UniProjConfig: the PEFT method; from_peft, to_peft: PEFT's own methods
+    uniproj.algebra     projections made of projections
+    uniproj.claims      what a projection may claim, each decided from its matrix
+    uniproj.testing     check_projection: the tests of a projection of one's own; sample: one to test
+    uniproj.budget      Budget, for a method of one's own
+    uniproj.kernels.random   numbers that are the same everywhere
+    uniproj.bank        the adapters of many users
+
 `import uniproj` is all that PEFT needs to know the method UNIPROJ of a saved adapter: `uniproj.tuner`, which enters it
 there, is imported as soon as PEFT is, before or after this package, and never by those who do not use PEFT.
 """

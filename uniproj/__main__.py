@@ -31,7 +31,7 @@ def describe(name: str) -> dict[str, Any]:
             n for n, wanted in (("modules", cls.needs_modules), ("base weights", cls.needs_base_weights)) if wanted
         ],
         "claims": sorted(cls.claims),
-        "claims_if": dict(cls.claims_if),
+        "claims_if": {claim: condition for claim, (condition, _) in cls.claims_if.items()},
         "source": cls.source,
     }
 

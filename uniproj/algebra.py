@@ -1,9 +1,14 @@
-"""Projections made of projections: E_S, P1 P2, [P1 P2], diag(P1, P2), rows of P, alpha P."""
+"""Projections made of projections: E_S, P1 P2, [P1 P2], diag(P1, P2), rows of P, alpha P.
+
+A method that is written as one of them is rebuilt from layout, d and seed, as every method is: `rebuild =
+Projection.rebuild`.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +25,17 @@ class Select(Projection):
     sparse = True
     claims = frozenset({"linear", "orthogonal", "isometric", "uniform", "local"})
 
-    def __init__(self, layout: LoRALayout, rows: Tensor):
-        super().__init__(layout, len(rows))
+    def __init__(self, layout: LoRALayout, rows: Tensor, seed: int = 0):
+        super().__init__(layout, len(rows), seed)
         ascends = bool((rows[1:] > rows[:-1]).all())
         distinct = ascends or rows.unique().numel() == len(rows)
         if not distinct or not 0 <= int(rows.min()) <= int(rows.max()) < layout.D:
             raise ProjectionError(f"select: rows must be distinct and lie in [0, {layout.D}).")
         self.rows = rows.long()
         self.order = None if ascends else self.rows.argsort()
+
+    def rebuild(self, **changes: Any) -> Projection:
+        return Select(**{"layout": self.layout, "rows": self.rows.cpu(), "seed": self.seed, **changes})
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return theta_d.new_zeros(len(theta_d), self.D).index_copy(1, self.rows, theta_d)
@@ -52,9 +60,17 @@ class Select(Projection):
 
 
 class _Composite(Projection):
-    """Shared by the combinators: learned or sparse as their parts are, dense form by their own definition."""
+    """Shared by the combinators: learned or sparse as their parts are, dense form by their own definition.
 
-    claims = frozenset({"linear"})
+    `seed` counts from the seeds with which the parts were given, and is 0 there: `rebuild(seed=s)` adds s - `seed` to
+    the seed of every part, so that parts that were drawn apart stay apart.
+    """
+
+    claims = frozenset()
+    claims_if = {
+        "linear": ("no part has a c", lambda P: P.offset is None),
+        "affine": ("a part has a c", lambda P: P.offset is not None),
+    }
 
     def __init__(self, layout: LoRALayout, d: int, parts: Sequence[Projection]):
         super().__init__(layout, d)
@@ -62,11 +78,27 @@ class _Composite(Projection):
         self.learned = any(p.learned for p in parts)
         self.sparse = all(p.sparse for p in parts)
         self.sums_products = self.sums_products or any(p.sums_products for p in parts)
-        if any(p.offset is not None for p in parts):
-            self.claims = frozenset({"affine"})
 
     def _children(self) -> list[Projection]:
         return list(self.parts)  # type: ignore[arg-type]
+
+    def rebuild(self, **changes: Any) -> Projection:
+        """Of rebuilt parts. Raises ProjectionError for changes of anything but the seed."""
+        seed = changes.pop("seed", self.seed)
+        if changes:
+            raise ProjectionError(
+                f"{self.name}: rebuild of a composite takes seed= alone, got {sorted(changes)}. Rebuild its parts."
+            )
+        fresh = self._of([p.rebuild(seed=(p.seed + seed - self.seed) % 2**64) for p in self._children()])
+        fresh.seed = seed
+        return fresh
+
+    @abstractmethod
+    def _of(self, parts: list[Projection]) -> Projection:
+        """The same of other parts."""
+
+    def init_theta(self, seed: int = 0) -> Tensor:
+        return torch.cat([p.init_theta(seed) for p in self._children()])
 
     def to_dense(self) -> Tensor:
         return self._combine([p.to_dense() for p in self._children()])
@@ -93,6 +125,9 @@ class Compose(_Composite):
         if outer.d != inner.D:
             raise ProjectionError(f"compose: outer.d must equal inner.D, got {outer.d} and {inner.D}.")
         super().__init__(outer.layout, inner.d, [outer, inner])
+
+    def _of(self, parts: list[Projection]) -> Projection:
+        return Compose(*parts)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         outer, inner = self._children()
@@ -132,8 +167,11 @@ class ConcatColumns(_Composite):
             raise ProjectionError(f"concat_columns: the parts must share D, got {[p.D for p in parts]}.")
         super().__init__(parts[0].layout, sum(p.d for p in parts), parts)
 
+    def _of(self, parts: list[Projection]) -> Projection:
+        return ConcatColumns(parts)
+
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        thetas = _contiguous(theta_d.split([p.d for p in self._children()], dim=1))
+        thetas = _cut(theta_d, [p.d for p in self._children()])
         terms = [p._matvec(t) for p, t in zip(self._children(), thetas, strict=True)]
         return torch.stack(terms).sum(0)
 
@@ -147,9 +185,6 @@ class ConcatColumns(_Composite):
     @property
     def offset(self) -> Tensor | None:
         return _sum([p.offset for p in self._children()])
-
-    def init_theta(self, seed: int = 0) -> Tensor:
-        return torch.cat([p.init_theta(seed) for p in self._children()])
 
     def _combine(self, matrices: list[Tensor]) -> Tensor:
         return torch.cat(matrices, dim=1)
@@ -170,12 +205,15 @@ class BlockDiagonal(_Composite):
             raise ProjectionError(f"block_diagonal: the parts have {D} rows together, the layout has {layout.D}.")
         super().__init__(layout, sum(p.d for p in parts), parts)
 
+    def _of(self, parts: list[Projection]) -> Projection:
+        return BlockDiagonal(parts, self.layout)
+
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        thetas = _contiguous(theta_d.split([p.d for p in self._children()], dim=1))
+        thetas = _cut(theta_d, [p.d for p in self._children()])
         return torch.cat([p._matvec(t) for p, t in zip(self._children(), thetas, strict=True)], dim=1)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        pieces = _contiguous(theta_D.split([p.D for p in self._children()], dim=1))
+        pieces = _cut(theta_D, [p.D for p in self._children()])
         return torch.cat([p._rmatvec(x) for p, x in zip(self._children(), pieces, strict=True)], dim=1)
 
     @property
@@ -185,9 +223,6 @@ class BlockDiagonal(_Composite):
         if not given:
             return None
         return torch.cat([given[0].new_zeros(p.D) if c is None else c for p, c in offsets])
-
-    def init_theta(self, seed: int = 0) -> Tensor:
-        return torch.cat([p.init_theta(seed) for p in self._children()])
 
     def _combine(self, matrices: list[Tensor]) -> Tensor:
         if all(m.is_sparse for m in matrices):
@@ -202,15 +237,16 @@ class Restrict(_Composite):
 
     def __init__(self, projection: Projection, modules: Iterable[str]):
         modules = list(modules)
-        layout = projection.layout.restrict(modules)
         rows = projection.layout.rows(modules)
-        nn.Module.__init__(self)
-        self.layout, self.d, self.seed = layout, projection.d, projection.seed
-        self.parts = nn.ModuleList([projection])
-        self.learned, self.sparse = projection.learned, projection.sparse
-        if projection.offset is not None:
-            self.claims = frozenset({"affine"})
+        super().__init__(projection.layout.restrict(modules), projection.d, [projection])
         self.rows = rows
+
+    @classmethod
+    def check_d(cls, layout: LoRALayout, d: int) -> None:
+        """Nothing: d is the whole projection's, and may exceed the rows that are left."""
+
+    def _of(self, parts: list[Projection]) -> Projection:
+        return Restrict(parts[0], self.layout.modules)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return self._children()[0]._matvec(theta_d).index_select(1, self.rows)
@@ -223,9 +259,6 @@ class Restrict(_Composite):
     def offset(self) -> Tensor | None:
         c = self._children()[0].offset
         return None if c is None else c[self.rows]
-
-    def init_theta(self, seed: int = 0) -> Tensor:
-        return self._children()[0].init_theta(seed)
 
     def _combine(self, matrices: list[Tensor]) -> Tensor:
         return matrices[0].index_select(0, self.rows)
@@ -240,6 +273,9 @@ class Scale(_Composite):
         super().__init__(projection.layout, projection.d, [projection])
         self.alpha = alpha
 
+    def _of(self, parts: list[Projection]) -> Projection:
+        return Scale(parts[0], self.alpha)
+
     def _matvec(self, theta_d: Tensor) -> Tensor:
         return self.alpha * self._children()[0]._matvec(theta_d)
 
@@ -251,15 +287,13 @@ class Scale(_Composite):
         c = self._children()[0].offset
         return None if c is None else self.alpha * c
 
-    def init_theta(self, seed: int = 0) -> Tensor:
-        return self._children()[0].init_theta(seed)
-
     def _combine(self, matrices: list[Tensor]) -> Tensor:
         return matrices[0] * self.alpha
 
 
-def _contiguous(parts: Sequence[Tensor]) -> list[Tensor]:
-    return [part.contiguous() for part in parts]
+def _cut(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """(n, sum of sizes) -> (n, size) of each part."""
+    return [part.contiguous() for part in x.split(sizes, dim=1)]
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:

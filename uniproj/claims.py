@@ -85,20 +85,20 @@ def isometric_in_expectation(P: Projection) -> Measurement:
     return _at_most(deviation.max(), _STANDARD_ERRORS, "standard errors between the mean of P^T P and I")
 
 
-def _counts(P: Projection) -> Tensor:
-    return (P.to_dense().detach() != 0).sum(0)
+def _support(P: Projection) -> Tensor:
+    """(D, d) bool: where P is not 0."""
+    return (P.to_dense().detach() != 0).cpu()
 
 
 def uniform_load(P: Projection) -> Measurement:
     """Every column serves the same number of rows: max n_j - min n_j <= 1."""
-    n = _counts(P)
+    n = _support(P).sum(0)
     return _at_most(n.max() - n.min(), 1, "max n_j - min n_j")
 
 
 def _modules_touched(P: Projection) -> Tensor:
     """(d,) int64: mu_j."""
-    hits = (P.to_dense().detach() != 0).cpu()
-    touched = torch.zeros(len(P.layout.modules), P.d).index_add_(0, P.layout.module_index(), hits.float())
+    touched = torch.zeros(len(P.layout.modules), P.d).index_add_(0, P.layout.module_index(), _support(P).float())
     return (touched > 0).sum(0)
 
 
@@ -113,7 +113,7 @@ def global_sharing(P: Projection) -> Measurement:
     E mu_j = sum over modules of 1 - (1 - D_m / D)^n_j (METHODS of Uni-LoRA: E[mu_j] for the random partition).
     """
     sizes = torch.bincount(P.layout.module_index()).double()
-    n = _counts(P).cpu().double()
+    n = _support(P).sum(0).double()
     expected = (1.0 - (1.0 - sizes / P.D).unsqueeze(1) ** n).sum(0)
     ratio = _modules_touched(P).double().mean() / expected.mean().clamp_min(1e-300)
     return Measurement(bool(ratio >= 0.5), float(ratio), "mean mu_j / expected mu_j of a random assignment")
@@ -121,7 +121,7 @@ def global_sharing(P: Projection) -> Measurement:
 
 def separates_factors(P: Projection) -> Measurement:
     """No column touches both an A and a B."""
-    hits = (P.to_dense().detach() != 0).cpu()
+    hits = _support(P)
     in_B = torch.cat([torch.full((b.numel,), b.factor == "B") for b in P.layout.blocks])
     mixed = (hits[in_B].any(0) & hits[~in_B].any(0)).double().mean()
     return _at_most(mixed, 0.0, "share of columns in both A and B")

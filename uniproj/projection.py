@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,15 +22,18 @@ from uniproj.layout import LoRALayout
 Entries = tuple[Tensor, Tensor, Tensor]
 _CHECKSUM_ROWS = 1024
 _CHECKSUM_GRID = 2.0**-16
-
+_OF_EVERY_P = frozenset({"layout", "d", "seed", "base_weights"})
 
 _alive: WeakValueDictionary[int, Projection] = WeakValueDictionary()
 
 
 @torch.library.custom_op("uniproj::linear_map", mutates_args=())
 def _by_id(x: Tensor, key: int, transposed: bool, dtype: torch.dtype) -> Tensor:
-    P = _alive[key]
-    return (P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)).clone()
+    return _product(_alive[key], x, transposed, dtype).clone()
+
+
+def _product(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
+    return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
 
 
 class _LinearMap(torch.autograd.Function):
@@ -39,7 +41,7 @@ class _LinearMap(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
-        return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
+        return _product(P, x, transposed, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Projection, Tensor, bool, torch.dtype], output: Tensor) -> None:
@@ -72,13 +74,25 @@ class _EagerMap(_LinearMap):
 
 
 def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    if torch.jit._trace.is_tracing():  # it records no Function that holds a module
-        return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
+    # autograd goes through the maps of a learned P; torch.jit.trace records no Function that holds a module
+    if P.learned or torch.jit._trace.is_tracing():
+        return _product(P, x, transposed, dtype)
     way = _LinearMap if torch.compiler.is_compiling() else _EagerMap
     return way.apply(P, x, transposed, dtype or x.dtype)
 
 
-class Projection(nn.Module, ABC):
+class _Maker(ABCMeta):
+    """Notes on every new P, whatever its `__init__` does, what it was made of and which conditional claims it meets."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        P = super().__call__(*args, **kwargs)
+        # not the base weights, which would live as long as P
+        P.hyperparameters = {name: value for name, value in kwargs.items() if name not in _OF_EVERY_P}
+        P.claims = P.claims.union(claim for claim, (_, holds) in P.claims_if.items() if holds(P))
+        return P
+
+
+class Projection(nn.Module, metaclass=_Maker):
     r"""theta_D = P theta_d + c for a fixed layout of theta_D (Uni-LoRA, arXiv 2506.00799, section 3).
 
     A new linear method writes `__init__`, `_matvec`, `_rmatvec` and either `to_dense` or `entries`, these
@@ -86,14 +100,15 @@ class Projection(nn.Module, ABC):
     theta_D (n, D), float32 or float64, contiguous. P's own numbers are tensors among its attributes (`constants`):
     `.to` moves and never rounds them, copies of P hold copies of them, and what walks the parameters and buffers of a
     model, to average or to save them, does not meet them; `register_buffer` makes such an attribute too.
-    Half-precision inputs are computed in float32. A kernel that reads and writes any dtype itself gives `_matvec` and
-    `_rmatvec` a second argument `dtype`, that of the result, and casts nothing. A learned method holds
-    Parameters, sets `learned = True`, and writes `_matvec` in differentiable torch code.
+    Half-precision inputs are computed in float32. Maps that read and write any dtype themselves set `casts = True` and
+    take a second argument, the dtype of the result. A learned method holds Parameters, sets `learned = True`, and
+    writes `_matvec` in differentiable torch code.
 
-    Class attributes: `version` grows when the same arguments give another P; `claims` holds for every
-    layout, d and seed and `claims_if` names those that hold under a condition (an instance that meets it adds
-    them to `self.claims`); `variants` are the hyperparameters the tests try; `sums_products` says that entries of P are
-    sums, whose rounding depends on their order.
+    Class attributes: `version` grows when the same arguments give another P; `claims` hold for every layout, d and
+    seed, `claims_if` under a condition: {claim: (the condition in words, a function that decides it from P)}, and a P
+    that meets it has the claim among its `claims`; `variants` are the hyperparameters the tests try; `sums_products`
+    says that entries of P are sums, whose rounding depends on their order. Hyperparameters are keyword arguments;
+    a P keeps those that it was made with in `hyperparameters`.
 
     Raises ProjectionError for d outside [min_d, D] and for inputs of a wrong shape or an integer dtype.
     """
@@ -101,7 +116,7 @@ class Projection(nn.Module, ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     claims: frozenset[str] = frozenset({"linear"})
-    claims_if: ClassVar[Mapping[str, str]] = {}
+    claims_if: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
     formula: ClassVar[str] = ""
     d_formula: ClassVar[str] = "d (free)"
     source: ClassVar[str] = ""
@@ -109,23 +124,23 @@ class Projection(nn.Module, ABC):
     learned: bool = False
     sparse: bool = False
     sums_products: bool = False
+    casts: ClassVar[bool] = False
     needs_modules: ClassVar[bool] = False
     needs_base_weights: ClassVar[bool] = False
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     init_bound: float = 0.02
 
-    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    _takes_dtype: ClassVar[bool] = False
+    hyperparameters: dict[str, Any]
+
+    if TYPE_CHECKING:  # of nn.Module, by which it returns Any
+
+        def __call__(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # both or neither: a subclass that overrides one of a pair falls back to casts
-        cls._takes_dtype = all("dtype" in inspect.signature(f).parameters for f in (cls._matvec, cls._rmatvec))
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Projection:
-        self = super().__new__(cls)
-        object.__setattr__(self, "_arguments", (args, kwargs))
-        return self
+        # a map that is written anew takes one argument, whatever that of the parent took
+        if vars(cls).keys() & {"_matvec", "_rmatvec"} and "casts" not in vars(cls):
+            cls.casts = False
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__()
@@ -240,13 +255,13 @@ class Projection(nn.Module, ABC):
         self._refuse_undeclared()
         c = self.offset
         first = dtype if c is None else None  # a sum with c is rounded once, at the end
-        theta_D = self.matvec(theta_d, first) if self.learned else _apply_map(self, theta_d, False, first)
+        theta_D = _apply_map(self, theta_d, False, first)
         return theta_D if c is None else (theta_D + c.to(theta_D.dtype)).to(dtype or theta_D.dtype)
 
     def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
         self._refuse_undeclared()
-        return self.rmatvec(theta_D, dtype) if self.learned else _apply_map(self, theta_D, True, dtype)
+        return _apply_map(self, theta_D, True, dtype)
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
         """(P theta_d + c)[rows]: theta_d (d,), rows (m,) int64. Methods that can compute only these override it."""
@@ -281,7 +296,7 @@ class Projection(nn.Module, ABC):
             return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         with torch.autocast(x.device.type, enabled=False):
-            if self._takes_dtype:
+            if self.casts:
                 y = raw(rows, dtype)
             else:
                 y = raw(rows.to(torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32))
@@ -317,11 +332,18 @@ class Projection(nn.Module, ABC):
         return LinearOperator(self.shape, forward, adjoint, forward, np.float64, adjoint)  # type: ignore[call-arg]
 
     def rebuild(self, **changes: Any) -> Projection:
-        """A fresh projection from the same arguments, some of them changed (`seed=1`)."""
-        args, kwargs = self._arguments
-        bound = inspect.signature(type(self)).bind(*args, **kwargs)
-        fresh = {name: _rebuilt(value) for name, value in bound.arguments.items()}
-        return type(self)(**{**fresh, **changes})
+        """A fresh projection from the same arguments, some of them changed (`seed=1`).
+
+        Raises ProjectionError for a method made of base weights, which P does not keep, unless they are given.
+        """
+        arguments = {"layout": self.layout, "seed": self.seed, **self.hyperparameters, **changes}
+        if self.free_d:
+            arguments.setdefault("d", self.d)
+        if self.needs_base_weights and "base_weights" not in arguments:
+            raise ProjectionError(
+                f"{self.name}: rebuild needs the base weights, which P does not keep, got none. Pass base_weights=."
+            )
+        return type(self)(**arguments)
 
     def checksum(self) -> str:
         """SHA-256 of (name, version, shape) and of theta_D at a fixed theta_d, on at most 1024 rows.
@@ -357,10 +379,3 @@ class Projection(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.name}, D={self.D}, d={self.d}, seed={self.seed}"
-
-
-def _rebuilt(value: Any) -> Any:
-    """Fresh projections in place of those among the arguments of a composite."""
-    if isinstance(value, Projection):
-        return value.rebuild()
-    return [_rebuilt(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,10 +1,10 @@
-"""Names of projections: every class in `uniproj/projections/` and every `uniproj.projections` entry point."""
+"""Names of projections: every file of `uniproj/projections/` without a leading underscore, and every entry point of the
+group `uniproj.projections`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
 import operator
 import pkgutil
 import warnings
@@ -55,7 +55,7 @@ def register(name: str) -> Callable[[P], P]:
 def _load() -> None:
     import uniproj.projections as folder
 
-    for module in pkgutil.iter_modules(folder.__path__):
+    for module in (m for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")):
         importlib.import_module(f"{folder.__name__}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
@@ -93,22 +93,27 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def _hyperparameters(cls: type[Projection], given: dict[str, Any]) -> dict[str, Any]:
-    """What is given, NumPy's numbers as Python's. Raises ProjectionError for a value of another type than the signature
-    of the class says, and for numbers beyond float32."""
+def _types(cls: type[Projection]) -> dict[str, Any]:
+    """The types that the class annotates its hyperparameters with, by their names."""
     try:
         hints = get_type_hints(cls.__init__)
     except NameError:  # names that a class imports for type checkers alone
-        hints = {}
+        hints = dict.fromkeys(cls.__init__.__annotations__, Any)
+    return {name: hint for name, hint in hints.items() if name not in ("layout", "d", "seed", "return")}
+
+
+def _hyperparameters(cls: type[Projection], types: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, NumPy's numbers as Python's. Raises ProjectionError for a value of another type than the class
+    says, and for numbers beyond float32."""
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     for name, value in plain.items():
         # reading the base weights is left to the method, which may need but one at a time
-        if name not in hints or name == "base_weights":
+        if name not in types or name == "base_weights":
             continue
         try:
-            TypeAdapter(hints[name], config=_STRICT).validate_python(value)
+            TypeAdapter(types[name], config=_STRICT).validate_python(value)
         except ValidationError:
-            kind = getattr(hints[name], "__name__", str(hints[name]))
+            kind = getattr(types[name], "__name__", str(types[name]))
             raise ProjectionError(
                 f"{cls.name}: {name} must be of type {kind}, its numbers finite, got {shown(value)}. Correct it."
             ) from None
@@ -139,16 +144,19 @@ def build(
     if not 0 <= seed < 2**64:
         raise ProjectionError(f"{name}: seed must lie in [0, 2^64), got {shown(seed)}.")
     layout = layout if layout is not None else LoRALayout.flat(D)
-    accepted = [p for p in inspect.signature(cls).parameters if p not in ("layout", "d", "seed")]
-    if odd := sorted(set(hyperparameters) - set(accepted)):
-        raise ProjectionError(f"{name}: unknown hyperparameters {odd}; this method knows {accepted or 'none'}.")
     if cls.free_d and d is None:
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
-    size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, hyperparameters)
+    types = _types(cls)
+    size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, types, hyperparameters)
     # P is drawn there whatever the default device, of tensors that may be trained with under any mode
     try:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-            projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
+            projection: Projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
+    except TypeError as error:
+        if odd := sorted(hyperparameters.keys() - types.keys()):
+            known = [*types] or "none"
+            raise ProjectionError(f"{name}: unknown hyperparameters {odd}; this method knows {known}.") from error
+        raise
     except ValueError as error:
         # somebody else's is a fault of that class; in ours it is a kernel's, which knows no method
         if isinstance(error, ProjectionError) or not cls.__module__.startswith("uniproj."):

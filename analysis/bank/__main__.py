@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from analysis.bank import batches, models, report, soak, storage, switching
+from analysis.command import INTERRUPTED
 from experiments.errors import ExperimentError
-from experiments.models import Base
+from experiments.models import BaseModel
 from uniproj import console
 from uniproj.bank import AdapterBank
 from uniproj.errors import AdapterError
 
-INTERRUPTED = 130
 OF_SOAK = {"d": 2048, "processes": 4, "seed": 0}
 
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Room and switching, on banks of 10, 100, .. adapters with q and v adapted."""
-    shape = models.Shape(Base(args.base, args.dtype), "q, v", args.d)
+    shape = models.Shape(BaseModel(args.base, args.dtype), "q, v", args.d)
     model = models.ours(shape)
     sizes = sorted({*(10**k for k in range(1, len(str(args.adapters - 1)))), args.adapters})
     banks = {n: AdapterBank.create(scratch / f"{n}", model) for n in sizes}
@@ -86,7 +86,7 @@ def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Mixed batches, with q and v adapted and with all linear layers."""
     found: dict[str, list[dict[str, Any]]] = {"seconds": [], "ratios": []}
-    base = Base(args.base, args.dtype)
+    base = BaseModel(args.base, args.dtype)
     users = [f"user-{k}" for k in range(args.users)]
     for targets in models.TARGETS:
         shape = models.Shape(base, targets, args.d)

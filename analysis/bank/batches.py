@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from analysis.bank import turns
+from experiments.timing import of_turns, ratio_of_turns, take_turns
 from uniproj.bank import AdapterBank, mixed
 
 # one token, so that every pass over the model decodes one token per row
@@ -41,7 +41,7 @@ def measure(
         with model.disable_adapter():
             generate(model)()
 
-    seconds = turns.measure(
+    seconds = take_turns(
         {
             "bank: mixed": ours,
             "LoRA: adapter_names": generate(peer, adapter_names=users),
@@ -52,8 +52,8 @@ def measure(
         per=new_tokens,
     )
     return {
-        "seconds": turns.rows(seconds),
-        "ratios": [turns.ratio(seconds, "LoRA: adapter_names", name) for name in ("bank: mixed", "base")],
+        "seconds": of_turns(seconds),
+        "ratios": [ratio_of_turns(seconds, "LoRA: adapter_names", name) for name in ("bank: mixed", "base")],
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, UniLoraConfig, get_peft_model
 from torch import Tensor
 
-from experiments.models import Base, load_causal
+from experiments.models import BaseModel, load_causal
 from uniproj.kernels.random import uniform
 from uniproj.tuner import UniProjConfig
 
@@ -25,7 +25,7 @@ RANK = 4
 class Shape:
     """Where the adapters sit, and the length of theta_d."""
 
-    base: Base
+    base: BaseModel
     targets: str
     d: int
     rank: int = RANK

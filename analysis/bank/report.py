@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.provenance import provenance
-from experiments.results import read_json, write_json, write_text
+from analysis.command import asked
+from analysis.markdown import markdown
+from experiments.files import read_json, write_json, write_text
 
 TARGETS = (
     "10,000 adapters of d = 23,040 in at most 1.05 times their bytes, opened in under 1 s; a switch at N = 10,000 in "
@@ -23,11 +24,8 @@ TARGETS = (
 
 def save(out: Path, part: str, args: argparse.Namespace, found: Mapping[str, Any]) -> None:
     """The record of one part, with the load of the machine at its end: others' work shows in times on the clock."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "scratch", "parts")}
     load = dict(zip(("1 min", "5 min", "15 min"), os.getloadavg(), strict=True))
-    write_json(
-        out / f"{part}.json", {"settings": settings, "provenance": provenance("cpu"), "load_average": load, **found}
-    )
+    write_json(out / f"{part}.json", {**asked(args, "out", "scratch", "parts"), "load_average": load, **found})
 
 
 def write(out: Path) -> str:
@@ -55,9 +53,7 @@ def _part(part: str, record: Mapping[str, Any]) -> list[str]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     table = pd.DataFrame(rows)
-    cells = [list(table.columns), ["---"] * len(table.columns)]
-    cells += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    return markdown(list(table.columns), *([_cell(value) for value in row] for row in table.itertuples(index=False)))
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 
-from analysis.bank import turns
+from experiments.timing import of_turns, ratio_of_turns, take_turns
 from uniproj.bank import AdapterBank
 
 # switches between two looks at the clock
@@ -40,19 +40,19 @@ def measure(
         return switch
 
     small, large = min(banks), max(banks)
-    own = turns.measure({f"bank of {n:,}": select(n, REPEATED) for n in banks}, 4 * rounds, per=REPEATED)
+    own = take_turns({f"bank of {n:,}": select(n, REPEATED) for n in banks}, 4 * rounds, per=REPEATED)
     largest = f"bank of {large:,}"
     ways: dict[str, Callable[[], object]] = {largest: select(large, 1)}
     for name, (peer, folder) in peers.items():
         ways[f"{name}: load_adapter and set_adapter"] = _load(peer, folder)
     lora, folder = peers["LoRA"]
     ways["LoRA: hotswap_adapter"] = lambda: hotswap_adapter(lora, str(folder), adapter_name="u0")
-    beside = turns.measure(ways, rounds)
+    beside = take_turns(ways, rounds)
     return {
-        "seconds": [*turns.rows(own), *turns.rows({k: v for k, v in beside.items() if k != largest})],
+        "seconds": [*of_turns(own), *of_turns({k: v for k, v in beside.items() if k != largest})],
         "ratios": [
-            turns.ratio(own, largest, f"bank of {small:,}"),
-            *(turns.ratio(beside, largest, name) for name in ways if name != largest),
+            ratio_of_turns(own, largest, f"bank of {small:,}"),
+            *(ratio_of_turns(beside, largest, name) for name in ways if name != largest),
         ],
     }
 

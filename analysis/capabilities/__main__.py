@@ -16,8 +16,8 @@ from transformers.utils import logging
 from analysis.capabilities import accelerating, adapters, bases, formats, quantised, settings, trainer, trl_trainers
 from analysis.capabilities.probe import PROBES, Outcome, Probe, run
 from analysis.capabilities.table import markdown
-from experiments.provenance import device_name
-from experiments.results import write_text
+from experiments.files import write_text
+from experiments.runs.provenance import device_name
 from uniproj import console
 
 PAGE = Path("docs/capabilities.md")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from analysis import command, subject
 from analysis.isometry.distortion import measured
-from analysis.isometry.figure import draw
 from analysis.isometry.verdict import verdicts
 from analysis.spaces import defaults, variants
+from paper_figures import style
+from paper_figures.figures.isometry import draw
 
 
 def parse() -> argparse.ArgumentParser:
@@ -33,10 +35,7 @@ def measure(args: argparse.Namespace) -> command.Tables:
     return tables
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point."""
-    return command.run("isometry", parse(), measure, draw, argv)
-
+main = partial(command.run, "isometry", parse(), measure, style.picture(draw))
 
 if __name__ == "__main__":
     sys.exit(main())

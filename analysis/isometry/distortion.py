@@ -14,7 +14,7 @@ from analysis.command import bar
 from analysis.isometry.measure import deviation
 from analysis.spaces import entries, vectors
 from analysis.subject import Subject
-from analysis.training import Trained, train
+from analysis.training import Trajectory, train
 from uniproj import Projection
 
 RANDOM_PAIRS = 64
@@ -59,11 +59,11 @@ def measured(
     return pd.DataFrame(pairs), pd.DataFrame(path)
 
 
-def _of_training(P: Projection, trained: Trained) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _of_training(P: Projection, trained: Trajectory) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return _ratios(P, trained), _along(P, trained)
 
 
-def _ratios(P: Projection, trained: Trained) -> list[dict[str, Any]]:
+def _ratios(P: Projection, trained: Trajectory) -> list[dict[str, Any]]:
     kinds = {
         "random": random_pairs(P),
         "adapters": all_pairs(trained.thetas),
@@ -79,7 +79,7 @@ def _ratios(P: Projection, trained: Trained) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _along(P: Projection, trained: Trained) -> list[dict[str, Any]]:
+def _along(P: Projection, trained: Trajectory) -> list[dict[str, Any]]:
     """A fixed P is the same at every step: it is measured once, at the start and the end."""
     steps = range(len(trained.steps)) if any(trained.learned) else (0, len(trained.steps) - 1)
     found, seen = [], None

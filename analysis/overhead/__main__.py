@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from analysis.overhead import adapters, bases, growth, kernel, model, records, report, runner, summary
+from analysis.command import INTERRUPTED
+from analysis.overhead import growth, kernel, model, report, runner, summary
 from analysis.overhead.problem import SEED
+from analysis.overhead.workloads import DEFAULT, WORKLOADS
 from experiments.errors import ExperimentError
-from experiments.provenance import device_name, versions
+from experiments.runs.provenance import device_name, versions
+from paper_figures.figures.overhead import draw
 from uniproj import console
-
-INTERRUPTED = 130
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -27,8 +28,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m analysis.overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=list(report.PARTS), choices=report.PARTS, metavar="PART")
-    parser.add_argument("--models", nargs="+", choices=bases.BASES, metavar="MODEL", help="bases of the model part")
-    parser.add_argument("--methods", nargs="+", choices=adapters.names(), metavar="METHOD", help="of the model part")
+    parser.add_argument("--models", nargs="+", choices=WORKLOADS, metavar="MODEL", help="bases of the model part")
+    parser.add_argument("--methods", nargs="+", choices=model.names(), metavar="METHOD", help="of the model part")
     parser.add_argument("--out", type=Path, default=Path("results/overhead"), help="folder of records and tables")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return parser.parse_args(argv)
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The configuration of every measurement of all parts; another machine, version or count of threads is another."""
-    models = model.jobs(args.models or bases.DEFAULT[args.device], args.methods or adapters.names(), args.device)
+    models = model.jobs(args.models or DEFAULT[args.device], args.methods or model.names(), args.device)
     surroundings = {
         "seed": SEED,
         "device": args.device,
@@ -72,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         jobs = plan(args)
         asked = [job for job in jobs if job["part"] in args.parts]
         runner.run_all(asked, args.out)
-        report.write(args.out, records.load(args.out, jobs), args.json)
-        failed = summary.failures(records.load(args.out, asked))
+        report.write(args.out, runner.load(args.out, jobs), args.json, draw)
+        failed = summary.failures(runner.load(args.out, asked))
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 import uniproj
-from analysis.overhead import ours
-from analysis.overhead.entrants import TooLarge, enter
 from analysis.overhead.memory import Peak, give_back_at_once
-from analysis.overhead.problem import Problem
+from analysis.overhead.methods import candidate
+from analysis.overhead.problem import Problem, TooLarge, enter
 from analysis.overhead.shapes import growing
 
 PER_COLUMN = 19  # D / d where D grows: that of Uni-LoRA on a 7B model at r = 4
@@ -57,11 +56,11 @@ def jobs() -> list[dict[str, Any]]:
 def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per size, up to the limits of time and memory; the last row's note says why the series ends early."""
     device = torch.device(config["device"])
-    candidate = ours.candidate(config["method"], PEAK_PER_COORDINATE)
+    method = candidate(config["method"], PEAK_PER_COORDINATE)
     peak = Peak(device)
     rows: list[dict[str, Any]] = []
     # what is loaded on first use is no size's memory
-    enter(candidate, Problem(growing(0), PER_COLUMN, device))
+    enter(method, Problem(growing(0), PER_COLUMN, device))
     for size in config["sizes"]:
         following = f"ends here: {config['axis']} = {size:.1e}"
         if rows and (expected := _expected(rows, size)) > LIMIT:
@@ -76,7 +75,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         give_back_at_once(False)
         before = peak.reset()
         try:
-            entrant = enter(candidate, problem)
+            entrant = enter(method, problem)
         except TooLarge as error:
             if not rows:
                 raise
@@ -109,7 +108,7 @@ def _expected(rows: list[dict[str, Any]], size: float) -> float:
     return float(spent[-1] * (size / rows[-1]["size"]) ** max(1.0, growth))
 
 
-def fit(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
+def power_law(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
     """(exponent, its standard error, log of the factor) of value = factor * size^exponent over the upper half.
 
     Least squares on logarithms of at least 3 sizes; where so few were measured, not only the upper half.

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.overhead import fastfood, gathers, ours, peft_layers
-from analysis.overhead.banks import bank
-from analysis.overhead.entrants import SLOW, Entrant, TooLarge, enter
-from analysis.overhead.gathers import CLONE, COPY
-from analysis.overhead.problem import Candidate, Problem
-from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, roberta_large_query_value
-from experiments.timing import interleave, median_interval
+from analysis.overhead import methods
+from analysis.overhead.methods import CLONE, COPY, FLOORS, candidate
+from analysis.overhead.problem import SLOW, Candidate, Entrant, Problem, TooLarge, enter
+from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, roberta_large_query_value, sub_vectors
+from experiments.timing import interleave, ratio
 from uniproj import LoRALayout, kernels
 
 WARM_UP = 1
@@ -32,9 +30,9 @@ ARCHITECTURES = {
 # The first of a family is uniproj's, which the others are compared with. The figures are bytes per coordinate that
 # building and calling it may take.
 FAMILIES: dict[str, tuple[Candidate, ...]] = {
-    "unilora": (ours.candidate("unilora", 48), peft_layers.UNILORA, *gathers.PEERS),
-    "fastfood": (ours.candidate("fastfood", 64), fastfood.BUTTERFLY),
-    "vblora": (ours.candidate("vblora", 48), peft_layers.VBLORA),
+    "unilora": (candidate("unilora", 48), methods.PEFT_UNILORA, *methods.PEERS),
+    "fastfood": (candidate("fastfood", 64), methods.BUTTERFLY),
+    "vblora": (candidate("vblora", 48), methods.PEFT_VBLORA),
 }
 
 
@@ -66,22 +64,22 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per method of the family, the floors first; a method that cannot be measured says why in `note`."""
     device = torch.device(config["device"])
     layout = LoRALayout.from_shapes(ARCHITECTURES[config["architecture"]](), config["r"])
-    # VB-LoRA's d is the size of its bank
-    d = math.prod(bank(layout).values()) if config["family"] == "vblora" else config["d"]
+    # VB-LoRA's d is the count of numbers in its sub-vectors
+    d = math.prod(sub_vectors(layout).values()) if config["family"] == "vblora" else config["d"]
     problem = Problem(layout, d, device)
     family = FAMILIES[config["family"]]
     if config["family"] == "fastfood" and device.type == "cuda":
-        family = (*family, fastfood.PACKAGE)
+        family = (*family, methods.PACKAGE)
     if config["family"] == "unilora":
         problem.draw_partition()
     entrants, rows = [], {}
-    for candidate in (*gathers.FLOORS, *family):
+    for entry in (*FLOORS, *family):
         try:
-            entrants.append(enter(candidate, problem))
-            built = {} if candidate in gathers.FLOORS else _built(entrants[-1], problem)
-            rows[candidate.name] = {"method": candidate.name, "note": "", **built}
+            entrants.append(enter(entry, problem))
+            built = {} if entry in FLOORS else _built(entrants[-1], problem)
+            rows[entry.name] = {"method": entry.name, "note": "", **built}
         except Exception as error:  # somebody else's code: the other methods are still worth measuring
-            rows[candidate.name] = {"method": candidate.name, "note": reason(error)}
+            rows[entry.name] = {"method": entry.name, "note": reason(error)}
     racing = [entrant for entrant in entrants if not entrant.is_slow]
     times: np.ndarray = np.array(interleave([entrant.run for entrant in racing], config["rounds"], WARM_UP))
     seconds = {entrant.name: times[:, i] for i, entrant in enumerate(racing)}
@@ -127,18 +125,12 @@ def _timed(entrant: Entrant, seconds: Mapping[str, np.ndarray], own: str) -> dic
     if entrant.name == COPY:
         return timed
     if entrant.name == CLONE:
-        return timed | _ratio("both_per_copy", mine[:, 0], copied)
+        return timed | ratio("both_per_copy", mine[:, 0], copied)
     both = mine.sum(1)
-    timed |= _ratio("forward_per_copy", mine[:, 0], copied)
+    timed |= ratio("forward_per_copy", mine[:, 0], copied)
     timed |= {"adjoint_seconds": float(np.median(mine[:, 1])), "both_seconds": float(np.median(both))}
-    timed |= _ratio("adjoint_per_copy", mine[:, 1], copied) | _ratio("both_per_copy", both, copied)
-    timed |= _ratio("both_per_clone", both, seconds[CLONE][:, 0])
+    timed |= ratio("adjoint_per_copy", mine[:, 1], copied) | ratio("both_per_copy", both, copied)
+    timed |= ratio("both_per_clone", both, seconds[CLONE][:, 0])
     if entrant.name != own and own in seconds:
-        timed |= _ratio("both_per_ours", both, seconds[own].sum(1))
+        timed |= ratio("both_per_ours", both, seconds[own].sum(1))
     return timed
-
-
-def _ratio(name: str, above: np.ndarray, below: np.ndarray) -> dict[str, float]:
-    """The median of paired ratios as `name`, with the bounds of its 95 % interval."""
-    ratio, low, high = median_interval(above / below)
-    return {name: ratio, f"{name}_low": low, f"{name}_high": high}

@@ -13,19 +13,71 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, UniLoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
-from analysis.overhead import adapters
-from analysis.overhead.bases import BASES, load
+import uniproj
 from analysis.overhead.memory import Peak, give_back_at_once, tensor_bytes
-from experiments.timing import compare_steps, interleave, median_interval, now, training_step
+from analysis.overhead.shapes import sub_vectors
+from analysis.overhead.workloads import WORKLOADS, Workload, load
+from experiments.timing import compare_steps, interleave, now, ratio, training_step
 from uniproj import LoRALayout
+from uniproj.tuner import UniProjConfig
 
+RANK = 4
+REFERENCE = "PEFT LORA"
+PEFT = (REFERENCE, "PEFT UNILORA", "PEFT VERA", "PEFT VBLORA")
+# Methods that hold a dense P get the largest d at which it has at most this many entries.
+DENSE = ("gaussian", "gaussian_orthonormal", "nola")
+MOST_ENTRIES = 2**26
+HEAD = "modules_to_save"
 # Turns of training steps and of generations, and of steps with checkpointing.
 PAIRS = {"cpu": (9, 6), "cuda": (25, 25)}
 WARM_UP = 1
 WEIGHTS = "adapter_model.safetensors"
+
+
+def names() -> list[str]:
+    """PEFT's methods, then uniproj's."""
+    return [*PEFT, *uniproj.names()]
+
+
+def size(name: str, layout: LoRALayout, work: Workload) -> int | None:
+    """d of a projection of uniproj on this layout, None where the method decides it."""
+    cls = uniproj.get(name)
+    if not cls.free_d:
+        return None
+    wanted = MOST_ENTRIES // layout.D if name in DENSE else work.d
+    return min(max(wanted, cls.min_d(layout)), layout.D)
+
+
+def attach(model: nn.Module, work: Workload, name: str) -> PeftModel:
+    """The model with this adapter, its alpha chosen so that the scale alpha / r is 1."""
+    layout = LoRALayout.from_shapes(work.shapes(model), RANK)
+    common: dict[str, Any] = {"r": RANK, "target_modules": list(work.targets), "task_type": work.task_type}
+    if name == "PEFT LORA":
+        config = LoraConfig(**common, lora_alpha=RANK)
+    elif name == "PEFT UNILORA":
+        config = UniLoraConfig(**common, theta_d_length=work.d)
+    elif name == "PEFT VERA":
+        config = VeraConfig(**common)
+    elif name == "PEFT VBLORA":
+        config = VBLoRAConfig(**common, **sub_vectors(layout))
+    else:
+        hyperparameters = sub_vectors(layout) if name == "vblora" else {}
+        d = size(name, layout, work)
+        config = UniProjConfig(**common, projection=name, d=d, projection_kwargs=hyperparameters)
+    return get_peft_model(model, config)
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    """The trained numbers of the adapter, without the classification head."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and HEAD not in name]
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on everything trained, at a rate that leaves the model where it is: only its time matters."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
 
 
 def jobs(bases: Iterable[str], methods: Iterable[str], device: str) -> list[dict[str, Any]]:
@@ -36,10 +88,10 @@ def jobs(bases: Iterable[str], methods: Iterable[str], device: str) -> list[dict
             "part": "model",
             "base": base,
             "method": method,
-            "r": adapters.RANK,
-            "d": BASES[base].d,
-            "batch": list(BASES[base].batch),
-            "new_tokens": BASES[base].new_tokens,
+            "r": RANK,
+            "d": WORKLOADS[base].d,
+            "batch": list(WORKLOADS[base].batch),
+            "new_tokens": WORKLOADS[base].new_tokens,
             "pairs": PAIRS[device][0],
             "pairs_checkpointing": PAIRS[device][1],
         }
@@ -50,17 +102,17 @@ def jobs(bases: Iterable[str], methods: Iterable[str], device: str) -> list[dict
 
 def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row: the adapter's sizes in bytes, times in s, and ratios of times to PEFT's LoRA."""
-    base, device = BASES[config["base"]], torch.device(config["device"])
+    work, device = WORKLOADS[config["base"]], torch.device(config["device"])
     give_back_at_once(True)
     _load_on_tiny(config["method"], device)
     plain, other = load(config["base"], device)
-    batch, prompt = base.training_batch(device), base.prompt(device)
-    layout = LoRALayout.from_shapes(base.shapes(plain), adapters.RANK)
+    batch, prompt = work.training_batch(device), work.prompt(device)
+    layout = LoRALayout.from_shapes(work.shapes(plain), RANK)
     peak = Peak(device)
     before, tensors = peak.reset(), tensor_bytes(device)
     give_back_at_once(False)
     started = now(device)
-    model = adapters.attach(plain, base, config["method"])
+    model = attach(plain, work, config["method"])
     attach_seconds = now(device) - started
     give_back_at_once(True)
     row = {
@@ -76,25 +128,25 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         key = "checkpointing_peak_bytes" if checkpointing else "peak_bytes"
         row[key] = _peak(model, batch, device, peak) - before
     give_back_at_once(False)
-    reference = adapters.attach(other, base, adapters.REFERENCE)
+    reference = attach(other, work, REFERENCE)
     for checkpointing in (False, True):
         for each in (model, reference):
             _set_checkpointing(each, checkpointing)
         pairs = config["pairs_checkpointing" if checkpointing else "pairs"]
-        found = compare_steps(model, reference, batch, adapters.optimizer, device.type == "cuda", pairs, WARM_UP)
+        found = compare_steps(model, reference, batch, optimizer, device.type == "cuda", pairs, WARM_UP)
         row |= {f"checkpointing_{key}" if checkpointing else key: value for key, value in found.items()}
     for each in (model, reference):
         _set_checkpointing(each, False)
-    row |= _inference(model, reference, prompt, base.new_tokens, config["pairs"])
+    row |= _inference(model, reference, prompt, work.new_tokens, config["pairs"])
     return [row | _on_disk(model, device)]
 
 
 def _load_on_tiny(method: str, device: torch.device) -> None:
     """Use the method once on a tiny model: what is loaded on first use is neither its memory nor its time."""
-    base = BASES["tiny"]
-    model = adapters.attach(load("tiny", device)[0], base, method)
-    batch = base.training_batch(device)
-    training_step(model, batch, adapters.optimizer(model), device.type == "cuda")()
+    work = WORKLOADS["tiny"]
+    model = attach(load("tiny", device)[0], work, method)
+    batch = work.training_batch(device)
+    training_step(model, batch, optimizer(model), device.type == "cuda")()
 
 
 def _autocast(device: torch.device) -> torch.autocast:
@@ -109,8 +161,8 @@ def _sizes(model: PeftModel, prompt: Mapping[str, Tensor], device: torch.device,
     model.eval()
     with torch.no_grad(), _autocast(device):
         model(**prompt)
-    own = adapters.trained(model)
-    head = sum(p.nbytes for name, p in model.named_parameters() if adapters.HEAD in name)
+    own = trained(model)
+    head = sum(p.nbytes for name, p in model.named_parameters() if HEAD in name)
     trained_bytes = sum(p.nbytes for p in own)
     return {
         "trained": sum(p.numel() for p in own),
@@ -131,7 +183,7 @@ def _set_checkpointing(model: PeftModel, enabled: bool) -> None:
 
 def _peak(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, peak: Peak) -> int:
     """The most bytes in use during two training steps after a first one, which makes the optimiser's state."""
-    step = training_step(model, batch, adapters.optimizer(model), device.type == "cuda")
+    step = training_step(model, batch, optimizer(model), device.type == "cuda")
     step()
     peak.reset()
     step()
@@ -146,39 +198,21 @@ def _inference(
     actions = []
     for each in (model, reference):
         each.eval()
-        actions.append(_generation(each, prompt, new_tokens) if new_tokens else _forward(each, prompt))
+        actions.append(_answer(each, prompt, new_tokens))
     seconds: np.ndarray = np.array(interleave(actions, pairs, WARM_UP))
-    ratio, low, high = median_interval(seconds[:, 0] / seconds[:, 1])
-    return {
-        "inference_ratio": ratio,
-        "inference_ratio_low": low,
-        "inference_ratio_high": high,
-        "inference_seconds": float(np.median(seconds[:, 0])),
-    }
+    found = ratio("inference_ratio", seconds[:, 0], seconds[:, 1])
+    return {**found, "inference_seconds": float(np.median(seconds[:, 0]))}
 
 
-def _generation(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
+def _answer(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
     device = prompt["input_ids"].device
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def timed() -> float:
         started = now(device)
         with torch.no_grad(), _autocast(device):
-            model.generate(
-                **prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-            )
-        return (now(device) - started) / new_tokens
-
-    return timed
-
-
-def _forward(model: PeftModel, prompt: Mapping[str, Tensor]) -> Callable[[], float]:
-    device = prompt["input_ids"].device
-
-    def timed() -> float:
-        started = now(device)
-        with torch.no_grad(), _autocast(device):
-            model(**prompt)
-        return now(device) - started
+            model.generate(**prompt, **length) if new_tokens else model(**prompt)
+        return (now(device) - started) / (new_tokens or 1)
 
     return timed
 

@@ -1,22 +1,79 @@
-"""Measurements one after another, each in its own process, with one progress bar and a clean stop on Ctrl-C."""
+"""Measurements one after another, each in a process of its own, and their records: one file per configuration.
+
+`python -m analysis.overhead.runner OUT CONFIG PARENT` is such a process: CONFIG is JSON, PARENT the id of the process
+with which it ends. It has its own peak of memory, and a crash of one method costs no other's result. A record is
+written whole; its presence with status "done" means measured.
+"""
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.overhead import records
-from experiments.results import disk_errors
-from uniproj.console import DONE, Progress
+import torch
+
+from experiments.errors import ExperimentError
+from experiments.files import digest, disk_errors, read_json, write_json
+from experiments.orphans import end_with
+from experiments.runs.provenance import provenance
+from uniproj import console
 
 ROOT = Path(__file__).parent.parent.parent
+DONE, FAILED = "done", "failed"
+KEYS = {"config", "status", "rows", "provenance"}
+
+
+def path(out: Path, config: Mapping[str, Any]) -> Path:
+    """Where the record of a configuration lies: neither the commit nor the date is part of its name."""
+    return out / "records" / f"{config['part']}-{digest(config)}.json"
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A record. Raises ExperimentError where the file is damaged or holds something else."""
+    record = read_json(file)
+    if missing := KEYS - set(record):
+        raise ExperimentError(
+            f"overhead: {file} must hold {sorted(missing)}, got keys {sorted(record)}. "
+            "Move the file away and run the same command again."
+        )
+    return record
+
+
+def is_done(out: Path, config: Mapping[str, Any]) -> bool:
+    """Whether this was measured. A failure is not: the next run tries again."""
+    file = path(out, config)
+    return file.exists() and read(file)["status"] == DONE
+
+
+def save(out: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows of a finished measurement."""
+    _write(out, config, {"status": DONE, "rows": list(rows)})
+
+
+def save_failure(out: Path, config: Mapping[str, Any], reason: str) -> None:
+    """What a measurement that did not finish said last."""
+    _write(out, config, {"status": FAILED, "reason": reason, "rows": []})
+
+
+def _write(out: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    where_from = provenance(config["device"])
+    where_from["hardware"]["threads"] = config["threads"]
+    write_json(path(out, config), {"config": dict(config), **found, "provenance": where_from})
+
+
+def load(out: Path, configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records that exist of these configurations, in their order."""
+    return [read(path(out, config)) for config in configs if path(out, config).exists()]
 
 
 def run_all(configs: Sequence[Mapping[str, Any]], out: Path) -> None:
@@ -26,17 +83,17 @@ def run_all(configs: Sequence[Mapping[str, Any]], out: Path) -> None:
     """
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    waiting = [config for config in configs if not records.is_done(out, config)]
+    waiting = [config for config in configs if not is_done(out, config)]
     with (
         tempfile.TemporaryDirectory() as scratch,
-        Progress("measurement", len(configs), len(configs) - len(waiting)) as progress,
+        console.Progress("measurement", len(configs), len(configs) - len(waiting)) as progress,
     ):
         for config in waiting:
             progress.bar.set_postfix_str(describe(config))
             reason = _run(config, out, scratch)
             if reason is not None:
-                records.save_failure(out, config, reason)
-            progress.ended(describe(config), DONE if reason is None else f"failed: {reason}")
+                save_failure(out, config, reason)
+            progress.ended(describe(config), console.DONE if reason is None else f"failed: {reason}")
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -60,7 +117,7 @@ def _run(config: Mapping[str, Any], out: Path, scratch: str) -> str | None:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    command = [sys.executable, "-m", "analysis.overhead.worker", str(out), json.dumps(config), str(os.getpid())]
+    command = [sys.executable, "-m", "analysis.overhead.runner", str(out), json.dumps(config), str(os.getpid())]
     with tempfile.TemporaryFile("w+") as words:
         # a session of its own: Ctrl-C reaches the parent only
         child = subprocess.Popen(command, stdout=words, stderr=words, env=environment, start_new_session=True)
@@ -76,3 +133,31 @@ def _run(config: Mapping[str, Any], out: Path, scratch: str) -> str | None:
             return f"ended by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
         words.seek(0)
         return (words.read().strip().splitlines() or [f"ended with status {status} without a word"])[-1]
+
+
+def main(argv: list[str]) -> None:
+    """Measure and record; an error goes to standard error, where the parent reads its last line."""
+    # or it would go on beside the next run and disturb its times
+    end_with(int(argv[2]))
+    try:
+        measure(Path(argv[0]), json.loads(argv[1]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # without what libraries say at an exit of the objects that the error keeps alive
+        os._exit(1)
+
+
+def measure(out: Path, config: Mapping[str, Any]) -> None:
+    """Measure a configuration in this process and write its record."""
+    torch.set_num_threads(config["threads"])
+    torch.manual_seed(config["seed"])
+    # each part imports much that the others do not need
+    part = importlib.import_module(f"analysis.overhead.{config['part']}")
+    # what is imported is no method's: the count of live tensors may pass over it, which saves 0.3 s each time
+    gc.freeze()
+    save(out, config, part.measure(config))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from uniproj import LoRALayout
 
 Shapes = dict[str, tuple[int, int]]
+# PEFT's defaults of VB-LoRA: how many sub-vectors, and their length
+VECTORS, LENGTH = 256, 256
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,13 @@ def growing(D: float) -> LoRALayout:
     hidden = _HIDDEN_PER_LAYER * layers
     model = Llama(layers, hidden, 3 * hidden, heads=layers, kv_heads=layers)
     return LoRALayout.from_shapes(model.all_linear(), GROWTH_RANK)
+
+
+def sub_vectors(layout: LoRALayout) -> dict[str, int]:
+    """One size of VB-LoRA's sub-vectors for uniproj and PEFT alike.
+
+    num_vectors h <= 256 and vector_length b <= 256: b divides every size, and they have at most D / 4 numbers.
+    """
+    common = math.gcd(*[size for shape in layout.shapes().values() for size in shape])
+    b = max(n for n in range(1, min(common, LENGTH) + 1) if common % n == 0)
+    return {"num_vectors": max(2, min(VECTORS, layout.D // (4 * b))), "vector_length": b}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.overhead.adapters import REFERENCE
-from analysis.overhead.growth import LEAST_SIZES, fit
+from analysis.overhead.growth import LEAST_SIZES, power_law
+from analysis.overhead.model import REFERENCE
 from analysis.overhead.shapes import LLAMA_31_405B
 from uniproj import LoRALayout
 
@@ -92,11 +92,11 @@ def _exponent(method: str, axis: str, points: Sequence[Row]) -> Row:
     if len(points) < LEAST_SIZES:
         return row | {"note": "; ".join(filter(None, [row["note"], "too few sizes to fit an exponent"]))}
     sizes = np.array([point[along] for point in points], dtype=float)
-    exponent, error, factor = fit(sizes, np.array([point["both_seconds"] for point in points]))
+    exponent, error, factor = power_law(sizes, np.array([point["both_seconds"] for point in points]))
     row |= {"time_exponent": exponent, "time_exponent_error": error}
     # a page is the least that a peak counts
     peaks = np.array([max(point["peak_bytes"], PAGE) for point in points], dtype=float)
-    row["peak_exponent"], row["peak_exponent_error"], _ = fit(sizes, peaks)
+    row["peak_exponent"], row["peak_exponent_error"], _ = power_law(sizes, peaks)
     if axis == "D":
         D = predicted_D()
         row["predicted_seconds"] = float(np.exp(factor + exponent * np.log(D)))

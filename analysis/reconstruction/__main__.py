@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from analysis import command, subject
-from analysis.reconstruction.figure import draw
-from analysis.reconstruction.table import reconstruct
+from analysis.reconstruction.measure import reconstruct
 from analysis.spaces import defaults
 from analysis.training import train_lora
+from paper_figures import style
+from paper_figures.figures.reconstruction import draw
 
 
 def parse() -> argparse.ArgumentParser:
@@ -34,10 +36,7 @@ def measure(args: argparse.Namespace) -> command.Tables:
     return {"energy": reconstruct(trained, theta_D, head, defaults(names), args.d)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point."""
-    return command.run("reconstruction", parse(), measure, draw, argv)
-
+main = partial(command.run, "reconstruction", parse(), measure, style.picture(draw))
 
 if __name__ == "__main__":
     sys.exit(main())

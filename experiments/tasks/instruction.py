@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.ifeval import follows
+from experiments.tasks.ifeval import follows
 from experiments.tasks.sources import HUB, Source, carve
 from experiments.tasks.task import Task
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.answers import final_answer, same_answer
+from experiments.tasks.answers import final_answer, same_answer
 from experiments.tasks.sources import HUB, Source, carve
 from experiments.tasks.task import Task
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pandas as pd
 
-from experiments.models import packaged_file
+from experiments.packaged import packaged_file
 from experiments.tasks.sources import Source, carve
 from experiments.tasks.task import Task
 

@@ -14,8 +14,9 @@ from tests.adapters.costs import costs
 from tests.adapters.saved import joined, parts, reconfigure, relabel, save
 from uniproj import AdapterError, LoRALayout, ProjectionError, build, get, limits, names
 from uniproj.adapters import file
-from uniproj.adapters.header import Header
+from uniproj.adapters.header import Header, settings
 from uniproj.adapters.header_lines import pack
+from uniproj.adapters.remap import new_names
 from uniproj.adapters.tensors import OF_P, THETA_D
 from uniproj.tuner import UniProjConfig
 
@@ -34,16 +35,10 @@ def forge(folder: Path, projection: str, layout: LoRALayout, d: int, own: Any = 
     )
     version = get(projection).version
     header = Header(projection, version, hyperparameters, d, 0, layout, "0" * 64)
-    header = Header.from_metadata({**header.to_metadata(), "uniproj.settings": pack(_settings(config))})
+    header = Header.from_metadata({**header.to_metadata(), "uniproj.settings": pack(settings(config.to_dict()))})
     assert header is not None
     file.write(folder, {THETA_D: torch.ones(d), **dict(own)}, header, config)
     return folder
-
-
-def _settings(config: UniProjConfig) -> dict[str, Any]:
-    from uniproj.adapters.header import settings
-
-    return settings(config.to_dict())
 
 
 def one_module(D: int, r: int = 8) -> LoRALayout:
@@ -115,10 +110,15 @@ def test_a_sparse_file_is_judged_by_its_header(tmp_path: Path) -> None:
         (tmp_path / "e" / name).touch()
         os.truncate(tmp_path / "e" / name, hundred)
     asked.append(("read", tmp_path / "e"))
+    weight = {"dtype": "F32", "shape": [two // 4], "data_offsets": [160, 160 + two]}
+    entries = theta_d(40) | {"base_model.model.norm.weight": weight}
+    asked.append(("read", _sparse(tmp_path / "f", 160 + two, entries)))
     found = costs(*asked, most=512)
     wanted = [r"shape (40,), got (500000000,)", "must be a whole safetensors file"]
     wanted += 2 * ["its bytes must be at most 8,589,934,592, got 100,000,0"]
-    for cost, message in zip(found, [*wanted, "its bytes must be at most 4,194,304, got 100,000,000,000"], strict=True):
+    wanted += ["its bytes must be at most 4,194,304, got 100,000,000,000"]
+    wanted += ["base_model.model.norm.weight must be what the configuration trains"]
+    for cost, message in zip(found, wanted, strict=True):
         assert cost.said.startswith("AdapterError: ") and message in cost.said, cost
         assert cost.megabytes < 32 and cost.seconds < 5, cost
 
@@ -160,6 +160,24 @@ def test_a_mixture_of_experts_is_verified_in_seconds(tmp_path: Path) -> None:
         file.write(tmp_path / name, {THETA_D: torch.ones(P.d), **own}, Header.of(config, P), config)
     for cost in costs(*[("verify", tmp_path / name) for name, _ in tried]):
         assert "has its checksum" in cost.said and cost.megabytes < 512 and cost.seconds < 30, cost
+
+
+def test_a_table_of_renamed_modules_costs_no_more_than_it_may(tmp_path: Path) -> None:
+    """A header packs each in kilobytes: rows that rename nothing, and one whose new name is long for many modules."""
+    layout = LoRALayout.from_shapes({f"layers.{i}.q": (1, 1) for i in range(2**12)}, 1)
+    asked = []
+    for name, table in {"many": [[f"a{i}", ""] for i in range(2**17)], "long": [["q", "b" * 3_000_000]]}.items():
+        folder = forge(tmp_path / name, "unilora", layout, 4)
+        reconfigure(folder, remap=table)
+        packed = pack(settings(json.loads((folder / file.CONFIG).read_text())))
+        relabel(folder, lambda metadata, packed=packed: {**metadata, "uniproj.settings": packed})
+        asked.append(("read", folder))
+    for cost in costs(*asked, most=512):
+        assert cost.said.startswith("AdapterError: ") and "remap: rows times modules must be few" in cost.said, cost
+        assert cost.megabytes < 256 and cost.seconds < 5, cost
+    few = LoRALayout.from_shapes({f"layers.{i}.q": (1, 1) for i in range(800)}, 1)
+    each = [[f"layers.{i}.q", f"blocks.{i}.query"] for i in range(800)]  # every module by a row of its own
+    assert new_names(few, each) == {f"layers.{i}.q": f"blocks.{i}.query" for i in range(800)}
 
 
 def test_a_limit_that_is_raised_lets_a_large_file_in(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,3 +191,21 @@ def test_what_is_no_pattern_to_peft_is_refused(pattern: str) -> None:
 
 def test_a_pattern_that_fits_nothing_is_named() -> None:
     assert patterns.idle("rank_pattern", {"q_proj": 1, ".*_proj": 2, "k": 3, "[k]": 4}, NAMES) == ["k", "[k]"]
+
+
+@pytest.mark.parametrize("pattern", ["a{4294967290}", "(?<=a{10000000})x", f"{'(?:' * 20}ab{')+' * 20}"])
+def test_a_pattern_that_must_repeat_too_often_is_refused_before_it_is_compiled(pattern: str) -> None:
+    """In a process of its own: nothing stops `regex` while it writes such a pattern out."""
+    found = subprocess.run(
+        [sys.executable, "-c", f"from uniproj.adapters import patterns; patterns.fits('field', {pattern!r}, 'q_proj')"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "AdapterError: field: all patterns together must have at most 65536 letters" in found.stderr
+
+
+@pytest.mark.parametrize("pattern", ["(?:[a-z]{1,100}_){1,100}proj", "(?:(?:[a-z]+_?)+)+", "(?:q_?){1,9}proj"])
+def test_a_pattern_that_may_repeat_means_what_it_means_to_re(pattern: str) -> None:
+    assert patterns.fits("field", pattern, "q_proj") == bool(re.fullmatch(pattern, "q_proj"))

@@ -28,7 +28,7 @@ each_base = pytest.mark.parametrize("name", TARGETS)
 
 @cache
 def _original(name: str) -> nn.Module:
-    base = models.Base(name)
+    base = models.BaseModel(name)
     return models.load_causal(base) if name == "smollm2" else models.load_classifier(base, 2, None, seed=0)
 
 

@@ -8,8 +8,8 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from analysis.overhead import entrants, fastfood, gathers, kernel, memory, ours, peft_layers
-from analysis.overhead.problem import SEED, Candidate, Method, Problem
+from analysis.overhead import kernel, memory, methods
+from analysis.overhead.problem import SEED, Candidate, Entrant, Method, Problem
 from analysis.overhead.shapes import Llama
 from uniproj import LoRALayout
 
@@ -47,7 +47,7 @@ def agrees(method: Method, P: Tensor, x: Tensor, y: Tensor) -> None:
     assert torch.allclose(adjoint(method).double(), P.T @ y.double(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("candidate", gathers.PEERS, ids=lambda c: c.name)
+@pytest.mark.parametrize("candidate", methods.PEERS, ids=lambda c: c.name)
 def test_pytorch_operators_on_one_partition(candidate: Candidate, problem: Problem) -> None:
     count = np.bincount(problem.index.numpy(), minlength=d)
     assert count.min() >= D // d and count.max() <= -(-D // d)
@@ -58,7 +58,7 @@ def test_pytorch_operators_on_one_partition(candidate: Candidate, problem: Probl
 
 
 def test_pefts_unilora_is_a_partition_of_all_modules(problem: Problem) -> None:
-    method = peft_layers.UNILORA.build(problem)
+    method = methods.PEFT_UNILORA.build(problem)
     assert len(method.forward()) == 2 * len(LAYOUT.modules) and len(method.trained[0]) == d
     P = columns(method, method.trained[0])
     assert P.shape == (D, d) and torch.equal((P != 0).sum(1), torch.ones(D, dtype=torch.int64))
@@ -68,8 +68,8 @@ def test_pefts_unilora_is_a_partition_of_all_modules(problem: Problem) -> None:
 
 @pytest.mark.parametrize("name", ["unilora", "fastfood"])
 def test_uniprojs_own(name: str, problem: Problem) -> None:
-    method = ours.candidate(name, 64).build(problem)
-    agrees(method, ours.build(problem, name).to_dense(), method.trained[0], problem.y)
+    method = methods.candidate(name, 64).build(problem)
+    agrees(method, methods.build(problem, name).to_dense(), method.trained[0], problem.y)
 
 
 def fastfood_by_definition() -> Tensor:
@@ -86,33 +86,33 @@ def fastfood_by_definition() -> Tensor:
 
 
 def test_fastfood_with_the_butterfly(problem: Problem) -> None:
-    agrees(fastfood.BUTTERFLY.build(problem), fastfood_by_definition(), problem.x, problem.y)
+    agrees(methods.BUTTERFLY.build(problem), fastfood_by_definition(), problem.x, problem.y)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64])
 def test_the_butterfly_is_the_hadamard_matrix(n: int) -> None:
     x = torch.randn(3, n)
     kept = x.clone()
-    assert torch.allclose(fastfood.butterfly(x), x @ torch.from_numpy(hadamard(n)).float(), atol=1e-5)
+    assert torch.allclose(methods.butterfly(x), x @ torch.from_numpy(hadamard(n)).float(), atol=1e-5)
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize("build", [ours.candidate("vblora", 48).build, peft_layers.VBLORA.build])
-def test_vblora_is_linear_in_its_bank(build: Callable[[Problem], Method], problem: Problem) -> None:
-    """theta_D(bank) at fixed logits is linear, so <y, theta_D> = <gradient, bank>; logits get a gradient too."""
+@pytest.mark.parametrize("build", [methods.candidate("vblora", 48).build, methods.PEFT_VBLORA.build])
+def test_vblora_is_linear_in_its_sub_vectors(build: Callable[[Problem], Method], problem: Problem) -> None:
+    """theta_D is linear in these at fixed logits, so <y, theta_D> = <gradient, vectors>; logits get a gradient too."""
     method = build(problem)
     theta_D = flat(method.forward()).detach().double()
     gradients = method.adjoint(method.forward())
     assert len(theta_D) == D and len(gradients) == len(method.trained)
-    bank = method.trained[0].detach().double()
+    vectors = method.trained[0].detach().double()
     assert torch.dot(theta_D, problem.y.double()) == pytest.approx(
-        (gradients[0].double() * bank).sum().item(), rel=1e-3
+        (gradients[0].double() * vectors).sum().item(), rel=1e-3
     )
     assert sum(t.numel() for t in method.trained[1:]) == sum(g.numel() for g in gradients[1:]) > 0
 
 
 def test_the_two_floors_copy_theta_D(problem: Problem) -> None:
-    copy, clone = (candidate.build(problem) for candidate in gathers.FLOORS)
+    copy, clone = (candidate.build(problem) for candidate in methods.FLOORS)
     assert torch.equal(copy.forward(), problem.y) and torch.equal(clone.forward(), problem.y)
     assert copy.forward().data_ptr() == copy.forward().data_ptr() != problem.y.data_ptr()
     kept = clone.forward()
@@ -155,8 +155,8 @@ def test_one_method_that_fails_costs_no_others_result(monkeypatch) -> None:
         raise ImportError("No module named 'nothing'")
 
     own, *_ = kernel.FAMILIES["unilora"]
-    family = (own, gathers.PEERS[1], Candidate("broken", broken, 4), Candidate("absent", absent, 4))
-    rows = measured(monkeypatch, (*family, Candidate("huge", gathers.copy, 1e15)))
+    family = (own, methods.PEERS[1], Candidate("broken", broken, 4), Candidate("absent", absent, 4))
+    rows = measured(monkeypatch, (*family, Candidate("huge", methods.copy, 1e15)))
     assert list(rows) == ["copy", "clone", "unilora", "index_select", "broken", "absent", "huge"]
     assert rows["broken"]["note"] == "failed: RuntimeError: first line"
     assert rows["absent"]["note"] == "skipped: No module named 'nothing'"
@@ -164,7 +164,8 @@ def test_one_method_that_fails_costs_no_others_result(monkeypatch) -> None:
     for name in ("unilora", "index_select"):
         row = rows[name]
         assert row["D"] == D and row["both_per_copy_low"] <= row["both_per_copy"] <= row["both_per_copy_high"]
-        assert row["both_seconds"] == pytest.approx(row["forward_seconds"] + row["adjoint_seconds"], rel=0.5)
+        # medians of one turn's times and of their sums, which no times of others can turn round
+        assert row["both_seconds"] >= max(row["forward_seconds"], row["adjoint_seconds"])
     assert rows["index_select"]["bytes_per_coordinate"] == 4.0 and "both_per_ours" in rows["index_select"]
     assert "both_per_ours" not in rows["unilora"] and "both_per_copy" in rows["clone"]
 
@@ -173,6 +174,6 @@ def test_a_slow_method_is_called_once_and_not_in_turn(monkeypatch) -> None:
     calls: list[int] = []
     own, *_ = kernel.FAMILIES["unilora"]
     slow = Candidate("slow", lambda problem: Method(lambda: calls.append(1), lambda _: None), 4)
-    monkeypatch.setattr(entrants.Entrant, "is_slow", property(lambda self: self.name == "slow"))
+    monkeypatch.setattr(Entrant, "is_slow", property(lambda self: self.name == "slow"))
     row = measured(monkeypatch, (own, slow))["slow"]
     assert calls == [1] and "one call only" in row["note"] and "both_per_copy" not in row

@@ -8,12 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import landscape, sharing, spectrum
-from analysis.isometry import __main__ as isometry
+from analysis import cards
 from analysis.isometry import measured
-from analysis.reconstruction import reconstruct, table
-from analysis.report import cards
+from analysis.isometry.__main__ import main as isometry_main
+from analysis.landscape import landscape
+from analysis.reconstruction import measure, reconstruct
+from analysis.sharing.__main__ import main as sharing_main
 from analysis.spaces import defaults
+from analysis.spectrum.__main__ import main as spectrum_main
 from analysis.subject import Setting, Subject
 from analysis.training import train_lora
 from uniproj import plugins
@@ -35,7 +37,7 @@ class FailsWhenBuilt(Failing):
 
 @register("fails_when_used")
 class FailsWhenUsed(Failing):
-    def _matvec(self, theta_d, dtype):
+    def _matvec(self, theta_d):
         raise ValueError("no luck")
 
     def entries(self):
@@ -44,7 +46,7 @@ class FailsWhenUsed(Failing):
 
 @register("fails_in_backward")
 class FailsInBackward(Failing):
-    def _rmatvec(self, theta_D, dtype):
+    def _rmatvec(self, theta_D):
         raise ValueError("no luck")
 """
 BUILDING, FORWARD, _ = FAILING = ["fails_when_built", "fails_when_used", "fails_in_backward"]
@@ -66,11 +68,11 @@ def _failed(rows: pd.DataFrame) -> set[str]:
 
 # of a sparse P these ask no product with its transpose
 @pytest.mark.parametrize(
-    ("main", "key"), [(isometry.main, "verdicts"), (sharing.main, "columns"), (spectrum.main, "spectrum")]
+    ("main", "key"), [(isometry_main, "verdicts"), (sharing_main, "columns"), (spectrum_main, "spectrum")]
 )
 def test_commands_go_on(main, key: str, plugin: str, tmp_path: Path, capsys) -> None:
     asked = ["--layout", "eight-64", "--d", "64", "--plugins", plugin, "--json", "--out", str(tmp_path / "out")]
-    more = ["--steps", "0"] if main is isometry.main else []
+    more = ["--steps", "0"] if main is isometry_main else []
     assert main(["--projections", *NAMES, *more, *asked]) == 0
     found = pd.DataFrame(json.loads(capsys.readouterr().out)[key])
     assert _failed(found) == {BUILDING, FORWARD}
@@ -82,11 +84,11 @@ def test_commands_go_on(main, key: str, plugin: str, tmp_path: Path, capsys) -> 
 
 def test_analyses_of_a_training_go_on(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.load([plugin])
-    monkeypatch.setattr(table, "FISHER_ROWS", 1)
+    monkeypatch.setattr(measure, "FISHER_ROWS", 1)
     subject, chosen = Subject(Setting(max_length=8, batch_size=2, test_size=4)), defaults(NAMES)
     pairs, path = measured(subject, chosen, 64, steps=2, lr=1e-3)
     assert _failed(pairs) == set(FAILING) and set(path["projection"]) == {"unilora_local", "unilora"}
-    norms, losses = landscape.landscape(subject, chosen, 64, steps=1, lr=1e-3)
+    norms, losses = landscape(subject, chosen, 64, steps=1, lr=1e-3)
     assert _failed(norms) == set(FAILING) and set(losses["projection"]) == {"unilora_local", "unilora"}
     energy = reconstruct(subject, *train_lora(subject, 1, 1e-2), chosen, [64])
     assert _failed(energy) == set(FAILING) and energy["factor"].notna().sum() == 2

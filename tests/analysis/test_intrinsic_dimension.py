@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.intrinsic_dimension import crossing, d90, main, read
+from analysis.intrinsic_dimension import crossing, d90, read
+from analysis.intrinsic_dimension.__main__ import main
 from experiments.errors import ExperimentError
 from tests.sweeps import write, write_run
 

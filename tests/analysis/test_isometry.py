@@ -11,8 +11,7 @@ import torch
 
 import uniproj
 from analysis.columns import gram, loads
-from analysis.isometry import deviation, distortion, exact, measured, probed, verdicts
-from analysis.isometry import measure as measure_module
+from analysis.isometry import deviation, distortion, exact, measure, measured, probed, verdicts
 from analysis.isometry.__main__ import main
 from analysis.spaces import build, defaults, layout
 from analysis.subject import Setting, Subject
@@ -100,7 +99,7 @@ def test_probes_agree_with_the_exact_numbers(name: str) -> None:
 
 
 def test_large_d_takes_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_module, "MOST_EXACT", 16)
+    monkeypatch.setattr(measure, "MOST_EXACT", 16)
     assert deviation(build("unilora", {}, SMALL, 32).P).method == "probes"
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.landscape import along, gradient_norms, landscape, main
+from analysis.landscape import along, gradient_norms, landscape
+from analysis.landscape.__main__ import main
 from analysis.spaces import build, defaults
 from analysis.subject import Setting, Subject
 from experiments.errors import ExperimentError

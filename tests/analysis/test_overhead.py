@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.overhead import __main__ as command
-from analysis.overhead import adapters, growth, kernel, model, records, runner, tables, worker
-from analysis.overhead.bases import BASES
+from analysis.overhead import growth, kernel, model, report, runner
+from analysis.overhead.__main__ import main, parse, plan
 from analysis.overhead.shapes import Llama
+from analysis.overhead.workloads import WORKLOADS
 
 SMALL = Llama(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2)
 KERNEL_ROWS = {"unilora": 2 + 6, "fastfood": 2 + 2, "vblora": 2 + 2}
@@ -31,7 +31,7 @@ def measured(monkeypatch) -> list[str]:
     def run(config: dict, out: Path, _: str) -> str | None:
         done.append(runner.describe(config))
         try:
-            worker.measure(out, config)
+            runner.measure(out, config)
         except RuntimeError as error:
             return f"RuntimeError: {error}"
         return None
@@ -48,7 +48,7 @@ def measured(monkeypatch) -> list[str]:
 
 
 def run(out: Path, *more: str) -> int:
-    return command.main(["--out", str(out), "--models", "tiny", "--methods", *METHODS, *more])
+    return main(["--out", str(out), "--models", "tiny", "--methods", *METHODS, *more])
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -88,7 +88,7 @@ def test_everything_is_written_and_a_second_run_measures_nothing(tmp_path, measu
     assert all(f"## {title}" in text for title in ("Kernel", "Model", "Growth")) and "D = 623,443,968" in text
     assert torch.__version__ in text and "threads: 1;" in text
     widths = {block.split("\n")[0].count("|") for block in text.split("\n\n") if block.startswith("|")}
-    assert widths == {len(columns) + 1 for columns in (tables.KERNEL, tables.MODEL, tables.GROWTH)}
+    assert widths == {len(columns) + 1 for columns in (report.KERNEL, report.MODEL, report.GROWTH)}
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
 
     measured.clear()
@@ -102,32 +102,32 @@ def test_another_machine_count_of_threads_or_version_is_measured_anew(tmp_path, 
     for change in (
         lambda: None,
         lambda: monkeypatch.setenv("OMP_NUM_THREADS", "2"),
-        lambda: monkeypatch.setattr(command, "device_name", lambda _: "another"),
-        lambda: monkeypatch.setattr(command, "versions", lambda: {"torch": "0"}),
+        lambda: monkeypatch.setattr("analysis.overhead.__main__.device_name", lambda _: "another"),
+        lambda: monkeypatch.setattr("analysis.overhead.__main__.versions", lambda: {"torch": "0"}),
     ):
         change()
-        (job,) = [job for job in command.plan(command.parse([])) if job["part"] == "growth"]
-        assert job != kept and not records.is_done(tmp_path, job)
-        records.save(tmp_path, job, [])
-        assert records.is_done(tmp_path, job)
+        (job,) = [job for job in plan(parse([])) if job["part"] == "growth"]
+        assert job != kept and not runner.is_done(tmp_path, job)
+        runner.save(tmp_path, job, [])
+        assert runner.is_done(tmp_path, job)
         kept = job
 
 
 def test_a_failure_is_recorded_reported_and_tried_again(tmp_path, measured, monkeypatch, capsys) -> None:
-    attach = adapters.attach
+    attach = model.attach
 
-    def broken(base_model, base, name):
+    def broken(base_model, work, name):
         if name == "unilora":
             raise RuntimeError("no such thing")
-        return attach(base_model, base, name)
+        return attach(base_model, work, name)
 
-    monkeypatch.setattr(adapters, "attach", broken)
+    monkeypatch.setattr(model, "attach", broken)
     assert run(tmp_path, "--parts", "model", "--json") == 1
     out, err = capsys.readouterr()
     assert "model tiny unilora 4 failed: RuntimeError: no such thing" in err
     assert [record["status"] for record in json.loads(out)["records"]] == ["done", "failed"]
     assert "failed: RuntimeError: no such thing" in (tmp_path / "overhead.md").read_text()
-    monkeypatch.setattr(adapters, "attach", attach)
+    monkeypatch.setattr(model, "attach", attach)
     measured.clear()
     assert run(tmp_path, "--parts", "model") == 0 and measured == ["model tiny unilora 4"]
 
@@ -155,15 +155,15 @@ def test_a_method_that_fails_within_a_measurement_is_a_failure_too(tmp_path, mea
 )
 def test_unknown_names_are_refused(argv: list[str], said: str, capsys) -> None:
     with pytest.raises(SystemExit) as refusal:
-        command.main(argv)
+        main(argv)
     error = capsys.readouterr().err
     assert refusal.value.code == 2 and f"invalid choice: '{said}'" in error and "choose from" in error
 
 
 @pytest.mark.parametrize("text", ['{"status": "do', "[]", '{"status": "done"}'])
 def test_a_damaged_record_is_named(text: str, tmp_path, measured, capsys) -> None:
-    (job, *_) = [job for job in command.plan(command.parse([])) if job["part"] == "growth"]
-    file = records.path(tmp_path, job)
+    (job, *_) = [job for job in plan(parse([])) if job["part"] == "growth"]
+    file = runner.path(tmp_path, job)
     file.parent.mkdir(parents=True)
     file.write_text(text)
     assert run(tmp_path, "--parts", "growth") == 2 and measured == []
@@ -193,7 +193,7 @@ def growth_job(**changes: object) -> dict:
 def test_a_measurement_in_its_own_process_and_one_that_fails(tmp_path) -> None:
     jobs = [growth_job(), growth_job(method="nothing")]
     runner.run_all(jobs, tmp_path)
-    done, failed = records.load(tmp_path, jobs)
+    done, failed = runner.load(tmp_path, jobs)
     assert [row["D"] for row in done["rows"]] == [10_240, 40_960]
     assert done["provenance"]["hardware"]["threads"] == 1
     assert failed["status"] == "failed" and "unknown projection 'nothing'" in failed["reason"]
@@ -212,7 +212,7 @@ def test_the_reason_of_a_process_that_ended(script: str, reason: str, tmp_path, 
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     runner.run_all([growth_job()], tmp_path)
-    (record,) = records.load(tmp_path, [growth_job()])
+    (record,) = runner.load(tmp_path, [growth_job()])
     assert record["status"] == "failed" and record["reason"] == reason
 
 
@@ -230,21 +230,21 @@ def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, cap
     # a shell in the background starts its commands with SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    assert run(tmp_path, "--parts", "growth") == command.INTERRUPTED == 130
+    assert run(tmp_path, "--parts", "growth") == 130
     assert "The same command goes on" in capsys.readouterr().err
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 
 
-@pytest.mark.parametrize("name", adapters.names())
+@pytest.mark.parametrize("name", model.names())
 def test_every_adapter_attaches_to_every_kind_of_base(name: str) -> None:
     """A step of the tiny model; the trained numbers are what the method's formula says where it is free."""
-    base = BASES["tiny"]
-    tiny = base.load()
-    attached = adapters.attach(tiny, base, name)
-    loss = attached(**base.training_batch(torch.device("cpu"))).loss
+    work = WORKLOADS["tiny"]
+    tiny = work.load()
+    attached = model.attach(tiny, work, name)
+    loss = attached(**work.training_batch(torch.device("cpu"))).loss
     loss.backward()
-    assert all(p.grad is not None for p in adapters.trained(attached))
+    assert all(p.grad is not None for p in model.trained(attached))
 
 
 @pytest.mark.slow

@@ -12,13 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import uniproj
-from analysis import compress, landscape
-from analysis.reconstruction import __main__ as reconstruction
+from analysis import compress
+from analysis.landscape.__main__ import main as landscape_main
 from analysis.reconstruction import reconstruct
-from analysis.reconstruction.figure import edge
+from analysis.reconstruction.__main__ import main as reconstruction_main
 from analysis.spaces import build, defaults
 from analysis.subject import HEAD, Setting, Subject, factor_name
 from analysis.training import train_lora
+from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
 from uniproj.adapters.lora import read
 from uniproj.adapters.nearest import balanced, captured, captured_delta_W, fit
@@ -183,15 +184,15 @@ def test_energies_that_are_none_above_zero_have_an_edge() -> None:
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch-size", "--test-size"])
-@pytest.mark.parametrize("command", [landscape, reconstruction])
-def test_counts_are_positive(command, option: str, capsys) -> None:
+@pytest.mark.parametrize("main", [landscape_main, reconstruction_main])
+def test_counts_are_positive(main, option: str, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command.main([option, "0"])
+        main([option, "0"])
     assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_missing_adapter_is_a_sentence(tmp_path: Path, capsys) -> None:
-    assert reconstruction.main(["--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert reconstruction_main(["--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "none must be a folder with an adapter, got no adapter_config.json" in capsys.readouterr().err
 
 

@@ -5,8 +5,14 @@ import pytest
 from scipy.stats import linregress
 
 from analysis.overhead import growth, kernel, summary
-from analysis.overhead.banks import bank
-from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, LLAMA_32_3B, growing, roberta_large_query_value
+from analysis.overhead.shapes import (
+    LLAMA_2_7B,
+    LLAMA_31_8B,
+    LLAMA_32_3B,
+    growing,
+    roberta_large_query_value,
+    sub_vectors,
+)
 from uniproj import LoRALayout
 
 # per module r (out + in), summed over the modules of one layer, times the layers
@@ -45,22 +51,22 @@ def test_sizes_span_four_decades() -> None:
 
 
 @pytest.mark.parametrize("architecture", kernel.ARCHITECTURES)
-def test_the_bank_divides_every_size_and_is_smaller_than_theta_D(architecture: str) -> None:
+def test_vbloras_sub_vectors_divide_every_size_and_are_smaller_than_theta_D(architecture: str) -> None:
     layout = LoRALayout.from_shapes(kernel.ARCHITECTURES[architecture](), 4)
-    sizes = bank(layout)
+    sizes = sub_vectors(layout)
     assert all(n % sizes["vector_length"] == 0 for shape in layout.shapes().values() for n in shape)
     assert sizes["num_vectors"] * sizes["vector_length"] <= layout.D / 4
 
 
 def test_the_fit_finds_a_known_exponent_and_its_error() -> None:
     sizes = np.logspace(2, 6, 9)
-    exponent, error, factor = growth.fit(sizes, 3.0 * sizes**1.5)
+    exponent, error, factor = growth.power_law(sizes, 3.0 * sizes**1.5)
     assert exponent == pytest.approx(1.5) and error < 1e-9 and np.exp(factor) == pytest.approx(3.0)
     # a constant cost decides the small sizes, and the upper half does not see it
     noisy = 1e-5 + sizes * np.exp(np.random.default_rng(0).normal(0, 0.1, 9))
     law = linregress(np.log(sizes[4:]), np.log(noisy[4:]))
-    assert growth.fit(sizes, noisy) == pytest.approx((law.slope, law.stderr, law.intercept))
-    assert growth.fit(sizes[:4], 2 * sizes[:4])[0] == pytest.approx(1.0)
+    assert growth.power_law(sizes, noisy) == pytest.approx((law.slope, law.stderr, law.intercept))
+    assert growth.power_law(sizes[:4], 2 * sizes[:4])[0] == pytest.approx(1.0)
 
 
 def test_the_extrapolation_to_405B() -> None:
@@ -84,6 +90,6 @@ def test_a_series_ends_where_the_next_size_would_take_too_long_or_too_much(monke
     (row,) = growth.measure(config)
     assert row["note"].startswith("ends here: D = 4.0e+04 would take about")
     monkeypatch.undo()
-    monkeypatch.setattr("analysis.overhead.entrants.usable", lambda _: growth.PEAK_PER_COORDINATE * 20_000.0)
+    monkeypatch.setattr("analysis.overhead.problem.usable", lambda _: growth.PEAK_PER_COORDINATE * 20_000.0)
     (row,) = growth.measure(config)
     assert "ends here: D = 4.0e+04 needs about 0.0 GB" in row["note"]

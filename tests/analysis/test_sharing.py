@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import uniproj
+from analysis import cards
 from analysis.columns import loads
-from analysis.report import cards
-from analysis.sharing import describe, layer_of, main, picture, sharing
+from analysis.sharing import describe, heat_map, sharing
+from analysis.sharing.__main__ import main
+from analysis.sharing.measure import layer_of
 from analysis.spaces import build, defaults, layout
 from uniproj import LoRALayout, Projection
 
@@ -65,7 +67,7 @@ def test_every_fraction_is_counted_on_the_dense_matrix(name: str) -> None:
 
 def test_the_picture_shares_out_every_column() -> None:
     P = build("unilora", {}, SMALL, 24).P
-    shares = picture(loads(P), SMALL).groupby("coordinate")["share"].sum()
+    shares = heat_map(loads(P), SMALL).groupby("coordinate")["share"].sum()
     assert len(shares) == 24 and np.allclose(shares, 1.0)
 
 

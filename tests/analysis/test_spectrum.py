@@ -9,7 +9,9 @@ import torch
 
 import uniproj
 from analysis.spaces import build, layout
-from analysis.spectrum import factors, main, of_factors, of_projection, spectrum, stable_rank
+from analysis.spectrum import of_factors, of_projection, spectrum
+from analysis.spectrum.__main__ import main
+from analysis.spectrum.measure import factors, stable_rank
 from uniproj import LoRALayout
 
 SMALL = LoRALayout.from_shapes({f"layer.{i}.{m}": (12, 8) for i in range(3) for m in ("query", "value")}, r=2)
@@ -37,8 +39,8 @@ def test_values_and_coherence_are_the_dense_ones(name: str) -> None:
 
 
 def test_columns_that_share_no_row_need_no_gram_matrix_and_others_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.spectrum.MOST_EXACT", 16)
-    monkeypatch.setattr("analysis.spectrum.gram", None)
+    monkeypatch.setattr("analysis.spectrum.measure.MOST_EXACT", 16)
+    monkeypatch.setattr("analysis.spectrum.measure.gram", None)
     table, curves = spectrum([("lora", {}), ("unilora_unnormalised", {}), ("gaussian", {})], SMALL, 24)
     whole, loose, dense = table.to_dict("records")
     assert whole["d"] == SMALL.D and (whole["sigma_min"], whole["sigma_max"]) == (1.0, 1.0)

@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.bank import __main__ as command
+from analysis.bank.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -16,31 +16,9 @@ def out(tmp_path_factory):
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
-    few = [
-        "--adapters",
-        "30",
-        "--users",
-        "3",
-        "--new-tokens",
-        "2",
-        "--rounds",
-        "6",
-        "--operations",
-        "80",
-        "--kills",
-        "9",
-    ]
-    arguments = [
-        "--base",
-        str(folder / "base"),
-        "--threads",
-        "1",
-        "--scratch",
-        str(folder),
-        "--out",
-        str(folder / "out"),
-    ]
-    assert command.main([*few, "--d", "600", *arguments]) == 0
+    few = {"--adapters": 30, "--users": 3, "--new-tokens": 2, "--rounds": 6, "--operations": 80, "--kills": 9}
+    more = {"--d": 600, "--threads": 1, "--base": folder / "base", "--scratch": folder, "--out": folder / "out"}
+    assert main([str(word) for pair in {**few, **more}.items() for word in pair]) == 0
     return folder / "out"
 
 
@@ -73,5 +51,5 @@ def test_the_table_holds_every_ratio(out) -> None:
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys) -> None:
-    assert command.main(["--parts", "mixed", "--base", "none.gguf", "--out", str(tmp_path)]) == 2
+    assert main(["--parts", "mixed", "--base", "none.gguf", "--out", str(tmp_path)]) == 2
     assert "must be a GGUF file, got none" in capsys.readouterr().err

@@ -126,14 +126,19 @@ def test_pairs_do_not_go_on_in_the_child(filled: AdapterBank) -> None:
 # ---- files that change under an open bank -------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["cut", "emptied", "copied over", "replaced", "gone"])
-def test_vectors_that_change_under_an_open_bank_are_a_sentence(change: str, filled: AdapterBank, tmp_path) -> None:
+@pytest.mark.parametrize("change", ["cut", "emptied", "zeroed", "copied over", "replaced", "gone"])
+def test_vectors_that_change_under_an_open_bank_are_a_sentence(
+    change: str, filled: AdapterBank, model, tmp_path
+) -> None:
     content = _vectors(filled).read_bytes()
     assert torch.equal(filled.get("4"), vector(4))
     if change in ("cut", "emptied"):
         os.truncate(_vectors(filled), 4096 if change == "cut" else 0)
-    elif change == "copied over":
+    elif change == "zeroed":
         _vectors(filled).write_bytes(bytes(len(content)))
+    elif change == "copied over":
+        AdapterBank.create(tmp_path / "small", model).close()
+        shutil.copyfile(tmp_path / "small" / "theta_d.safetensors", _vectors(filled))
     elif change == "replaced":
         (tmp_path / "other").write_bytes(content)
         os.replace(tmp_path / "other", _vectors(filled))

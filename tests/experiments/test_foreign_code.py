@@ -15,16 +15,19 @@ import pandas as pd
 import pytest
 from transformers import BertConfig
 
-from analysis import sharing
-from analysis.report.__main__ import main as report_main
-from experiments import compare, export, harness, models, mt_bench, plan, sweep, train, trust
-from experiments.config import RunConfig, resolve
+from analysis.sharing.__main__ import main as sharing_main
+from experiments import compare, export, harness, models, mt_bench, sweep, train
 from experiments.errors import ExperimentError
-from experiments.families.text import TextClassifier
-from experiments.models import Base, load_tokenizer, model_config, unloaded
-from experiments.protocol import LOCK as CHOICE
-from experiments.results import LOCK, RESULT, is_locked, load, lock, prepare, read_json, row, write_json
+from experiments.files import read_json, write_json
+from experiments.models import BaseModel, load_tokenizer, model_config, trust, unloaded
+from experiments.models.text import TextClassifier
+from experiments.records.reading import CHOICE, load, row
+from experiments.runs.folder import LOCK, RESULT, is_locked, lock, prepare
+from experiments.runs.resolve import resolve
+from experiments.runs.settings import RunConfig
+from experiments.sweeps.file import read
 from paper_figures.__main__ import main as figures_main
+from paper_figures.report.__main__ import main as report_main
 
 ROOT = Path(__file__).parents[2]
 CYCLIC = (ROOT / "examples" / "cyclic.py").read_text()
@@ -90,10 +93,7 @@ def test_no_reader_imports_what_a_record_names(
     assert "commands do that by --plugins FILE" in capsys.readouterr().out and not marker.exists()
 
 
-def test_the_choice_of_a_sweep_names_no_code(
-    file: Path, runs: Path, plugin: str, marker: Path, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(sweep, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])})
+def test_the_choice_of_a_sweep_names_no_code(file: Path, runs: Path, plugin: str, marker: Path, here, capsys) -> None:
     assert sweep.main([str(file), "--runs", str(runs)]) == 0
     path = runs / "sweeps" / "mine" / CHOICE
     whole = read_json(path)
@@ -131,7 +131,7 @@ def test_a_launcher_hands_on_the_plugins_of_its_sweep(
 
 def test_the_words_for_a_child(plugin: str, monkeypatch) -> None:
     assert trust.words() == []
-    monkeypatch.setattr(models, "_trusted", False)
+    monkeypatch.setattr(trust, "_trusted", False)
     monkeypatch.chdir(Path(plugin).parent)
     args = compare.parse(["--plugins", Path(plugin).name, "statistics", "--trust-remote-code"])
     trust.apply(args)
@@ -184,16 +184,16 @@ def test_code_of_a_model_runs_on_request_alone(
         (sweep.main, [str(tmp_path / "s.yaml"), "--dry-run"]),
         (train.main, [str(folder)]),
         (compare.main, ["--model", foreign, "--task", task, "--dry-run"]),
-        (sharing.main, ["--layout", foreign]),
+        (sharing_main, ["--layout", foreign]),
     ):
         assert main(words) in (1, 2) and not marker.exists(), main
         said = capsys.readouterr()
         assert "if you trust it pass --trust-remote-code" in said.out + said.err
-    for load_it in (load_tokenizer, model_config, lambda name: Base(name).load(TextClassifier.auto)):
+    for load_it in (load_tokenizer, model_config, lambda name: BaseModel(name).load(TextClassifier.auto)):
         with pytest.raises(ExperimentError, match="--trust-remote-code"):
             load_it(foreign)
     assert not marker.exists()
-    monkeypatch.setattr(models, "_trusted", False)
+    monkeypatch.setattr(trust, "_trusted", False)
     models.trust_remote_code(True)
     assert type(unloaded(TextClassifier.auto, foreign)).__name__ == "Model" and marker.exists()
 
@@ -212,11 +212,11 @@ def test_a_sweep_spells_its_values_out(text: str, tmp_path: Path, task: str) -> 
     ):
         (tmp_path / "s.yaml").write_text(json.dumps(content))
         with pytest.raises(ExperimentError, match="must spell its values out, got"):
-            plan.read(tmp_path / "s.yaml")
+            read(tmp_path / "s.yaml")
     (tmp_path / "s.yaml").write_text(json.dumps({"settings": settings, "axes": axes}))
-    assert plan.read(tmp_path / "s.yaml").settings["model"] == "minilm"
+    assert read(tmp_path / "s.yaml").settings["model"] == "minilm"
     with pytest.raises(ExperimentError, match="must spell its values out, got"):
-        plan.read(tmp_path / "s.yaml", [f"settings.model='{text}'"])
+        read(tmp_path / "s.yaml", [f"settings.model='{text}'"])
 
 
 def test_a_lock_is_looked_at_and_never_written(runs: Path, tmp_path: Path, config: RunConfig) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +117,34 @@ def test_processes_are_forked_while_threads_project() -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+_FIRST = """
+import os, sys, threading, time
+import torch
+from uniproj import build
+
+P = build("unilora", 2**16, d=64, seed=0)
+thread = threading.Thread(target=P, args=(torch.ones(64),))
+thread.start()
+while "numba" not in sys.modules:
+    time.sleep(0.001)
+if (pid := os.fork()) == 0:
+    P(torch.ones(64))
+    os._exit(0)
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_process_is_forked_while_a_thread_loads_the_loops() -> None:
+    started = subprocess.Popen([sys.executable, "-c", _FIRST], start_new_session=True)
+    try:
+        assert started.wait(120) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)  # with its child
+        started.wait()
 
 
 _P: Projection

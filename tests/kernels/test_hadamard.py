@@ -19,24 +19,30 @@ def real(*shape: int, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=F64).to(dtype)
 
 
-@pytest.mark.parametrize("m", range(11))
-def test_the_transform_is_scipys_matrix(m: int) -> None:
+@pytest.mark.parametrize("m", range(12))
+def test_the_transform_is_scipys_matrix(m: int, device: str) -> None:
     H, x = torch.from_numpy(scipy.linalg.hadamard(2**m)).double(), integers(3, 2**m)
     assert torch.equal(hadamard_matrix(m), H)
-    assert torch.equal(hadamard(x), x @ H.T)
+    assert torch.equal(hadamard(x.to(device)).cpu(), x @ H.T)
+    for dtype, eps in ((F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = real(3, 2**m, dtype=dtype)
+        wanted, found = x.double() @ H.T, hadamard(x.to(device))
+        assert found.dtype == dtype and found.device.type == device
+        assert (found.cpu().double() - wanted).abs().max() <= eps * wanted.abs().max()
+        assert torch.equal(found, hadamard(x.to(device)))
 
 
 @pytest.mark.parametrize("m", range(21))
-def test_twice_is_n_times_for_every_size(m: int) -> None:
+def test_twice_is_n_times_for_every_size(m: int, device: str) -> None:
     """H H^T = n I with H = H^T, exactly: sums of integers. One more identity, as H = n I / H is not unique."""
-    x = integers(1 if m > 16 else 3, 2**m)
+    x = integers(1 if m > 16 else 3, 2**m).to(device)
     y = hadamard(x)
     assert torch.equal(hadamard(y), 2**m * x)
     assert torch.equal(y[:, 0], x.sum(1))
-    unit = torch.zeros(1, 2**m, dtype=F64)
+    unit = torch.zeros(1, 2**m, dtype=F64, device=device)
     unit[0, -1] = 1
     parity = sum((torch.arange(2**m) >> bit) & 1 for bit in range(m)) % 2 if m else torch.zeros(1)
-    assert torch.equal(hadamard(unit)[0], 1.0 - 2.0 * parity)
+    assert torch.equal(hadamard(unit)[0].cpu(), 1.0 - 2.0 * parity)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,6 +1,7 @@
 """The gather, its adjoint and the deal of rows to columns, against one-hot matrices."""
 
-import numpy as np
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,19 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from uniproj import LoRALayout, ProjectionError
-from uniproj.kernels import backend, tiles
 from uniproj.kernels.deal import Deal, Group
-from uniproj.kernels.dispatch import HAS_NUMBA
+from uniproj.kernels.gather import sum_by_column, take
 from uniproj.kernels.memory import fresh
-from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_column, sum_by_index, take
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_index
 from uniproj.kernels.permutation import permute
-from uniproj.projections.partition import Partition
-
-needs_triton = pytest.mark.skipif(
-    backend() != "triton-interpreter" and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU"
-)
-needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="Numba is not installed")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from uniproj.projections._partition import Partition
 
 GROUPS = {
     "one": [Group([slice(0, 1100)], 37, "a")],
@@ -32,17 +26,17 @@ GROUPS = {
 }
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def drawn(device: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, dtype=dtype, generator=generator).to(DEVICE)
+    return torch.randn(*shape, dtype=dtype, generator=generator).to(device)
 
 
-def dealt(kind: str) -> tuple[Tensor, list, int, int]:
+def dealt(kind: str, device: str) -> tuple[Tensor, list, int, int]:
     deal = Deal.of(GROUPS[kind], 2**40 + 1)
     index = deal.index()
     D, d = len(index), sum(g.columns for g in GROUPS[kind])
-    tensors = [t.to(DEVICE) for t in (deal.by_row, deal.by_position, deal.groups, deal.tables)]
-    return index.to(DEVICE), [*tensors, [D, d]], D, d
+    tensors = [t.to(device) for t in (deal.by_row, deal.by_position, deal.groups, deal.tables)]
+    return index.to(device), [*tensors, [D, d]], D, d
 
 
 def matrix(index: Tensor, d: int) -> Tensor:
@@ -76,39 +70,12 @@ def test_the_partition_is_balanced(D: int, d: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_take_and_its_adjoint_are_the_matrix(dtype: torch.dtype) -> None:
-    index, _, D, d = dealt("several")
-    x, y = drawn(2, d), drawn(2, D)
+def test_take_and_its_adjoint_are_the_matrix(dtype: torch.dtype, device: str) -> None:
+    index, _, D, d = dealt("several", device)
+    x, y = drawn(device, 2, d), drawn(device, 2, D)
     assert torch.equal(take(x, index, d, dtype), (x @ matrix(index, d).T).to(dtype))
     sums = sum_by_column(y.to(dtype), index, d, torch.float64)
     torch.testing.assert_close(sums, y.to(dtype).double() @ matrix(index, d))
-
-
-@needs_numba
-@given(D=st.integers(1, 100_000), d=st.integers(1, 400_000), seed=st.integers(0, 2**40), data=st.data())
-def test_tiles_hold_their_index(D: int, d: int, seed: int, data: st.DataObject) -> None:
-    index = torch.randint(0, d, (D,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
-    words, ends = tiles.tile(index, d)
-    assert torch.equal(tiles.untile(words, ends), index)
-    # by the definition of a word, in an independent decoding
-    k = data.draw(st.integers(0, D - 1))
-    chunk = k >> 15
-    bucket = int((ends[chunk, 1:] <= k).sum())
-    word = int(words[k])
-    assert int(index[(chunk << 15) + (word & 0x7FFF)]) == (bucket << 17) + (word >> 15)
-
-
-@needs_numba
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("D", "d"), [(1002, 68), (40_000, 300_000), (300_000, 20_000)])
-def test_tiles_give_what_the_index_gives(D: int, d: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(D)
-    index = torch.randint(0, d, (D,), dtype=torch.int32, generator=generator)
-    x, y = (torch.randn(2, n, dtype=torch.float64, generator=generator) for n in (d, D))
-    constants = (*tiles.tile(index, d), [D, d])
-    assert torch.equal(tiles.take(x, *constants, dtype), x[:, index].to(dtype))
-    expected = torch.zeros(2, d, dtype=torch.float64).index_add(1, index, y.to(dtype).double())
-    torch.testing.assert_close(tiles.sum_by_column(y.to(dtype), *constants, torch.float64), expected)
 
 
 def test_memory_is_lent_again_only_when_no_view_of_it_is_left() -> None:
@@ -132,31 +99,18 @@ def test_an_index_that_leaves_its_columns_is_refused(index: list[int]) -> None:
         Given(LoRALayout.flat(4), 2, 0, torch.tensor(index))
 
 
-@needs_numba
-def test_tiles_sum_in_the_order_of_the_rows() -> None:
-    """Two columns, float32: the same additions one after another give the same bits."""
-    index, y = torch.arange(900, dtype=torch.int32) % 2, torch.randn(1, 900)
-    expected = [np.float32(0), np.float32(0)]
-    for row, value in enumerate(y[0].numpy()):
-        expected[row % 2] = expected[row % 2] + value
-    found = tiles.sum_by_column(y, *tiles.tile(index, 2), [900, 2], torch.float32)
-    assert found[0].tolist() == [float(total) for total in expected]
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
+    same_on_any_number_of_threads(lambda y, index, d: sum_by_column(y, index, d, torch.float32))
 
 
-@needs_numba
-@pytest.mark.parametrize("way", ["index", "tiles"])
-def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(way: str) -> None:
+def same_on_any_number_of_threads(adjoint: Callable[[Tensor, Tensor, int], Tensor]) -> None:
     D, d, threads = 3_000_000, 1000, torch.get_num_threads()
     index, y = torch.randint(0, d, (D,), dtype=torch.int32), torch.randn(1, D)
-    tiled = tiles.tile(index, d)
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            if way == "index":
-                found.append(sum_by_column(y, index, d, torch.float32))
-            else:
-                found.append(tiles.sum_by_column(y, *tiled, [D, d], torch.float32))
+            found.append(adjoint(y, index, d))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -164,40 +118,40 @@ def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(way: str) -> Non
     torch.testing.assert_close(found[0][0].double(), reference, rtol=0, atol=2e-3)
 
 
-def operators(kind: str) -> list[tuple]:
+def operators(kind: str, device: str) -> list[tuple]:
     """(name, forward, adjoint, its constants) of every pair of operators."""
-    index, deal, D, d = dealt(kind)
+    index, deal, D, d = dealt(kind, device)
     return [
-        ("partition", take, sum_by_column, [index, d]),
+        ("gather", take, sum_by_column, [index, d]),
         ("index", copy_by_index, sum_by_index, [index, [D, d]]),
         ("deal", deal_out, gather_in, deal),
     ]
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-def test_the_operators_keep_the_rules_of_torch_library(kind: str) -> None:
-    _, _, D, d = dealt(kind)
-    for name, _, _, constants in operators(kind):
-        x, y = drawn(2, d).requires_grad_(), drawn(2, D).requires_grad_()
+def test_the_operators_keep_the_rules_of_torch_library(kind: str, device: str) -> None:
+    _, _, D, d = dealt(kind, device)
+    for name, _, _, constants in operators(kind, device):
+        x, y = drawn(device, 2, d).requires_grad_(), drawn(device, 2, D).requires_grad_()
         adjoint, forward = (getattr(torch.ops.uniproj, f"{name}_{i}").default for i in range(2))
         torch.library.opcheck(forward, (x, *constants, torch.float64))
         torch.library.opcheck(adjoint, (y, *constants, torch.float32))
 
 
-def test_gradients_of_both_orders() -> None:
+def test_gradients_of_both_orders(device: str) -> None:
     groups = [Group([slice(0, 30)], 4, "a")]
     deal = Deal.of(groups, 3)
-    index = deal.index().to(DEVICE)
-    x = drawn(2, 4).requires_grad_()
+    index = deal.index().to(device)
+    x = drawn(device, 2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: take(t, index, 4, torch.float64), x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda t: take(t, index, 4, torch.float64).square(), x)
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-def test_vmap_compile_and_strided_input(kind: str) -> None:
-    index, _, D, d = dealt(kind)
-    for _, forward, adjoint, constants in operators(kind):
-        x, y = drawn(3, 2, d), drawn(D, 2).T
+def test_vmap_compile_and_strided_input(kind: str, device: str) -> None:
+    index, _, D, d = dealt(kind, device)
+    for _, forward, adjoint, constants in operators(kind, device):
+        x, y = drawn(device, 3, 2, d), drawn(device, D, 2).T
         one_by_one = torch.stack([forward(v, *constants, torch.float64) for v in x])
         assert torch.equal(torch.vmap(lambda v: forward(v, *constants, torch.float64))(x), one_by_one)  # noqa: B023
         sums = adjoint(y, *constants, torch.float64)
@@ -207,23 +161,21 @@ def test_vmap_compile_and_strided_input(kind: str) -> None:
         assert torch.equal(compiled(x[0], *constants, torch.bfloat16), forward(x[0], *constants, torch.bfloat16))
 
 
-@needs_triton
 @pytest.mark.parametrize("kind", GROUPS)
-def test_triton_deals_as_the_index_does(kind: str) -> None:
-    index, deal, D, d = dealt(kind)
-    x, y = drawn(2, d, dtype=torch.float32), drawn(2, D, dtype=torch.float32)
+def test_triton_deals_as_the_index_does(kind: str, triton_device: str) -> None:
+    index, deal, D, d = dealt(kind, triton_device)
+    x, y = (drawn(triton_device, 2, size, dtype=torch.float32) for size in (d, D))
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(deal_out(x, *deal, dtype), take(x, index, d, dtype))
     torch.testing.assert_close(gather_in(y, *deal, torch.float32), (y.double() @ matrix(index, d)).float())
 
 
-@needs_triton
-def test_triton_sums_in_the_documented_order() -> None:
+def test_triton_sums_in_the_documented_order(triton_device: str) -> None:
     """Column j adds rows pi^-1(j), pi^-1(j + d), ..: the same float32 additions in a loop give the same bits."""
     D, d = 1100, 37
-    deal = dealt("one")[1]
+    deal = dealt("one", triton_device)[1]
     image = permute(torch.arange(D), D, 2**40 + 1, "a")
-    inverse, y = image.argsort(), drawn(1, D, dtype=torch.float32)
+    inverse, y = image.argsort(), drawn(triton_device, 1, D, dtype=torch.float32)
     expected = torch.zeros(d, dtype=torch.float32)
     for k in range(0, D, d):
         rows = inverse[k : k + d]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uniproj.kernels.random import bits, bits_of, normal, philox, signs, stream_id, uniform
+from uniproj.kernels.random import bits, bits_of, draw, key_of, normal, philox, signs, stream_id, uniform
 
 # Random123 1.09, kat_vectors, philox4x32 with 10 rounds: (counter, key, output)
 KNOWN = [
@@ -56,6 +56,29 @@ def test_golden_vector() -> None:
     assert bits(7, "golden", 5).tolist() == GOLDEN
     assert bits(2**64 - 1, "golden", 4, part=2**32 - 1, start=NEAR_END).tolist() == GOLDEN_NEAR_END
     assert normal(7, "golden", 4).tolist() == GOLDEN_NORMAL
+
+
+def test_golden_vector_on_a_device(device: str) -> None:
+    assert bits(7, "golden", 5, device=device).tolist() == GOLDEN
+    found = bits(2**64 - 1, "golden", 4, part=2**32 - 1, start=NEAR_END, device=device)
+    assert found.dtype == torch.int64 and found.tolist() == GOLDEN_NEAR_END
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 1021, 2**34 - 5, 2**40 + 7])
+@pytest.mark.parametrize(("seed", "stream", "part"), [(0, "a", 0), (1, "a", 1), (2**63 + 12345, "b.c", 2**31 + 9)])
+def test_triton_gives_the_words_at_any_coordinate(
+    seed: int, stream: str, part: int, start: int, triton_device: str
+) -> None:
+    for count in (0, 1, 6, 1025):
+        found = bits(seed, stream, count, part=part, start=start, device=triton_device)
+        assert torch.equal(found.cpu(), bits(seed, stream, count, part=part, start=start))
+
+
+def test_the_operator_keeps_the_rules_of_torch_library(device: str) -> None:
+    inputs = ([*key_of(3, "s"), 0], 5, 9, torch.device(device))
+    torch.library.opcheck(draw, inputs)
+    compiled = torch.compile(lambda: draw(*inputs), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled().cpu(), bits(3, "s", 9, start=5))
 
 
 def test_numbers_over_several_chunks_and_threads_are_the_same_stream() -> None:

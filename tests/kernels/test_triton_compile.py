@@ -11,19 +11,26 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from uniproj.kernels.triton import bank, factors, gaussian, hadamard, partition, random  # noqa: E402
+from uniproj.kernels import (  # noqa: E402
+    gaussian_triton,
+    hadamard_triton,
+    partition_triton,
+    random_triton,
+    shared_triton,
+    topk_triton,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INTEGERS = {"index", "order", "starts", "table", "groups", "by_row", "by_position", "key"}
 WORDS = {"tables"}
-TENSORS = INTEGERS | WORDS | {"divisors", "x", "y", "out", "bank", "weights", "matrix", "scale"}
+TENSORS = INTEGERS | WORDS | {"divisors", "x", "y", "out", "vectors", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
 CONSTANTS |= {"ROWS": 32, "NORMALS": True, "BITS": 10}
 KERNELS = [
-    *(partition._deal_out, partition._gather_in),
-    *(bank._mix, bank._bank_gradient, bank._weights_gradient),
-    *(gaussian._times, gaussian._transpose_times, hadamard._pass, random._bits),
-    *(factors._product, factors._matrix_gradient, factors._scale_gradient),
+    *(partition_triton._deal_out, partition_triton._gather_in),
+    *(topk_triton._mix, topk_triton._vectors_gradient, topk_triton._weights_gradient),
+    *(gaussian_triton._times, gaussian_triton._transpose_times, hadamard_triton._pass, random_triton._bits),
+    *(shared_triton._product, shared_triton._matrix_gradient, shared_triton._scale_gradient),
 ]
 
 

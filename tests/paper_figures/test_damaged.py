@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 
 import uniproj
-from analysis.report.__main__ import main as report
-from paper_figures import comparison, published
-from paper_figures.__main__ import Book, main
-from paper_figures.paper import COMPARISONS, GLUE
-from paper_figures.sources import Results
+from paper_figures import comparison
+from paper_figures.__main__ import main
+from paper_figures.committed import Committed
+from paper_figures.figures import fastfood
+from paper_figures.figures.paper_scores import COMPARISONS, GLUE
+from paper_figures.report.__main__ import main as report
 from tests.sweeps import made_up
 from tests.sweeps import write as write_sweep
 
@@ -107,7 +108,7 @@ def test_a_method_whose_cost_was_not_measured_is_named(results: Path) -> None:
     path = results / "overhead" / "overhead-model.csv"
     table = pd.read_csv(path)
     table[table["method"] != "fastfood"].to_csv(path, index=False)
-    (found, _) = Book(Results(results)).fastfood()
+    (found, _) = fastfood.make(Committed(results))
     rows = {row[1]: row[-2:] for row in found.rows if row[0] == "ours"}
     assert rows["Fastfood"] == ["not run", "not run"] and rows["Uni-LoRA"] == ["1.10 [1.00, 1.20]", "2"]
 
@@ -126,7 +127,7 @@ def test_the_average_of_glue_is_taken_seed_by_seed(results: Path) -> None:
 
     def average() -> str:
         write_sweep(results / "sweeps" / "glue_base", table)
-        rows = comparison.rows(spec, published.read(), Results(results))
+        rows = comparison.rows(spec, Committed(results))
         (row,) = [row for row in rows if row.block == "ours, RoBERTa-base" and row.projection == "unilora"]
         return row.scores["average"].text
 

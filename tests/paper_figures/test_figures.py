@@ -6,6 +6,8 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,21 +17,23 @@ import pandas as pd
 import pytest
 import yaml
 
+import paper_figures.figures
 import uniproj
-from analysis import style
 from experiments.errors import ExperimentError
-from paper_figures import comparison, published
-from paper_figures.__main__ import Book, main, write
-from paper_figures.charts import energy, sizes
-from paper_figures.paper import COMPARISONS, METHODS
-from paper_figures.sources import Results
-from paper_figures.table import Table, tex
+from paper_figures import comparison, published, registry, sizes, style
+from paper_figures.__main__ import main, write
+from paper_figures.committed import Committed
+from paper_figures.figures import captured_energy
+from paper_figures.figures.paper_scores import COMPARISONS, METHODS
+from paper_figures.registry import Product, makers, register
+from paper_figures.typesetting import Table, tex
 from tests.sweeps import made_up
 from tests.sweeps import write as write_sweep
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "results"
 TASKS = ["glue/sst2", "glue/mrpc", "glue/stsb", "glue/qnli"]
+Made = Mapping[str, Sequence[Product]]
 LARGE = next(spec for spec in COMPARISONS if spec.name == "glue_large")
 
 
@@ -47,18 +51,20 @@ def table() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def made() -> Book:
+def made() -> Made:
     """Everything from the committed results, made once."""
-    book = Book(Results(COMMITTED))
     with style.use():
-        products = {name: list(job()) for name, job in book.jobs().items()}
+        products = {name: make(Committed(COMMITTED)) for name, make in makers().items()}
     plt.close("all")
-    book.jobs = lambda: {name: own.copy for name, own in products.items()}  # type: ignore[method-assign]
-    return book
+    return products
 
 
-def _tables(book: Book) -> list[Table]:
-    return [product for job in book.jobs().values() for product in job() if isinstance(product, Table)]
+def _made(name: str, results: Path) -> Sequence[Product]:
+    return makers()[name](Committed(results))
+
+
+def _tables(made: Made) -> dict[str, Table]:
+    return {name: product for name, products in made.items() for product in products if isinstance(product, Table)}
 
 
 def _cells(table: Table, block: str, method: str) -> dict[str, str]:
@@ -90,8 +96,7 @@ def test_a_published_value_without_a_source_is_refused(tmp_path: Path) -> None:
 
 def test_published_and_ours_stand_side_by_side_and_gaps_are_named(results: Path, table: pd.DataFrame) -> None:
     write_sweep(results / "sweeps" / "glue_budget", table)
-    book = Book(Results(results))
-    found, _ = book.compared(LARGE)
+    found, _ = _made("glue_large", results)
     theirs = _cells(found, "published", "Uni-LoRA")
     assert theirs["SST-2, %"] == "96.3" and theirs["trained"] == "23K"
     assert set(_cells(found, "published", "Fastfood").values()) >= {"not available"}
@@ -110,7 +115,7 @@ def test_failed_and_stuck_runs_are_words_and_not_numbers(results: Path, table: p
     table.loc[first & (table["projection"] == "vera"), "failed"] = "out of memory"
     table.loc[first & (table["projection"] == "unilora"), "did_not_train"] = "the loss rose"
     write_sweep(results / "sweeps" / "glue_budget", table)
-    found, _ = Book(Results(results)).compared(LARGE)
+    found, _ = _made("glue_large", results)
     assert _cells(found, "ours, MiniLM", "VeRA")["SST-2, %"] == "failed"
     assert _cells(found, "ours, MiniLM", "Uni-LoRA")["SST-2, %"] == "did not train"
 
@@ -140,7 +145,7 @@ def test_two_cells_for_one_place_stop_with_a_sentence(results: Path, table: pd.D
     again = table[table["projection"] == "unilora"].assign(d=100)
     write_sweep(results / "sweeps" / "glue_budget", pd.concat([table, again.assign(folder=again["folder"] + "b")]))
     with pytest.raises(ExperimentError, match="must be one cell of a sweep, got 2"):
-        comparison.rows(LARGE, published.read(), Results(results))
+        comparison.rows(LARGE, Committed(results))
 
 
 def test_a_broken_analysis_table_and_an_unknown_name_stop_with_a_sentence(results: Path, capsys) -> None:
@@ -158,27 +163,26 @@ def test_equal_sizes_stand_side_by_side_in_the_order_of_size() -> None:
 
 
 def test_markdown_and_latex_hold_the_same_cells() -> None:
-    made = Table("a", "50 % of A_B", ["x|y", "score, %"], [["P^T P - I", "1.0 ± 0.1"]], ["n = 3 & more"])
+    made = Table("50 % of A_B", ["x|y", "score, %"], [["P^T P - I", "1.0 ± 0.1"]], ["n = 3 & more"])
     assert r"| P^T P - I | 1.0 ± 0.1 |" in made.markdown() and r"x\|y" in made.markdown()
     assert r"P\textasciicircum{}T P - I & 1.0 $\pm$ 0.1 \\" in made.latex()
     assert r"50 \% of A\_\allowbreak{}B" in made.latex()
 
 
 def test_every_projection_is_in_the_table_of_properties(results: Path) -> None:
-    (found,) = Book(Results(results)).properties()
+    (found,) = _made("properties", results)
     assert [row[1] for row in found.rows] == uniproj.names() and found.rows[-1][0] == "VeRA"
     rows = {row[1]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
     isometric = next(column for column in found.columns if column.startswith("isometric"))
     assert rows["unilora"][isometric] == "yes: 0" and rows["unilora_unnormalised"][isometric].startswith("no: ")
 
 
-def test_everything_is_drawn_from_the_committed_results(made: Book, tmp_path: Path) -> None:
-    jobs = list(made.jobs())
+def test_everything_is_drawn_from_the_committed_results(made: Made, tmp_path: Path) -> None:
     (tmp_path / "vision.png").write_text("of an earlier call")
-    write(made, jobs, tmp_path)
+    write(Committed(COMMITTED), {name: lambda _, own=own: own for name, own in made.items()}, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     # nothing is published of vision that has a number, and nothing was run
-    drawn = [name for name in jobs if "properties" not in name and name != "vision"]
+    drawn = [name for name in made if "properties" not in name and name != "vision"]
     assert "vision.png" not in files and "ViT-Large" in (tmp_path / "vision.md").read_text()
     assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} <= files
     assert all(f"{Path(name).stem}.tex" in files for name in files if name.endswith(".md") and name != "tables.md")
@@ -189,8 +193,8 @@ def test_everything_is_drawn_from_the_committed_results(made: Book, tmp_path: Pa
 @pytest.mark.parametrize("names", [["fastfood", "learning_curves"], pytest.param(None, marks=pytest.mark.slow)])
 def test_the_same_results_give_the_same_bytes(tmp_path: Path, names: list[str] | None) -> None:
     for out in ("one", "two"):
-        book = Book(Results(COMMITTED))
-        write(book, names or list(book.jobs()), tmp_path / out)
+        known = makers()
+        write(Committed(COMMITTED), {name: known[name] for name in names or known}, tmp_path / out)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in files:
@@ -207,10 +211,9 @@ def test_scans_of_rows_and_of_d_are_shown_with_their_d90(results: Path) -> None:
     small = large[large["projection"] == "unilora"].assign(d=100, trained=100, score=0.6)
     whole = pd.concat([large, small.assign(folder=small["folder"] + "s")], ignore_index=True)
     write_sweep(results / "sweeps" / "score_against_d", whole)
-    book = Book(Results(results))
-    scan, figure = book.against_rows()
+    scan, figure = _made("score_against_rows", results)
     assert [row[2] for row in scan.rows if row[0].startswith("ours")] == ["800", "800"] and len(figure.axes) == 1
-    table, drawn = book.intrinsic_dimension()
+    table, drawn = _made("intrinsic_dimension", results)
     (own,) = [row for row in table.rows if row[1] == "Uni-LoRA"]
     assert int(own[2].replace(",", "")) == pytest.approx(100 * 47.41 ** (0.08 / 0.09), abs=1)
     assert [line.get_ydata()[0] for line in drawn.axes[0].lines if len(set(line.get_ydata())) == 1][
@@ -220,7 +223,7 @@ def test_scans_of_rows_and_of_d_are_shown_with_their_d90(results: Path) -> None:
     lost = whole.drop(index=whole.index[-1])
     write_sweep(results / "sweeps" / "score_against_d", lost)
     with pytest.raises(ExperimentError, match="must have 3 runs, got 2 of unilora"):
-        Book(Results(results)).intrinsic_dimension()
+        _made("intrinsic_dimension", results)
 
 
 def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -> None:
@@ -229,7 +232,7 @@ def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -
     # an interval far beyond what an accuracy can be
     own.loc[own["projection"] == "lora", "score"] = [0.1, 0.9, 0.99]
     write_sweep(results / "sweeps" / "score_against_rows", own)
-    _, figure = Book(Results(results)).against_rows()
+    _, figure = _made("score_against_rows", results)
     axes = figure.axes[0]
     (text,) = axes.texts
     assert text.get_text() == "VeRA: did not train"
@@ -240,7 +243,7 @@ def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -
 
 
 def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_panel(results: Path) -> None:
-    (figure,) = Book(Results(COMMITTED)).stored_bytes()
+    (figure,) = _made("score_against_bytes", COMMITTED)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert any("glue_budget" in title for title in titles) and not any("rows" in title for title in titles)
     plt.close(figure)
@@ -248,13 +251,13 @@ def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_
     again = rows.assign(train_size=50, score=rows["score"] - 0.1, folder=rows["folder"] + "s")
     write_sweep(results / "sweeps" / "mine", pd.concat([rows, again]))
     figure, axes = plt.subplots()
-    sizes.against(axes, Results(results).sweep("mine").cells, "adapter_bytes", "stored bytes")
+    sizes.against(axes, Committed(results).sweep("mine").cells, "adapter_bytes", "stored bytes")
     assert max(len(line.get_xdata()) for line in axes.lines) == 1
     plt.close(figure)
 
 
 def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
-    (found,) = Book(Results(results)).measured()
+    (found,) = _made("measured_properties", results)
     rows = {row[0]: row for row in found.rows}
     own = rows["Uni-LoRA"]
     assert own[1:3] == ["4,096 x 1,024", "isometric"] and own[6] == "36,864 x 1,024" and "LoRA-XS (side=A)" in rows
@@ -264,15 +267,14 @@ def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
 def test_pictures_of_analyses_are_drawn_from_their_tables_or_named_as_not_run(results: Path) -> None:
     for name in ("spectrum", "landscape"):
         shutil.rmtree(results / name, ignore_errors=True)
-    book = Book(Results(results))
     for name in ("spectrum", "landscape"):
-        (figure,) = book.jobs()[name]()
+        (figure,) = _made(name, results)
         assert figure.axes[0].texts[0].get_text() == f"{name}: not run"
         plt.close(figure)
     (results / "spectrum").mkdir()
     (results / "spectrum" / "spectrum-spectrum.csv").write_text("projection,sigma\nunilora,1\n")
     with pytest.raises(ExperimentError, match="must have the columns \\['D', 'd'"):
-        book.spectrum()
+        _made("spectrum", results)
 
 
 def test_a_landscape_is_drawn_from_its_tables(results: Path) -> None:
@@ -288,7 +290,7 @@ def test_a_landscape_is_drawn_from_its_tables(results: Path) -> None:
     (results / "landscape").mkdir(exist_ok=True)
     for key, rows in (("gradients", norms), ("losses", losses)):
         pd.DataFrame(rows).to_csv(results / "landscape" / f"landscape-{key}.csv", index=False)
-    (figure,) = Book(Results(results)).landscape()
+    (figure,) = _made("landscape", results)
     above, below = figure.axes
     assert [text.get_text() for text in above.get_yticklabels()] == ["Uni-LoRA", "VeRA *"]
     # the lines of the lower panel have a legend
@@ -307,7 +309,7 @@ def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
         for name in ("unilora", "fastfood")
         for d in (64, 512, 4096)
     ]
-    figure = energy.draw(pd.DataFrame(rows).astype({"fisher": float}))
+    figure = captured_energy.draw(pd.DataFrame(rows).astype({"fisher": float}))
     factor, delta, fisher = figure.axes
     # a line for each method, named at its side: none hides another
     assert [text.get_text() for text in factor.get_yticklabels()] == ["Uni-LoRA", "Fastfood"]
@@ -320,16 +322,16 @@ def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
             assert random == pytest.approx([d / 36864 for d in (64, 512, 4096)])
     assert [text.get_text() for text in fisher.texts] == ["not run"]
     plt.close(figure)
-    nothing = energy.draw(None)
+    nothing = captured_energy.draw(None)
     assert nothing.axes[0].texts[0].get_text() == "captured energy: not run"
     plt.close(nothing)
 
 
 def test_a_check_of_the_machinery_is_no_study(results: Path) -> None:
     assert (results / "sweeps" / "smoke" / "records.csv").exists()
-    book = Book(Results(results))
-    assert "smoke" not in [sweep.name for sweep in book.sweeps] and len(book.sweeps) >= 3
-    for figure in (*book.learning_curves(), *book.stored_bytes()):
+    studies = [sweep.name for sweep in Committed(results).sweeps]
+    assert "smoke" not in studies and len(studies) >= 3
+    for figure in (*_made("learning_curves", results), *_made("score_against_bytes", results)):
         titles = [axes.get_title() for axes in figure.axes]
         assert titles and not any("smoke" in title or "reviews" in title for title in titles)
         plt.close(figure)
@@ -339,17 +341,17 @@ def test_a_curve_leaves_out_what_did_not_train_and_says_so(results: Path, table:
     first = (table["task"] == TASKS[0]) & (table["projection"] == "vera") & (table["train_seed"] == 1)
     table.loc[first, "did_not_train"] = "the loss rose"
     write_sweep(results / "sweeps" / "glue_budget", table)
-    (figure,) = Book(Results(results)).learning_curves()
+    (figure,) = _made("learning_curves", results)
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "SST-2 (glue_budget)"]
     assert [text.get_text() for text in panel.texts] == ["VeRA: 1 of 3 did not train, left out"]
     plt.close(figure)
 
 
-def test_methods_tasks_and_models_are_called_by_one_table_of_names(made: Book) -> None:
+def test_methods_tasks_and_models_are_called_by_one_table_of_names(made: Made) -> None:
     settings = [*uniproj.names(), *(f"glue/{task}" for task in ("sst2", "stsb", "mrpc", "qnli")), "minilm", "smollm2"]
     wrong = re.compile(rf"(?<![\w`/.(])({'|'.join(map(re.escape, settings))}|sst2|stsb)(?![\w`=]| CSR)")
-    for name, job in made.jobs().items():
-        for product in job():
+    for name, products in made.items():
+        for product in products:
             if isinstance(product, Table):
                 # the table of properties has a column of the names in settings
                 cells = [cell for row in product.rows for k, cell in enumerate(row) if product.columns[k] != "name"]
@@ -360,15 +362,15 @@ def test_methods_tasks_and_models_are_called_by_one_table_of_names(made: Book) -
             assert found == [], (name, found)
 
 
-def test_correlations_are_no_percentages(made: Book) -> None:
+def test_correlations_are_no_percentages(made: Made) -> None:
     values = published.read()
     for spec in COMPARISONS:
         own = values[values["table"] == spec.name]
         assert [spec.unit_of(column) for column in own["column"]] == list(own["unit"])
-    heads = [head for product in _tables(made) for head in product.columns]
+    heads = [head for product in _tables(made).values() for head in product.columns]
     assert not any("STS-B" in head and "%" in head for head in heads)
     assert sum("STS-B, Pearson x 100" in head for head in heads) >= 3
-    labels = [axes.get_ylabel() for figure in made.jobs()["score_against_bytes"]() for axes in figure.axes]
+    labels = [axes.get_ylabel() for figure in made["score_against_bytes"] for axes in figure.axes]
     assert "Pearson x 100" in labels and "Pearson, %" not in labels
 
 
@@ -398,13 +400,13 @@ def test_formulas_are_set_in_math_mode(formula: str, expected: str) -> None:
     assert tex(f"of ${formula}$") == f"of ${expected}$"
 
 
-def test_tables_are_latex_that_fits_the_page(made: Book, tmp_path: Path) -> None:
+def test_tables_are_latex_that_fits_the_page(made: Made, tmp_path: Path) -> None:
     tables = _tables(made)
-    for table in tables:
-        table.write(tmp_path)
+    for name, table in tables.items():
+        table.write(tmp_path / name)
         text = table.latex()
         outside = re.sub(r"\$[^$]*\$", "", text.replace(r"\$", ""))
-        assert "$" not in outside and not re.search(r"theta|lambda|P\^T|\bsqrt\(", outside), table.name
+        assert "$" not in outside and not re.search(r"theta|lambda|P\^T|\bsqrt\(", outside), name
         depth = 0
         for brace in re.findall(r"(?<!\\)[{}]", text):
             depth += 1 if brace == "{" else -1
@@ -414,7 +416,7 @@ def test_tables_are_latex_that_fits_the_page(made: Book, tmp_path: Path) -> None
         assert sum(shares) <= 1.005 and len(shares) >= 3
     if (compiler := shutil.which("pdflatex")) is None:
         pytest.skip("no pdflatex is installed: the tables were not compiled (Debian: texlive-latex-recommended)")
-    inputs = "".join(rf"\input{{{table.name}.tex}}\clearpage" for table in tables)
+    inputs = "".join(rf"\input{{{name}.tex}}\clearpage" for name in tables)
     packages = r"\documentclass{article}\usepackage{array,booktabs,longtable,lscape}"
     (tmp_path / "all.tex").write_text(rf"{packages}\begin{{document}}{inputs}\end{{document}}")
     done = subprocess.run(
@@ -427,8 +429,8 @@ def test_tables_are_latex_that_fits_the_page(made: Book, tmp_path: Path) -> None
     assert "Overfull" not in done.stdout and "too large" not in done.stdout
 
 
-def test_what_a_table_cites_is_there(made: Book) -> None:
-    notes = [note for table in _tables(made) for note in table.notes]
+def test_what_a_table_cites_is_there(made: Made) -> None:
+    notes = [note for table in _tables(made).values() for note in table.notes]
     cited = {file for note in notes for file in re.findall(r"docs/\w+\.md", note)}
     assert cited and all((ROOT / file).is_file() for file in cited)
     for file, section in (pair for note in notes for pair in re.findall(r"(docs/\w+\.md), section '([^']+)'", note)):
@@ -440,3 +442,34 @@ def test_nothing_is_computed_where_figures_are_drawn() -> None:
     for path in sorted((ROOT / "paper_figures").rglob("*.py")):
         tree = ast.parse(path.read_text())
         assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & banned, path
+
+
+NEW = """
+import matplotlib.pyplot as plt
+
+from paper_figures import Table, register
+
+
+@register("mine")
+def make(committed):
+    figure, axes = plt.subplots()
+    axes.plot([1, 2], [3, 4])
+    return figure, Table("My table", ["sweep"], [[sweep.name] for sweep in committed.sweeps])
+"""
+
+
+def test_one_new_file_is_a_new_figure_and_a_new_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "a_figure_of_mine.py").write_text(NEW)
+    folders = [*paper_figures.figures.__path__, str(tmp_path / "figures")]
+    monkeypatch.setattr(paper_figures.figures, "__path__", folders)
+    monkeypatch.setattr(registry, "_makers", dict(registry._makers))
+    assert main(["--results", str(COMMITTED), "--only", "mine", "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"mine.{kind}" for kind in ("pdf", "png", "md", "tex")
+    }
+    assert "| glue_budget |" in (tmp_path / "out" / "mine.md").read_text()
+    assert (tmp_path / "out" / "mine.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ExperimentError, match="the name 'mine' must be free, got that of paper_figures"):
+        register("mine")(test_one_new_file_is_a_new_figure_and_a_new_table)
+    sys.modules.pop("paper_figures.figures.a_figure_of_mine")

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from experiments import slurm, train, workers
-from experiments.callbacks import StopOnSignal
-from experiments.config import RunConfig
-from experiments.results import RESULT, metrics, prepare, read_json
-from experiments.slurm import SlurmOptions, train_all
+from experiments import train
+from experiments.files import read_json
+from experiments.records.reading import metrics
+from experiments.runs.callbacks import StopOnSignal
+from experiments.runs.folder import RESULT, prepare
+from experiments.runs.settings import RunConfig
+from experiments.sweeps import slurm, workers
+from experiments.sweeps.slurm import SlurmOptions, train_all
 from tests.experiments.processes import training_processes
 
 PARAMETERS = {"time": 30, "cpus_per_task": 1, "mem": "400M"}
@@ -100,7 +103,7 @@ def test_an_array_finishes_below_both_caps(runs: Path, config: RunConfig, tmp_pa
 # a plug-in of a run: within a job, steps take their time and are told, so that what stops it comes in between
 SLOW_STEPS = """
 import os, time
-from experiments.callbacks import StopOnSignal
+from experiments.runs.callbacks import StopOnSignal
 
 plain = StopOnSignal.on_step_end
 

@@ -94,6 +94,17 @@ def test_a_card_of_ones_own_keeps_its_text_and_gets_the_code_once(tmp_path: Path
     assert "Written by hand." in card and card.count("import uniproj") == 1
 
 
+def test_a_card_is_not_written_through_a_link(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.md"
+    theirs.write_text("private\n")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").symlink_to(theirs)
+    get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path / "saved")
+    assert theirs.read_text() == "private\n"
+    card = tmp_path / "saved" / "README.md"
+    assert "import uniproj" in card.read_text() and "private" not in card.read_text() and not card.is_symlink()
+
+
 def test_the_card_of_a_lora_stays_as_peft_writes_it(tmp_path: Path) -> None:
     model: PeftModel = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def compress(
         model = bases.load(base, adapter.config, True, trust_remote_code)
         needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
-    own, target = P.rebuild(), adapter.theta_D.double()
+    own, target = copy.deepcopy(P), adapter.theta_D.double()
     found = fit(own, target)
     unbalanced = captured(target, found.theta_D)
     if 1.0 - unbalanced <= IN_IMAGE:  # such as what was exported from this P: another gauge would lead out of it

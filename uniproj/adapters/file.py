@@ -191,6 +191,7 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
             header.check_version(where)
             index = stored.renamed(file.index)
             stored.check_shapes(index, header.shapes(index, where), header.projection)
+            _beside_P(index, config_of(header, folder), header, where)
         written = file.read()
     tensors = stored.renamed(written)
     if header is not None:

@@ -76,7 +76,7 @@ class Header:
             d=projection.d,
             projection_seed=config.projection_seed,
             layout=projection.layout,
-            checksum=config.to_dict()["projection_checksum"] or projection.rebuild().checksum(),
+            checksum=config.to_dict()["projection_checksum"] or _at_start(projection).checksum(),
             base_model=config.base_model_name_or_path or getattr(base, "name_or_path", None) or None,
             base_revision=config.revision or getattr(of_base, "_commit_hash", None),
             base_quantisation=quantisation(of_base),
@@ -236,6 +236,11 @@ class Header:
             if self.settings.get(key) != other.settings.get(key):
                 return key, self.settings.get(key), other.settings.get(key)
         return "scale", mine, theirs
+
+
+def _at_start(projection: Projection) -> Projection:
+    """P before its Parameters were trained."""
+    return projection.rebuild() if projection.learned else projection
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

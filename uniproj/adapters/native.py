@@ -12,9 +12,9 @@ from torch import Tensor
 
 from uniproj.errors import ProjectionError
 from uniproj.projection import Projection
+from uniproj.projections._partition import Partition
 from uniproj.projections.lora import LoRA
-from uniproj.projections.partition import Partition
-from uniproj.projections.svd import TinyLoRA
+from uniproj.projections.tinylora import TinyLoRA
 from uniproj.projections.vblora import VBLoRA
 from uniproj.registry import build, get, names
 

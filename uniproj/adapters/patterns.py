@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from re import _parser  # type: ignore[attr-defined]  # Python's own tree of a pattern
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import regex
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# what the patterns of one field may take together: seconds of a processor, and letters. A match that somebody meant
-# takes microseconds
+# what the patterns of one field may take together: seconds of a processor, and letters, each as often as it must
+# repeat, as `regex` writes it out before anything can stop it. A match that somebody meant takes microseconds
 SECONDS, SECONDS_PER_MODULE, LETTERS = 1.0, 1e-4, 2**16
 
 # what PEFT puts before and after a pattern
@@ -32,6 +33,7 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 # a name, as re.escape writes it
 _LITERAL = re.compile(r"(?:\w|-|\\[^\w\s])+", re.ASCII)
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT)
 # what `re` takes for a brace, and `regex` for a number of errors
 _BRACE = re.compile(r"(\\.)|\{(?!\d+\}|\d*,\d*\})", re.DOTALL)
 
@@ -136,6 +138,16 @@ class _Ends:
         return [self._places[name[start:]] for start in starts if name[start:] in self._places]
 
 
+def _unfolded(tree: Any) -> int:
+    """About how many parts a pattern has once `x{3,}` is written as `xxxx*`, and `x+` as `xx*`."""
+    if not isinstance(tree, _parser.SubPattern | tuple | list):
+        return 1
+    if len(tree) == 2 and tree[0] in _REPEATS:
+        least, _, part = tree[1]
+        return (int(least) + 1) * _unfolded(part)
+    return sum(map(_unfolded, tree))
+
+
 _Match = Callable[[str], Any]
 
 
@@ -149,14 +161,11 @@ class _Matching:
 
     def by(self, text: str, before: str = "", after: str = "") -> _Match:
         """The function of a name that matches it by this pattern: as a whole, or from its start by a longer one."""
-        self._letters += len(text)
-        if self._letters > LETTERS:
-            raise AdapterError(
-                f"{self._field}: all patterns together must have at most {LETTERS} letters, got more. Name the modules."
-            )
+        self._count(len(text))
         whole = f"{before}{text}{after}"
         try:
             re.compile(whole)  # `regex` takes more than PEFT does
+            self._count(_unfolded(_parser.parse(whole)))
             pattern = regex.compile(_BRACE.sub(lambda m: m[1] or r"\{", whole), regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterError(
@@ -172,6 +181,14 @@ class _Matching:
                 self._stop(text)
 
         return match
+
+    def _count(self, letters: int) -> None:
+        self._letters += letters
+        if self._letters > LETTERS:
+            raise AdapterError(
+                f"{self._field}: all patterns together must have at most {LETTERS} letters, each counted as often as "
+                "it must repeat, got more. Name the modules."
+            )
 
     def _stop(self, text: str) -> NoReturn:
         raise AdapterError(

@@ -33,8 +33,8 @@ from uniproj.adapters.places import linear_modules
 from uniproj.adapters.trained import Trained
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
-from uniproj.projections.partition import Partition
-from uniproj.projections.svd import TinyLoRA
+from uniproj.projections._partition import Partition
+from uniproj.projections.tinylora import TinyLoRA
 from uniproj.projections.vblora import VBLoRA
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.convert import from_peft, to_peft

@@ -17,21 +17,35 @@ if TYPE_CHECKING:
 # (old, new): the first run of whole components equal to `old` becomes `new`; one after the other
 Table = Sequence[Sequence[str]]
 
+# of all rows, each written once for every module: names take no more memory, nor their making more than seconds. A row
+# counts as so many letters more, as it takes time even where it has none
+LETTERS, _OF_A_ROW = 2**28, 64
+
 
 def renamed(name: str, table: Table) -> str:
     """A module's name after the table: [("attention.self", "attn")] makes `layer.0.attn.query` of the old name."""
     for old, new in table:
-        pattern = rf"(?:^|(?<=\.)){re.escape(old)}(?=\.|$)"
-        changed = re.sub(pattern, lambda _, new=new: new, name, count=1)  # type: ignore[misc]
-        name = changed.replace("..", ".").strip(".")
+        whole, run = f".{name}.", f".{old}."
+        if (start := whole.find(run)) >= 0:
+            name = f"{whole[: start + 1]}{new}{whole[start + len(run) - 1 :]}"
+        name = name.replace("..", ".").strip(".")
     return name
 
 
 def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
-    """{name in the layout: name now}. Raises AdapterError for a row that is no pair, and for two of one new name."""
+    """{name in the layout: name now}.
+
+    Raises AdapterError for a row that is no pair, for two modules of one new name, and for a table beyond `LETTERS`.
+    """
     for row in table:
         if len(row) != 2 or not row[0] or not all(isinstance(part, str) for part in row):
             raise AdapterError(f"remap: each row must be a pair old=new of parts of names, got {row!r}. Correct it.")
+    letters = sum(_OF_A_ROW + len(old) + len(new) for old, new in table)
+    if letters * len(layout.modules) > LETTERS:
+        raise AdapterError(
+            f"remap: rows times modules must be few, at most {LETTERS:,} letters, got {len(table):,} rows of "
+            f"{letters:,} letters for {len(layout.modules):,} modules. Rename by parts that many names share."
+        )
     now = {module: renamed(module, table) for module in layout.modules}
     for first, second in pairwise(sorted(now.values())):
         if first == second:
@@ -75,9 +89,9 @@ def _check_used(table: Table, names: list[str]) -> None:
 def suggestion(missing: Iterable[str], extra: Iterable[str]) -> tuple[str, str] | None:
     """The one row that makes the missing names out of the extra ones, or None where no single row does."""
     old, new = list(missing), set(extra)
-    for candidate in new:
+    for candidate in new if len(old) == len(new) else ():
         row = _differing_run(old[0], candidate)
-        if row and {renamed(name, [row]) for name in old} == new:
+        if row and all(renamed(name, [row]) in new for name in old) and {renamed(name, [row]) for name in old} == new:
             return row
     return None
 

@@ -1,4 +1,4 @@
-"""The arithmetic that projections share, as `torch.library` operators with a PyTorch and a Triton implementation."""
+"""The arithmetic that projections share: `torch.library` operators in PyTorch, and beside them Numba's and Triton's."""
 
 from uniproj.kernels.dispatch import backend
 

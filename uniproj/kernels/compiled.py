@@ -1,38 +1,33 @@
-"""Calls of the loops that Numba compiles (`kernels/numba/`), on at most as many threads as PyTorch uses."""
+"""Loops that Numba compiles, and their calls on at most as many threads as PyTorch uses."""
 
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
-from threading import Lock
 from types import FunctionType
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from uniproj.kernels.threads import forked
+from uniproj.kernels.threads import ONE_CALLER, forked
 
-# the simplest of Numba's thread pools, which it takes where OpenMP is missing, bears one caller at a time
-_ONE_CALLER = Lock()
+parallel = numba.njit(parallel=True, cache=True)
+
 _GRAIN = 2**17  # numbers for which one more thread is worth waking
 
 
-def call(file: str, loop: str, *arguments: Tensor | int) -> None:
-    """Call a loop of `kernels/numba/<file>.py`; tensors go in as the arrays of their memory."""
-    import numba
-
-    function = getattr(import_module(f"uniproj.kernels.numba.{file}"), loop)
-    arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
-    if forked():
-        _serial(function)(*arrays)
-        return
+def call(loop: Any, *arguments: Tensor | int) -> None:
+    """Call a compiled loop; tensors go in as the arrays of their memory."""
     largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
     allowed = torch.get_num_threads()
-    with _ONE_CALLER:
-        numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
-        function(*arrays)
+    with ONE_CALLER:
+        if forked():
+            loop = _serial(loop)
+        else:
+            numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
+        loop(*(_array(value) if isinstance(value, Tensor) else value for value in arguments))
     if torch.get_num_threads() != allowed:
         # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch
         torch.set_num_threads(allowed)
@@ -41,13 +36,11 @@ def call(file: str, loop: str, *arguments: Tensor | int) -> None:
 @cache
 def _serial(loop: Any) -> Any:
     """The same loop without Numba's threads, which end a forked process that calls one (GNU OpenMP), or hang it."""
-    import numba
-
     source = loop.py_func
     alone = FunctionType(source.__code__, source.__globals__, source.__name__)
     # Numba keeps what it compiled under this name
     alone.__module__, alone.__qualname__ = source.__module__, f"{source.__qualname__}_serial"
-    return numba.njit(**{**loop.targetoptions, "parallel": False, "nogil": True}, cache=True)(alone)
+    return numba.jit(**{**loop.targetoptions, "parallel": False, "nogil": True}, cache=True)(alone)
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:

@@ -15,8 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from uniproj.kernels.compiled import call
-from uniproj.kernels.dispatch import uses_numba
+from uniproj.kernels.dispatch import implementation
 from uniproj.kernels.permutation import ROUNDS, evaluate, grid, tables_of_all
 from uniproj.kernels.threads import cut, in_parallel
 
@@ -80,17 +79,10 @@ class Deal:
         for (row, position), end, (first, n, d, column, _, start, a) in zip(
             self.by_position.tolist(), ends, groups, strict=True
         ):
-            tables, shift = self.tables[start : start + ROUNDS * a], position - first
-            if uses_numba(found.device):
-                mine = found[row : row + end - position]
-                call("partition", "deal", shift, n, a, grid(n)[1], tables, d, column, mine)
-                continue
-
-            def piece(part: slice, row=row, shift=shift, n=n, d=d, column=column, tables=tables) -> None:  # type: ignore[no-untyped-def]
-                place = torch.arange(shift + part.start, shift + part.stop, dtype=torch.int32)
-                found[row + part.start : row + part.stop] = evaluate(place, n, tables).remainder_(d).add_(column)
-
-            in_parallel(piece, cut(end - position, _CHUNK))
+            mine = found[row : row + end - position]
+            implementation(_columns_from, found.device)(
+                position - first, n, d, column, self.tables[start : start + ROUNDS * a], mine
+            )
         return found
 
     def columns(self, rows: Tensor) -> Tensor:
@@ -108,3 +100,13 @@ class Deal:
 
     def _group_of(self, position: Tensor) -> Tensor:
         return torch.searchsorted(self.groups[:, 0].contiguous(), position.contiguous(), right=True) - 1
+
+
+def _columns_from(first: int, n: int, columns: int, first_column: int, tables: Tensor, out: Tensor) -> None:
+    """out[k] = first_column + pi(first + k) mod columns, pi the permutation of [0, n) of these tables."""
+
+    def piece(part: slice) -> None:
+        places = torch.arange(first + part.start, first + part.stop, dtype=torch.int32)
+        out[part] = evaluate(places, n, tables).remainder_(columns).add_(first_column)
+
+    in_parallel(piece, cut(len(out), _CHUNK))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniproj.kernels.dispatch import implementation
+
 Shape = Callable[..., Sequence[int]]
 Operator = Callable[..., Tensor]
 
@@ -23,14 +25,26 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def accumulated(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype in which sums that give `dtype` run, contiguous and without gradient."""
+    accumulate = accumulation_dtype(dtype, *[t.dtype for t in tensors])
+    return [t.detach().to(accumulate).contiguous() for t in tensors]
+
+
 def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes: Sequence[Shape]) -> list[Operator]:
     """Operator i of the form as `uniproj::name_i`, with fake kernel, derivatives of both modes to any order, and vmap.
 
     Each is called as operator(*other slots, *constants, dtype) and gives a fresh tensor of that dtype; `shapes[i]`
     takes the same arguments without dtype. Constants may be tensors without gradient, integers and lists of them.
+    Where a backend runs that has an operator of this name, that one computes (see `dispatch.py`).
     """
     registered: list[Any] = [
-        torch.library.custom_op(f"uniproj::{name}_{i}", operator, mutates_args=())
+        torch.library.custom_op(
+            f"uniproj::{name}_{i}",
+            _by_device(operator),
+            mutates_args=(),
+            schema=torch.library.infer_schema(operator, mutates_args=()),
+        )
         for i, operator in enumerate(operators)
     ]
     for i, (op, shape) in enumerate(zip(registered, shapes, strict=True)):
@@ -40,6 +54,10 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
     ops: list[Operator] = []
     ops.extend(_differentiable(op, ops, i) for i, op in enumerate(registered))
     return ops
+
+
+def _by_device(operator: Operator) -> Operator:
+    return lambda x, *rest: implementation(operator, x.device)(x, *rest)
 
 
 def _fake(shape: Shape) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.dispatch import implementation
 from uniproj.kernels.forms import accumulation_dtype, register_form
 from uniproj.kernels.random import key_of, normal, uniform
 from uniproj.kernels.threads import cut
@@ -50,15 +50,9 @@ def _tiles(
             yield slice(first + rows.start, first + rows.stop), slice(column, column + columns), entries
 
 
-def _times(
-    x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype: P x."""
     x = x.detach().to(accumulation_dtype(x.dtype, dtype))
-    if uses_triton(x.device):
-        from uniproj.kernels.triton.gaussian import times
-
-        return times(x, table, divisors, normals, size).to(dtype)
     y = torch.empty(len(x), size[0], dtype=dtype, device=x.device)
     for rows, columns, entries in _tiles(table, divisors, normals, size[4], x):
         y[:, rows] = x[:, columns] @ entries.T
@@ -66,14 +60,10 @@ def _times(
 
 
 def _transpose_times(
-    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: Sequence[int], dtype: torch.dtype
+    y: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """y (n, D) -> (n, d) in dtype: P^T y."""
     y = y.detach().to(accumulation_dtype(y.dtype, dtype))
-    if uses_triton(y.device):
-        from uniproj.kernels.triton.gaussian import transpose_times
-
-        return transpose_times(y, table, divisors, normals, size).to(dtype)
     x = torch.zeros(len(y), size[1], dtype=y.dtype, device=y.device)
     for rows, columns, entries in _tiles(table, divisors, normals, size[4], y):
         x[:, columns] += y[:, rows] @ entries
@@ -85,3 +75,8 @@ transpose_times, times = register_form(
     [_transpose_times, _times],
     [lambda y, *rest: (len(y), rest[-1][1]), lambda x, *rest: (len(x), rest[-1][0])],
 )
+
+
+def drawn_in_kernel(device: torch.device) -> bool:
+    """Whether a backend draws the entries within its kernel there, quicker than anyone reads them from memory."""
+    return implementation(_times, device) is not _times

@@ -12,7 +12,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import uses_triton
 from uniproj.kernels.forms import accumulation_dtype, register_form
 from uniproj.kernels.threads import cut
 
@@ -47,10 +46,6 @@ def hadamard(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _transform(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (batch, n) -> (batch, n) in dtype."""
     x, compute = x.detach(), accumulation_dtype(x.dtype, dtype)
-    if uses_triton(x.device):
-        from uniproj.kernels.triton.hadamard import transform
-
-        return transform(x.to(compute)).to(dtype)
     log2_n = x.shape[1].bit_length() - 1
     cached = min(_CACHED_BITS, log2_n)
     x = x.reshape(-1, 1 << cached)

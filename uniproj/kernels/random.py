@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import uses_triton
+from uniproj.kernels.dispatch import implementation
 from uniproj.kernels.threads import cut, in_parallel
 
 VERSION = 1
@@ -67,9 +67,9 @@ def bits(
     stream: its name, or the number `stream_id` gives it. Drawn on the CPU, or on `device` where one is named.
     """
     key = [*key_of(seed, stream), part]
-    if device is not None and uses_triton(torch.device(device)):
-        return draw(key, start, count, torch.device(device))
-    return _per_block(key, start, count, 4, torch.int64, lambda words: words).to(device)
+    if device is None:
+        return _draw(key, start, count, torch.device("cpu"))
+    return draw(key, start, count, torch.device(device))
 
 
 def bits_of(seed: int, streams: Sequence[str], parts: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -153,12 +153,14 @@ def _per_block(
     return drawn if len(drawn) == count else drawn[start - each * first :][:count].clone()
 
 
+def _draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
+    return _per_block(key, start, count, 4, torch.int64, lambda words: words).to(device)
+
+
 @torch.library.custom_op("uniproj::bits", mutates_args=())
 def draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
-    """Words start .. of the stream of key = [lo32(seed), hi32(seed), stream, part] on a device. Needs Triton."""
-    from uniproj.kernels.triton.random import bits as on_device
-
-    return on_device(key, start, count, device)
+    """Words start .. of the stream of key = [lo32(seed), hi32(seed), stream, part] on a device."""
+    return implementation(_draw, device)(key, start, count, device)
 
 
 @draw.register_fake

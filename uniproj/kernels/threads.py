@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from threading import RLock
 
 import torch
 
@@ -45,3 +46,7 @@ def _after_fork() -> None:
 
 _forked = False
 os.register_at_fork(after_in_child=_after_fork)
+# the simplest of Numba's thread pools, which it takes where OpenMP is missing, bears one caller at a time, and a fork
+# while another thread imports Numba or compiles leaves locks in the child that nobody releases
+ONE_CALLER = RLock()
+os.register_at_fork(before=ONE_CALLER.acquire, after_in_parent=ONE_CALLER.release, after_in_child=ONE_CALLER.release)

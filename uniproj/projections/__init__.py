@@ -1,1 +1,1 @@
-"""One file per family of methods; the registry imports every file of this folder."""
+"""One file per method, under its registered name; shared bases have a leading underscore and register nothing."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from uniproj.kernels.gather import take
 from uniproj.kernels.hadamard import hadamard, hadamard_matrix
-from uniproj.kernels.partition import take
 from uniproj.kernels.permutation import permute
 from uniproj.kernels.random import normal, signs
 from uniproj.kernels.threads import cut
@@ -117,24 +117,3 @@ class Fastfood(Projection):
             for B, G, Pi in zip(self.B, self.G, self.Pi, strict=True)
         ]
         return torch.cat(stacked)[: self.D, : self.d] * self.scale
-
-
-@register("fastfood_sign")
-class SignFastfood(Fastfood):
-    r"""Fastfood with random signs in place of the Gaussian diagonal: each block is orthogonal.
-
-    Exactly isometric where n' divides D; otherwise the cut last block costs one or two per cent.
-    Source: the H D H D construction of Choromanski et al. 2017, arXiv 1703.00864, in Fastfood's place.
-    """
-
-    formula = "theta_D = [H D_b Pi_b H B_b]_b theta_d / sqrt(n' D), D_b signs"
-    source = "arXiv 1703.00864"
-    claims_if = {"isometric": "n' divides D", "orthogonal": "n' divides D"}
-
-    def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
-        super().__init__(layout, d, seed)
-        if self.D % self.n == 0:
-            self.claims = self.claims | {"isometric", "orthogonal"}
-
-    def _numbers(self, first: int, count: int) -> Tensor:
-        return signs(self.seed, "fastfood.D", count, start=first).to(torch.int8)

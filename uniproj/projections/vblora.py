@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from uniproj.budget import TOLERANCE, Budget
 from uniproj.errors import ProjectionError
-from uniproj.kernels.bank import bank_gradient, mix
 from uniproj.kernels.random import normal
+from uniproj.kernels.topk import mix, vectors_gradient
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 from uniproj.registry import register
@@ -45,6 +45,7 @@ class VBLoRA(Projection):
         self,
         layout: LoRALayout,
         seed: int = 0,
+        *,
         num_vectors: int | None = None,
         vector_length: int | None = None,
         topk: int = 2,
@@ -132,12 +133,12 @@ class VBLoRA(Projection):
         return torch.cat(pieces, dim=1)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        bank = theta_d.view(-1, self.h, self.b)
-        return self._assemble(mix(bank, *self.mixture(), self.h, theta_d.dtype))
+        vectors = theta_d.view(-1, self.h, self.b)
+        return self._assemble(mix(vectors, *self.mixture(), self.h, theta_d.dtype))
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         pieces = self._disassemble(theta_D)
-        return bank_gradient(pieces, *self.mixture(), self.h, theta_D.dtype).flatten(1)
+        return vectors_gradient(pieces, *self.mixture(), self.h, theta_D.dtype).flatten(1)
 
     def entries(self) -> Entries:
         weights, index = self.mixture()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from uniproj.adapters import file
+from uniproj.adapters.disk import replace
 
 _theirs = PeftModel.create_or_update_model_card
 
@@ -26,17 +28,22 @@ model = PeftModel.from_pretrained(base_model, "the folder of this file, or its n
 
 
 def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
-    _theirs(model, output_dir)
     if all(config.peft_type != file.KIND for config in model.peft_config.values()):
+        _theirs(model, output_dir)
         return
     path = Path(output_dir, "README.md")
-    card = ModelCard.load(path)
+    with TemporaryDirectory() as apart:  # PEFT would read and write through a link that lies in the folder
+        draft = Path(apart, path.name)
+        if path.is_file() and not path.is_symlink():
+            draft.write_bytes(path.read_bytes())
+        _theirs(model, apart)
+        card = ModelCard.load(draft)
     card.data.tags = sorted({*(card.data.tags or []), TAG})
     if PLACE in card.text:
         card.text = card.text.replace(PLACE, LOADING)
     elif "import uniproj" not in card.text:
         card.text += f"\n\n## How to Get Started with the Model\n\n{LOADING}\n"
-    card.save(path)
+    replace({path: str(card).encode()})
 
 
 def install() -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
+from uniproj.projections._partition import Partition
 from uniproj.projections.lora import LoRA
-from uniproj.projections.partition import Partition
-from uniproj.projections.svd import TinyLoRA
-from uniproj.projections.tied import VeRA
+from uniproj.projections.tinylora import TinyLoRA
 from uniproj.projections.unilora import UniLoRA
 from uniproj.projections.vblora import VBLoRA
+from uniproj.projections.vera import VeRA
 from uniproj.tuner.quantised import BaseWeights
 
 _EXACT = 1e-10
@@ -200,7 +200,9 @@ def _build_unilora(adapter: _Adapter) -> UniLoRA:
         )
 
     config = adapter.config
-    P = UniLoRA(adapter.layout, config.theta_d_length, config.proj_seed, "peft", list(adapter.layers))
+    P = UniLoRA(
+        adapter.layout, config.theta_d_length, config.proj_seed, assignment="peft", module_order=list(adapter.layers)
+    )
     index, scales = per_row("unilora_indices"), per_row("unilora_scales").double()
     if index.min() < 0 or index.max() >= P.d:
         raise AdapterError(f"from_peft: indices must lie in [0, {P.d}), got others. Copy or download the file again.")
@@ -265,7 +267,8 @@ def _vblora_pairs(adapter: _Adapter, P: VBLoRA, theta_d: Tensor) -> Iterator[_Pa
 def _build_tinylora(adapter: _Adapter) -> TinyLoRA:
     config = adapter.config
     weights = BaseWeights({name: layer.get_base_layer() for name, layer in adapter.layers.items()})
-    P = TinyLoRA(adapter.layout, weights, config.projection_seed, adapter.shared("u"), config.weight_tying)
+    options = {"u": adapter.shared("u"), "weight_tying": config.weight_tying}
+    P = TinyLoRA(adapter.layout, weights, config.projection_seed, **options)
     P.group = [int(_tinylora_key(adapter, module)) for module in adapter.layout.modules]
     for i in range(len(P.ranks)):
         setattr(P, f"P_{i}", P.constants()[f"P_{i}"].double())

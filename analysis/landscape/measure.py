@@ -1,0 +1,95 @@
+"""The loss along directions of the subspace, and what it keeps of LoRA's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.command import bar
+from analysis.spaces import entries, vectors
+from analysis.subject import Batch, Head, Subject
+from analysis.training import Trajectory, train
+from uniproj import Projection
+from uniproj.claims import acts_as_isometry
+
+DIRECTIONS, POINTS, BATCHES, LOSS_BATCHES = 2, 9, 4, 2
+# Length of the farthest step, in lengths of theta_D.
+REACH = 1.0
+
+
+def gradient_norms(subject: Subject, P: Projection, theta_d: Tensor, head: Head, batches: Sequence[Batch]) -> Tensor:
+    """||P^T g|| / ||g|| of the gradient g (D,) of each batch's loss by theta_D, (n,) float64.
+
+    For isometric P it is the cosine between g and the step that training in the subspace makes of it, at most 1.
+    """
+    with torch.no_grad():
+        theta_D = P(theta_d)
+    gradients = [subject.gradient(theta_D, head, batch) for batch in batches]
+    with torch.no_grad():
+        return torch.stack([P.rmatvec(g).norm() / g.norm() for g in gradients])
+
+
+@torch.no_grad()
+def along(
+    subject: Subject, P: Projection, theta_d: Tensor, head: Head, batches: Sequence[Batch]
+) -> list[dict[str, float]]:
+    """Mean loss at theta_D + t ||theta_D|| P u / ||P u|| for 2 random u ~ N(0, I_d) and 9 t in [-1, 1].
+
+    All projections take steps of the same length in theta_D, so that their scales do not decide.
+    """
+    theta_D, found = P(theta_d.double()), []
+    for k, u in enumerate(vectors("landscape", DIRECTIONS, P.d)):
+        step = P.matvec(u)
+        step *= REACH * theta_D.norm() / step.norm()
+        for t in np.linspace(-1.0, 1.0, POINTS):
+            loss = sum(float(subject.loss(theta_D + t * step, head, batch)) for batch in batches) / len(batches)
+            found.append({"direction": k, "t": float(t), "loss": loss})
+    return found
+
+
+def landscape(
+    subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train the subject behind each projection, then measure where it arrived, on 4 batches it did not see (losses: 2).
+
+    (gradients: a row per projection with mean, least and largest ||P^T g|| / ||g|| at the end and its mean at the
+    start, beside sqrt(d / D), what a random isometric P gives, and whether P is isometric; losses: as in `along`).
+    """
+    unseen = subject.batches(BATCHES, skip=steps)
+    norms, losses = [], []
+    for entry in bar(entries(chosen, subject.layout, d, subject.setting.seed, subject.base_weights), "landscape"):
+        entry, found = entry.attempt(lambda P: _of_training(subject, P, steps, lr, unseen))
+        facts, points = found or ({}, [])
+        norms.append({**entry.row(), **facts})
+        losses += [{"projection": entry.name, "variant": entry.label, **point} for point in points]
+    return pd.DataFrame(norms), pd.DataFrame(losses)
+
+
+def _of_training(
+    subject: Subject, P: Projection, steps: int, lr: float, unseen: Sequence[Batch]
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    before = gradient_norms(subject, P, P.init_theta(subject.setting.seed), subject.head, unseen)
+    trained = train(subject, P, steps, lr)
+    points = along(subject, P, trained.theta_d, trained.head, unseen[:LOSS_BATCHES])
+    return _norms(subject, P, before, trained, unseen), points
+
+
+def _norms(
+    subject: Subject, P: Projection, before: Tensor, trained: Trajectory, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    ratio = gradient_norms(subject, P, trained.theta_d, trained.head, batches)
+    return {
+        "isometric": acts_as_isometry(P),
+        "random": (P.d / P.D) ** 0.5,
+        "start": float(before.mean()),
+        "mean": float(ratio.mean()),
+        "least": float(ratio.min()),
+        "largest": float(ratio.max()),
+        "n": len(ratio),
+        "did_train": trained.did_train,
+    }

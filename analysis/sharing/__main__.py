@@ -1,0 +1,33 @@
+"""`python -m analysis.sharing`: which parts of a model does each coordinate of theta_d touch?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+from analysis import command
+from analysis.sharing.measure import sharing
+from analysis.spaces import layout, variants
+from paper_figures import style
+from paper_figures.figures.sharing import draw
+
+
+def parse() -> argparse.ArgumentParser:
+    """The command line."""
+    options = command.parser("sharing", (__doc__ or "").split(": ")[1])
+    command.add_space(options, d=1024)
+    return options
+
+
+def measure(args: argparse.Namespace) -> command.Tables:
+    """The tables of one space."""
+    space = layout(args.layout, args.rank)
+    columns, heat = sharing(variants(command.chosen(args)), space, args.d, args.seed)
+    return {"columns": columns, "map": heat}
+
+
+main = partial(command.run, "sharing", parse(), measure, style.picture(draw))
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""A finished run with the numbers that it trained, ready to answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import load_peft_weights, set_peft_model_state_dict
+
+from experiments.errors import ExperimentError
+from experiments.records.reading import is_done
+from experiments.runs.outcome import ADAPTER
+from experiments.runs.run import Run
+
+
+def load_trained(folder: Path, caller: str) -> Run:
+    """A finished run with the numbers it trained. Raises ExperimentError, in the name of `caller`, for another."""
+    if not is_done(folder):
+        raise ExperimentError(f"{caller}: {folder} must be a finished run, got no result.json. Train it first.")
+    run = Run.load(folder)
+    set_peft_model_state_dict(run.model, load_peft_weights(str(folder / ADAPTER), device="cpu"))
+    return run

@@ -1,0 +1,237 @@
+"""Before anything is queued: what a sweep will cost, and whether each kind of run works from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from experiments import tasks
+from experiments.errors import ExperimentError
+from experiments.files import digest, read_json, write_json
+from experiments.models import family_of, unloaded
+from experiments.records.reading import is_done, result
+from experiments.runs.data import check_rows, describe, draw
+from experiments.runs.folder import prepare, run_folder
+from experiments.runs.outcome import ADAPTER, peak_bytes
+from experiments.runs.resolve import check_device, errors_of_projection, shapes_of
+from experiments.runs.run import Run
+from experiments.runs.settings import RunConfig
+from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
+from experiments.sweeps.sweep import Sweep
+from uniproj.errors import printable
+from uniproj.layout import LoRALayout
+from uniproj.registry import build
+from uniproj.registry import get as projection_of
+
+MEASURED = "doctor.json"
+SCORED_ROWS = 4
+TOLERANCE = 1e-3
+# what decides which rows a run reads, and how it makes P
+ROWS = ("task", "data", "metric", "validation_size", "test_size")
+OF_P = (
+    *("task", "data", "model", "target_modules"),
+    *("projection", "version", "r", "d", "hyperparameters", "projection_seed"),
+)
+# what decides the time of a step and the memory of a run
+KIND = (
+    *("task", "model", "projection", "r", "d", "batch_size", "max_length"),
+    *("device", "dtype", "base_dtype", "quantization"),
+)
+
+
+def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
+    """Every run by stage, each once. Confirming runs stand for those of the settings that tuning will choose."""
+    cells = sweep.cells()
+    stages: dict[str, list[RunConfig]] = {"tune": [], "confirm": []}
+    for cell in cells:
+        trials = sweep.trials(cell) if sweep.tune else []
+        stages["tune"] += trials
+        first = {key: getattr(trials[0], key) for key in sweep.tuned()} if trials else {}
+        stages["confirm"] += sweep.confirmations(cell, first)
+    return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
+
+
+def check(sweep: Sweep, here: bool = True) -> None:
+    """`check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
+    configs = [config for configs in runs_of(sweep).values() for config in configs]
+    for device in sorted({config.device for config in configs}) if here else ():
+        check_device(device)
+    check_runs(configs)
+
+
+def check_runs(configs: Iterable[RunConfig]) -> None:
+    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, its modules or its projection.
+
+    The test rows are looked at too, whatever these runs are scored on: a choice that they cannot confirm is in vain.
+    """
+    configs = [replace(config, score_on="test") for config in configs]
+    for config in _one_each(configs, ROWS):
+        check_rows(tasks.get(config.task, config.data, config.metric), config)
+    for config in _one_each(configs, OF_P):
+        _check_projection(config)
+
+
+def _one_each(configs: Iterable[RunConfig], keys: Sequence[str]) -> Iterable[RunConfig]:
+    """One run of each kind: those of one kind agree in these settings."""
+    return {json.dumps([getattr(config, key) for key in keys]): config for config in configs}.values()
+
+
+def _check_projection(config: RunConfig) -> None:
+    """Make P as the run will, with made-up base weights, and apply it once each way."""
+    shapes = shapes_of(config.task, config.data, config.model, config.target_modules)
+    layout = LoRALayout.from_shapes(shapes, config.r)
+    if config.d is not None and config.d > layout.D:
+        raise ExperimentError(
+            f"config: d must be at most D = {layout.D} on {config.model} at r = {config.r}, got {config.d}. "
+            "Lower d or raise r."
+        )
+    options = dict(config.hyperparameters)
+    with errors_of_projection(f"{config.projection} must work on {config.model} at r = {config.r}, d = {config.d}"):
+        if projection_of(config.projection).needs_base_weights:
+            drawn = torch.Generator().manual_seed(0)
+            alike = {shape: torch.randn(shape, generator=drawn) for shape in set(shapes.values())}
+            options["base_weights"] = {name: alike[shape] for name, shape in shapes.items()}
+        projection = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
+        with torch.no_grad():
+            projection.adjoint(projection(projection.init_theta(config.init_seed)))
+
+
+def kind(config: RunConfig) -> str:
+    """The digest of what decides the cost of a run's steps."""
+    return digest({name: getattr(config, name) for name in KIND})
+
+
+def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
+    """Counts of runs, and memory and time as far as finished runs or `--doctor` have measured their kind.
+
+    at_once: how many runs the launcher trains at the same time; a stage ends before the next begins.
+    """
+    further = f", tuned at up to {MOST_BEYOND} rates beyond either edge of the grid where the best lies there"
+    lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells" + further * (len((sweep.tune or {}).get("lr", ())) > 1)]
+    stages = runs_of(sweep)
+    measured = _measured(sweep, stages, runs)
+    seconds, unknown = 0.0, 0
+    for stage, configs in stages.items():
+        missing = [c for c in configs if not is_done(run_folder(runs, c.to_json()))]
+        lines.append(f"{stage:8s} {len(configs):5d} runs, {len(configs) - len(missing)} done, {len(missing)} to train")
+        known = [c for c in missing if kind(c) in measured]
+        total = sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
+        seconds += total / max(1, min(at_once, len(known)))
+        unknown += len(missing) - len(known)
+    if measured:
+        peak = max(m["peak_bytes"] for m in measured.values())
+        lines.append(f"memory   {peak / 1e9:.1f} GB per run (measured), at most {at_once} at once")
+        lines.append(f"time     {seconds / 3600:.2f} h of training steps at this machine's speed, scoring not counted")
+    if unknown:
+        lines.append(f"time     not known for {unknown} runs: --doctor measures one step of each kind")
+    for device in sorted({config.device for configs in stages.values() for config in configs}):
+        try:
+            check_device(device)
+        except ExperimentError as error:
+            lines.append(f"device   {error}")
+    asked = _one_each(stages["confirm"], ("task", "data", "metric"))
+    lines += [f"data     {describe(tasks.get(c.task, c.data, c.metric))}" for c in asked]
+    bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in stages["confirm"]}
+    lines += [f"weights  {base}: {_weights(config) / 1e9:.2f} GB" for base, config in sorted(bases.items())]
+    return "\n".join(lines)
+
+
+def steps(config: RunConfig) -> int:
+    """Optimiser steps of a run; rows beyond train_size are not known before the data are read."""
+    rows = config.train_size or len(tasks.get(config.task, config.data).split("train"))
+    return math.ceil(math.ceil(rows / (config.batch_size * config.accumulation)) * config.epochs)
+
+
+def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Path) -> dict[str, Any]:
+    path = sweep_folder(runs, sweep) / MEASURED
+    found = read_json(path) if path.exists() else {}
+    for configs in stages.values():
+        for config in configs:
+            folder = run_folder(runs, config.to_json())
+            if is_done(folder) and (cost := result(folder).get("cost")):
+                per_step = cost["train_seconds"] / steps(config)
+                found[kind(config)] = {"seconds_per_step": per_step, "peak_bytes": cost["peak_bytes"]}
+    return found
+
+
+def _weights(config: RunConfig) -> int:
+    """Bytes of the base of a run as it is loaded, from its configuration."""
+    base = unloaded(family_of(tasks.get(config.task, config.data).family).auto, config.model)
+    quantized = {"int8": 1.0, "nf4": 0.56}
+    width = quantized[config.quantization] if config.quantization else getattr(torch, config.base_dtype).itemsize
+    return int(sum(p.numel() for p in base.parameters()) * width)
+
+
+def doctor(sweep: Sweep, runs: Path) -> int:
+    """One step, a score of few rows, save, load and merge of every kind of run; 1 if any fails."""
+    configs = {kind(c): c for c in runs_of(sweep)["confirm"]}
+    found, failed = {}, 0
+    for name, config in configs.items():
+        try:
+            found[name] = _examine(config)
+            print(f"ok      {config.task} {config.projection}: {found[name]['seconds_per_step']:.2f} s per step")
+        except Exception as error:  # whatever it is, it would have failed in the queue
+            failed += 1
+            print(printable(f"FAILED  {config.task} {config.projection}: {type(error).__name__}: {error}"))
+    write_json(sweep_folder(runs, sweep) / MEASURED, found)
+    print(f"{len(configs) - failed} of {len(configs)} kinds of run work.")
+    return 1 if failed else 0
+
+
+def _examine(config: RunConfig) -> dict[str, Any]:
+    rows = config.batch_size * config.accumulation
+    # tuning's split: the test labels stay unread
+    small = replace(
+        config,
+        train_size=rows,
+        epochs=1,
+        evaluations=1,
+        validation_size=SCORED_ROWS,
+        score_on="validation",
+        timing=False,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = prepare(Path(scratch), small.to_json())
+        run = Run.load(folder)
+        started = time.perf_counter()
+        run.trainer.train()
+        seconds = time.perf_counter() - started
+        run.model.save_pretrained(folder / ADAPTER)
+        _check_saved(run, folder)
+    return {"seconds_per_step": seconds, "peak_bytes": peak_bytes(config.device)}
+
+
+def _check_saved(run: Run, folder: Path) -> None:
+    """The saved adapter on a fresh base, and the merged model, give the outputs of the trained one."""
+    rows = draw(run.task.split("validation"), SCORED_ROWS, 0)
+    batch = run.family.collate(list(_without_length(run.family.encode(rows))))
+    expected = _logits(run.model, batch)
+    base = run.family.load(run.task.split("train"))
+    loaded = PeftModel.from_pretrained(base, folder / ADAPTER)
+    for what, model in (("loaded", loaded), ("merged", loaded.merge_and_unload())):
+        if what == "merged" and run.config.quantization:
+            continue
+        difference = float((_logits(model, batch) - expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise ExperimentError(
+                f"the {what} adapter must give the trained outputs, got a difference of {difference:.1e}"
+            )
+
+
+def _without_length(data: Any) -> Iterator[dict[str, Any]]:
+    return ({k: v for k, v in feature.items() if k != "length"} for feature in data)
+
+
+@torch.inference_mode()
+def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    return model.eval()(**{k: v.to(device) for k, v in batch.items()}).logits.float().cpu()

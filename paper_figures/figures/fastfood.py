@@ -1,0 +1,109 @@
+"""Fastfood beside Uni-LoRA: score, time of a training step, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import names
+from experiments.names import method
+from paper_figures.cells import ratio, scaled, score_head, task_heads
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
+from paper_figures.comparison import OURS, score
+from paper_figures.panels import legend, panels, point, say
+from paper_figures.published import claims
+from paper_figures.registry import Product, register
+from paper_figures.typesetting import Table
+
+METHODS = ("unilora", "fastfood", "fastfood_sign")
+
+
+@register("fastfood")
+def make(committed: Committed) -> Sequence[Product]:
+    """From the sweep at one budget and the costs of `analysis.overhead`."""
+    sweep, costs = committed.sweep("glue_budget"), committed.costs
+    return table(sweep, costs), draw(sweep, costs)
+
+
+def table(sweep: Sweep | None, costs: pd.DataFrame | None) -> Table:
+    """Score, time and memory; a method that was not measured on a base is named."""
+    tasks = task_heads(sweep)
+    bases = [] if costs is None else list(costs.groupby("base", sort=False))
+    unknown = [NOT_AVAILABLE] * (max(1, len(tasks)) + 2 * max(1, len(bases)))
+    rows = [["published", method(name), *unknown] for name in METHODS]
+    for name in METHODS:
+        scores = [NOT_RUN]
+        if sweep is not None:
+            own = sweep.cells[sweep.cells["projection"] == name]
+            scores = [score(one_cell(own[own["task"] == task], f"{name} on {task}")).text for task in tasks]
+        spent = [NOT_RUN, NOT_RUN] if costs is None else []
+        for _, part in bases:
+            found = [[ratio(row, "step_ratio"), scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]
+                     for row in part[part["method"] == name].itertuples()]  # fmt: skip
+            spent += found[0] if found else [NOT_RUN, NOT_RUN]
+        rows.append(["ours", method(name), *scores, *spent])
+    heads = ["block", "projection", *(tasks.values() or [score_head(None)])]
+    for base in [names.model(base) for base, _ in bases] or ["a model"]:
+        heads += [f"step / LoRA, {base}", f"peak - LoRA's, {base}, B per coordinate"]
+    notes = [f"Published without numbers: {claim}." for claim in claims("fastfood")]
+    notes += [OURS, "Step time: median of paired ratios to PEFT's LoRA, with its 95 % interval."]
+    return Table("Fastfood beside Uni-LoRA: score, time, memory", heads, rows, notes)
+
+
+def draw(sweep: Sweep | None, costs: pd.DataFrame | None) -> Figure:
+    """Three panels: score per task, step time over LoRA's, peak memory beyond LoRA's per coordinate."""
+    figure, axes = panels(3, 3, 2.2)
+    _scores(axes[0], sweep)
+    if costs is None:
+        say(axes[1], f"time: {NOT_RUN}")
+        say(axes[2], f"memory: {NOT_RUN}")
+    else:
+        _cost(axes[1], costs, "step_ratio", True)
+        axes[1].axhline(1, color="#555555", linewidth=0.8, linestyle="--")
+        axes[1].set_ylabel("step time / LoRA's\n(median, 95 % interval)")
+        axes[1].set_title(f"time, n = {int(costs['step_pairs'].min())} pairs")
+        _cost(axes[2], costs, "peak_bytes_per_coordinate_beyond_lora", False)
+        axes[2].axhline(0, color="#555555", linewidth=0.8, linestyle="--")
+        axes[2].set_ylabel("peak memory - LoRA's,\nbytes per coordinate")
+        axes[2].set_title("memory, n = 1 run")
+    legend(figure, METHODS)
+    return figure
+
+
+def _scores(axes: Axes, sweep: Sweep | None) -> None:
+    if sweep is None:
+        say(axes, f"score: {NOT_RUN}")
+        return
+    tasks = list(dict.fromkeys(sweep.cells["task"]))
+    count = 1
+    for place, task in enumerate(tasks):
+        for line, name in enumerate(METHODS):
+            cells = sweep.cells[(sweep.cells["task"] == task) & (sweep.cells["projection"] == name)]
+            found = score(one_cell(cells, f"{name} on {task}"))
+            if found.value is not None:
+                count = max(count, int(cells["n"].iloc[0]))
+                point(axes, place + 0.2 * (line - 1), found.value, name, found.low, found.high, upright=True)
+            else:
+                axes.annotate(
+                    found.text, (place + 0.2 * (line - 1), 0.02), xycoords=("data", "axes fraction"), rotation=90,
+                    fontsize=5, color="#777777", ha="center", va="bottom",
+                )  # fmt: skip
+    axes.set_xticks(range(len(tasks)), [names.task(task) for task in tasks])
+    axes.set_xlim(-0.5, len(tasks) - 0.5)
+    axes.set_ylabel("score x 100\n(mean, 95 % t interval)")
+    axes.set_title(f"score, {names.model(sweep.cells['model'].iloc[0])}, n = {count} seeds")
+
+
+def _cost(axes: Axes, costs: pd.DataFrame, key: str, interval: bool) -> None:
+    bases = list(dict.fromkeys(costs["base"]))
+    for place, base in enumerate(bases):
+        for line, name in enumerate(METHODS):
+            own = costs[(costs["base"] == base) & (costs["method"] == name)]
+            if len(own) and pd.notna(own[key].iloc[0]):
+                low, high = (own[f"{key}_{end}"].iloc[0] if interval else None for end in ("low", "high"))
+                point(axes, place + 0.2 * (line - 1), own[key].iloc[0], name, low, high, upright=True)
+    axes.set_xticks(range(len(bases)), [names.model(base) for base in bases])
+    axes.set_xlim(-0.5, len(bases) - 0.5)

@@ -1,0 +1,88 @@
+"""What training costs: step time, memory and stored bytes, published and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from experiments import names
+from experiments.names import method
+from paper_figures.cells import ratio, scaled, whole
+from paper_figures.committed import NOT_RUN, Committed
+from paper_figures.panels import LINE, lines_of, panels, point, say
+from paper_figures.published import of_table
+from paper_figures.registry import Product, register
+from paper_figures.typesetting import Table
+
+UNIT_LINE = "#555555"
+
+
+@register("training_cost")
+def make(committed: Committed) -> Sequence[Product]:
+    """PEFT's benchmark, then ours per base."""
+    published = of_table("training_cost")
+    return table(published, committed.costs), draw(published, committed.costs)
+
+
+def table(published: pd.DataFrame, costs: pd.DataFrame | None) -> Table:
+    """A row per method and base."""
+    columns = list(dict.fromkeys(zip(published["column"], published["unit"], strict=True)))
+    rows = []
+    for label, own in published.groupby("method", sort=False):
+        found = own.set_index("column")["value"]
+        rows.append(["published", label, own["trained"].iloc[0], *(f"{found[column]:g}" for column, _ in columns)])
+    if costs is None:
+        rows.append(["ours", "all", NOT_RUN, *[NOT_RUN] * len(columns)])
+    else:
+        for row in costs.itertuples():
+            rows.append([f"ours, {names.model(row.base)}, CPU", method(row.method), whole(row.trained), NOT_RUN,
+                         ratio(row, "step_ratio"), scaled(row.peak_bytes, 2**30),
+                         scaled(row.file_bytes, 1e6)])  # fmt: skip
+    notes = [
+        *(f"Published: {source}." for source in sorted(set(published["source"]))),
+        "Ours: median of paired ratios with its 95 % interval; peak memory of a training step beyond the bare base. "
+        "The published memory is all that the process reserved. n is in results/overhead.",
+    ]
+    heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in columns)]
+    return Table("Cost of training", heads, rows, notes)
+
+
+def draw(published: pd.DataFrame, costs: pd.DataFrame | None) -> Figure:
+    """Step time over LoRA's: PEFT's benchmark, and ours on each base."""
+    ours = [] if costs is None else [(base, own) for base, own in costs.groupby("base", sort=False)]
+    values = published[published["column"] == "step time / LoRA"]
+    most = max([len(values), *(len(own) for _, own in ours)])
+    count = 1 + max(1, len(ours))
+    figure, axes = panels(count, count, 0.8 + LINE * most)
+    lines_of(axes[0], list(values["method"]))
+    for place, value in enumerate(values["value"]):
+        point(axes[0], value, place, None)
+    axes[0].axvline(1, color=UNIT_LINE, linewidth=0.8, linestyle="--")
+    axes[0].set_title("published: PEFT,\nLlama-3.2-3B, GPU")
+    axes[0].set_xlabel("step time / LoRA's\n(n = 1 run)")
+    if not ours:
+        say(axes[1], f"ours: {NOT_RUN}")
+    for (base, own), panel in zip(ours, axes[1:], strict=False):
+        _ratios(panel, own, f"ours: {names.model(base)},\nCPU")
+    return figure
+
+
+def _ratios(axes: Axes, rows: pd.DataFrame, title: str) -> None:
+    rows = rows.sort_values("step_ratio", na_position="last")
+    lines_of(axes, [method(name) for name in rows["method"]])
+    for place, row in enumerate(rows.itertuples()):
+        if pd.isna(row.step_ratio):
+            axes.text(1, place, "not measured", fontsize=5.5, color="#777777", va="center")
+        else:
+            point(axes, row.step_ratio, place, row.method, row.step_ratio_low, row.step_ratio_high)
+    axes.axvline(1, color=UNIT_LINE, linewidth=0.8, linestyle="--")
+    if rows["step_ratio"].max() > 2:
+        axes.set_xscale("log")
+        axes.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_title(title)
+    axes.set_xlabel(f"step time / LoRA's\n(n = {int(rows['step_pairs'].min())} pairs, median,\n95 % interval)")

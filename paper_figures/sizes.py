@@ -1,0 +1,135 @@
+"""Score against a size or a setting: one panel of cells, and the table of a scan."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from experiments.names import method, model, task
+from experiments.records.statistics import COMPLETE, unit
+from paper_figures import style
+from paper_figures.cells import score_head, whole
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Sweep, complete, one_task
+from paper_figures.comparison import OURS, score
+from paper_figures.panels import MISSING, legend, point, say
+from paper_figures.typesetting import Table
+
+# on a logarithmic axis, in decades: points nearer than this are set side by side
+APART = 0.035
+# of the height of a panel: a line that names a cell which is not drawn
+NAMED = 0.08
+
+
+def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
+    """Complete cells of one task against a size, others by name; a method's points are joined where each has its own
+    size."""
+    one_task(cells, label)
+    usable = complete(cells, key).sort_values(key)
+    if usable.empty:
+        say(axes, "no complete cell")
+        return
+    places = _beside(usable[key])
+    for name, own in usable.assign(x=places).groupby("projection", sort=True):
+        for cell in own.itertuples():
+            low, high = 100 * cell.score_low, 100 * cell.score_high
+            point(axes, cell.x, 100 * cell.score, name, low, high, upright=True)
+        if own[key].is_unique:
+            axes.plot(
+                own["x"],
+                100 * own["score"],
+                color=style.colour(name),
+                linestyle=style.dash(name),
+                linewidth=0.8,
+                alpha=0.6,
+            )
+    logarithmic(axes)
+    counts = sorted(set(usable["n"]))
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    axes.set_ylabel(unit(usable["metric"].iloc[0]))
+    _name_lost(axes, cells[cells["status"] != COMPLETE])
+    axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {seeds} seeds, 95 % t interval)")
+
+
+def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:
+    """The cells that are not drawn, in lines of their own above all points and intervals."""
+    low, high = axes.get_ylim()
+    height = NAMED * (high - low)
+    axes.set_ylim(low, high + height * len(lost))
+    for line, cell in enumerate(lost.itertuples(), start=1):
+        place, text = (0.02, high + height * (len(lost) - line)), f"{method(cell.projection)}: {cell.status}"
+        axes.annotate(text, place, xycoords=axes.get_yaxis_transform(), va="bottom", fontsize=5.5, color=MISSING)
+
+
+def _beside(sizes: pd.Series) -> list[float]:
+    """Places of sorted sizes: equal ones side by side around their own, so that no interval hides another."""
+    groups: list[list[float]] = []
+    for size in sizes:
+        if groups and size < groups[-1][0] * 10**APART:
+            groups[-1].append(size)
+        else:
+            groups.append([size])
+    return [
+        group[0] * 10 ** (APART * (place - (len(group) - 1) / 2)) for group in groups for place in range(len(group))
+    ]
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with few ticks, written as 3k and 10M."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 3.0) if high / low > 8 else (1, 2, 5))
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def only_at(axes: Axes, values: pd.Series) -> None:
+    """Ticks at the few values that were chosen, and no others."""
+    chosen = sorted(set(values))
+    axes.set_xticks(chosen, [f"{value:g}" for value in chosen])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def where(sweep: Sweep) -> str:
+    """The model and the task of a sweep that has one of each."""
+    return f"{model(sweep.cells['model'].iloc[0])}, {task(one_task(sweep.cells, sweep.name))}"
+
+
+def ours(figure: Figure, axes: Axes, sweep: Sweep | None, key: str, label: str) -> None:
+    """A panel with the cells of our sweep beside a published one, with its legend."""
+    if sweep is None:
+        say(axes, f"ours: {NOT_RUN}")
+        return
+    against(axes, sweep.cells, key, label)
+    axes.set_title(f"ours: {where(sweep)}")
+    legend(figure, set(sweep.cells["projection"]))
+
+
+def scan(title: str, key: str, head: str, published: pd.DataFrame, sweep: Sweep | None) -> Table:
+    """Score against a setting or size: published points, then every cell of ours."""
+    rows = [
+        ["published", value["method"], whole(value["d" if key == "trained" else key]), value["column"],
+         f"{value['value']:g}"]
+        for value in published.to_dict("records")
+    ] or [["published", "all", *[NOT_AVAILABLE] * 3]]  # fmt: skip
+    if sweep is None:
+        rows.append(["ours", "all", NOT_RUN, NOT_RUN, NOT_RUN])
+    else:
+        complete(sweep.cells, key)
+        for _, cell in sweep.cells.sort_values(["projection", key], kind="stable").iterrows():
+            rows.append(
+                [f"ours, {model(cell['model'])}", method(cell["projection"]), whole(cell[key]), task(cell["task"]),
+                 score(cell).text]
+            )  # fmt: skip
+    notes = [f"Published: {source}." for source in sorted(set(published["source"]))] + [OURS]
+    return Table(title, ["block", "method", head, "task", score_head(sweep)], rows, notes)

@@ -1,0 +1,148 @@
+"""The look of every chart: a fixed colour and marker per projection, and files that are the same byte for byte."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+import uniproj
+from experiments.files import write_bytes
+from experiments.names import mapping, method
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's
+# muted ones and others that are none of these.
+PALETTE = (
+    *("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#882255", "#332288", "#CC6677", "#661100", "#999933", "#AA4499", "#7D8597", "#117733", "#8B5CF6", "#A6761D"),
+    *("#1B9E9E", "#C2185B", "#4D7C0F", "#6699CC"),
+)
+# As many as share no divisor with the colours: no two of 210 projections look alike, in grey print neither.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+# of lines: another one for each seven colours
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
+UNKNOWN = "#888888"
+# Inches: one column of a two-column page, and the whole page.
+COLUMN, PAGE = 3.35, 6.9
+BUILT_IN = "uniproj.projections."
+_RC = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 7,
+    "axes.labelsize": 7,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "figure.constrained_layout.use": True,
+    # every figure of a call is made before the first is written
+    "figure.max_open_warning": 0,
+    "savefig.dpi": 300,
+    # TrueType: text stays text in a PDF
+    "pdf.fonttype": 42,
+}
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """As names.yaml lists them, then the library's other projections, then those of other packages."""
+    known = list(mapping("methods"))
+
+    def place(name: str) -> tuple[int, bool, str]:
+        listed = known.index(name) if name in known else len(known)
+        own = name in uniproj.names() and uniproj.get(name).__module__.startswith(BUILT_IN)
+        return listed, not own, name
+
+    return sorted(names, key=place)
+
+
+@cache
+def _positions(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(order(names))}
+
+
+def _position(name: str) -> int | None:
+    return _positions(tuple(uniproj.names())).get(name)
+
+
+def look(position: int) -> tuple[str, str, Any]:
+    """Colour, marker and dash of the projection at this place; the first two together are its own."""
+    return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)], DASHES[position // 7 % len(DASHES)]
+
+
+def colour(name: str) -> str:
+    """Hex colour of a projection by its place in `order`; grey for a name that is not in it."""
+    position = _position(name)
+    return UNKNOWN if position is None else look(position)[0]
+
+
+def marker(name: str) -> str:
+    """Marker of a projection."""
+    return look(_position(name) or 0)[1]
+
+
+def dash(name: str) -> Any:
+    """Line style of a projection."""
+    return look(_position(name) or 0)[2]
+
+
+def line(name: str) -> dict[str, Any]:
+    """Colour, marker and dash of a projection's line, and its name in the legend: arguments of `Axes.plot`."""
+    return {"color": colour(name), "marker": marker(name), "linestyle": dash(name), "label": method(name)}
+
+
+def span(sizes: pd.Series) -> str:
+    """The least and the largest of these counts, as a title has them."""
+    low, high = int(sizes.min()), int(sizes.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+@contextmanager
+def use() -> Iterator[None]:
+    """Draw in the common style: sans-serif, 6 to 8 points, to be printed at the width of one column (`COLUMN`)."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def picture(draw: Callable[[Mapping[str, pd.DataFrame]], Figure]) -> Callable[[Mapping[str, pd.DataFrame], Path], None]:
+    """The last step of a command of `analysis`: draw its tables in the common style and write both files."""
+
+    def write(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
+        with use():
+            save(draw(tables), path)
+
+    return write
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write path.png and path.pdf and close the figure; neither file holds a date. `path` has no suffix.
+
+    Raises ExperimentError where the files cannot be written.
+    """
+    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+    # the type of a PDF's fonts is read when the file is written
+    with use():
+        for kind, metadata in undated.items():
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, metadata=metadata)
+            write_bytes(path.with_name(f"{path.name}.{kind}"), content.getvalue())
+    plt.close(figure)

@@ -1,0 +1,198 @@
+"""Kills, a full disk, two launchers: nothing is lost or done twice, and what resumes gives identical records."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments import sweep, train
+from experiments.files import read_json
+from experiments.records.reading import load, metrics
+from experiments.runs.callbacks import StopOnSignal
+from experiments.runs.folder import METRICS, RESULT, prepare
+from experiments.runs.settings import RunConfig
+from experiments.sweeps import workers
+from experiments.sweeps.file import CONF
+from tests.experiments.processes import ROOT, start_sweep, training_processes
+
+# what the clock and the machine decide
+# a single trial of each cell, which has no edge
+ONE_RATE = "tune.lr=[0.05]"
+NOT_COMPARED = ["cost", "provenance", "folder"]
+STATE = "trainer_state.json"
+
+
+def _records(runs: Path) -> pd.DataFrame:
+    return load(runs).drop(columns=NOT_COMPARED).sort_values("adapter_sha256", ignore_index=True)
+
+
+def _finished(runs: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every result, each of them whole, and when it was written."""
+    found = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in runs.rglob(RESULT)}
+    assert all(read_json(path)["adapter_sha256"] for path in found)
+    return found
+
+
+# a process that dies of SIGKILL: in the eighth step, two after a checkpoint; while the second checkpoint is written, a
+# file of it cut short; or while the result is written, of which half has reached the disk
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import Trainer
+from experiments import train
+from experiments.runs.callbacks import StopOnSignal
+
+moment, folder = sys.argv[1:]
+save, replace, step_end = Trainer._save_checkpoint, os.replace, StopOnSignal.on_step_end
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+def on_step_end(self, args, state, *rest, **options):
+    if moment == "step" and state.global_step == 8:
+        die()
+    return step_end(self, args, state, *rest, **options)
+
+def saving(self, *args):
+    save(self, *args)
+    whole = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    if len(whole) == 2 and moment not in ("step", "result.json"):
+        cut(whole[-1] / moment)
+        if moment != "trainer_state.json":
+            (whole[-1] / "trainer_state.json").unlink()
+        die()
+
+def replacing(source, target):
+    if moment == Path(target).name == "result.json":
+        cut(Path(source))
+        die()
+    replace(source, target)
+
+StopOnSignal.on_step_end, Trainer._save_checkpoint, os.replace = on_step_end, saving, replacing
+train.main([folder])
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "again"),
+    [("step", 6), (STATE, 6), ("optimizer.pt", 6), ("adapter_model.safetensors", 6), ("result.json", 0)],
+)
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_identical_records(
+    moment: str, again: int, runs: Path, tmp_path: Path, config: RunConfig, monkeypatch
+) -> None:
+    """again: how many of the twelve steps, with a checkpoint after six and after twelve, the second start trains."""
+    twice = replace(config, evaluations=2, timing=False).to_json()
+    whole, folder = prepare(tmp_path / "whole", twice), prepare(runs, twice)
+    assert train.main([str(whole)]) == 0
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, str(folder)], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL and not (folder / RESULT).exists()
+    trained, plain = [], StopOnSignal.on_step_end
+
+    def counted(self, args, state, control, **options):
+        trained.append(state.global_step)
+        return plain(self, args, state, control, **options)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", counted)
+    assert train.main([str(folder)]) == 0
+    assert not list(folder.glob(".uniproj-*"))  # of the killed process
+    assert trained == list(range(13 - again, 13))
+    same = [key for key in read_json(whole / RESULT) if key not in NOT_COMPARED]
+    assert [read_json(folder / RESULT)[k] for k in same] == [read_json(whole / RESULT)[k] for k in same]
+    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in metrics(whole)]
+
+
+def _kill(process: subprocess.Popen, runs: Path) -> None:
+    """Nothing of it stays alive."""
+    process.kill()
+    process.wait()
+    while training_processes(runs):
+        time.sleep(0.05)
+
+
+def _wait_for_changes(process: subprocess.Popen, runs: Path, count: int) -> None:
+    """Until so many times a step was logged, a checkpoint or a result written, or the sweep has ended."""
+    before = None
+    while count and process.poll() is None:
+        seen = {path: path.stat().st_size for name in (METRICS, STATE, RESULT) for path in _there(runs, name)}
+        count -= before is not None and seen != before
+        before = seen
+        time.sleep(0.05)
+
+
+def _there(runs: Path, name: str) -> list[Path]:
+    return [path for path in runs.glob(f"*/*/**/{name}") if path.exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["tiny", "minilm"])
+def test_the_smoke_sweep_survives_kill_9_and_resumes_to_identical_records(
+    base: str, model: str, runs: Path, tmp_path: Path
+) -> None:
+    smoke, settings = CONF / "sweeps" / "smoke.yaml", [f"settings.model={model}"] if base == "tiny" else []
+    whole = tmp_path / "whole"
+    assert sweep.main([str(smoke), *settings, "--runs", str(whole)]) == 0
+    draw, done, met = random.Random(0), {}, Counter()
+    for _ in range(10):
+        process = start_sweep(smoke, runs, *settings)
+        _wait_for_changes(process, runs, draw.randint(1, 9))
+        time.sleep(draw.uniform(0.0, 0.5))
+        assert process.poll() in (None, 0)
+        _kill(process, runs)
+        now = _finished(runs)
+        assert done.items() <= now.items()
+        met["between runs"] += len(done) < len(now) < len(_finished(whole))
+        met["in training"] += any(not (path.parents[1] / RESULT).exists() for path in _there(runs, STATE))
+        done = now
+    assert min(met["between runs"], met["in training"]) >= 2, met
+    assert start_sweep(smoke, runs, *settings).wait() == 0
+    assert done.items() <= _finished(runs).items()
+    pd.testing.assert_frame_equal(_records(runs), _records(whole))
+    for name in ("summary.csv", "paired.csv"):
+        own, other = runs / "sweeps" / "smoke" / name, whole / "sweeps" / "smoke" / name
+        assert own.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_launchers_share_the_work(file: Path, runs: Path) -> None:
+    first, second = start_sweep(file, runs, ONE_RATE), start_sweep(file, runs, ONE_RATE)
+    assert first.wait() == 0 and second.wait() == 0
+    assert len(load(runs)) == 6
+    logs = {path: path.read_text() for path in runs.rglob(workers.LOG)}
+    # what Transformers says of the fresh head of each model that is loaded to be trained
+    assert len(logs) == 6 and {text.count("LOAD REPORT") for text in logs.values()} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_loses_nothing_and_says_so(file: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(disk)], check=False).returncode:
+        pytest.skip("this machine does not let root mount a disk")
+    try:
+        assert start_sweep(file, disk, ONE_RATE, "axes.projection=[lora]", "+name=first").wait() == 0
+        first = _finished(disk)
+        # what is there, and less than a checkpoint more
+        used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
+        subprocess.run(["mount", "-o", f"remount,size={used + 64 * 1024}", str(disk)], check=True)
+        full = start_sweep(file, disk, ONE_RATE, stderr=subprocess.PIPE, text=True)
+        said = full.communicate()[1]
+        assert full.returncode in (1, 2), said
+        assert "No space left on device" in said and "the same command again" in said
+        assert len(first) == 3 and _finished(disk) == first
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        assert start_sweep(file, disk, ONE_RATE).wait() == 0 and len(load(disk)) == 6
+        assert first.items() <= _finished(disk).items()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

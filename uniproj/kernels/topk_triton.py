@@ -1,0 +1,95 @@
+"""VB-LoRA's mixture and its derivatives (see `kernels/topk.py`): no atomics, every sum in a fixed order.
+
+Without fused multiply-add, so products round as on the CPU.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uniproj.kernels.forms import accumulated
+from uniproj.kernels.topk import pairs_by_vector
+
+_PIECES, _COLUMNS = 32, 64
+_TILE = {"PIECES": _PIECES, "COLUMNS": _COLUMNS, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _mix(vectors, weights, index, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+    s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    batch = tl.program_id(2).to(tl.int64)
+    inside = (s < S)[:, None] & (c < b)[None, :]
+    total = tl.zeros([PIECES, COLUMNS], dtype=vectors.dtype.element_ty)
+    for k in range(K):
+        row = tl.load(index + s * K + k, mask=s < S, other=0)
+        weight = tl.load(weights + s * K + k, mask=s < S, other=0)
+        total += weight[:, None] * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
+    tl.store(out + (batch * S + s)[:, None] * b + c[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vectors_gradient(
+    y, weights, order, starts, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    batch = tl.program_id(2).to(tl.int64)
+    total = tl.zeros([PIECES, COLUMNS], dtype=y.dtype.element_ty)
+    stop = tl.load(starts + row + 1)
+    for first in range(tl.load(starts + row), stop, PIECES):
+        place = first + tl.arange(0, PIECES)
+        pair = tl.load(order + place, mask=place < stop, other=0)
+        weight = tl.load(weights + pair, mask=place < stop, other=0)
+        inside = (place < stop)[:, None] & (c < b)[None, :]
+        total += weight[:, None] * tl.load(y + (batch * S + pair // K)[:, None] * b + c[None, :], mask=inside, other=0)
+    tl.store(out + (batch * h + row) * b + c, tl.sum(total, 0).to(out.dtype.element_ty), mask=c < b)
+
+
+@triton.jit
+def _weights_gradient(y, vectors, index, out, S, h, b, n, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+    s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
+    pair = s * K + tl.program_id(1)
+    row = tl.load(index + pair, mask=s < S, other=0)
+    total = tl.zeros([PIECES, COLUMNS], dtype=y.dtype.element_ty)
+    for batch in range(n):
+        for first in range(0, b, COLUMNS):
+            c = first + tl.arange(0, COLUMNS)
+            inside = (s < S)[:, None] & (c < b)[None, :]
+            ours = tl.load(y + (batch * S + s)[:, None] * b + c[None, :], mask=inside, other=0)
+            total += ours * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
+    tl.store(out + pair, tl.sum(total, 1).to(out.dtype.element_ty), mask=s < S)
+
+
+def mix(vectors: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+    """Summed in the order of k."""
+    vectors, weights = accumulated(dtype, vectors, weights)
+    (n, _, b), (S, K) = vectors.shape, index.shape
+    out = torch.empty(n, S, b, dtype=dtype, device=vectors.device)
+    cells = (triton.cdiv(S, _PIECES), triton.cdiv(b, _COLUMNS), n)
+    _mix[cells](vectors, weights, index.contiguous(), out, S, h, b, K=K, **_TILE)
+    return out
+
+
+def vectors_gradient(y: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+    order, starts = pairs_by_vector(index, h)
+    y, weights = accumulated(dtype, y, weights)
+    n, S, b = y.shape
+    out = torch.empty(n, h, b, dtype=dtype, device=y.device)
+    cells = (h, triton.cdiv(b, _COLUMNS), n)
+    _vectors_gradient[cells](y, weights, order, starts, out, S, h, b, K=index.shape[1], **_TILE)
+    return out
+
+
+def weights_gradient(y: Tensor, vectors: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+    y, vectors = accumulated(dtype, y, vectors)
+    (n, S, b), K = y.shape, index.shape[1]
+    out = torch.empty(S, K, dtype=dtype, device=y.device)
+    cells = (triton.cdiv(S, _PIECES), K)
+    _weights_gradient[cells](y, vectors, index.contiguous(), out, S, h, b, n, K=K, **_TILE)
+    return out
