@@ -8,7 +8,7 @@ PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra
 	tests/exchange/test_peft_formats.py tests/test_transforms.py::test_export \
 	tests/test_transforms.py::test_compile_after_a_call_without_gradients
 
-.PHONY: compare sweep overhead figures test test-lowest lint .venv .venv-lowest
+.PHONY: compare sweep overhead figures docs test test-lowest lint .venv .venv-lowest
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -21,6 +21,10 @@ overhead: .venv
 
 figures: .venv
 	@$(PY) -m paper_figures $(ARGS)
+
+docs: .venv
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 test: .venv
 	$(PY) -m pytest $(or $(ARGS),-n auto --dist loadfile --cov)

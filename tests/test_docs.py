@@ -5,10 +5,12 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from experiments.names import method
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import LoRALayout, ProjectionError, build, get, names
 from uniproj.claims import CHECKS
@@ -17,6 +19,7 @@ from uniproj.testing import check_projection, sample
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROJECTIONS = (ROOT / "docs" / "projections.md").read_text()
+METHODS = (ROOT / "docs" / "methods.md").read_text()
 EXAMPLES = {"cyclic": "linear", "frozen_a": "affine", "module_gain": "learned"}
 SHAPES = {"h.0.q": (8, 6), "h.0.v": (4, 6), "h.1.q": (8, 6)}
 
@@ -48,10 +51,22 @@ def _run(page: str) -> None:
     assert found
 
 
-def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_python_blocks_run(page: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _forgetting_examples(monkeypatch)
-    _run(README)
+    _run((ROOT / page).read_text())
+
+
+def test_the_table_of_the_readme_is_that_of_the_recorded_run() -> None:
+    record = pd.read_csv(ROOT / "results" / "compare-minilm-vader" / "table.csv")
+    columns = [
+        record.projection.map(method),
+        *(record[count].map("{:,}".format) for count in ("trained", "adapter_bytes")),
+        (100 * record.score).map("{:.1f}".format),
+        record.step_ratio.map("{:.2f}".format),
+    ]
+    rows = [f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True)]
+    assert "\n".join(rows) in README
 
 
 def test_python_blocks_of_the_page_on_projections_run(monkeypatch, capsys) -> None:
@@ -61,14 +76,14 @@ def test_python_blocks_of_the_page_on_projections_run(monkeypatch, capsys) -> No
     assert "claim:affine" in capsys.readouterr().out
 
 
-def test_the_readme_shows_the_example_as_it_is() -> None:
-    assert (ROOT / "examples" / "cyclic.py").read_text().strip() in README
+def test_the_page_on_projections_shows_the_example_as_it_is() -> None:
+    assert (ROOT / "examples" / "cyclic.py").read_text().strip() in PROJECTIONS
     assert len((ROOT / "examples" / "cyclic.py").read_text().splitlines()) <= 40
 
 
 @pytest.mark.parametrize("name", names())
 def test_the_table_of_methods_is_complete(name: str) -> None:
-    (row,) = re.findall(rf"^\| `{name}` \|.*$", README, flags=re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", METHODS, flags=re.MULTILINE)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert get(name).d_formula in cells[2] and get(name).source in cells[-1]
 

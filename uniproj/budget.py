@@ -29,6 +29,6 @@ def nearest(
     count: Callable[..., int],
     options: Iterable[Mapping[str, Any]] = ({},),
 ) -> Budget:
-    """The (rank, hyperparameters) whose count(r, **hyperparameters) is nearest to the budget; ties to lower rank."""
+    """The (rank, hyperparameters) whose `count(r, **hyperparameters)` is nearest to the budget; ties to lower rank."""
     found = [Budget(r, count(r, **extra), None, extra) for extra in options for r in ranks]
     return min(found, key=lambda b: (abs(b.trained - budget), b.r))
