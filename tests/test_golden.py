@@ -1,6 +1,10 @@
-"""Golden checksums: P is part of every result, so the same arguments give the same P in every later version."""
+"""Golden checksums: P is part of every result, so the same arguments give the same P in every later version.
+
+`python -m tests.test_golden NAME` makes those of a new projection anew, which is not part of any result yet.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +34,8 @@ def test_golden_checksums() -> None:
     new = {k: v for k, v in found.items() if k not in expected}
     if new:
         pytest.fail(f"add to {GOLDEN.name}: {json.dumps(new, indent=2)}")
+
+
+if __name__ == "__main__":
+    kept = {key: value for key, value in json.loads(GOLDEN.read_text()).items() if key.split()[0] not in sys.argv[1:]}
+    GOLDEN.write_text(json.dumps({**kept, **{k: v for k, v in checksums().items() if k not in kept}}, indent=2) + "\n")

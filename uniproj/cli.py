@@ -1,4 +1,4 @@
-"""`python -m uniproj list | check NAME | inspect PATH | verify PATH | restore PATH | export .. | import ..`."""
+"""The command line: `python -m uniproj list | check | scaffold | inspect | verify | restore | export | import`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from uniproj.errors import AdapterError, ProjectionError, printable
 from uniproj.exchange import registry
 from uniproj.layout import LoRALayout
 from uniproj.registry import get, names
+from uniproj.scaffold import scaffold
 from uniproj.testing import BatteryFailure, Check, check_projection, sample
 
 _LAYOUT = LoRALayout.from_shapes({f"layer.{i}.{m}": (24, 16) for i in range(3) for m in ("query", "value")}, r=2)
@@ -81,6 +82,12 @@ def _print(name: str, variant: Any, shape: tuple[int | None, int | None], checks
     for c in checks:
         limit = "" if c.limit != c.limit else f"limit {c.limit:.1e}"
         print(f"  {'ok  ' if c.passed else 'FAIL'} {c.name:32s} {c.value:<12.3e} {limit:16s} {c.note}")
+
+
+def _scaffold(name: str, as_json: bool) -> int:
+    path = str(scaffold(name))
+    print(json.dumps({"written": path}) if as_json else f"{path}: change it, then run `python -m uniproj check {name}`")
+    return 0
 
 
 def _inspect(path: Path, as_json: bool) -> int:
@@ -184,6 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument("name")
     checking.add_argument("--seed", type=int, default=0)
     checking.set_defaults(run=lambda args: _check(args.name, args.seed, args.json))
+    starting = commands.add_parser("scaffold", help="start the file of a projection of your own, with one that works")
+    starting.add_argument("name")
+    starting.set_defaults(run=lambda args: _scaffold(args.name, args.json))
     inspecting = commands.add_parser("inspect", help="everything known of a saved adapter, without a model")
     inspecting.add_argument("path", type=Path)
     inspecting.set_defaults(run=lambda args: _inspect(args.path, args.json))
@@ -196,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     restoring = commands.add_parser("restore", help="write adapter_config.json anew, from the header of the weights")
     restoring.add_argument("path", type=Path)
     restoring.set_defaults(run=lambda args: _restore(args.path, args.json))
-    for command in (listing, checking, inspecting, verifying, restoring, *_add_exchange(commands)):
+    for command in (listing, checking, starting, inspecting, verifying, restoring, *_add_exchange(commands)):
         command.add_argument("--json", action="store_true", help="print JSON")
         plugins.add_option(command)
     args = parser.parse_args(argv)

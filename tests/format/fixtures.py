@@ -1,5 +1,7 @@
 """Adapters that each format's version wrote, kept for ever; `python -m tests.format.fixtures` adds missing ones.
 
+Those of the projections that it is called with, which are new and not part of any result yet, are made anew.
+
 v<format>/<name>/ holds an adapter as PEFT saved it and `expected.safetensors`: its trained numbers and theta_D then.
 Nothing that is there is ever written again; manifest.json holds the digest of every file.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,8 +79,11 @@ def write(name: str, folder: Path) -> None:
 
 
 def main() -> int:
-    """Add what is missing, and nothing else."""
+    """Add what is missing, and nothing else but the projections that are named."""
     ROOT.mkdir(parents=True, exist_ok=True)
+    renewed = [f"v{FORMAT_VERSION}/{name}/" for name in sys.argv[1:]]
+    for place in renewed:
+        shutil.rmtree(ROOT / place, ignore_errors=True)
     if not BASE.exists():
         BASE.write_text(json.dumps(SIZES, indent=2) + "\n")
     for name in wanted():
@@ -85,6 +91,7 @@ def main() -> int:
         if not folder.exists():
             write(name, folder)
     known = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    known = {path: digest for path, digest in known.items() if not path.startswith(tuple(renewed))}
     MANIFEST.write_text(json.dumps({**digests(), **known}, indent=1, sort_keys=True) + "\n")
     return 0
 

@@ -3,7 +3,7 @@
 Plain dictionaries in the place of configurations: nothing here knows the tuner, or imports PEFT.
 """
 
-from uniproj.format.compatibility import check_fit, first_difference
+from uniproj.format.compatibility import Difference, check_fit, first_difference
 from uniproj.format.fields import FIELDS, Role
 from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, of_weights, read, write
 from uniproj.format.header import FORMAT_VERSION, Header
@@ -17,6 +17,7 @@ __all__ = [
     "HEADS",
     "THETA_D",
     "WEIGHTS",
+    "Difference",
     "Header",
     "Role",
     "SavedAdapter",
