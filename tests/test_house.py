@@ -17,27 +17,39 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("uniproj", "analysis", "experiments", "paper_figures")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
-# what a part of the library may import of the library; the tuner and the command line may import everything
-ALLOWED = {
-    "errors": set(),
-    "atomic": set(),
-    "layout": {"errors"},
-    "limits": {"errors"},
-    "plugins": {"errors"},
-    "console": {"errors"},
-    "kernels": {"kernels"},
-    "budget": set(),
-    "projection": {"budget", "errors", "kernels", "layout"},
-    "registry": {"claims", "errors", "layout", "projection", "projections"},
-    "claims": {"errors", "kernels", "projection"},
-    "algebra": {"errors", "layout", "projection"},
-    "projections": {"algebra", "budget", "errors", "kernels", "layout", "projection", "projections", "registry"},
-    "format": {"atomic", "errors", "format", "layout", "limits", "projection", "registry"},
-    "testing": {"claims", "errors", "kernels", "layout", "projection", "registry"},
-}
-# of the experiments: what all share, then the packages, each of which imports those before it; last the commands
-SHARED = {"checks", "errors", "files", "names", "orphans", "packaged", "processes", "timing"}
-PACKAGES = ("tasks", "models", "runs", "records", "sweeps", "evaluate")
+# a part imports from lower floors alone, and from itself without a cycle; docs/design.md says what each holds
+FLOORS: list[set[str]] = [
+    {"uniproj.errors", "uniproj.atomic", "uniproj.budget", "uniproj.kernels"},
+    {"uniproj.console", "uniproj.layout", "uniproj.limits", "uniproj.plugins"},
+    {"uniproj.projection"},
+    {"uniproj.algebra", "uniproj.claims"},
+    {"uniproj.registry"},
+    {"uniproj.projections", "uniproj.testing", "uniproj.scaffold", "uniproj"},
+    {"uniproj.format"},
+    {"uniproj.tuner"},
+    {"uniproj.exchange", "uniproj.bank"},
+    {"uniproj.cli"},
+    {"uniproj.__main__"},
+    {"experiments.errors", "experiments.names", "experiments.orphans", "experiments.processes", "experiments.timing"},
+    {"experiments.checks", "experiments.files", "experiments.packaged", "experiments"},
+    {"experiments.tasks"},
+    {"experiments.models"},
+    {"experiments.runs"},
+    {"experiments.records"},
+    {"experiments.sweeps", "experiments.evaluate"},
+    {f"experiments.{command}" for command in ("compare", "export", "harness", "mt_bench", "sweep", "train")},
+    {"analysis"},
+    {"paper_figures"},
+    {"commands of analysis"},  # they measure, and then draw
+]
+FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+
+
+def _part(module: str) -> str:
+    names = module.split(".")
+    if names[0] == "analysis":
+        return "commands of analysis" if names[-1] == "__main__" or names[1:] == ["report"] else "analysis"
+    return names[0] if names[0] == "paper_figures" else ".".join(names[:2])
 
 
 def _imports(path: Path) -> set[str]:
@@ -82,46 +94,31 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-# whose cycle is still to be ended
-CYCLIC = {"analysis.isometry.isolated", "analysis.isometry.verdict"}
-
-
 def test_no_import_cycle() -> None:
     graph = _graph()
-    assert {name for name in graph if name in _reached(graph, name)} <= CYCLIC
+    assert [name for name in graph if name in _reached(graph, name)] == []
 
 
-def _of_experiments(modules: set[str]) -> set[str]:
-    return {m.split(".")[1] for m in modules if m.startswith("experiments.")}
+def test_imports_point_down() -> None:
+    """Every part of the checkout has a floor, and imports nothing from its own floor or above but its own files."""
+    graph = _graph()
+    assert {_part(name) for name in graph} == FLOOR.keys()
+    up = [
+        (name, other)
+        for name, found in graph.items()
+        for other in found
+        if _part(name) != _part(other) and FLOOR[_part(name)] <= FLOOR[_part(other)]
+    ]
+    assert up == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path) -> None:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    own = {m for m in _imports(path) if m.split(".")[0] in FOLDERS}
-    roots = {m.split(".")[0] for m in own}
-    # a command of analysis measures and then draws: it stands above both
-    is_command = parts[0] == "analysis" and (parts[-1] == "__main__" or parts[1:] == ("report",))
-    assert parts[0] == "paper_figures" or is_command or "paper_figures" not in roots
-    if parts[0] == "paper_figures":
-        # drawn from records and analysis tables: the library is asked for the names of its projections alone
-        assert _of_experiments(own) <= {"errors", "files", "names", "records", "runs"}
-        assert not [m for m in own if m.startswith("uniproj.")]
-    if parts[0] == "experiments":
-        assert "analysis" not in roots
-        if parts[1] in SHARED:
-            assert _of_experiments(own) <= SHARED
-            assert {m for m in own if m.split(".")[0] == "uniproj"} <= {"uniproj.errors", "uniproj.atomic"}
-        if parts[1] in PACKAGES:
-            assert _of_experiments(own) <= SHARED | set(PACKAGES[: PACKAGES.index(parts[1]) + 1])
-    if parts[0] == "analysis":
-        assert not [m for m in _imports(path) if m.split(".")[0] == "matplotlib"]
-        assert _of_experiments(own) <= SHARED | {"tasks", "models", "runs", "records"}
-    if parts[0] == "uniproj":
-        assert roots <= {"uniproj"}
-        if parts[1] in ALLOWED:
-            used = {m.split(".")[1] for m in own if "." in m}
-            assert used <= ALLOWED[parts[1]], f"{parts[1]} may not import {used - ALLOWED[parts[1]]}"
+def test_who_draws_and_who_computes(path: Path) -> None:
+    part = _part(_names(path))
+    roots = {m.split(".")[0] for m in _imports(path)}
+    assert part != "analysis" or "matplotlib" not in roots
+    # drawn from records and analysis tables: the library is asked for the names of its projections alone
+    assert part != "paper_figures" or {m for m in _imports(path) if m.startswith("uniproj.")} <= {"uniproj.console"}
 
 
 def test_every_file_of_projections_registers_or_is_a_base() -> None:

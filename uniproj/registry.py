@@ -53,8 +53,7 @@ def register(name: str) -> Callable[[P], P]:
 
 @cache
 def _load() -> None:
-    import uniproj.projections as folder
-
+    folder = importlib.import_module("uniproj.projections")
     for module in (m for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")):
         importlib.import_module(f"{folder.__name__}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):

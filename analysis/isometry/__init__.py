@@ -2,6 +2,6 @@
 
 from analysis.isometry.distortion import distortion, measured
 from analysis.isometry.measure import Deviation, deviation, exact, expectation, probed
-from analysis.isometry.verdict import verdicts
+from analysis.isometry.verdicts import verdicts
 
 __all__ = ["Deviation", "deviation", "distortion", "exact", "expectation", "measured", "probed", "verdicts"]

@@ -8,7 +8,7 @@ from functools import partial
 
 from analysis import command, subject
 from analysis.isometry.distortion import measured
-from analysis.isometry.verdict import verdicts
+from analysis.isometry.verdicts import verdicts
 from analysis.spaces import defaults, variants
 from paper_figures import style
 from paper_figures.figures.isometry import draw

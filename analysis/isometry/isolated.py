@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from analysis.isometry.verdict import UNDECIDED, row
 from analysis.spaces import Entry, build, layout
 from experiments import models
 from experiments.orphans import end_with
@@ -30,10 +31,10 @@ LIMIT = 240
 def run(
     name: str, variant: Mapping[str, Any], space: str, rank: int, d: int, seed: int, own: Sequence[str]
 ) -> dict[str, Any]:
-    """The row of `verdict.row` with `seconds`, `cpu_seconds` and `peak_bytes`, or with a note why there is none."""
+    """The row of a verdict with `seconds`, `cpu_seconds` and `peak_bytes`, or with a note why there is none."""
     trusts = models.trusts_remote_code()
     asked = json.dumps([name, dict(variant), space, rank, d, seed, [str(path) for path in own], trusts, os.getpid()])
-    refused = Entry(name, variant, None).row() | {"verdict": "not measured"}
+    refused = Entry(name, variant, None).row() | {"verdict": UNDECIDED}
     done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGXCPU:
         return {**refused, "note": f"not done after {LIMIT} s of processor time: a product with this P takes too long"}
@@ -45,8 +46,6 @@ def run(
 
 def main(argv: list[str]) -> None:
     """Measure in this process, on every core."""
-    from analysis.isometry import verdict
-
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
     # an allocation that is refused has a message; a process that the system kills for memory may take others along
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -57,14 +56,14 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     plugins.load(own)
     models.trust_remote_code(trusts)
-    row = verdict.row(build(name, variant, layout(space, rank), d, seed))
-    row |= {
+    measured = row(build(name, variant, layout(space, rank), d, seed))
+    measured |= {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     # JSON has no NaN
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
     print(json.dumps(finite))
 
 
