@@ -2,13 +2,14 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-LOWEST := .venv-lowest/bin/python -m pytest -o addopts= -q -m "not slow"
+ON_ALL_CORES := -n auto --dist loadfile
+LOWEST := .venv-lowest/bin/python -m pytest -o addopts= -q -m "not slow and not system" $(ON_ALL_CORES)
 PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra_passes_the_battery \
 	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/format/test_fixtures.py \
 	tests/exchange/test_peft_formats.py tests/test_transforms.py::test_export \
 	tests/test_transforms.py::test_compile_after_a_call_without_gradients
 
-.PHONY: compare sweep overhead figures docs test test-lowest lint .venv .venv-lowest
+.PHONY: compare sweep overhead figures docs test test-system test-all test-lowest lint .venv .venv-lowest
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -27,8 +28,14 @@ docs: .venv
 	@echo "build/docs/index.html"
 
 test: .venv
-	$(PY) -m pytest $(or $(ARGS),-n auto --dist loadfile --cov)
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels)
+	$(PY) -m pytest $(or $(ARGS),$(ON_ALL_CORES) --cov)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ON_ALL_CORES))
+
+test-system: .venv
+	$(PY) -m pytest $(ON_ALL_CORES) -m "system and not slow" $(ARGS)
+
+test-all: test
+	$(PY) -m pytest -m "system or slow" $(ARGS)
 
 # The lowest supported versions, without Numba, on a part of every kind of test. Their PyTorch exists with CUDA only: 5 GB.
 test-lowest: .venv-lowest
@@ -57,5 +64,5 @@ lint: .venv
 .venv-lowest/.complete: constraints-lowest.txt pyproject.toml
 	@echo "Setting up .venv-lowest (once; a minute or two)"
 	@$(PYTHON) -m venv .venv-lowest
-	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis
+	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest pytest-xdist hypothesis
 	@touch $@

@@ -38,8 +38,14 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter before 3.7 makes scalars of arrays with one entry, which NumPy refuses from 2.5 on."""
+    """Notebooks are tests of the system. Triton's interpreter before 3.7 makes scalars of arrays with one entry, which
+    NumPy refuses from 2.5 on.
+    """
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.system)
     if os.environ.get("TRITON_INTERPRET") != "1" or Version(np.__version__) < Version("2.5"):
         return
     if (triton := Version(importlib.metadata.version("triton"))) < Version("3.7"):

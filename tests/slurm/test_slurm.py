@@ -22,6 +22,7 @@ from experiments.sweeps import slurm, workers
 from experiments.sweeps.slurm import SlurmOptions, train_all
 from tests.experiments.processes import training_processes
 
+pytestmark = pytest.mark.system
 PARAMETERS = {"time": 30, "cpus_per_task": 1, "mem": "400M"}
 
 

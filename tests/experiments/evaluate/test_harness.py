@@ -42,6 +42,7 @@ def _finished(task: str, model: str, data: str, runs: Path, **settings: object) 
     return folder
 
 
+@pytest.mark.system
 def test_ifeval_scores_what_the_run_scored(runs: Path, tmp_path: Path, llama: str, shared_data: str) -> None:
     """The same greedy texts of up to 1,280 tokens, the harness's limit, judged by two ways."""
     folder = _finished("alpaca", llama, _folder(shared_data, tmp_path), runs, max_new_tokens=1280)
@@ -52,6 +53,7 @@ def test_ifeval_scores_what_the_run_scored(runs: Path, tmp_path: Path, llama: st
     assert found["scores"]["prompt_level_strict_acc,none"] == pytest.approx(own)
 
 
+@pytest.mark.system
 def test_gsm8k_is_asked_once(runs: Path, tmp_path: Path, llama: str, shared_data: str, capsys, monkeypatch) -> None:
     folder = _finished("gsm8k", llama, _folder(shared_data, tmp_path), runs, test_size=2, max_new_tokens=4)
     assert harness.main([str(folder), "--limit", "2"]) == 0
@@ -76,6 +78,7 @@ def test_a_task_of_ones_own_needs_tasks_by_name(tmp_path: Path, monkeypatch, cap
     assert harness.main([str(tmp_path)]) == 2 and "gone.py must be a Python file" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_what_cannot_be_scored_is_said(
     runs: Path, tmp_path: Path, llama: str, shared_data: str, config, capsys
 ) -> None:

@@ -87,6 +87,7 @@ def _assert_equal_runs(together: Path, alone: Path) -> None:
     assert one["rows"] == other["rows"] and one["trained"] == other["trained"]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path, settings: dict) -> None:
     config = resolve(settings)

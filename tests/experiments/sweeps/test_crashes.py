@@ -84,6 +84,7 @@ train.main([folder])
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("moment", "again"),
     [("step", 6), (STATE, 6), ("optimizer.pt", 6), ("adapter_model.safetensors", 6), ("result.json", 0)],
