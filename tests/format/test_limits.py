@@ -52,6 +52,7 @@ def test_a_P_that_its_file_does_not_hold_or_that_is_too_large_is_refused_before_
         "gaussian_orthonormal": forge(tmp_path / "c", "gaussian_orthonormal", one_module(2**17), 2048),
         "gaussian": forge(tmp_path / "d", "gaussian", one_module(2**27), 2**12),
         "nola": forge(tmp_path / "e", "nola", one_module(2**27), 2**12),
+        "tinylora": forge(tmp_path / "g", "tinylora", one_module(2**26, 2**12), 64, u=64),
         "lora": forge(tmp_path / "f", "fastfood", LoRALayout.from_shapes({"layers.0.q": (10**9, 10**9)}, 10**9), 4),
     }
     wanted = [
@@ -60,6 +61,7 @@ def test_a_P_that_its_file_does_not_hold_or_that_is_too_large_is_refused_before_
         r"random numbers that gaussian_orthonormal takes must be at most 17,179,869,184, got 68,719,476,736",
         "random numbers that gaussian takes must be at most",
         "random numbers that nola takes must be at most",
+        "random numbers that tinylora takes must be at most",
         "D must be at most 134,217,728, got 2,000,000,000,000,000,000",
     ]
     asked = [(action, folder) for folder in forged.values() for action in ("verify", "export")]
