@@ -19,7 +19,7 @@ from uniproj.errors import ProjectionError
 
 def add_option(parser: argparse.ArgumentParser, at_once: int | str = 1) -> None:
     """The option `--plugins`, which may be repeated; at_once: "+" for commands that end in no other words."""
-    help = "modules or Python files that register projections of your own"
+    help = "modules or Python files that register projections or formats of your own"
     parser.add_argument("--plugins", nargs=at_once, action="extend", default=[], metavar="FILE", help=help)
 
 

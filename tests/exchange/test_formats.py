@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests.format.saved import save
 from uniproj import AdapterError
@@ -127,3 +130,21 @@ def test_the_page_on_formats_shows_a_command_for_each() -> None:
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     commands = page.partition("In Python:")[0].lower()
     assert set(registry.names()) <= set(re.findall(r"\w+", commands))
+
+
+def test_the_format_of_the_page_writes_the_updates_of_the_adapter(tmp_path: Path, forgotten) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[-1], {})
+    save(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "npz", to="npz")
+    export(tmp_path / "ours", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / file.CONFIG).read_text())
+    expected = load_file(tmp_path / "lora" / file.WEIGHTS)
+    with np.load(tmp_path / "npz" / "adapter.npz") as found:
+        modules = {name.rpartition(".")[0] for name in found}
+        assert len([name for name in expected if ".lora_" in name]) == 2 * len(modules) == len(found)
+        for module in modules:
+            A, B = (expected[f"base_model.model.{module}.lora_{factor}.weight"].numpy() for factor in "AB")
+            r, alpha = len(A), config["lora_alpha"]
+            s = alpha / r**0.5 if config["use_rslora"] else alpha / r
+            np.testing.assert_allclose(found[f"{module}.B"] @ found[f"{module}.A"], s * B @ A, rtol=1e-5, atol=1e-8)
