@@ -1,5 +1,6 @@
 """Which implementation runs, and what is said where Triton or Numba is missing."""
 
+import gc
 import importlib.metadata
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_tiles_are_made_once_and_go_with_P(assignment: str, monkeypatch) -> None
         partition_numba, "tile", lambda index, d, tile=partition_numba.tile: made.append(d) or tile(index, d)
     )
     P = uniproj.build("unilora", D=1000, d=30, assignment=assignment)
+    gc.collect()  # or those of earlier tests would go at any moment
     kept = len(partition_numba._tiles)
     P.checksum(), P.to_dense()
     assert not made
