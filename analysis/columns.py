@@ -55,11 +55,6 @@ class Loads:
     energy: scipy.sparse.csr_array
     row_energy: np.ndarray
 
-    @property
-    def column_energy(self) -> np.ndarray:
-        """||column j||^2, (d,)."""
-        return np.asarray(self.energy.sum(axis=0)).ravel()
-
 
 def loads(P: Projection) -> Loads:
     """Count P's entries from its sparse form, or column by column."""
