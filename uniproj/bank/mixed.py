@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uniproj.bank.attached import active_adapter, layers_of, refuse_merged, tuner_of
 from uniproj.errors import AdapterError
-from uniproj.tuner.factors import Mixture
+from uniproj.tuner.theta import Mixture
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -23,7 +23,7 @@ from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
-from uniproj.tuner.factors import Factor, FactorSource, OfThread
+from uniproj.tuner.theta import Factor, FactorSource, OfThread
 from uniproj.tuner.keys import beside_P, biases
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
