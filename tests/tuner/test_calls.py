@@ -217,6 +217,38 @@ def test_an_interrupted_call_ends_with_the_next(call) -> None:
     assert torch.equal(call(model), _fresh(model, call))
 
 
+@torch.no_grad()
+def test_an_interrupted_call_leaves_nothing_to_a_new_adapter_of_its_name() -> None:
+    model = _llama()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.base_model.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    hook.remove()
+    model.delete_adapter("default")
+    model.add_adapter("default", config("llama", "fastfood", 60))
+    model.set_adapter("default")
+    call = PARTS["backbone"][1]
+    assert torch.equal(call(model), _fresh(model, call))
+
+
+def test_torch_func_projects_once_per_call_also_after_a_step() -> None:
+    model = _llama()
+    name = "base_model.uniproj_theta_d.default"
+    optimiser = torch.optim.SGD([model.get_parameter(name)], lr=0.1)
+    model(**batch("llama")).loss.backward()
+    optimiser.step()
+    projected = []
+    model.base_model.projections["default"].register_forward_hook(lambda *_: projected.append(1))
+    inputs = {**batch("llama"), "use_cache": False}
+    theta_d = model.get_parameter(name).detach()
+    torch.func.grad(lambda theta: functional_call(model, {name: theta}, (), inputs).loss)(theta_d)
+    assert len(projected) == 1
+
+
 class _Tuned(nn.Module):
     """A model that takes an optimiser's step within its forward."""
 

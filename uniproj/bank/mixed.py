@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uniproj.bank.attached import active_adapter, layers_of, refuse_merged, tuner_of
 from uniproj.errors import AdapterError
-from uniproj.tuner.theta import Mixture
+from uniproj.tuner.theta import PerRow
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -48,7 +48,7 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
             f"{tuple(thetas.shape)}. Stack one theta_d of this model's projection per user."
         )
     index = _indices(rows, len(thetas))
-    with source.mixing(Mixture(thetas.to(device), index.to(device, torch.int64))):
+    with source.using(PerRow(thetas.to(device), index.to(device, torch.int64))):
         yield
 
 

@@ -23,21 +23,14 @@ from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
-from uniproj.tuner.theta import Factor, FactorSource, OfThread
 from uniproj.tuner.keys import beside_P, biases
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
 from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, own_config
 from uniproj.tuner.targets import adapted_layers, check_name, named_in_full, refuse_copy
+from uniproj.tuner.theta import Call, Factor, FactorSource
 from uniproj.tuner.undo import unchanged_on_failure
-
-
-class _Call(OfThread):
-    """The module by which a thread entered the model."""
-
-    def __init__(self) -> None:
-        self.entered: nn.Module | None = None
 
 
 class UniProjModel(LoraModel):
@@ -102,7 +95,7 @@ class UniProjModel(LoraModel):
         self._sources: dict[str, FactorSource] = {}
         self._made_by: dict[str, UniProjConfig] = {}
         self._adapters_enabled = True
-        self._call = _Call()
+        self._call = Call()
         self._hooks: list[RemovableHandle] = []
         self._guard = Guard(self.model)
 
@@ -119,7 +112,8 @@ class UniProjModel(LoraModel):
         self.uniproj_projections[adapter_name] = projection
         self.uniproj_identity[adapter_name] = Identity(config, projection)
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
-        source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
+        source = FactorSource(self.uniproj_theta_d, self.projections, adapter_name, self._call)
+        self._sources[adapter_name] = source
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
@@ -170,28 +164,24 @@ class UniProjModel(LoraModel):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # a module that is entered twice was left by KeyboardInterrupt, at which PyTorch runs no hooks
-        if self._call.entered is None or self._call.entered is module:
+        if self._call.module is None or self._call.module is module:
             self._begin_call(module, args, kwargs)
 
     def _begin_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._call.entered = module
+        self._call.begin(module)
         if self._made_by and not torch.compiler.is_compiling():
             self._settle()
-        for source in self._sources.values():
-            source.enter()
         if self._adapters_enabled:
             for name in self.active_adapters:
                 source = self._sources[name]
-                if (source.mixture is not None or several_processes()) and source.wants_grad():
+                if (source.per_row is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
                 source.refresh()
         self._guard.begin(module, self.active_adapters, args, kwargs)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._call.entered is module:
-            self._call.entered = None
-            for source in self._sources.values():
-                source.leave()
+        if self._call.module is module:
+            self._call.end()
             self._guard.end(module, output)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -225,7 +215,7 @@ class UniProjModel(LoraModel):
             super().unmerge_adapter()
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
-        if any(source.mixture is not None for source in self._sources.values()):
+        if any(source.per_row is not None for source in self._sources.values()):
             raise AdapterError(
                 "merge: all rows of a batch must have one theta_d, got a block of `mixed`, where each has its own. "
                 "Leave the block, and merge the adapter that bank.select sets."
