@@ -32,7 +32,8 @@ from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
 from uniproj.format.fields import FREE
 from uniproj.format.header import Header, pack
-from uniproj.format.tensors import IDENTITY, OF_P, THETA_D, serialise
+from uniproj.format.keys import IDENTITY, OF_P, THETA_D
+from uniproj.format.tensors import serialise
 from uniproj.tuner import UniProjConfig
 
 SECONDS, BYTES = 10, 2**29

@@ -25,7 +25,7 @@ from tests.format.saved import reconfigure
 from tests.tuner.models import base_model, config, train_steps
 from uniproj import AdapterError
 from uniproj.format import file, identity
-from uniproj.format.tensors import IDENTITY, THETA_D
+from uniproj.format.keys import IDENTITY, THETA_D
 
 # what ties theta_d to other updates, with the word by which the error names it
 OTHERS = {

@@ -21,7 +21,7 @@ from uniproj import AdapterError
 from uniproj.exchange import export
 from uniproj.exchange.adapter import Adapter
 from uniproj.format import file
-from uniproj.format.tensors import OF_P, THETA_D
+from uniproj.format.keys import OF_P, THETA_D
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HEAD = {"modules_to_save": ["lm_head"]}

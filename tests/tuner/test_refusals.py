@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.format.saved import reconfigure, rewrite
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
-from uniproj.format.tensors import THETA_D as THETA
+from uniproj.format.keys import THETA_D as THETA
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from uniproj.format.compatibility import first_difference
 from uniproj.format.fields import Role, used
 from uniproj.format.file import read
 from uniproj.format.header import Header
-from uniproj.format.tensors import THETA_D
+from uniproj.format.keys import THETA_D
 from uniproj.tuner import UniProjModel
 
 

@@ -31,7 +31,8 @@ from uniproj.errors import AdapterError
 from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.file import SavedAdapter, config_of, write
 from uniproj.format.header import Header
-from uniproj.format.tensors import THETA_D, check_numbers
+from uniproj.format.keys import THETA_D
+from uniproj.format.tensors import check_numbers
 from uniproj.tuner.config import UniProjConfig
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"

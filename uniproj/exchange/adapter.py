@@ -18,11 +18,11 @@ from uniproj.exchange import bases
 from uniproj.format import file
 from uniproj.format.compatibility import check_fit
 from uniproj.format.header import Header
-from uniproj.format.keys import plain
+from uniproj.format.keys import OF_P, OWN, THETA_D, plain
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.places import layout_on, linear_modules
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
+from uniproj.format.tensors import check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get

@@ -19,15 +19,12 @@ from uniproj.format.disk import exists, opened, read_json, replace
 from uniproj.format.fields import FREE, PROJECTION, Configuration, check_fields
 from uniproj.format.header import PREFIX, Header
 from uniproj.format.heads import entitled
+from uniproj.format.keys import IDENTITY, OWN, THETA_D, in_this_format
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import (
-    IDENTITY,
-    OWN,
-    THETA_D,
     check_digest,
     check_numbers,
     check_shapes,
-    renamed,
     serialise,
     shapes_without_P,
     weights,
@@ -208,13 +205,13 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
         if header is not None:
             # all that tells how large the numbers are, before one of them is read
             header.check_version(where)
-            index = renamed(file.index)
+            index = {in_this_format(name): tensor for name, tensor in file.index.items()}
             check_shapes(index, header.shapes(index, where), header.projection)
             config = config_of(header)
             _check_fields(config, folder)
             _beside_P(index, config, header, where)
         written = file.read()
-    tensors = renamed(written)
+    tensors = {in_this_format(name): tensor for name, tensor in written.items()}
     if header is not None:
         check_digest(written, file.metadata, where)
         _check_identity(tensors.pop(IDENTITY, None), header, where)

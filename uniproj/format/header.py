@@ -19,9 +19,10 @@ from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
 from uniproj.format.fields import Configuration, Role, of
+from uniproj.format.keys import OF_P, THETA_D
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import OF_P, THETA_D, shapes_without_P
+from uniproj.format.tensors import shapes_without_P
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get

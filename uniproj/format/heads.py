@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.format.keys import plain
-from uniproj.format.tensors import FLOATS, HEADS
+from uniproj.format.keys import HEADS, plain
+from uniproj.format.tensors import FLOATS
 
 _TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 _PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")

@@ -22,10 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import file, identity
 from uniproj.format.header import Header
-from uniproj.format.keys import plain
+from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, plain
 from uniproj.format.patterns import fits
 from uniproj.format.remap import renamed
-from uniproj.format.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P

@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from uniproj.errors import AdapterError
 from uniproj.format import patterns
 from uniproj.format.heads import check_tokens
-from uniproj.format.keys import in_file, in_model, plain
-from uniproj.format.tensors import IDENTITY, renamed
+from uniproj.format.keys import IDENTITY, METHOD, TUNER, in_file, in_model, in_this_format, plain
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
@@ -40,7 +39,7 @@ class UniProjModel(LoraModel):
     each call of the model, at whichever of its modules (`FactorSource` has the rule). `projections[adapter]` is P.
     """
 
-    prefix = "uniproj_"
+    prefix = METHOD
     uses_shared_state = True
 
     @property
@@ -270,10 +269,11 @@ class UniProjModel(LoraModel):
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
-        state_dict = check_loaded(model, adapter_name, renamed(state_dict))
+        tensors = {in_this_format(key): tensor for key, tensor in state_dict.items()}
+        tensors = check_loaded(model, adapter_name, tensors)
         tuner._settle()
         now = {plain(key): key for key in model.state_dict()}
-        known = {**state_dict, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}
+        known = {**tensors, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}
         mapped = {in_model(key, adapter_name): value for key, value in known.items()}
         return {now.get(key, key): value for key, value in mapped.items()}
 
@@ -283,13 +283,13 @@ class UniProjModel(LoraModel):
         Raises AdapterError before any is copied. What says nothing of itself, such as a checkpoint from before
         format 3 or a dictionary of the trained Parameters, is taken for this model's own, as PyTorch does.
         """
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            now = in_this_format(f"{TUNER}{key.removeprefix(prefix)}")
+            state_dict[f"{prefix}{now.removeprefix(TUNER)}"] = state_dict.pop(key)
         identity: Identity
         for name, identity in self.uniproj_identity.items():  # type: ignore[assignment]
-            before_3 = f"{prefix}projections.{name}."
-            for key in [key for key in state_dict if key.startswith(before_3)]:
-                state_dict[f"{prefix}uniproj_{key.removeprefix(prefix)}"] = state_dict.pop(key)
-            own = identity.get_extra_state()
-            identity.check(name, state_dict.setdefault(f"{prefix}uniproj_identity.{name}._extra_state", own))
+            key = f"{prefix}{in_model(IDENTITY, name).removeprefix(TUNER)}"
+            identity.check(name, state_dict.setdefault(key, identity.get_extra_state()))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -17,9 +17,9 @@ from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.fields import Role, of
 from uniproj.format.header import FORMAT_VERSION, Header
 from uniproj.format.heads import check_heads
-from uniproj.format.keys import in_model, plain
+from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, in_model, plain
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import FLOATS, HEADS, IDENTITY, OWN, THETA_D, check_numbers, check_shapes, shapes_of
+from uniproj.format.tensors import FLOATS, check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
