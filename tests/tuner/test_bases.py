@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 from uniproj.tuner.quantised import dequantised
 
 KINDS = {
@@ -61,7 +61,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _theta_d(model: PeftModel) -> nn.Parameter:
-    return model.base_model.uniproj_theta_d["default"]
+    return adapter_of(model).theta_d
 
 
 def _scaled(base: nn.Module, by: float, **fields) -> PeftModel:
@@ -133,7 +133,7 @@ def test_merging_measures_the_adapters_that_are_named(folder: str) -> None:
     model = _scaled(_base(folder, "8bit"), 0.1)
     model.add_adapter("large", config("llama", init_seed=3))
     with torch.no_grad():
-        model.base_model.uniproj_theta_d["large"].mul_(100.0)
+        adapter_of(model, "large").theta_d.mul_(100.0)
     with pytest.raises(AdapterError, match="must keep s B A"):
         model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="again moves"):

@@ -20,7 +20,6 @@ from uniproj.bank.attached import (
     layers_of,
     read_adapter,
     refuse_merged,
-    tuner_of,
 )
 from uniproj.bank.backup import copy
 from uniproj.bank.folder import RESTORE, appearing, disk
@@ -33,6 +32,8 @@ from uniproj.format.file import SavedAdapter, config_of, write
 from uniproj.format.header import Header
 from uniproj.format.keys import THETA_D
 from uniproj.format.tensors import check_numbers
+from uniproj.tuner import adapter_of
+from uniproj.tuner.attached import tuner_of
 from uniproj.tuner.config import UniProjConfig
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
@@ -141,7 +142,7 @@ class AdapterBank:
         """
         tuner = tuner_of(model, "bank.select")
         adapter_name = active_adapter(tuner, "bank.select")
-        projection = tuner.projections[adapter_name]
+        projection, theta_d = adapter_of(tuner, adapter_name)
         if projection not in self._fitting:
             check_same(self.header, header_of(tuner, adapter_name), "the model's adapter")
             warn_of_another_base(
@@ -149,9 +150,9 @@ class AdapterBank:
             )
             self._fitting[projection] = WeakSet(layers_of(tuner, adapter_name))
         refuse_merged(self._fitting[projection], "bank.select")
-        theta = self.get(name)
+        numbers = self.get(name)
         with torch.no_grad():
-            tuner.uniproj_theta_d[adapter_name].copy_(theta)
+            theta_d.copy_(numbers)
             tuner._sources[adapter_name].refresh()
 
     def export(self, name: str, folder: str | Path) -> None:

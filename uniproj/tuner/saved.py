@@ -151,7 +151,7 @@ def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projecti
         raise AdapterError(
             f"{own.projection}: tensors must tell their P by {IDENTITY}, as those of get_peft_model_state_dict "
             "and of files since format 3 do, got none. Load a folder by PeftModel.from_pretrained or load_adapter; "
-            "copy numbers of your own into model.base_model.uniproj_theta_d."
+            "copy numbers of your own into uniproj.tuner.adapter_of(model).theta_d."
         )
     return identity.difference(tensors[IDENTITY], own)
 
