@@ -134,7 +134,7 @@ def test_a_state_dict_of_a_whole_model_is_of_one_P(
 def test_what_says_nothing_of_itself_is_only_taken_where_pytorch_takes_it(trained: PeftModel, tmp_path: Path) -> None:
     theta_d = adapter_of(trained).theta_d.detach()
     model = _model(init_seed=3)
-    with pytest.raises(AdapterError, match=rf"must tell their P by {IDENTITY}.*load_adapter.*adapter_of"):
+    with pytest.raises(AdapterError, match=rf"must include {IDENTITY}.*load_adapter.*adapter_of"):
         set_peft_model_state_dict(model, {THETA_D: theta_d})
     with pytest.raises(AdapterError, match=r"the identity must be of shape \(2,\)"):
         set_peft_model_state_dict(model, {THETA_D: theta_d, IDENTITY: torch.ones(2)})
@@ -201,7 +201,7 @@ def test_old_files_pass_the_same_check(version: str, name: str, tmp_path: Path) 
     other = get_peft_model(base(), settings)
     with pytest.raises(AdapterError, match="projection_seed must be 11, got 5"):
         set_peft_model_state_dict(other, load_peft_weights(path))
-    with pytest.raises(AdapterError, match=rf"must tell their P by {IDENTITY}, as .* got none"):
+    with pytest.raises(AdapterError, match=rf"must include {IDENTITY}, as .* got none"):
         set_peft_model_state_dict(model, load_file(path / file.WEIGHTS))
 
 

@@ -33,7 +33,7 @@ def layers_of(tuner: UniProjModel, adapter_name: str) -> list[LoraLayer]:
 
 
 def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
-    """Raises AdapterError where other factors would not reach the output, and would be subtracted by an unmerge."""
+    """Raises AdapterError for merged layers: another theta_d would not change their output, but spoil the unmerge."""
     if any(layer.merged for layer in layers):
         raise AdapterError(f"{where}: the adapter must not be merged, got merged layers. Call unmerge_adapter first.")
 
@@ -47,7 +47,7 @@ def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
 
 
 def read_adapter(source: Any, what: str, kinds: str) -> tuple[Header, Tensor]:
-    """Header and theta_d of a model's active adapter, or of a folder. what, kinds: for the error of another type."""
+    """Header and theta_d of a model's active adapter, or of a folder. what, kinds: for the error about other types."""
     if isinstance(source, nn.Module):
         tuner = tuner_of(source, "bank")
         adapter_name = active_adapter(tuner, "bank")

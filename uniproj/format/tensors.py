@@ -42,7 +42,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# bytes of the number with which a safetensors file begins
+# bytes in the length field with which a safetensors file begins
 LENGTH = 8
 _MOST_AXES = 64  # of a tensor of PyTorch
 _OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
@@ -92,7 +92,7 @@ def header_length(begin: bytes) -> int:
 
 
 class Weights:
-    """A safetensors file of which the header alone has been read: what it says it holds, to be judged first.
+    """A safetensors file of which only the header was read, so that it can be checked before any number is.
 
     metadata: its lines of text; index: every tensor on the meta device, which has a dtype and a shape and no numbers.
     """

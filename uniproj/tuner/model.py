@@ -33,10 +33,10 @@ from uniproj.tuner.undo import unchanged_on_failure
 
 
 class UniProjModel(LoraModel):
-    """Injection, merging and quantised layers are PEFT's; what is trained is `uniproj_theta_d[adapter]`.
+    """Injection, merging and quantised layers are PEFT's; what is trained is one theta_d per adapter (`adapter_of`).
 
     After injection the `weight` of every `lora_A` and `lora_B` is a view of theta_D = P theta_d + c, projected once in
-    each call of the model, at whichever of its modules (`FactorSource` has the rule). `projections[adapter]` is P.
+    each call of the model, at whichever of its modules (`FactorSource` has the rule).
     """
 
     prefix = METHOD
@@ -51,7 +51,7 @@ class UniProjModel(LoraModel):
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
         given = self.peft_config[adapter_name]
         check_name(adapter_name, self.peft_config, given.modules_to_save or ())
-        # hasattr would ask the base model too, which may call a module projections
+        # hasattr would look into the base model too
         first = "_sources" not in self.__dict__
         if first and any(isinstance(module, LoraLayer) for module in model.modules()):
             raise AdapterError(
@@ -140,9 +140,10 @@ class UniProjModel(LoraModel):
     # ---- forward ----------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """What is attached is in use, and each adapter has its own configuration.
+        """Give every new adapter a configuration object of its own, when the model is first used.
 
-        Until here PEFT names heads in the object that the caller gave, who may change it for the next adapter.
+        Until then PEFT writes the names of heads into the object that the caller gave, who may reuse it for the next
+        adapter.
         """
         for name, made_by in self._made_by.items():
             self.peft_config[name] = own_config(self.peft_config[name], made_by)
@@ -162,7 +163,7 @@ class UniProjModel(LoraModel):
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # a module that is entered twice was left by KeyboardInterrupt, at which PyTorch runs no hooks
+        # entered twice: a KeyboardInterrupt ended its last call, at which PyTorch runs no hooks
         if self._call.module is None or self._call.module is module:
             self._begin_call(module, args, kwargs)
 
@@ -190,7 +191,7 @@ class UniProjModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with its theta_d and its P."""
         super().delete_adapter(adapter_name)
-        for layer in self.model.modules():  # PEFT passes over modules of the base whose name has the prefix in it
+        for layer in self.model.modules():  # PEFT skips modules of the base whose name contains the prefix
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
                 layer.delete_adapter(adapter_name)
         self._sources.pop(adapter_name, None)
@@ -280,8 +281,8 @@ class UniProjModel(LoraModel):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As PyTorch's, after the check that the numbers belong to the P and scale of this model.
 
-        Raises AdapterError before any is copied. What says nothing of itself, such as a checkpoint from before
-        format 3 or a dictionary of the trained Parameters, is taken for this model's own, as PyTorch does.
+        Raises AdapterError before any is copied. Numbers without an identity, as in a checkpoint from before format 3
+        or a dictionary of the trained Parameters, are taken for this model's own, as PyTorch does.
         """
         for key in [key for key in state_dict if key.startswith(prefix)]:
             now = in_this_format(f"{TUNER}{key.removeprefix(prefix)}")

@@ -74,7 +74,7 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -
 
     tensors: of the adapter; what is beside P by PEFT's keys in the model. Raises AdapterError for tensors that are
     missing, misshapen, not finite or a zero saddle, have no place, are of another P, or would change anything beside
-    the adapter; a tensor of the base that is as the base has it is passed over.
+    the adapter; a tensor of the base that equals the base's own is ignored.
     """
     tuner = model.base_model
     projection: Projection = tuner.projections[adapter_name]
@@ -149,24 +149,24 @@ def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projecti
         return Header.of(config.to_dict(), projection).difference(own)
     if IDENTITY not in tensors:
         raise AdapterError(
-            f"{own.projection}: tensors must tell their P by {IDENTITY}, as those of get_peft_model_state_dict "
-            "and of files since format 3 do, got none. Load a folder by PeftModel.from_pretrained or load_adapter; "
-            "copy numbers of your own into uniproj.tuner.adapter_of(model).theta_d."
+            f"{own.projection}: the tensors must include {IDENTITY}, which says what P they belong to, as those of "
+            "get_peft_model_state_dict and of files since format 3 do, got none. Load a folder by "
+            "PeftModel.from_pretrained or load_adapter; copy numbers of your own into adapter_of(model).theta_d."
         )
     return identity.difference(tensors[IDENTITY], own)
 
 
 class Identity(nn.Module):
-    """Puts into every state dict of a model, beside the numbers of an adapter, what they belong to."""
+    """Adds the tensor of `uniproj.format.identity` to every state dict of a model, beside an adapter's numbers."""
 
     def __init__(self, config: UniProjConfig, projection: Projection):
         super().__init__()
-        # as one object, so that P is not registered twice
+        # in a tuple, so that P is not registered a second time
         self._of = copy.deepcopy(config), projection
 
     @cached_property
     def header(self) -> Header:
-        """Of the adapter as it was attached; made when it is needed, since a P that awaits its file has no numbers."""
+        """Of the adapter as it was attached; made at its first use, as a P on the meta device has no numbers yet."""
         config, projection = self._of
         return Header.of(config.to_dict(), projection)
 
@@ -187,7 +187,7 @@ class Identity(nn.Module):
 
 
 def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a plain state dict belongs to an adapter, with a theta_d that tells those who write it to what.
+    """The tensors of a plain state dict that belong to an adapter; `files.note` ties its header to theta_d.
 
     Raises AdapterError where a trained number is not among the tensors, or belongs to another P.
     """
@@ -218,7 +218,7 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
 
 
 def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
-    """A configuration for one adapter alone: the caller's, with what made its P and scale as it was then."""
+    """A copy of the caller's configuration, with the fields that decided P and scale as they were on attaching."""
     own = copy.deepcopy(given)
     for key in (*of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
         setattr(own, key, getattr(made_by, key))
