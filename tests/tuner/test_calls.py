@@ -352,6 +352,20 @@ def test_evaluating_in_one_thread_leaves_training_in_another_alone(projection: s
     _in_threads(train, evaluate)
 
 
+def test_a_backward_in_another_thread_uses_the_theta_D_of_its_forward() -> None:
+    """As on a GPU, whose backward runs in a thread of its own."""
+    model = _llama().train()
+    model(**batch("llama")).loss.backward()
+    P, theta_d = adapter_of(model)
+    expected, theta_d.grad = theta_d.grad, None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    projected = []
+    P.register_forward_hook(lambda *_: projected.append(1))
+    _in_threads(model(**batch("llama")).loss.backward)
+    torch.testing.assert_close(theta_d.grad, expected)
+    assert len(projected) == 1
+
+
 @torch.no_grad()
 def test_threads_mix_batches_of_their_own() -> None:
     model = _llama().eval()

@@ -130,11 +130,8 @@ def _set_peft_model_state_dict(
 
 def heads_by_new_names(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
     """The tensors of a file, heads under the present names of modules that were renamed since."""
-    return {_new_key(key, table): tensor for key, tensor in tensors.items()}
-
-
-def _new_key(key: str, table: Any) -> str:
-    return HEADS + renamed(key.removeprefix(HEADS), table) if key.startswith(HEADS) else key
+    heads = {key: HEADS + renamed(key.removeprefix(HEADS), table) for key in tensors if key.startswith(HEADS)}
+    return {heads.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 @contextmanager

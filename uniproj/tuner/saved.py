@@ -50,7 +50,7 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
                 "theta_d belongs to that P: leave it, or train anew."
             )
     now = {"layout_fingerprint": projection.layout.fingerprint}
-    if not on_meta(projection):
+    if not any(p.is_meta for p in projection.parameters()):  # with low_cpu_mem_usage P has no numbers yet
         now["projection_checksum"] = projection.checksum()
     for key, value in now.items():
         saved = getattr(config, key)
@@ -223,8 +223,3 @@ def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
     for key in (*of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
         setattr(own, key, getattr(made_by, key))
     return own
-
-
-def on_meta(projection: Projection) -> bool:
-    """Whether P has no numbers yet (`low_cpu_mem_usage`)."""
-    return any(p.is_meta for p in projection.parameters())
