@@ -80,7 +80,7 @@ class Header:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes the updates s B A out of theta_d: two adapters with equal identities share P and scale."""
+        """What makes the updates s B A out of theta_d, so that two adapters of equal identity share P and scale."""
         scales = list(self.scales.values())
         return {
             "projection": self.projection,
