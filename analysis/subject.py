@@ -25,7 +25,7 @@ from experiments.errors import ExperimentError
 from experiments.tasks.rows import text_columns
 from experiments.tasks.sources import HUB
 from uniproj import Block, LoRALayout
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 ADAPTER = "default"
 HEAD = "modules_to_save"
@@ -120,8 +120,8 @@ class Subject:
         shared = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
         options = {key: getattr(config, key) for key in shared}
         model = get_peft_model(self._base(), LoraConfig(**options, task_type=TASK))
-        P = loaded.base_model.projections[ADAPTER]
-        theta_D = P(loaded.base_model.uniproj_theta_d[ADAPTER]).detach()
+        P, theta_d = adapter_of(loaded, ADAPTER)
+        theta_D = P(theta_d).detach()
         factors = dict(zip(map(factor_name, P.layout.blocks), P.layout.split(theta_D), strict=True))
         head = {name: p.detach() for name, p in loaded.named_parameters() if HEAD in name}
         model.load_state_dict({**factors, **head}, strict=False)

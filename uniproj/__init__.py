@@ -2,7 +2,8 @@
 
 The whole interface is what this package exports, and
 
-    uniproj.tuner       UniProjConfig: the PEFT method; from_peft, to_peft: PEFT's own methods
+    uniproj.tuner       UniProjConfig: the PEFT method; adapter_of: P and theta_d of a model
+    uniproj.exchange    export, import_adapter: foreign formats; from_peft, to_peft: PEFT's own methods
     uniproj.algebra     projections made of projections
     uniproj.claims      what a projection may claim, each decided from its matrix
     uniproj.testing     check_projection: the tests of a projection of one's own; sample: one to test

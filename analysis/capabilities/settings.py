@@ -21,12 +21,13 @@ from analysis.capabilities.subjects import (
     theta_d,
     trained,
 )
+from uniproj.tuner import adapter_of
 
 SETTINGS = "PEFT: settings"
 
 
 def _kinds(model: Any) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name in model.base_model.projections["default"].layout.modules}
+    return {name.rsplit(".", 1)[-1] for name in adapter_of(model).P.layout.modules}
 
 
 def _round_trip(folder: Path, **fields: Any) -> Any:
@@ -44,9 +45,7 @@ def _round_trip(folder: Path, **fields: Any) -> Any:
 @probe(SETTINGS, "`target_modules`: a regular expression")
 def _(folder: Path) -> None:
     model = adapted(target_modules=r".*\.1\..*q_proj")
-    check(
-        model.base_model.projections["default"].layout.modules == ("model.layers.1.self_attn.q_proj",), "wrong modules"
-    )
+    check(adapter_of(model).P.layout.modules == ("model.layers.1.self_attn.q_proj",), "wrong modules")
 
 
 @probe(SETTINGS, '`target_modules="all-linear"`, `exclude_modules`')
@@ -64,7 +63,7 @@ def _(folder: Path) -> None:
 @probe(SETTINGS, "`layers_to_transform`, `layers_pattern`")
 def _(folder: Path) -> None:
     model = adapted(layers_to_transform=[1], layers_pattern="layers")
-    check(len(model.base_model.projections["default"].layout.modules) == 3, "not one layer of two")
+    check(len(adapter_of(model).P.layout.modules) == 3, "not one layer of two")
 
 
 @probe(SETTINGS, "`modules_to_save`")
@@ -102,7 +101,7 @@ def _(folder: Path) -> None:
 @probe(SETTINGS, "`rank_pattern`, `alpha_pattern`, `use_rslora`")
 def _(folder: Path) -> None:
     model = adapted(rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 8}, use_rslora=True, lora_alpha=4)
-    layout, layers = model.base_model.projections["default"].layout, model.base_model.model.model.layers
+    layout, layers = adapter_of(model).P.layout, model.base_model.model.model.layers
     check(layout.block("model.layers.0.self_attn.v_proj", "A").shape[0] == 2, "the rank is another")
     check(layers[0].self_attn.q_proj.scaling["default"] == 8 / 2, "the scale is not alpha / sqrt(r)")
 

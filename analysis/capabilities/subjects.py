@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from analysis.capabilities.probe import Wrong, check
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 VOCABULARY, WIDTH, D = 64, 32, 60
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -68,7 +68,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def theta_d(model: Any, name: str = "default") -> nn.Parameter:
-    return model.base_model.uniproj_theta_d[name]
+    return adapter_of(model, name).theta_d
 
 
 def gradient(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -136,5 +136,5 @@ def life(base: nn.Module, call: Callable[[nn.Module], Tensor], **fields: Any) ->
     merged = model.merge_and_unload()
     with torch.no_grad():
         same(call(merged), output.detach(), "output after merging", ROUNDING)
-    modules = len(model.base_model.projections["default"].layout.modules) if isinstance(model, PeftModel) else 0
+    modules = len(adapter_of(model).P.layout.modules) if isinstance(model, PeftModel) else 0
     return f"{modules} modules"

@@ -18,6 +18,7 @@ from experiments.runs.run import HEAD, Run
 from uniproj.claims import isometry_error
 from uniproj.format import HEADS
 from uniproj.projection import Projection
+from uniproj.tuner import adapter_of
 
 # Fraction of the initial loss that a run must gain on rows it was trained on.
 LEAST_GAIN = 0.01
@@ -94,7 +95,7 @@ def unscored(run: Run) -> dict[str, Any]:
 
 def theta_change(run: Run) -> float:
     """Largest change of an entry of theta_d since the start."""
-    theta_d = run.model.base_model.uniproj_theta_d["default"].detach().cpu()
+    theta_d = adapter_of(run.model).theta_d.detach().cpu()
     return float((theta_d - run.projection.init_theta(run.config.init_seed).cpu()).abs().max())
 
 

@@ -24,7 +24,7 @@ from experiments.runs.folder import CONFIG
 from experiments.runs.resolve import check_device
 from experiments.runs.settings import LOGGING_STEPS, RunConfig
 from uniproj.projection import Projection
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 HEAD = "modules_to_save"
 PROBE_ROWS = 32
@@ -80,7 +80,7 @@ class Run:
 
     @property
     def projection(self) -> Projection:
-        return self.model.base_model.projections["default"]
+        return adapter_of(self.model).P
 
     @cached_property
     def probe_rows(self) -> Any:

@@ -16,6 +16,7 @@ from tests.bank.models import D, adapted, vector
 from tests.tuner.models import base_model, batch
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
+from uniproj.tuner import adapter_of
 
 
 def test_what_goes_in_comes_out(bank: AdapterBank) -> None:
@@ -75,7 +76,7 @@ def test_dtypes_and_devices_are_brought_to_float32(bank: AdapterBank) -> None:
 def test_select_is_one_copy_and_one_projection(monkeypatch, bank: AdapterBank) -> None:
     model = adapted()
     bank.add_many({"a": vector(1), "b": vector(2)})
-    projection, theta_d = model.base_model.projections["default"], model.base_model.uniproj_theta_d["default"]
+    projection, theta_d = adapter_of(model)
     expected = {}
     for name in ("a", "b"):
         with torch.no_grad():
@@ -89,7 +90,7 @@ def test_select_is_one_copy_and_one_projection(monkeypatch, bank: AdapterBank) -
         with torch.no_grad():
             assert torch.equal(model(**batch("llama")).logits, expected[name])
         assert len(calls) == count
-    assert model.base_model.uniproj_theta_d["default"] is theta_d and theta_d.requires_grad
+    assert adapter_of(model).theta_d is theta_d and theta_d.requires_grad
 
 
 def test_a_larger_bank_takes_no_more_to_select_from(model: PeftModel, bank: AdapterBank) -> None:
@@ -136,7 +137,7 @@ def test_models_and_saved_adapters_go_in_and_exports_come_out(model: PeftModel, 
     trained = adapted(init_seed=3)
     trained.save_pretrained(tmp_path / "saved")
     bank.add("from a model", trained)
-    theta_d = trained.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(trained).theta_d
     assert torch.equal(bank.get("from a model"), theta_d)
     bank.add("other", vector(9))
     bank.export("from a model", tmp_path / "out")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests.tuner.models import TARGETS, base_model, batch, config
 from uniproj import AdapterError
 from uniproj.bank import mixed
+from uniproj.tuner import adapter_of
 
 ROWS = [1, 0, 1]
 
@@ -18,13 +19,13 @@ def _model(kind: str = "llama", projection: str = "unilora", d: int | None = 60,
 
 
 def _thetas(model: nn.Module, users: int = 2) -> torch.Tensor:
-    d = model.base_model.projections["default"].d
+    d = adapter_of(model).P.d
     return torch.randn(users, d, generator=torch.Generator().manual_seed(5))
 
 
 def _use(model: nn.Module, theta: torch.Tensor) -> None:
     with torch.no_grad():
-        model.base_model.uniproj_theta_d["default"].copy_(theta)
+        adapter_of(model).theta_d.copy_(theta)
 
 
 def _inputs(kind: str, rows: int = 3) -> dict[str, torch.Tensor]:
@@ -67,7 +68,7 @@ def test_generation_with_a_cache_and_left_padding(inference, monkeypatch) -> Non
     lengths = [9, 5, 7]
     mask = torch.stack([torch.arange(9) >= 9 - n for n in lengths]).long()
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    projection = model.base_model.projections["default"]
+    projection = adapter_of(model).P
     calls = []
     original = type(projection)._matvec
     monkeypatch.setattr(
@@ -126,9 +127,9 @@ def test_k_users_trained_at_once_are_k_users_trained_alone(kind: str, checkpoint
             loss(list(range(len(rows)))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert model.base_model.uniproj_theta_d["default"].grad is None
+    assert adapter_of(model).theta_d.grad is None
 
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     for user in range(users):
         _use(model, starts[user])
         optimizer = torch.optim.SGD([theta_d], lr=1e-2)

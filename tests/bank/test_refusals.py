@@ -10,6 +10,7 @@ from tests.bank.models import D, adapted, vector
 from tests.tuner.models import base_model, config
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank, mixed
+from uniproj.tuner import adapter_of
 
 
 def test_an_adapter_of_another_p_is_refused_with_the_first_difference(bank: AdapterBank) -> None:
@@ -145,7 +146,7 @@ def test_a_merged_adapter_is_not_selected_into_and_a_disabled_one_is(bank: Adapt
     torch.testing.assert_close(weight, before)
     with model.disable_adapter():
         bank.select(model, "b")
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], vector(2))
+    assert torch.equal(adapter_of(model).theta_d, vector(2))
 
 
 @pytest.mark.parametrize("name", ["\udcff", "", 3, None, ["a"], b"a"])

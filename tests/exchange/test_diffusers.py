@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.exchange.tools import SAME, difference, fields_of
 from uniproj.exchange import export
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 diffusers = pytest.importorskip("diffusers")
 PREFIX = "base_model.model"
@@ -46,7 +46,7 @@ def test_a_unet_takes_it(rank: int | None, tmp_path: Path) -> None:
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     model = get_peft_model(_unet(), UniProjConfig(d=200, r=4, lora_alpha=8, target_modules=targets)).eval()
     with torch.no_grad():
-        model.base_model.uniproj_theta_d["default"].mul_(100.0)
+        adapter_of(model).theta_d.mul_(100.0)
     wanted = _noise(model)
     assert difference(wanted, _noise(_unet())) > 1e3 * SAME
     export(model, tmp_path, rank=rank)

@@ -19,7 +19,7 @@ from tests.tuner.models import TARGETS, base_model, batch, config
 from uniproj import AdapterError, get, names
 from uniproj.exchange import export, peft_folder
 from uniproj.exchange.adapter import Adapter
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 WEIGHTS = "adapter_model.safetensors"
 ODD = {"rank_pattern": {"layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 7}, "lora_alpha": 6}
@@ -42,7 +42,7 @@ def test_peft_gives_the_same_logits(kind: str, projection: str, tmp_path: Path) 
 def test_the_numbers_are_those_of_theta_D(tmp_path: Path) -> None:
     model = trained("llama", "unilora", **ODD)
     export(model, tmp_path)
-    P, theta_d = model.base_model.projections["default"], model.base_model.uniproj_theta_d["default"]
+    P, theta_d = adapter_of(model)
     tensors = load_file(tmp_path / WEIGHTS)
     for block, factor in zip(P.layout.blocks, P.layout.split(P(theta_d)), strict=True):
         assert torch.equal(tensors.pop(f"base_model.model.{block.module}.lora_{block.factor}.weight"), factor)

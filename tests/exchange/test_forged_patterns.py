@@ -24,7 +24,8 @@ from uniproj import AdapterError
 from uniproj.exchange import export, import_adapter
 from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
-from uniproj.format.tensors import IDENTITY, THETA_D, serialise
+from uniproj.format.keys import IDENTITY, THETA_D
+from uniproj.format.tensors import serialise
 
 ROOT = Path(__file__).parents[2]
 ALTERNATIVE = f"{HANGS_RE}|.*({'|'.join(TARGETS['llama'])})"

@@ -19,6 +19,7 @@ from tests.tuner.models import TARGETS, base_model, train_steps
 from uniproj import AdapterError, get, names
 from uniproj.exchange import export, import_adapter
 from uniproj.format import file
+from uniproj.tuner import adapter_of
 
 
 def _lora(folder: Path, steps: int = 3, **fields: Any) -> Path:
@@ -55,7 +56,7 @@ def test_what_was_exported_comes_back_by_the_same_P(projection: str, tmp_path: P
     report = import_adapter(tmp_path / "lora", tmp_path / "ours", projection, d=d, seed=5, base=base)
     assert abs(report["lost_energy"]) < 1e-12 and report["captured_factor"] == pytest.approx(1.0, abs=1e-12)
     assert difference(logits(loaded(kind, tmp_path / "ours"), kind), logits(model, kind)) <= 10 * SAME
-    theta_d = model.base_model.uniproj_theta_d["default"].detach()
+    theta_d = adapter_of(model).theta_d.detach()
     if projection not in ("tied_lora", "tinylora"):  # of which several theta_d, or factors, give one theta_D
         assert torch.allclose(file.read(tmp_path / "ours").theta_d, theta_d, rtol=1e-5, atol=1e-6)
     other = import_adapter(tmp_path / "lora", tmp_path / "other", "gaussian", d=60, seed=6)

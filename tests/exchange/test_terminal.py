@@ -23,7 +23,7 @@ from uniproj.cli import main
 from uniproj.errors import printable, shown
 from uniproj.format import file
 from uniproj.format.header import Header
-from uniproj.format.tensors import THETA_D
+from uniproj.format.keys import THETA_D
 from uniproj.tuner import UniProjConfig
 
 FORGED = "x\nchecksum             abc\r\x1b[2J\x9b31m\x7f\u202e\u2066\u200b\u2028\u2029\u0085end"

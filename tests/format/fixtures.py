@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from uniproj import get, names
 from uniproj.format.header import FORMAT_VERSION
 from uniproj.kernels.random import uniform
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 ROOT = Path(__file__).parents[1] / "fixtures" / "adapters"
 MANIFEST, BASE, EXPECTED = ROOT / "manifest.json", ROOT / "base.json", "expected.safetensors"
@@ -48,7 +48,7 @@ def wanted() -> list[str]:
 def trained(model: PeftModel) -> dict[str, Tensor]:
     """theta_d, P's own Parameters, and theta_D."""
     tuner = model.base_model
-    P, theta_d = tuner.projections["default"], tuner.uniproj_theta_d["default"]
+    P, theta_d = adapter_of(tuner)
     with torch.no_grad():
         own = {f"projections.{name}": p.detach() for name, p in P.named_parameters()}
         return {"theta_d": theta_d.detach(), **own, "theta_D": P(theta_d)}

@@ -13,7 +13,8 @@ import torch
 from uniproj import LoRALayout, build, get
 from uniproj.format import file
 from uniproj.format.header import Header
-from uniproj.format.tensors import DIGEST, OF_P, THETA_D, serialise, weights
+from uniproj.format.keys import OF_P, THETA_D
+from uniproj.format.tensors import DIGEST, serialise, weights
 from uniproj.tuner import UniProjConfig
 
 LAYOUT = LoRALayout.from_shapes({f"layers.{i}.{m}": (24, 16) for i in (2, 10) for m in ("q", "v")}, r=3)

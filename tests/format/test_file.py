@@ -15,7 +15,7 @@ from uniproj import AdapterError, LoRALayout, names
 from uniproj.format import file
 from uniproj.format.fields import FREE
 from uniproj.format.header import Header, pack, quantisation, settings, unpack
-from uniproj.format.tensors import IDENTITY, THETA_D
+from uniproj.format.keys import IDENTITY, THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig
 

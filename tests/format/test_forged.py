@@ -32,8 +32,9 @@ from uniproj.exchange.verify import verify
 from uniproj.format import file, identity
 from uniproj.format.fields import FREE
 from uniproj.format.header import Header, pack
-from uniproj.format.tensors import IDENTITY, OF_P, THETA_D, serialise
-from uniproj.tuner import UniProjConfig
+from uniproj.format.keys import IDENTITY, OF_P, THETA_D
+from uniproj.format.tensors import serialise
+from uniproj.tuner import UniProjConfig, adapter_of
 
 SECONDS, BYTES = 10, 2**29
 PROJECTIONS = ("unilora", "vblora", "tied_lora", "sparse", "fastfood", "lora_xs")
@@ -221,7 +222,7 @@ def _adapter(folder: Path, projection: str) -> Path:
     )
     model = get_peft_model(base(), config)
     with torch.no_grad():
-        model.base_model.uniproj_theta_d["default"].add_(0.1)
+        adapter_of(model).theta_d.add_(0.1)
     model.save_pretrained(str(folder))
     return folder
 

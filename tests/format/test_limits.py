@@ -15,8 +15,8 @@ from tests.format.saved import joined, parts, reconfigure, relabel, save
 from uniproj import AdapterError, LoRALayout, ProjectionError, build, get, limits, names
 from uniproj.format import file
 from uniproj.format.header import Header, pack, settings
+from uniproj.format.keys import OF_P, THETA_D
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import OF_P, THETA_D
 from uniproj.tuner import UniProjConfig
 
 SQUARE = {"layers.0.q": (20_000, 20_000)}

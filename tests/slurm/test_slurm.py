@@ -21,6 +21,7 @@ from experiments.runs.settings import RunConfig
 from experiments.sweeps import slurm, workers
 from experiments.sweeps.slurm import SlurmOptions, train_all
 from tests.experiments.processes import training_processes
+from uniproj.format import THETA_D
 
 pytestmark = pytest.mark.system
 PARAMETERS = {"time": 30, "cpus_per_task": 1, "mem": "400M"}
@@ -43,7 +44,7 @@ def _states() -> dict[str, str]:
 
 
 def _theta(folder: Path):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")["base_model.uniproj_theta_d"]
+    return load_file(folder / "adapter" / "adapter_model.safetensors")[THETA_D]
 
 
 class Watch:

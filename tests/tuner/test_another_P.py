@@ -25,7 +25,8 @@ from tests.format.saved import reconfigure
 from tests.tuner.models import base_model, config, train_steps
 from uniproj import AdapterError
 from uniproj.format import file, identity
-from uniproj.format.tensors import IDENTITY, THETA_D
+from uniproj.format.keys import IDENTITY, THETA_D
+from uniproj.tuner import adapter_of
 
 # what ties theta_d to other updates, with the word by which the error names it
 OTHERS = {
@@ -89,17 +90,17 @@ def test_numbers_of_another_P_or_scale_are_refused(
 ) -> None:
     tensors = WAYS[way](trained, folder, tmp_path / "copy")
     for word, model in others.items():
-        before = model.base_model.uniproj_theta_d["default"].clone()
+        before = adapter_of(model).theta_d.clone()
         with pytest.raises(AdapterError, match=f"the adapter 'default' of this model must be as .*({word}|lora_alpha)"):
             set_peft_model_state_dict(model, tensors)
-        assert torch.equal(model.base_model.uniproj_theta_d["default"], before)
+        assert torch.equal(adapter_of(model).theta_d, before)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_numbers_of_the_same_P_are_taken(way: str, trained: PeftModel, folder: Path, tmp_path: Path) -> None:
     model = _model(init_seed=3)
     result = set_peft_model_state_dict(model, WAYS[way](trained, folder, tmp_path / "copy"))
-    found, theta_d = (m.base_model.uniproj_theta_d["default"] for m in (model, trained))
+    found, theta_d = (adapter_of(m).theta_d for m in (model, trained))
     factor = float(way.removesuffix(" times")) if way.endswith(" times") else 1.0
     assert torch.allclose(found, factor * theta_d, rtol=1e-2 if way == "bfloat16" else 1e-6)
     assert result.unexpected_keys == [] and not any("uniproj_" in key for key in result.missing_keys)
@@ -131,19 +132,19 @@ def test_a_state_dict_of_a_whole_model_is_of_one_P(
 
 
 def test_what_says_nothing_of_itself_is_only_taken_where_pytorch_takes_it(trained: PeftModel, tmp_path: Path) -> None:
-    theta_d = trained.base_model.uniproj_theta_d["default"].detach()
+    theta_d = adapter_of(trained).theta_d.detach()
     model = _model(init_seed=3)
-    with pytest.raises(AdapterError, match=rf"must tell their P by {IDENTITY}.*load_adapter.*uniproj_theta_d"):
+    with pytest.raises(AdapterError, match=rf"must include {IDENTITY}.*load_adapter.*adapter_of"):
         set_peft_model_state_dict(model, {THETA_D: theta_d})
     with pytest.raises(AdapterError, match=r"the identity must be of shape \(2,\)"):
         set_peft_model_state_dict(model, {THETA_D: theta_d, IDENTITY: torch.ones(2)})
     model.load_state_dict({f"{THETA_D}.default": theta_d}, strict=False)
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], theta_d)
+    assert torch.equal(adapter_of(model).theta_d, theta_d)
 
 
 def _loads(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(model, tensors)
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], tensors[THETA_D].float())
+    assert torch.equal(adapter_of(model).theta_d, tensors[THETA_D].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -166,11 +167,11 @@ def test_arithmetic_after_which_the_identity_tells_nothing_is_refused_with_the_r
         "a difference": {k: (t - t if k == IDENTITY else t.clone()) for k, t in own.items()},
     }
     model = _model()
-    before = model.base_model.uniproj_theta_d["default"].clone()
+    before = adapter_of(model).theta_d.clone()
     for tensors in changed.values():
         with pytest.raises(AdapterError, match=rf"^{IDENTITY}: .*no longer tell a P.*copy it from one of the adapters"):
             set_peft_model_state_dict(model, tensors)
-        assert torch.equal(model.base_model.uniproj_theta_d["default"], before)
+        assert torch.equal(adapter_of(model).theta_d, before)
     _loads(model, {**changed["noise"], IDENTITY: own[IDENTITY]})
 
 
@@ -179,7 +180,7 @@ def test_a_checkpoint_of_a_whole_model_from_before_format_3_loads() -> None:
     old = {k.replace("uniproj_projections", "projections"): t for k, t in source.state_dict().items()}
     del old[f"{IDENTITY}.default._extra_state"]
     with torch.no_grad():
-        for own in source.base_model.projections.parameters():
+        for own in adapter_of(source).P.parameters():
             own.add_(1.0)
     target.load_state_dict(old)
     assert all(torch.equal(p, target.get_parameter(name)) for name, p in source.named_parameters())
@@ -191,16 +192,16 @@ def test_old_files_pass_the_same_check(version: str, name: str, tmp_path: Path) 
     path = ROOT / version / name
     model = PeftModel.from_pretrained(base(), path)
     with torch.no_grad():
-        model.base_model.uniproj_theta_d["default"].add_(1.0)
+        adapter_of(model).theta_d.add_(1.0)
     set_peft_model_state_dict(model, load_peft_weights(path))
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], file.read(path).theta_d)
+    assert torch.equal(adapter_of(model).theta_d, file.read(path).theta_d)
     settings = copy.deepcopy(model.peft_config["default"])
     settings.header = settings.layout_fingerprint = settings.projection_checksum = None
     settings.projection_seed = 5
     other = get_peft_model(base(), settings)
     with pytest.raises(AdapterError, match="projection_seed must be 11, got 5"):
         set_peft_model_state_dict(other, load_peft_weights(path))
-    with pytest.raises(AdapterError, match=rf"must tell their P by {IDENTITY}, as .* got none"):
+    with pytest.raises(AdapterError, match=rf"must include {IDENTITY}, .* as .* got none"):
         set_peft_model_state_dict(model, load_file(path / file.WEIGHTS))
 
 
@@ -220,7 +221,7 @@ def test_files_from_before_the_header_pass_it_too(projection: str, tmp_path: Pat
         with pytest.raises(AdapterError, match=word):
             model.load_adapter(tmp_path / name, "default")
     model.load_adapter(tmp_path / "same", "default")
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], file.read(tmp_path / "same").theta_d)
+    assert torch.equal(adapter_of(model).theta_d, file.read(tmp_path / "same").theta_d)
 
 
 def test_a_configuration_of_one_folder_with_the_weights_of_another_is_refused(folder: Path, tmp_path: Path) -> None:

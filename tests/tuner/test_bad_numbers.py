@@ -21,7 +21,8 @@ from uniproj import AdapterError
 from uniproj.exchange import export
 from uniproj.exchange.adapter import Adapter
 from uniproj.format import file
-from uniproj.format.tensors import OF_P, THETA_D
+from uniproj.format.keys import OF_P, THETA_D
+from uniproj.tuner import adapter_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -42,7 +43,8 @@ def _number(model: PeftModel, where: str, name: str = "default") -> Tensor:
     tuner = model.base_model
     if where == "head":
         return tuner.model.lm_head.modules_to_save[name].weight
-    return tuner.projections[name].logits if where == "P" else tuner.uniproj_theta_d[name]
+    P, theta_d = adapter_of(tuner, name)
+    return P.logits if where == "P" else theta_d
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str, Callable[[Tensor], object], str]] = {

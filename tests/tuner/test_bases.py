@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 from uniproj.tuner.quantised import dequantised
 
 KINDS = {
@@ -60,21 +60,17 @@ def _logits(model: nn.Module) -> torch.Tensor:
         return model(batch("llama")["input_ids"]).logits
 
 
-def _theta_d(model: PeftModel) -> nn.Parameter:
-    return model.base_model.uniproj_theta_d["default"]
-
-
 def _scaled(base: nn.Module, by: float, **fields) -> PeftModel:
     model = get_peft_model(base, config("llama", **fields)).eval()
     with torch.no_grad():
-        _theta_d(model).mul_(by)
+        adapter_of(model).theta_d.mul_(by)
     return model
 
 
 def _gradient(model: PeftModel) -> torch.Tensor:
     model.zero_grad()
     model(**batch("llama")).loss.backward()
-    return _theta_d(model).grad.clone()
+    return adapter_of(model).theta_d.grad.clone()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +129,7 @@ def test_merging_measures_the_adapters_that_are_named(folder: str) -> None:
     model = _scaled(_base(folder, "8bit"), 0.1)
     model.add_adapter("large", config("llama", init_seed=3))
     with torch.no_grad():
-        model.base_model.uniproj_theta_d["large"].mul_(100.0)
+        adapter_of(model, "large").theta_d.mul_(100.0)
     with pytest.raises(AdapterError, match="must keep s B A"):
         model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="again moves"):
@@ -159,7 +155,7 @@ def test_singular_factors_of_a_quantised_base_are_those_of_the_weights_it_stands
     fields = {"projection": "lora_xs", "d": None}
     ours, plain = (_scaled(b, 1.0, **fields) for b in (_base(folder, kind), _dequantised(folder, kind)))
     with torch.no_grad():
-        _theta_d(ours).fill_(0.3), _theta_d(plain).fill_(0.3)
+        adapter_of(ours).theta_d.fill_(0.3), adapter_of(plain).theta_d.fill_(0.3)
     delta, expected = (
         m.base_model.model.model.layers[1].mlp.down_proj.get_delta_weight("default") for m in (ours, plain)
     )
@@ -291,7 +287,7 @@ def test_layers_on_disk_are_probed_trained_and_merged_as_those_in_memory(
     model, whole = (_scaled(base, 1.0, **fields, **only_disk) for base in (offloaded, _base(folder)))
     assert any(p.is_meta for p in model.parameters())
     with torch.no_grad():
-        _theta_d(model).fill_(0.1), _theta_d(whole).fill_(0.1)
+        adapter_of(model).theta_d.fill_(0.1), adapter_of(whole).theta_d.fill_(0.1)
     torch.testing.assert_close(_gradient(model), _gradient(whole), rtol=1e-4, atol=1e-6)
     expected = _logits(whole)
     torch.testing.assert_close(_logits(model), expected, rtol=1e-4, atol=1e-5)
@@ -316,4 +312,4 @@ def test_a_base_may_call_its_modules_as_the_tuner_does() -> None:
             return self.projections[0](x)
 
     model = get_peft_model(Base(), UniProjConfig(r=2, d=8, target_modules=["projections.0"]))
-    assert model(torch.ones(2, 8)).shape == (2, 8) and _theta_d(model).shape == (8,)
+    assert model(torch.ones(2, 8)).shape == (2, 8) and adapter_of(model).theta_d.shape == (8,)

@@ -18,7 +18,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _nothing_is_left_watching():
 
 def _attached(base: nn.Module, *targets: str) -> PeftModel:
     model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=list(targets)))
-    model.base_model.uniproj_theta_d["default"].data.mul_(30)
+    adapter_of(model).theta_d.data.mul_(30)
     return model
 
 

@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGenera
 from tests.tuner.models import base_model, batch, config
 from uniproj import get
 from uniproj.bank import mixed
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 IDS = batch("llama")["input_ids"]
 
@@ -118,7 +118,7 @@ def test_a_part_trains(part, optimiser) -> None:
 @torch.no_grad()
 def test_a_part_sees_what_was_written_past_the_version_counter(part) -> None:
     model, call = part
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     before = call(model)
     theta_d.data.copy_(4 * theta_d)
     after = call(model)
@@ -130,7 +130,7 @@ def test_generate_encodes_with_the_adapter_as_it_is() -> None:
     model = _t5()
     settings = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     before = model.generate(input_ids=IDS, **settings).scores[0]
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     theta_d.data.copy_(8 * theta_d)
     after = model.generate(input_ids=IDS, **settings).scores[0]
     assert not torch.equal(after, before)
@@ -162,7 +162,7 @@ def test_two_backwards_before_a_step(projection: str) -> None:
 
 def test_moving_averages_swap_in_and_out(part) -> None:
     model, call = part
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     averaged = AveragedModel(model, avg_fn=lambda average, new, n: 0.5 * (average + new))
     averaged.update_parameters(model)
     with torch.no_grad():
@@ -213,8 +213,40 @@ def test_an_interrupted_call_ends_with_the_next(call) -> None:
     with pytest.raises(KeyboardInterrupt):
         call(model)
     hook.remove()
-    model.base_model.uniproj_theta_d["default"].data.mul_(3)
+    adapter_of(model).theta_d.data.mul_(3)
     assert torch.equal(call(model), _fresh(model, call))
+
+
+@torch.no_grad()
+def test_an_interrupted_call_leaves_nothing_to_a_new_adapter_of_its_name() -> None:
+    model = _llama()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.base_model.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    hook.remove()
+    model.delete_adapter("default")
+    model.add_adapter("default", config("llama", "fastfood", 60))
+    model.set_adapter("default")
+    call = PARTS["backbone"][1]
+    assert torch.equal(call(model), _fresh(model, call))
+
+
+def test_torch_func_projects_once_per_call_also_after_a_step() -> None:
+    model = _llama()
+    name = "base_model.uniproj_theta_d.default"
+    optimiser = torch.optim.SGD([model.get_parameter(name)], lr=0.1)
+    model(**batch("llama")).loss.backward()
+    optimiser.step()
+    projected = []
+    adapter_of(model).P.register_forward_hook(lambda *_: projected.append(1))
+    inputs = {**batch("llama"), "use_cache": False}
+    theta_d = model.get_parameter(name).detach()
+    torch.func.grad(lambda theta: functional_call(model, {name: theta}, (), inputs).loss)(theta_d)
+    assert len(projected) == 1
 
 
 class _Tuned(nn.Module):
@@ -231,7 +263,7 @@ class _Tuned(nn.Module):
 
 def test_a_step_within_a_call_is_seen_by_its_later_layers() -> None:
     model = _llama()
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     layers = model.base_model.model.model.layers
     tuned = layers[1] = _Tuned(layers[1])
     optimiser = _ThroughData([theta_d], lr=0.5)
@@ -247,7 +279,7 @@ def test_a_step_within_a_call_is_seen_by_its_later_layers() -> None:
 
 def _occurrences(model: PeftModel) -> Tensor:
     """The smallest count of a column among those that q_proj's B of the first layer uses."""
-    P = model.base_model.projections["default"]
+    P = adapter_of(model).P
     rows = P.layout.block("model.layers.0.self_attn.q_proj", "B").rows
     M = P.to_dense() != 0
     return M.sum(0)[M[rows].any(0)].min().float()
@@ -320,6 +352,20 @@ def test_evaluating_in_one_thread_leaves_training_in_another_alone(projection: s
     _in_threads(train, evaluate)
 
 
+def test_a_backward_in_another_thread_uses_the_theta_D_of_its_forward() -> None:
+    """As on a GPU, whose backward runs in a thread of its own."""
+    model = _llama().train()
+    model(**batch("llama")).loss.backward()
+    P, theta_d = adapter_of(model)
+    expected, theta_d.grad = theta_d.grad, None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    projected = []
+    P.register_forward_hook(lambda *_: projected.append(1))
+    _in_threads(model(**batch("llama")).loss.backward)
+    torch.testing.assert_close(theta_d.grad, expected)
+    assert len(projected) == 1
+
+
 @torch.no_grad()
 def test_threads_mix_batches_of_their_own() -> None:
     model = _llama().eval()
@@ -390,7 +436,7 @@ def test_a_first_use_by_many_threads_at_once() -> None:
 def test_everything_works_under_inference_mode(tmp_path) -> None:
     trained = _llama().eval()
     with torch.no_grad():
-        trained.base_model.uniproj_theta_d["default"].mul_(2)
+        adapter_of(trained).theta_d.mul_(2)
     trained.save_pretrained(tmp_path)
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
@@ -419,7 +465,7 @@ def test_everything_works_under_inference_mode(tmp_path) -> None:
 
 def test_compiled_whole_and_in_part_after_eager_calls() -> None:
     model = _llama()
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     with torch.no_grad():
         model(IDS)
     torch._dynamo.reset()
@@ -434,13 +480,13 @@ def test_compiled_whole_and_in_part_after_eager_calls() -> None:
         twin = copy.deepcopy(model)
         twin.zero_grad()
         twin.base_model.model.model(IDS).last_hidden_state.square().sum().backward()
-        torch.testing.assert_close(theta_d.grad, twin.base_model.uniproj_theta_d["default"].grad)
+        torch.testing.assert_close(theta_d.grad, adapter_of(twin).theta_d.grad)
     torch._dynamo.reset()
 
 
 def test_blocks_compiled_one_by_one_train_and_do_not_compile_again() -> None:
     model = _llama()
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     torch._dynamo.reset()
     compiled = torch._dynamo.testing.CompileCounter()
     for block in model.base_model.model.model.layers:
@@ -463,8 +509,8 @@ def test_lora_of_peft_gives_the_same_training() -> None:
     theirs = get_peft_model(
         base_model("llama"), LoraConfig(r=4, lora_alpha=4, target_modules=config("llama").target_modules)
     )
-    P = ours.base_model.projections["default"]
-    factors = P.layout.split(P(ours.base_model.uniproj_theta_d["default"]).detach())
+    P, theta_d = adapter_of(ours)
+    factors = P.layout.split(P(theta_d).detach())
     with torch.no_grad():
         for block, factor in zip(P.layout.blocks, factors, strict=True):
             layer = theirs.base_model.model.get_submodule(block.module)

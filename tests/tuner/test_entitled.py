@@ -28,7 +28,7 @@ from uniproj import AdapterError
 from uniproj.exchange import export, import_adapter, inspect
 from uniproj.exchange.verify import verify
 from uniproj.format import file
-from uniproj.format.tensors import OF_P, THETA_D
+from uniproj.format.keys import OF_P, THETA_D
 from uniproj.tuner import UniProjConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig  # noqa: F401  (the import must not 
 
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError, ProjectionError
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 
 def _gradients(model: torch.nn.Module, kind: str = "llama") -> dict[str, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_bfloat16_autocast_trains_in_float32() -> None:
         loss = model(**batch("llama")).loss
     model.zero_grad()
     loss.backward()
-    theta_d = model.base_model.uniproj_theta_d["default"]
+    theta_d = adapter_of(model).theta_d
     assert theta_d.dtype == theta_d.grad.dtype == torch.float32
     (gradient,) = exact.values()
     assert torch.cosine_similarity(theta_d.grad, gradient, dim=0) > 0.99
@@ -59,7 +59,7 @@ def test_bfloat16_autocast_trains_in_float32() -> None:
 @pytest.mark.parametrize("projection", ["unilora", "fastfood", "lora_xs"])
 def test_autocast_rounds_theta_D_once_and_not_P(projection: str) -> None:
     model = get_peft_model(base_model("llama"), config("llama", projection, None if projection == "lora_xs" else 60))
-    P, theta_d = model.base_model.projections["default"], model.base_model.uniproj_theta_d["default"]
+    P, theta_d = adapter_of(model)
     B = model.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch("llama"))
@@ -82,10 +82,10 @@ def test_factors_have_the_dtype_that_peft_gives_lora(autocast_adapter_dtype: boo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_keeps_an_exact_P(dtype: torch.dtype) -> None:
     model = get_peft_model(base_model("llama").to(dtype), config("llama"))
-    P = model.base_model.projections["default"]
+    P = adapter_of(model).P
     M = P.to_dense()
     assert (M.T @ M - torch.eye(P.d)).abs().max() < 1e-12
-    assert model.base_model.uniproj_theta_d["default"].dtype == torch.float32
+    assert adapter_of(model).theta_d.dtype == torch.float32
     losses = train_steps(model, "llama", 4)
     assert losses[-1] < losses[0]
 
@@ -95,7 +95,7 @@ def test_generate_projects_once_and_equals_the_merged_model(kind: str, monkeypat
     model = get_peft_model(base_model(kind), config(kind))
     train_steps(model, kind)
     model.eval()
-    projection = model.base_model.projections["default"]
+    projection = adapter_of(model).P
     calls = []
     original = type(projection)._matvec
     monkeypatch.setattr(type(projection), "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
@@ -108,7 +108,7 @@ def test_generate_projects_once_and_equals_the_merged_model(kind: str, monkeypat
 
 def test_training_projects_once_per_forward(monkeypatch) -> None:
     model = get_peft_model(base_model("llama"), config("llama"))
-    projection = model.base_model.projections["default"]
+    projection = adapter_of(model).P
     calls = {"forward": 0, "adjoint": 0}
     for way, method in (("forward", "_matvec"), ("adjoint", "_rmatvec")):
         original = getattr(type(projection), method)
@@ -126,7 +126,7 @@ def test_checkpointed_layers_take_the_factors_of_their_forward(monkeypatch) -> N
     model = get_peft_model(base_model("llama"), config("llama")).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
-    projection = type(model.base_model.projections["default"])
+    projection = type(adapter_of(model).P)
     original = projection._matvec
     monkeypatch.setattr(projection, "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
     train_steps(model, "llama", 3)
@@ -143,14 +143,14 @@ def test_inference_mode_does_not_poison_training() -> None:
 
 def test_several_adapters_do_not_touch_each_other(tmp_path) -> None:
     model = get_peft_model(base_model("llama"), config("llama", d=60))
-    first = model.base_model.uniproj_theta_d["default"].detach().clone()
+    first = adapter_of(model).theta_d.detach().clone()
     other = config("llama", "fastfood", 31, r=2, target_modules=["v_proj", "gate_proj"], projection_seed=5)
     model.add_adapter("other", other)
     assert model.active_adapters == ["default"]
     model.set_adapter("other")
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["base_model.uniproj_theta_d.other"]
     train_steps(model, "llama")
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], first)
+    assert torch.equal(adapter_of(model).theta_d, first)
 
     logits = {}
     for name in ("default", "other"):
@@ -177,7 +177,7 @@ def test_several_adapters_do_not_touch_each_other(tmp_path) -> None:
 def test_mixed_batches_through_adapter_names() -> None:
     model = get_peft_model(base_model("llama"), config("llama")).eval()
     model.add_adapter("other", config("llama", "vera", None))
-    model.base_model.uniproj_theta_d["other"].data.normal_(generator=torch.Generator().manual_seed(0))
+    adapter_of(model, "other").theta_d.data.normal_(generator=torch.Generator().manual_seed(0))
     inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
     mixed = model(**inputs, adapter_names=["default", "other", "__base__"]).logits
     for row, name in enumerate(("default", "other")):
@@ -200,7 +200,7 @@ def test_modules_to_save_and_the_head_are_trained_and_saved(tmp_path) -> None:
 def test_rank_and_alpha_patterns_shape_the_layout() -> None:
     fields = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 8}}
     model = get_peft_model(base_model("llama"), config("llama", **fields))
-    layout = model.base_model.projections["default"].layout
+    layout = adapter_of(model).P.layout
     ranks = {m.rsplit(".", 1)[-1]: layout.block(m, "A").shape[0] for m in layout.modules}
     assert ranks == {"q_proj": 4, "v_proj": 2, "down_proj": 4}
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -211,7 +211,7 @@ def test_rank_and_alpha_patterns_shape_the_layout() -> None:
 
 def test_dropout_acts_in_training_only() -> None:
     model = get_peft_model(base_model("llama"), config("llama", lora_dropout=0.5))
-    model.base_model.uniproj_theta_d["default"].data.mul_(50)
+    adapter_of(model).theta_d.data.mul_(50)
     model.train()
     assert not torch.equal(model(**batch("llama")).logits, model(**batch("llama")).logits)
     model.eval()
@@ -244,7 +244,7 @@ def test_torch_compile_trains_without_graph_breaks() -> None:
     model.zero_grad()
     compiled(**batch("llama")).loss.backward()
     (gradient,) = expected.values()
-    torch.testing.assert_close(model.base_model.uniproj_theta_d["default"].grad, gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(adapter_of(model).theta_d.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

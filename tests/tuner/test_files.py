@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from tests.tuner.models import base_model, config
 from uniproj.format.file import CONFIG, WEIGHTS
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 
 @pytest.fixture
@@ -48,8 +48,7 @@ def test_a_load_reads_the_weights_once(tmp_path: Path, opened: list[str]) -> Non
     # a file that is written between two loads is read anew
     get_peft_model(base_model("llama"), config("llama", init_seed=5)).save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "new")
-    theta_d = model.base_model.uniproj_theta_d
-    assert not (theta_d["new"] == theta_d["again"]).all()
+    assert not (adapter_of(model, "new").theta_d == adapter_of(model, "again").theta_d).all()
 
 
 def test_a_save_writes_each_file_once(tmp_path: Path, replaced: list[str]) -> None:
@@ -65,7 +64,7 @@ def test_a_save_that_ends_between_the_two_files_leaves_both(tmp_path: Path, monk
     model = get_peft_model(base_model("llama"), config("llama"))
     model.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-    model.base_model.uniproj_theta_d["default"].data.add_(1.0)
+    adapter_of(model).theta_d.data.add_(1.0)
     with monkeypatch.context() as patch:
         patch.setattr(UniProjConfig, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -23,7 +23,7 @@ from transformers import (
 from tests.format.saved import rewrite
 from tests.tuner.models import batch, train_steps
 from uniproj import AdapterError
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -160,7 +160,7 @@ def test_other_sizes_are_passed_over_on_request(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(base, folder, ignore_mismatched_sizes=True)
     assert torch.equal(model.base_model.model.classifier.weight, head)
     right = PeftModel.from_pretrained(_bert(5), folder)
-    assert torch.equal(*(m.base_model.uniproj_theta_d["default"] for m in (model, right)))
+    assert torch.equal(*(adapter_of(m).theta_d for m in (model, right)))
     model.load_adapter(folder, "second", ignore_mismatched_sizes=True)
     with pytest.raises(AdapterError, match="num_labels=5"):
         model.load_adapter(folder, "second")

@@ -20,7 +20,7 @@ from uniproj.exchange import export
 from uniproj.format import file
 from uniproj.format.keys import plain
 from uniproj.registry import get
-from uniproj.tuner import UniProjConfig, UniProjModel
+from uniproj.tuner import UniProjConfig, UniProjModel, adapter_of
 
 LEARNED = ("vblora", "tied_lora")
 
@@ -185,9 +185,9 @@ def test_a_head_that_was_compiled_after_attaching_is_saved_and_loaded(where: str
 
 def test_numbers_reach_a_compiled_model() -> None:
     source = get_peft_model(base_model("llama"), config("llama"))
-    target = torch.compile(get_peft_model(base_model("llama"), config("llama", init_seed=3)))
-    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
-    assert torch.equal(target.base_model.uniproj_theta_d["default"], source.base_model.uniproj_theta_d["default"])
+    target = get_peft_model(base_model("llama"), config("llama", init_seed=3))
+    set_peft_model_state_dict(torch.compile(target), get_peft_model_state_dict(source))
+    assert torch.equal(adapter_of(target).theta_d, adapter_of(source).theta_d)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,8 @@ def test_all_that_the_method_owns_begins_with_its_prefix(projection: str, tmp_pa
     assert trained and all(name.startswith("base_model.uniproj_") for name in trained)
     model.save_pretrained(tmp_path)
     assert all(key.startswith("base_model.uniproj_") for key in get_peft_model_state_dict(model))
-    assert model.base_model.projections["default"] is model.base_model.uniproj_projections["default"]
+    tuner = model.base_model
+    assert adapter_of(model).P is tuner.projections["default"] is tuner.uniproj_projections["default"]
 
 
 @pytest.mark.parametrize("projection", ["unilora", *LEARNED])

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 
 from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import get, names
+from uniproj.tuner import adapter_of
 
 KINDS = ("bert", "llama", "gpt2")
 
@@ -20,8 +21,8 @@ def _d(projection: str) -> int | None:
 def _reference(model: PeftModel, kind: str, name: str = "default") -> torch.Tensor:
     """Logits of the base model with W + s B A written into its weights: what any LoRA must give."""
     reference = base_model(kind)
-    projection = model.base_model.projections[name]
-    theta_D = projection(model.base_model.uniproj_theta_d[name]).detach()
+    projection, theta_d = adapter_of(model, name)
+    theta_D = projection(theta_d).detach()
     factors = iter(projection.layout.split(theta_D))
     for module in projection.layout.modules:
         B, A = next(factors), next(factors)
@@ -68,14 +69,14 @@ def test_the_file_holds_the_trained_numbers_and_little_else(tmp_path) -> None:
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * 200 + 4096
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "UNIPROJ"
-    assert saved["layout_fingerprint"] == model.base_model.projections["default"].layout.fingerprint
+    assert saved["layout_fingerprint"] == adapter_of(model).P.layout.fingerprint
 
 
 def test_trainable_parameters_are_d() -> None:
     model = get_peft_model(base_model("llama"), config("llama", d=60))
     assert model.get_nb_trainable_parameters()[0] == 60
     learned = get_peft_model(base_model("llama"), config("llama", "vblora", None))
-    assert learned.get_nb_trainable_parameters()[0] == learned.base_model.projections["default"].trained
+    assert learned.get_nb_trainable_parameters()[0] == adapter_of(learned).P.trained
 
 
 def test_low_cpu_mem_usage_loads_the_same_adapter(tmp_path) -> None:
@@ -100,18 +101,18 @@ def test_a_part_of_the_model_called_alone_trains() -> None:
         model(**batch("llama"))
     hidden = model.base_model.model.model(batch("llama")["input_ids"]).last_hidden_state
     hidden.square().sum().backward()
-    assert model.base_model.uniproj_theta_d["default"].grad.any()
+    assert adapter_of(model).theta_d.grad.any()
 
 
 def test_merge_sees_an_edit_through_data() -> None:
     model = get_peft_model(base_model("llama"), config("llama")).eval()
     with torch.no_grad():
         model(**batch("llama"))
-    model.base_model.uniproj_theta_d["default"].data.mul_(7.0)  # leaves the version counter alone
+    adapter_of(model).theta_d.data.mul_(7.0)  # leaves the version counter alone
     with torch.no_grad():
         logits = model(**batch("llama")).logits
     torch.testing.assert_close(logits, _reference(model, "llama"), rtol=1e-4, atol=1e-4)
-    model.base_model.uniproj_theta_d["default"].data.mul_(0.5)
+    adapter_of(model).theta_d.data.mul_(0.5)
     expected = _reference(model, "llama")
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**batch("llama")).logits, expected, rtol=1e-4, atol=1e-4)

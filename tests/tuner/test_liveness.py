@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniproj import AdapterError
-from uniproj.tuner import UniProjConfig
+from uniproj.tuner import UniProjConfig, adapter_of
 
 
 class ThreeAxes(nn.Linear):
@@ -116,7 +116,7 @@ def test_a_living_layer_computes_as_if_it_had_not_been_probed(kind: type[nn.Line
             model.zero_grad()
             y = model(x)
             y.square().sum().backward()
-            gradient = model.base_model.uniproj_theta_d["default"].grad.clone()
+            gradient = adapter_of(model).theta_d.grad.clone()
             if probed:
                 first = y.detach(), gradient, torch.rand(())
         assert torch.equal(y, first[0]) and torch.equal(gradient, first[1]) and torch.equal(torch.rand(()), first[2])
@@ -209,7 +209,7 @@ def test_within_gradient_checkpointing(reentrant: bool) -> None:
     for _ in range(2):
         checkpoint(model, _x().requires_grad_(), use_reentrant=reentrant).sum().backward()
         plain(_x()).sum().backward()
-    found, wanted = (m.base_model.uniproj_theta_d["default"].grad for m in (model, plain))
+    found, wanted = (adapter_of(m).theta_d.grad for m in (model, plain))
     assert torch.allclose(found, wanted) and found.any()
 
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.format.saved import reconfigure, rewrite
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
-from uniproj.format.tensors import THETA_D as THETA
+from uniproj.format.keys import THETA_D as THETA
+from uniproj.tuner import adapter_of
 
 
 @pytest.fixture
@@ -145,4 +146,4 @@ def test_the_probe_leaves_no_trace() -> None:
     model = get_peft_model(base_model("llama"), config("llama"))
     source = model.base_model._sources["default"]
     assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(model.base_model.uniproj_theta_d["default"], source.projection.init_theta(0))
+    assert torch.equal(adapter_of(model).theta_d, source.projection.init_theta(0))

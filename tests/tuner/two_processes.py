@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.tuner.models import base_model, batch, config
 from uniproj.errors import AdapterError
+from uniproj.format.keys import THETA_D, in_model
 from uniproj.tuner import shard_base
 
 ROWS, STEPS = 4, 3
@@ -90,7 +91,7 @@ def _case(kind: str, wrapped: str, projection: str, checkpointing: str | None) -
     }
 
 
-THETA = "base_model.uniproj_theta_d.default"
+THETA = in_model(THETA_D, "default")
 
 
 def main(folder: Path) -> None:

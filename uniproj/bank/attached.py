@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -15,24 +14,9 @@ from uniproj.format.compatibility import first_difference
 from uniproj.format.fields import Role, used
 from uniproj.format.file import read
 from uniproj.format.header import Header
-from uniproj.format.tensors import THETA_D
-from uniproj.tuner import UniProjModel
-
-
-def tuner_of(model: nn.Module, where: str) -> UniProjModel:
-    """The UniProjModel inside a PeftModel, or the model itself. Raises AdapterError for any other model."""
-    tuner = model.base_model if isinstance(model, PeftModel) else model
-    if not isinstance(tuner, UniProjModel):
-        if isinstance(tuner, nn.Module) and any(isinstance(module, UniProjModel) for module in tuner.modules()):
-            raise AdapterError(
-                f"{where}: the model must be the PeftModel itself, got a {type(tuner).__name__} around it. "
-                "Pass the PeftModel that it was made of."
-            )
-        raise AdapterError(
-            f"{where}: the model must hold a uniproj adapter, got a {type(tuner).__name__}. "
-            "Attach one with get_peft_model and a UniProjConfig."
-        )
-    return tuner
+from uniproj.format.keys import THETA_D
+from uniproj.tuner import UniProjModel, adapter_of
+from uniproj.tuner.attached import tuner_of
 
 
 def active_adapter(tuner: UniProjModel, where: str) -> str:
@@ -49,25 +33,25 @@ def layers_of(tuner: UniProjModel, adapter_name: str) -> list[LoraLayer]:
 
 
 def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
-    """Raises AdapterError where other factors would not reach the output, and would be subtracted by an unmerge."""
+    """Raises AdapterError for merged layers: another theta_d would not change their output, but spoil the unmerge."""
     if any(layer.merged for layer in layers):
         raise AdapterError(f"{where}: the adapter must not be merged, got merged layers. Call unmerge_adapter first.")
 
 
 def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
     """The header of an attached adapter. Raises AdapterError if it trains numbers beside theta_d."""
-    projection: Any = tuner.projections[adapter_name]
+    projection = adapter_of(tuner, adapter_name).P
     header = Header.of(tuner.peft_config[adapter_name].to_dict(), projection, tuner.model)
     check_alone(header, [name for name, _ in projection.named_parameters()])
     return header
 
 
 def read_adapter(source: Any, what: str, kinds: str) -> tuple[Header, Tensor]:
-    """Header and theta_d of a model's active adapter, or of a folder. what, kinds: for the error of another type."""
+    """Header and theta_d of a model's active adapter, or of a folder. what, kinds: for the error about other types."""
     if isinstance(source, nn.Module):
         tuner = tuner_of(source, "bank")
         adapter_name = active_adapter(tuner, "bank")
-        return header_of(tuner, adapter_name), tuner.uniproj_theta_d[adapter_name]
+        return header_of(tuner, adapter_name), adapter_of(tuner, adapter_name).theta_d
     if not isinstance(source, str | Path):
         raise AdapterError(
             f"bank: {what} must be {kinds} or the folder of a saved adapter, got a {type(source).__name__}. "

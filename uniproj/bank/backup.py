@@ -13,16 +13,17 @@ from uniproj.bank.index import Entry, Index, last_change, used_slots
 from uniproj.bank.slots import Slots, crc
 from uniproj.errors import AdapterError
 
-# moments that one who cannot keep writers waiting tries
+# attempts of a process that cannot lock writers out
 _TURNS = 100
 
 
 def copy(index: Index, slots: Slots, to_index: Path, to_slots: Path) -> None:
     """Copy the index as it is at one moment, and all vectors that it names, each with its CRC-32 compared.
 
-    A vector whose slot was written anew after that moment is missing, so a later moment is taken, and what came since
-    is copied. Who may write the bank keeps the writers waiting for that; who may not goes on until nothing is missing.
-    Raises AdapterError for a vector that is damaged, and for a bank that is written faster than it is copied.
+    A slot may be overwritten after that moment, and its vector is then missing. So the index is copied once more, and
+    the vectors that changed since with it. A process that may write the bank locks other writers out for this second
+    pass; one that may only read repeats it until nothing is missing. Raises AdapterError for a vector that is damaged,
+    and for a bank that is written faster than it is copied.
     """
     target, last = Slots.create(to_slots, slots.d, slots.metadata), 0
     for turn in range(_TURNS):
@@ -42,8 +43,8 @@ def copy(index: Index, slots: Slots, to_index: Path, to_slots: Path) -> None:
             target.note(last)
             return
     raise AdapterError(
-        f"bank: {slots.path} must be written more slowly than it is copied by one who may not write it, got {missing} "
-        f"changed in each of {_TURNS} turns. Let its owner take the backup."
+        f"bank: {slots.path} must be written more slowly than it can be copied without write permission, got {missing} "
+        f"changed during the last of {_TURNS} attempts. Make the backup as a user who may write the bank."
     )
 
 

@@ -20,7 +20,6 @@ from uniproj.bank.attached import (
     layers_of,
     read_adapter,
     refuse_merged,
-    tuner_of,
 )
 from uniproj.bank.backup import copy
 from uniproj.bank.folder import RESTORE, appearing, disk
@@ -31,7 +30,10 @@ from uniproj.errors import AdapterError
 from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.file import SavedAdapter, config_of, write
 from uniproj.format.header import Header
-from uniproj.format.tensors import THETA_D, check_numbers
+from uniproj.format.keys import THETA_D
+from uniproj.format.tensors import check_numbers
+from uniproj.tuner import adapter_of
+from uniproj.tuner.attached import tuner_of
 from uniproj.tuner.config import UniProjConfig
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
@@ -46,13 +48,13 @@ class AdapterBank:
     """name -> theta_d (d,) float32, for any number of adapters of one fixed P on one base.
 
     A folder of two files: `theta_d.safetensors`, a tensor (slots, d) whose metadata is the header of P, and
-    `index.sqlite`, which says what slot holds what name. Opening reads neither of them through, and selecting an
-    adapter costs a copy of d numbers and one projection, whatever the count of adapters.
+    `index.sqlite`, which says what slot holds what name. Opening a bank does not read them whole, and selecting an
+    adapter costs a copy of d numbers and one projection, however many adapters there are.
 
-    Every change is whole or did not happen, also where the process dies: new numbers go into a slot that no name uses,
-    are brought to the disk, and the names change in one transaction. Readers wait for no writer; writers wait for each
-    other. The folder must lie on a local disk (SQLite's write-ahead mode shares memory), and is copied by `backup`. A
-    bank that may not be written is read. The file never shrinks: a deleted adapter leaves its slot to the next one.
+    Every change is atomic, even if the process dies: new numbers are written to a slot that no name uses and flushed to
+    the disk, and then the names change in one transaction. Readers never wait; writers wait for each other. The folder
+    must lie on a local disk (SQLite's write-ahead mode shares memory), and is copied by `backup`. Without write
+    permission a bank can still be read. The file never shrinks: the slot of a deleted adapter is reused.
 
     Raises AdapterError for a folder that is no bank, files that are replaced while they are open or were copied without
     their last changes, an unknown name, an adapter of another P or with numbers beside theta_d, and for a disk that is
@@ -69,7 +71,7 @@ class AdapterBank:
             raise AdapterError(f"bank: {self.folder} must hold the header of its P, got none. {RESTORE}")
         self.header = header
         self._index = Index(self.folder / INDEX, self._slots.written)
-        # P of each model that fits -> its layers, for which no second selection walks the model
+        # P of each model that was checked -> its LoRA layers, so that selecting again does not walk the model
         self._fitting: WeakKeyDictionary[nn.Module, WeakSet[LoraLayer]] = WeakKeyDictionary()
         if (known := self._index.slots()) > len(self._slots):
             raise AdapterError(
@@ -134,13 +136,13 @@ class AdapterBank:
         return self.get_many(list(once)), torch.tensor([once[name] for name in names])
 
     def select(self, model: nn.Module, name: str) -> None:
-        """Let the active adapter of a model be this one: a copy of d numbers into its theta_d and one projection.
+        """Make the active adapter of a model this one: copies d numbers into its theta_d and projects once.
 
         The adapter may be disabled, but not merged.
         """
         tuner = tuner_of(model, "bank.select")
         adapter_name = active_adapter(tuner, "bank.select")
-        projection = tuner.projections[adapter_name]
+        projection, theta_d = adapter_of(tuner, adapter_name)
         if projection not in self._fitting:
             check_same(self.header, header_of(tuner, adapter_name), "the model's adapter")
             warn_of_another_base(
@@ -148,15 +150,15 @@ class AdapterBank:
             )
             self._fitting[projection] = WeakSet(layers_of(tuner, adapter_name))
         refuse_merged(self._fitting[projection], "bank.select")
-        theta = self.get(name)
+        numbers = self.get(name)
         with torch.no_grad():
-            tuner.uniproj_theta_d[adapter_name].copy_(theta)
+            theta_d.copy_(numbers)
             tuner._sources[adapter_name].refresh()
 
     def export(self, name: str, folder: str | Path) -> None:
         """Write one adapter as a folder of its own, which `PeftModel.from_pretrained` loads.
 
-        Raises AdapterError for zeros where c = 0, which are the base model and which no loading takes.
+        Raises AdapterError for theta_d = 0 where c = 0: that is the bare base model, which loading refuses.
         """
         tensors = {THETA_D: self.get(name)}
         try:
@@ -169,15 +171,15 @@ class AdapterBank:
     # ---- writing ----------------------------------------------------------------------------------
 
     def add(self, name: str, source: Source) -> None:
-        """Keep a new adapter: a vector (d,), the active adapter of a model, or a saved adapter's folder."""
+        """Add a new adapter: a vector (d,), the active adapter of a model, or a saved adapter's folder."""
         self.add_many([(name, source)])
 
     def add_many(self, adapters: Mapping[str, Source] | Iterable[tuple[str, Source]]) -> None:
-        """Keep new adapters, all of them or none, in one transaction after the last of them was drawn.
+        """Add new adapters, all or none, in one transaction that begins once the iterable is exhausted.
 
-        So an iterable may read and write this bank, wait for other threads, and fork; it may not go on in the child.
-        No more than 256 vectors are held at a time: of a longer one the others wait in a file without a name in the
-        bank's folder, which takes as much room again.
+        So the iterable itself may read and write this bank, wait for other threads, and fork, but a child process may
+        not continue it. At most 256 vectors are held in memory; the others wait in an unnamed temporary file in the
+        bank's folder, which takes as much space again.
         """
         with closing(Spool(self.folder)) as spool:
             for name, source in adapters.items() if isinstance(adapters, Mapping) else adapters:
@@ -187,13 +189,13 @@ class AdapterBank:
                     self._put(change, chunk, replacing=False)
 
     def replace(self, name: str, source: Source) -> None:
-        """Give a name that is held other numbers; who reads it meanwhile gets the old ones or the new ones, whole."""
+        """Replace the numbers of a known name; a reader gets the old vector or the new one, never a mix."""
         row = self._vector(source, _checked(name))
         with disk(self.folder), self._change() as change:
             self._put(change, [(name, row)], replacing=True)
 
     def delete(self, name: str) -> None:
-        """Forget an adapter; its slot serves the next one."""
+        """Delete an adapter; its slot is reused."""
         with self._change() as change:
             if not change.remove(_checked(name)):
                 raise self._unknown(name)
@@ -209,7 +211,7 @@ class AdapterBank:
             copy(self._index, self._slots, part / INDEX, part / VECTORS)
 
     def close(self) -> None:
-        """Let go of the database; the next use opens it again."""
+        """Close the database; the next use opens it again."""
         self._index.close()
 
     @contextmanager
@@ -218,7 +220,7 @@ class AdapterBank:
         with self._index.change() as change:
             yield change
             last = change.last()
-        # the change is made: a disk that refuses to note it refuses nothing else
+        # the change is committed already, so failing to note it here loses nothing
         with suppress(OSError):
             self._slots.note(last)
 
@@ -231,7 +233,7 @@ class AdapterBank:
             free = change.free(len(chunk))
         self._slots.write((slot, row) for slot, (_, row) in zip(free, chunk, strict=True))
         for slot, (name, row) in zip(free, chunk, strict=True):
-            # only now: a slot that is freed here is read by others until the commit
+            # only after the write: until the commit, others still read the slot that is freed here
             if change.remove(name) != replacing:
                 raise self._unknown(name) if replacing else self._held(name)
             change.put(name, slot, crc(row))
@@ -253,7 +255,7 @@ class AdapterBank:
         return row.numpy()
 
     def _all(self, found: Callable[[int], Found], count: Callable[[Found], int]) -> Found:
-        """What is found with a limit that no bank reaches, since each name has a slot of its own."""
+        """The answer to a query with a limit: no bank has more names than slots, but a forged index may."""
         while True:
             most = len(self._slots) + 1
             if count(answer := found(most)) < most:

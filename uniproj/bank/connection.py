@@ -1,4 +1,4 @@
-"""A connection to the database of a bank, which may be a stranger's, be replaced, or be one that others write."""
+"""A connection to the database of a bank, which may be forged, be replaced, or be written by other processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 _PATIENCE = 60.0
 # bytes of the longest value that is taken from a database or put into it
 _LONGEST = 2**20
-# how the names of errors begin that refuse a write and leave the database whole
+# prefixes of the names of SQLite's errors that refuse a write and leave the database intact
 _REFUSED = (
     "SQLITE_BUSY",
     "SQLITE_FULL",
@@ -35,8 +35,8 @@ _SETTINGS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL
 class Connection:
     """One connection, opened at its first use, for one thread at a time.
 
-    Where this process may not write, it makes no file either: it reads what a writer shares, or, while there is none,
-    the database as an unchanging file, and looks after each answer whether it was one.
+    A process without write permission creates no files: it reads through the memory that a writer shares, or, while
+    there is no writer, opens the database as immutable and checks after each query that it did not change.
 
     path: of the file itself, not of a link; opened: its identity; check: called with each new connection, before its
     first use. Raises AdapterError for whatever SQLite refuses, and for files that are replaced while they are open.
@@ -53,7 +53,7 @@ class Connection:
         self._seen: tuple[object, ...] = ()
 
     def ask(self, question: Callable[[sqlite3.Connection], Answer], sure: bool = True) -> Answer:
-        """What a question finds in the database; sure: not in one that is another by now, or was changed meanwhile."""
+        """The answer of a query; sure: asked again if the file was replaced or changed meanwhile."""
         with self.lock:
             try:
                 while True:
@@ -76,7 +76,7 @@ class Connection:
         with self.lock:
             try:
                 if self._mode != "rw":
-                    self.close()  # what was not to be written may be by now
+                    self.close()  # permissions may have changed
                 connection = self._current()
                 self._stale()
                 yield connection
@@ -100,7 +100,7 @@ class Connection:
             try:
                 self._connection = self._connect()
             except sqlite3.OperationalError:
-                # a writer has come or gone
+                # unless a writer has come or gone meanwhile
                 if self._mode == self._fitting_mode():
                     raise
         return self._connection
@@ -141,7 +141,7 @@ class Connection:
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
             self._check(connection)
-            # a first use may make the two files beside a database
+            # the first use may create the -wal and -shm files
             self._seen = before if self._unchanging() else self._now()
             self._check_file()
         except BaseException:
@@ -150,7 +150,7 @@ class Connection:
         return connection
 
     def _check_file(self) -> None:
-        # one that was never there is for SQLite to refuse
+        # SQLite itself refuses a file that was never there
         if self._file is not None and identity(self._path) != self._file:
             raise replaced(self._path)
 
@@ -158,7 +158,7 @@ class Connection:
         return self._mode not in ("rw", "ro")
 
     def _stale(self) -> bool:
-        """Whether an unchanging file has changed. Raises AdapterError for another that is replaced."""
+        """Whether a file that was opened as immutable has changed. Raises AdapterError if another one was replaced."""
         if self._now() == self._seen:
             return False
         if self._unchanging():

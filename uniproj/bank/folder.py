@@ -19,7 +19,7 @@ _UNFINISHED = ".unfinished"
 
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """Say of an error of the system which folder it befell, and what to do. Raises AdapterError."""
+    """Turns an OSError into an AdapterError that names the folder and the remedy."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def disk(folder: Path) -> Iterator[None]:
 
 
 def refusal(folder: Path, error: OSError) -> AdapterError:
-    """The sentences for an error of the system."""
+    """The AdapterError for an OSError."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         remedy = f"Check the path. {RESTORE}"
     else:
@@ -36,7 +36,7 @@ def refusal(folder: Path, error: OSError) -> AdapterError:
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
-    """What tells the file at a path from all others, as long as somebody has it open; None if there is none."""
+    """(device, inode) of the file at a path, which no other file has while it is open; None without a file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -45,7 +45,7 @@ def identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def replaced(path: str | Path) -> AdapterError:
-    """The error for a file that is another by now, or gone, under an open bank."""
+    """The error for a file that was replaced or deleted while the bank was open."""
     return AdapterError(
         f"bank: {path} must be the file that was opened, got another in its place, or none. "
         "Open the bank again with AdapterBank(folder), and write again what was written since."
@@ -54,10 +54,10 @@ def replaced(path: str | Path) -> AdapterError:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which takes its place at the end of the block, on the disk; after an error it is gone.
+    """A temporary folder to fill, flushed and renamed to `folder` when the block ends; deleted after an error.
 
-    It belongs to this process by a lock that dies with it: what killed processes left is cleared. Raises AdapterError
-    where something lies at the place already.
+    A lock that ends with the process marks it as in use, so that what killed processes left can be deleted. Raises
+    AdapterError if `folder` exists already.
     """
     with disk(folder):
         if os.path.lexists(folder):
@@ -79,11 +79,11 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> tuple[Path, int]:
-    """A new folder beside the one that it shall become, and the lock that says that it is being filled."""
+    """A new temporary folder beside the final one, and the lock that marks it as in use."""
     while True:
         part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_UNFINISHED}")
         part.mkdir()
-        # another process may have taken it for a dead one's before it was locked
+        # before it was locked, another process may have deleted it as a leftover
         with suppress(BlockingIOError, FileNotFoundError):
             lock = _lock(part)
             if part.exists():
@@ -95,7 +95,7 @@ def _clear(folder: Path) -> None:
     with suppress(OSError):
         for left in folder.parent.iterdir():
             if left.name.startswith(f".{folder.name}.") and left.name.endswith(_UNFINISHED):
-                # one that is locked is being filled, and one of another user is not ours to clear
+                # a locked one is in use, and one of another user is not ours to delete
                 with suppress(OSError):
                     lock = _lock(left)
                     shutil.rmtree(left, ignore_errors=True)

@@ -58,8 +58,8 @@ class Index:
     the disk before it returns. One connection reads, another writes and a third copies, so that the threads of a
     process do not wait for each other either; all are closed before a fork, which a connection does not survive.
 
-    least: the last change that is known to be committed. Raises AdapterError for a database that cannot be read or
-    written, is not as we make them, knows less than the last change, or is replaced while it is open.
+    least: the number of the last change that is known to be committed. Raises AdapterError for a database that cannot
+    be read or written, has other tables, ends before that change, or is replaced while it is open.
     """
 
     def __init__(self, path: Path, least: Callable[[], int]):
@@ -80,7 +80,7 @@ class Index:
             connection.executescript(_TABLES)
 
     def find(self, name: str, sure: bool = True) -> Entry | None:
-        """The entry of a name; sure: as `Connection.ask` has it."""
+        """The entry of a name; sure: see `Connection.ask`."""
         query = "SELECT version, slot, crc FROM adapters WHERE name = ?"
         row = self._reading.ask(lambda c: c.execute(query, (name,)).fetchone(), sure)
         return None if row is None else Entry.of(row)
@@ -116,7 +116,7 @@ class Index:
     def change(self) -> Iterator[Change]:
         """One transaction: all of it happens, or nothing. Only one at a time, over all processes.
 
-        Nothing within it may run code of a caller, who could wait for a fork that waits for the transaction.
+        No code of a caller may run within it: it could wait for a fork, which waits for the transaction.
         """
         with self._writing.use() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -139,19 +139,19 @@ class Index:
         self._copying.ask(copy_pages)
 
     def close(self) -> None:
-        """Let go of the files; the next use opens them again."""
+        """Close the files; the next use opens them again."""
         for connection in self._connections():
             with connection.lock:
                 connection.close()
 
     def _connections(self) -> tuple[Connection, ...]:
-        # a thread that writes may read and copy besides, but none that reads or copies writes: so none waits in a ring
+        # the order of locks: while it writes a thread may read or copy, never the reverse, so there is no deadlock
         return self._writing, self._reading, self._copying
 
     def _check(self, connection: sqlite3.Connection) -> None:
         # before the database is asked, since writers go on
         least = self._least()
-        # a view, a trigger or a column of another kind runs code, or never ends
+        # a view, a trigger or a column of another kind could run code, or never end
         if (found := _schema(connection, len(_SCHEMA) + 1)) != _SCHEMA:
             other = sorted(str(row[1]) for row in found ^ _SCHEMA)
             raise AdapterError(
@@ -159,9 +159,9 @@ class Index:
             )
         if (known := last_change(connection)) < least:
             raise AdapterError(
-                f"bank: {self.path} must know change {least} of the vectors beside it, got one that ends with change "
-                f"{known}: it was copied without {self.path.name}-wal while the bank was open, or that file is gone. "
-                f"Copy a bank with AdapterBank.backup. {RESTORE}"
+                f"bank: {self.path} must hold change {least}, as the vectors beside it do, got one that ends with "
+                f"change {known}: it was copied without {self.path.name}-wal while the bank was open, or that file is "
+                f"gone. Copy a bank with AdapterBank.backup. {RESTORE}"
             )
 
 
@@ -192,7 +192,7 @@ class Change:
         freed = self._connection.execute("DELETE FROM adapters WHERE name = ? RETURNING slot", (name,)).fetchall()
         self._connection.executemany("INSERT INTO free VALUES (?)", freed)
         if freed:
-            # a change of its own, also where no name follows
+            # counts as a change even if no insert follows
             self._connection.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'adapters'")
         return bool(freed)
 
@@ -203,7 +203,7 @@ class Change:
 
 
 def last_change(connection: sqlite3.Connection) -> int:
-    """The last version that was given, or the count that a deletion made of it; 0 before the first."""
+    """The number of the last change, an insert or a deletion; 0 before the first."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'adapters' LIMIT 1").fetchone()
     return 0 if row is None else _integer(row[0])
 

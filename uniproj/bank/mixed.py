@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniproj.bank.attached import active_adapter, layers_of, refuse_merged, tuner_of
+from uniproj.bank.attached import active_adapter, layers_of, refuse_merged
 from uniproj.errors import AdapterError
-from uniproj.tuner.factors import Mixture
+from uniproj.tuner import adapter_of
+from uniproj.tuner.attached import tuner_of
+from uniproj.tuner.theta import PerRow
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -36,7 +38,8 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
     if any(layer.disable_adapters for layer in layers):
         raise AdapterError("mixed: the adapter must be enabled, got disabled layers. Leave disable_adapter first.")
     source = tuner._sources[name]
-    d, device = source.projection.d, tuner.uniproj_theta_d[name].device
+    P, theta_d = adapter_of(tuner, name)
+    d, device = P.d, theta_d.device
     if not isinstance(thetas, Tensor):
         raise AdapterError(
             f"mixed: thetas must be one tensor of shape (K, d) = (K, {d}), got a {type(thetas).__name__}. "
@@ -48,7 +51,7 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
             f"{tuple(thetas.shape)}. Stack one theta_d of this model's projection per user."
         )
     index = _indices(rows, len(thetas))
-    with source.mixing(Mixture(thetas.to(device), index.to(device, torch.int64))):
+    with source.using(PerRow(thetas.to(device), index.to(device, torch.int64))):
         yield
 
 

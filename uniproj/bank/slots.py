@@ -22,7 +22,7 @@ from uniproj.format.tensors import LENGTH, framed, header_length
 
 _PAGE = 4096
 TENSOR, _METADATA = "theta_d", "__metadata__"
-# a file grows by this part of itself at least, so that few writes have to wait for it
+# a file grows by at least this fraction of its size, so that it grows rarely
 _GROWTH = 32
 # the last line of the metadata, and the end of the header after it
 _LINE, _DIGITS, _END = "uniproj.bank.written", 20, b"}}"
@@ -30,19 +30,19 @@ _WRITTEN = re.compile(rb'"%s":"([ 0-9]{%d})"}} *\Z' % (re.escape(_LINE).encode()
 
 
 class Slots:
-    """`theta_d` (slots, d) float32 in a safetensors file of one tensor, whose header leaves its length as it grows.
+    """`theta_d` (slots, d) float32 in a safetensors file of one tensor; its header keeps its length as it grows.
 
-    Readers copy single slots out of the open file, so one that is cut off below them is an error and no signal; one
-    writer at a time (the caller sees to that) fills slots which nobody reads. The count of slots is that of the file's
-    size: the one in the header follows it, for other programs, and is set right by the next writer if a crash came
-    between the two.
+    Readers copy single slots by reading the open file, not through a memory map, so a file that is cut off meanwhile is
+    an error and not a crash. One writer at a time (the caller ensures it) fills slots that nobody reads. The number of
+    slots follows from the size of the file. The header repeats it for other programs, and the next writer corrects it
+    if a crash came between the two updates.
 
-    Raises AdapterError for a file that is no such tensor, and for one that was put in place of the opened one.
+    Raises AdapterError for a file that is no such tensor, and if the file is replaced while it is open.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        # a pipe without a writer would wait for one
+        # opening a pipe would wait for its writer
         self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         finalize(self, os.close, self._file)
         status = os.fstat(self._file)
@@ -114,7 +114,7 @@ class Slots:
     def reserve(self, slots: int) -> int:
         """Make room for this many slots, or for 1/32 more than there are, and say how many there are then.
 
-        New slots are holes: a disk without room for them refuses when they are written.
+        New slots take no space yet, so a full disk is an error only when they are written.
         """
         before = len(self)
         after = before if slots <= before else max(slots, before + before // _GROWTH)
@@ -123,9 +123,9 @@ class Slots:
             file.seek(LENGTH)
             if after == before and file.read(len(shape)) == shape:
                 return after
-            # also where a crash left a part of a slot
+            # also removes the part of a slot that a crash left
             os.ftruncate(file.fileno(), self._end(after))
-            # of a fixed length and within the first page, so that it is written whole
+            # of fixed length and within the first page, so that no crash leaves half of it
             file.seek(LENGTH)
             file.write(shape)
             _to_disk(file)
@@ -134,15 +134,15 @@ class Slots:
     def written(self) -> int:
         """The last change of the index that was committed with this file; 0 where none is noted."""
         at = self._line()
-        # blanks within the number are torn, or not ours
+        # a number with blanks inside was half written, or is not ours
         text = b"" if at is None else self._steady(_DIGITS, at).strip()
         return int(text) if text.isdigit() else 0
 
     def note(self, change: int) -> None:
-        """Say that the index has committed this change: an index that knows less is an older one.
+        """Note that the index has committed this change, so that an older copy of the index is recognised.
 
-        After a crash, or where two writers overtake each other, too small a number stays, which does no harm. A file
-        of an earlier version gets the line if there is room for it on the page where the header's text ends.
+        After a crash, or if two writers finish in reverse order, the number is too small, which does no harm. A file of
+        an earlier version gets the line if there is room for it on the page where the header's text ends.
         """
         if (at := self._line()) is not None:
             text = f"{change:{_DIGITS}d}".encode()
@@ -157,7 +157,7 @@ class Slots:
                 file.write(text)
 
     def _line(self) -> int | None:
-        """Where the number of the last change lies, if there is one."""
+        """The position in the file of the number of the last change, if there is one."""
         if self._written_at is None and (found := _WRITTEN.search(self._header())):
             self._written_at = LENGTH + found.start(1)
         return self._written_at
@@ -173,7 +173,7 @@ class Slots:
         return self._steady(self._start - LENGTH, LENGTH)
 
     def _steady(self, size: int, at: int) -> bytes:
-        """Bytes as no writer was just changing them."""
+        """Bytes of the file, read until two readings agree, as a writer may be changing them."""
         while (text := os.pread(self._file, size, at)) != os.pread(self._file, size, at):
             pass
         return text
@@ -217,12 +217,12 @@ class Slots:
 
 
 def _shape(d: int, slots: int) -> bytes:
-    """The beginning of the header, of one length for any count of slots."""
+    """The beginning of the header, equally long for any number of slots."""
     return f'{{"{TENSOR}":{{"dtype":"F32","shape":[{slots:20d},{d}],"data_offsets":[0,{4 * d * slots:20d}]}},'.encode()
 
 
 def _written_line(change: int) -> bytes:
-    """The end of the header, of one length for any change."""
+    """The end of the header, equally long for any change."""
     return f',"{_LINE}":"{change:{_DIGITS}d}"'.encode() + _END
 
 
@@ -233,5 +233,5 @@ def crc(row: np.ndarray) -> int:
 
 def _to_disk(file: BinaryIO) -> None:
     file.flush()
-    # not every system can leave out the time of the change
+    # not every system has fdatasync
     getattr(os, "fdatasync", os.fsync)(file.fileno())

@@ -1,4 +1,4 @@
-"""Vectors that wait for the transaction that takes all of them."""
+"""Vectors that are collected before the one transaction that adds them all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from uniproj.bank.folder import disk
 from uniproj.errors import AdapterError
 
-# vectors in memory, and between two calls of the disk
+# vectors held in memory, and written at a time
 _CHUNK = 256
 
 Chunk = list[tuple[str, np.ndarray]]
@@ -23,8 +23,8 @@ Chunk = list[tuple[str, np.ndarray]]
 class Spool:
     """Names and vectors in their order: 256 in memory, those before them in a nameless file in the bank's folder.
 
-    The file is gone with the process. Raises AdapterError where the disk is full, and in a child of the process that
-    began, which shares the file.
+    The file is gone with the process. Raises AdapterError if the disk is full, and in a forked child, which would share
+    the file.
     """
 
     def __init__(self, folder: Path):
@@ -34,14 +34,14 @@ class Spool:
         self._chunk: Chunk = []
 
     def append(self, name: str, row: np.ndarray) -> None:
-        """Keep one more vector (d,) float32."""
+        """Add one more vector (d,) float32."""
         if len(self._chunk) == _CHUNK:
             with disk(self._folder):
                 self._write()
         self._chunk.append((name, row))
 
     def chunks(self) -> Iterator[Chunk]:
-        """All that was kept."""
+        """All vectors, in chunks."""
         self._check_process()
         if self._file is not None:
             self._file.seek(0)
@@ -52,9 +52,9 @@ class Spool:
         yield self._chunk
 
     def close(self) -> None:
-        """Give the room back."""
+        """Delete the file."""
         if self._file is not None:
-            # a full disk refuses once more
+            # closing flushes, which fails again on a full disk
             with suppress(OSError):
                 self._file.close()
 
@@ -65,7 +65,7 @@ class Spool:
         for name, row in self._chunk:
             self._file.write(row.data)
             self._names.append(name)
-        # nothing is left that a child would write once more
+        # so that a forked child has nothing buffered that it would write again
         self._file.flush()
         self._chunk = []
 

@@ -18,17 +18,17 @@ from uniproj.exchange import bases
 from uniproj.format import file
 from uniproj.format.compatibility import check_fit
 from uniproj.format.header import Header
-from uniproj.format.keys import plain
+from uniproj.format.keys import OF_P, OWN, THETA_D, plain
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.places import layout_on, linear_modules
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import OF_P, OWN, THETA_D, check_numbers, check_shapes, shapes_of
+from uniproj.format.tensors import check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
+from uniproj.tuner import adapter_of
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
-from uniproj.tuner.model import UniProjModel
 from uniproj.tuner.quantised import BaseWeights
 
 
@@ -107,13 +107,7 @@ class Adapter:
     @classmethod
     def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
         """A live adapter; P is the model's own. Raises AdapterError for another PEFT type."""
-        tuner = model.base_model
-        if not isinstance(tuner, UniProjModel) or adapter_name not in tuner.projections:
-            raise AdapterError(
-                f"export: the model must hold a uniproj adapter {adapter_name!r}, got {sorted(model.peft_config)} of "
-                f"{type(tuner).__name__}. Pass adapter_name=."
-            )
-        P: Projection = tuner.projections[adapter_name]  # type: ignore[assignment]
+        P = adapter_of(model, adapter_name, "export").P
         check_embeddings(model, adapter_name, "auto")
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         theta_d = state[THETA_D].detach().float().to(P.device)
@@ -121,7 +115,7 @@ class Adapter:
         config = model.peft_config[adapter_name]
         layout = _as_named_now(P.layout, config)
         known = {plain(f"{name}."): name for name in layout.modules}  # parts of the model may have been compiled since
-        modules = tuner.model.named_modules()
+        modules = model.base_model.model.named_modules()
         layers = {
             known[plain(f"{name}.")]: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling
         }

@@ -1,4 +1,4 @@
-"""What the configuration of a base model asks to be built: judged before anything is, and counted while it is."""
+"""Limits on what a base model's configuration asks to build, checked before and during the building."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def check_sizes(value: Any, base: str, key: str = "") -> None:
-    """Raises AdapterError for a number in a configuration that no model has. key: under which `value` stands."""
+    """Raises AdapterError for a number that no real model has in its configuration. key: that of `value`."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             check_sizes(inner, base, str(name))

@@ -63,7 +63,7 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
         return cls.from_pretrained(base, config=found, trust_remote_code=trust_remote_code)
     except AdapterError:
         raise
-    except Exception as error:  # whatever a model makes of numbers that are not its own
+    except Exception as error:  # whatever a model class raises for a configuration that it cannot build
         if "trust_remote_code" in str(error):
             raise AdapterError(
                 f"{base}: must be a model of Transformers' own, got one that needs Python code which comes with it. "

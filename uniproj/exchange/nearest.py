@@ -102,7 +102,7 @@ def balanced(layout: LoRALayout, theta_D: Tensor) -> Tensor:
 
 
 def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> float:
-    """1 - ||target - reached||^2 / ||target||^2, weighted; 1 is all, below 0 is worse than nothing.
+    """1 - ||target - reached||^2 / ||target||^2, weighted; 1: all of it, below 0: worse than reached = 0.
 
     For linear isometric P and its best theta_d this is ||P^T target||^2 / ||target||^2.
     """
@@ -111,7 +111,7 @@ def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> 
 
 
 def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Tensor, reached: Tensor) -> float:
-    """The same of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>.
+    """The captured energy of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>.
 
     Raises AdapterError where the target changes nothing.
     """

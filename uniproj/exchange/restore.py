@@ -1,4 +1,4 @@
-"""`python -m uniproj restore PATH`: adapter_config.json anew, as the header of the weights has it."""
+"""`python -m uniproj restore PATH`: adapter_config.json again, from the header of the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uniproj.tuner.config import UniProjConfig
 
 
 def restore(folder: str | Path) -> UniProjConfig:
-    """Write `adapter_config.json` anew, as the header of the weights has it.
+    """Write `adapter_config.json` again, from the header of the weights.
 
     For a configuration that was edited or lost, or is still the old one because a crash fell between the two renames.
     Raises AdapterError as `uniproj.format.file.of_weights` does.

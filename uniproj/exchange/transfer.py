@@ -108,7 +108,7 @@ def _reader(folder: Path) -> registry.Format:
 
 
 def _refuse_in_place(source: object, out: str | Path) -> None:
-    """Raises AdapterError where `out`, by whatever name, is what is read, or one of its files is."""
+    """Raises AdapterError if `out`, under any path, is the folder that is read or shares a file with it."""
     if not isinstance(source, str | Path) or not exists(Path(source)):
         return
     # folders on the way to `out` may not exist yet, so no `..` may stay in it

@@ -7,8 +7,8 @@ from uniproj.format.compatibility import Difference, check_fit, first_difference
 from uniproj.format.fields import FIELDS, Role
 from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, of_weights, read, write
 from uniproj.format.header import FORMAT_VERSION, Header
+from uniproj.format.keys import HEADS, THETA_D
 from uniproj.format.places import linear_modules
-from uniproj.format.tensors import HEADS, THETA_D
 
 __all__ = [
     "CONFIG",

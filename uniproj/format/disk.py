@@ -17,7 +17,7 @@ from uniproj.format.schema import parse_json
 
 
 def exists(path: Path) -> bool:
-    """Whether something lies there; a name that the system cannot look up is no place."""
+    """Whether the path exists; no for a name that the system cannot look up."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -26,7 +26,7 @@ def exists(path: Path) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file. Raises AdapterError for a folder, a pipe, a device, or nothing at all, and waits for none."""
+    """A regular file. Raises AdapterError for a folder, pipe, device or missing file, and never blocks on one."""
     with _readable(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe may have no writer
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -47,7 +47,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises AdapterError for one that cannot be read, is none, or is beyond `limits`."""
+    """What a JSON file holds. Raises AdapterError for one that cannot be read, is not JSON, or exceeds `limits`."""
     with opened(path) as file:
         limits.check("config_bytes", os.fstat(file.fileno()).st_size, "its bytes", str(path))
         text = file.read(limits.config_bytes)
@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace(contents: Mapping[Path, bytes | Iterable[bytes | memoryview]]) -> None:
-    """Write files that belong together, whole or piece by piece: each is the old one or the new one, never a part.
+    """Replace files that belong together; each is then the old one or the new one, never a part of it.
 
     All are written under other names and flushed to the disk before the first takes its place, so a full disk or a
     crash while writing leaves every old file as it was. Raises AdapterError where the disk refuses.

@@ -24,20 +24,20 @@ class Role(Enum):
     BESIDE = "what is trained beside theta_d"
     TRAINING = "leaves the update as it is"
     BASE = "where the base model lies; may be changed by hand"
-    STATE = "of the moment, not of the adapter"
+    STATE = "how the adapter is used at the moment"
     VARIANT = "refused: its update is not s B A"
     START = "refused: P decides how A and B start"
     OTHER = "refused: it changes which A and B there are, or how they learn"
 
 
-# the one that a configuration means that names none
+# of a configuration that names none
 PROJECTION = "unilora"
 REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
 
 
 @dataclass(frozen=True)
 class Field:
-    """holds: the type of its values, which Any leaves to PEFT; absent: the values that mean it is not used."""
+    """holds: the type of its values (Any: PEFT checks them); absent: the values that mean that it is not used."""
 
     role: Role
     holds: Any = Any
@@ -71,7 +71,7 @@ FIELDS = {
     "init_seed": Field(Role.TRAINING, schema.Seed),
     "lora_dropout": Field(Role.TRAINING, schema.Rate),
     "runtime_config": Field(Role.TRAINING),
-    # of variants that are refused, and without effect alone
+    # used only by variants that are refused
     "megatron_core": Field(Role.TRAINING),
     "qalora_group_size": Field(Role.TRAINING),
     "base_model_name_or_path": Field(Role.BASE, schema.MaybeText),
@@ -106,11 +106,11 @@ def of(*roles: Role) -> tuple[str, ...]:
 
 
 def used(fields: Mapping[str, Any], *roles: Role) -> list[str]:
-    """The fields of these roles that say something."""
+    """The fields of these roles that are in use."""
     return [name for name in of(*roles) if name in fields and fields[name] not in FIELDS[name].absent]
 
 
-# what a configuration may say otherwise than the header: where the base lies, and how the adapter is used
+# in these a configuration may differ from the header: where the base lies, and how the adapter is used
 FREE = frozenset(of(Role.BASE, Role.STATE))
 
 
@@ -119,7 +119,7 @@ def _model(name: str, *but: str, roles: tuple[Role, ...] = tuple(Role)) -> type[
     return create_model(name, __base__=schema.Schema, **holds)  # type: ignore[call-overload, no-any-return]
 
 
-# the fields in which the configurations of PEFT's methods agree
+# the fields that the configurations of all of PEFT's methods share
 Places = _model(
     "Places", "rank_pattern", "bias", "remap", roles=(Role.RANK, Role.PLACE, Role.BESIDE, Role.BASE, Role.STATE)
 )

@@ -19,15 +19,12 @@ from uniproj.format.disk import exists, opened, read_json, replace
 from uniproj.format.fields import FREE, PROJECTION, Configuration, check_fields
 from uniproj.format.header import PREFIX, Header
 from uniproj.format.heads import entitled
+from uniproj.format.keys import IDENTITY, OWN, THETA_D, in_this_format
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import (
-    IDENTITY,
-    OWN,
-    THETA_D,
     check_digest,
     check_numbers,
     check_shapes,
-    renamed,
     serialise,
     shapes_without_P,
     weights,
@@ -40,13 +37,13 @@ _FIRST_WITH_IDENTITY = 3
 _RESTORE = "Restore it (python -m uniproj restore {})"
 
 
-# the adapters that were read in a `read_once`
+# the adapters that were read within `read_once`
 _known: ContextVar[dict[Path, SavedAdapter] | None] = ContextVar("known", default=None)
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """One adapter as it lies on disk: its tensors without the identity, which `header` says in full.
+    """One adapter as it is on disk; its tensors without the identity, which `header` holds in full.
 
     config: the fields of its configuration, as JSON has them. `header` is None for a file written before format 1.
     """
@@ -65,10 +62,10 @@ def read(folder: str | Path) -> SavedAdapter:
     """The adapter in a folder, on the CPU, after every check that needs no model.
 
     Raises AdapterError, which names the first thing that is not as it must be: a folder without the two files, or with
-    adapter_model.bin alone (opening one can run code, so it stays closed); a file that is no regular one, cut off or
-    altered; a header of a later format; a projection that is a path, unknown, or of another version; another
-    dtype, shape, NaN, inf; theta_d = 0 where c = 0; a configuration that says otherwise than the header; a tensor to
-    which the configuration does not entitle the file.
+    adapter_model.bin alone (opening one can run code, so it stays closed); a file that is not a regular one, cut off or
+    altered; a header of a later format; a projection that is a path, unknown, or of another version; another dtype,
+    shape, NaN, inf; theta_d = 0 where c = 0; a configuration that contradicts the header; a tensor that an adapter of
+    this configuration does not train.
     """
     folder, known = Path(folder), _known.get()
     if known is not None and folder in known:
@@ -88,7 +85,7 @@ def read(folder: str | Path) -> SavedAdapter:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Within the block a folder is read once, however often it is asked for: all that is loaded is of one moment."""
+    """Within the block a folder is read once, however often it is asked for, so that all parts are of one moment."""
     known = _known.get()
     token = _known.set({} if known is None else known)
     try:
@@ -116,7 +113,7 @@ def check(
     config: Mapping[str, Any],
     has_offset: bool | None = None,
 ) -> None:
-    """Raises AdapterError for tensors that are not written, as they could not be read.
+    """Raises AdapterError for tensors that `read` would refuse, so that they are not written.
 
     has_offset: whether P has a c, where that is known; else what its class says.
     """
@@ -163,7 +160,7 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
 
 
 def unsafe(folder: Path) -> AdapterError:
-    """The error of who would write a file that can run code, or write beside one."""
+    """The error for writing a file that can run code, or beside one."""
     return AdapterError(
         f"{folder}: must not hold {UNSAFE}, which uniproj never opens, as that can run code. "
         "Remove it and save with safe_serialization=True."
@@ -206,15 +203,15 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     with weights(folder / WEIGHTS) as file:
         header = Header.from_metadata(file.metadata, where)
         if header is not None:
-            # all that tells how large the numbers are, before one of them is read
+            # everything that bounds the sizes, before any number is read
             header.check_version(where)
-            index = renamed(file.index)
+            index = {in_this_format(name): tensor for name, tensor in file.index.items()}
             check_shapes(index, header.shapes(index, where), header.projection)
             config = config_of(header)
             _check_fields(config, folder)
             _beside_P(index, config, header, where)
         written = file.read()
-    tensors = renamed(written)
+    tensors = {in_this_format(name): tensor for name, tensor in written.items()}
     if header is not None:
         check_digest(written, file.metadata, where)
         _check_identity(tensors.pop(IDENTITY, None), header, where)
@@ -237,7 +234,7 @@ def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
 def _beside_P(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None, where: str
 ) -> dict[str, Tensor]:
-    """What `heads.entitled` lets through; a file from before the header does not list the adapted modules."""
+    """The tensors that `heads.entitled` allows; a file without a header does not list the adapted modules."""
     beside = {name: tensor for name, tensor in tensors.items() if not name.startswith(OWN)}
     modules = None if header is None else new_names(header.layout, config.get("remap") or []).values()
     return entitled(beside, config, modules, where)
@@ -288,7 +285,7 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _of_P(header: Header) -> dict[str, Any]:
-    """What a configuration says of P, as the header has it; d may also be left out there."""
+    """The fields of a configuration that describe P, from the header; d apart, which a configuration may leave out."""
     return {
         "format_version": header.format_version,
         "projection": header.projection,
@@ -311,7 +308,7 @@ def _check_agreement(fields: Mapping[str, Any], header: Header, folder: Path) ->
 
 
 def _merged(fields: Mapping[str, Any], header: Header) -> dict[str, Any]:
-    """The configuration that the header describes; the file beside it adds where the base lies, and no more."""
+    """The configuration that the header describes; of the file beside it only the FREE fields count."""
     free = {key: fields[key] for key in FREE if key in fields}
     return {**header.settings, **_of_P(header), "d": header.d, "peft_type": KIND, **free}
 

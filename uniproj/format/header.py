@@ -19,9 +19,10 @@ from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
 from uniproj.format.fields import Configuration, Role, of
+from uniproj.format.keys import OF_P, THETA_D
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import OF_P, THETA_D, shapes_without_P
+from uniproj.format.tensors import shapes_without_P
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
@@ -79,7 +80,7 @@ class Header:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes the updates s B A out of theta_d: two adapters with equal identities share P and scale."""
+        """What makes the updates s B A out of theta_d, so that two adapters of equal identity share P and scale."""
         scales = list(self.scales.values())
         return {
             "projection": self.projection,
@@ -112,8 +113,8 @@ class Header:
     def from_metadata(cls, metadata: Mapping[str, str], where: str = "adapter") -> Header | None:
         """The header in a file's metadata, or None for a file without one, as uniproj wrote before format 1.
 
-        Raises AdapterError for a header of a later format, one that lacks a field or holds something else in it, and
-        for a Block list that is not the one of its fingerprint.
+        Raises AdapterError for a header of a later format, for a field that is missing or not as uniproj writes it, and
+        for a Block list that does not have the fingerprint beside it.
         """
         if not any(key.startswith(PREFIX) for key in metadata):
             return None
@@ -143,7 +144,7 @@ class Header:
         return header
 
     def check_version(self, where: str = "adapter") -> None:
-        """Raises AdapterError for a projection that this library does not know, or makes otherwise by now."""
+        """Raises AdapterError for a projection that this library does not know, or computes differently now."""
         try:
             version = get(self.projection).version
         except ProjectionError as error:
@@ -212,7 +213,7 @@ class Header:
     def _refused(self, where: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # what a method makes of hyperparameters that are not its own
+        except Exception as error:  # whatever a method raises for hyperparameters that it does not know
             raise AdapterError(f"{where}: P cannot be made from its header: {error}") from error
 
     def difference(self, other: Header) -> str | None:
@@ -311,7 +312,7 @@ def _layout(text: str) -> LoRALayout:
 
 
 _JSON = (_dump, schema.parse_json)
-# what the values may be, `schema.Lines` says
+# `schema.Lines` says what the values may be
 _LINES: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
     **dict.fromkeys(schema.Lines.model_fields, _JSON),
     "layout": (pack, _layout),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.format.keys import plain
-from uniproj.format.tensors import FLOATS, HEADS
+from uniproj.format.keys import HEADS, plain
+from uniproj.format.tensors import FLOATS
 
 _TOKENS = re.compile(r"\.trainable_tokens_delta(\.[^.]+)?$")
 _PEFTS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")
@@ -32,7 +32,7 @@ def entitled(
     These are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
     keys; of the copies that PEFT makes of a head's biases one is kept. config: the fields of any method of PEFT;
     modules: the adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the
-    base, and for one of a dtype that no training gives.
+    base, and for a dtype that is not trained.
     """
     adapted, kept = None if modules is None else set(modules), {}
     heads, bias = config.get("modules_to_save") or (), config.get("bias", "none")
@@ -72,7 +72,7 @@ def _is_head(name: str, heads: Iterable[str]) -> bool:
 
 
 def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
-    """Raises AdapterError for numbers that no optimiser gave; what a module counts (BatchNorm) may be integers."""
+    """Raises AdapterError for a dtype that is not trained; counters of modules (BatchNorm) may be integers."""
     trained = name.endswith(("weight", "bias", "delta")) or tensor.is_floating_point() or tensor.is_complex()
     if trained and tensor.dtype not in FLOATS:
         raise AdapterError(
@@ -119,7 +119,7 @@ def check_heads(
 
 
 def _lies_in(name: str, trained: Iterable[str]) -> bool:
-    """Whether a tensor is one of the modules that PEFT takes for the trained ones: their names end so."""
+    """Whether a tensor belongs to a module of modules_to_save, which PEFT finds by the end of its name."""
     modules = name.split(".")[:-1]
     return any(".".join(modules[:i]).endswith(tuple(trained)) for i in range(1, len(modules) + 1))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uniproj.errors import AdapterError
 from uniproj.format.header import Header
-from uniproj.format.tensors import IDENTITY
+from uniproj.format.keys import IDENTITY
 
 _BYTES, _MIDDLE = 4, 127.5
 _ROUNDING = 1.5  # of a weighted mean in bfloat16

@@ -1,20 +1,33 @@
-"""Keys of state dicts: as a file has them, as a model has them, and as compiling and sharding lengthen them."""
+"""Keys of state dicts, all spelled here: as a file has them, as a model has them, and as wrappers lengthen them."""
 
 from __future__ import annotations
 
 import re
 
-from uniproj.format.tensors import IDENTITY, OF_P, THETA_D
+TUNER = "base_model."  # of a PeftModel
+METHOD = "uniproj_"  # in front of the attributes of the tuner that hold what is trained, as PEFT wants it
+OWN = f"{TUNER}{METHOD}"
+THETA_D = f"{OWN}theta_d"
+OF_P = f"{OWN}projections."
+IDENTITY = f"{OWN}identity"
+_OF_P_BEFORE_FORMAT_3 = f"{TUNER}projections."
+HEADS = f"{TUNER}model."
 
 # torch.compile, FSDP and activation checkpointing put these components anywhere, DDP its own around a whole model
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AROUND = re.compile(r"^(?:module\.)+(?=base_model\.)")
-_AROUND_TUNER = re.compile(r"^base_model\.(?:module\.)+(?=uniproj_|model\.)")
+_AROUND_TUNER = re.compile(rf"^base_model\.(?:module\.)+(?={METHOD}|model\.)")
 
 
 def plain(key: str) -> str:
     """A key of a PeftModel without what wrappers put into it; the adapter's name, if any, stays."""
-    return _AROUND_TUNER.sub("base_model.", _AROUND.sub("", _WRAPPERS.sub("", key)))
+    return _AROUND_TUNER.sub(TUNER, _AROUND.sub("", _WRAPPERS.sub("", key)))
+
+
+def in_this_format(key: str) -> str:
+    """The key that a file or model of any format has, as those of this format have it."""
+    old = _OF_P_BEFORE_FORMAT_3
+    return OF_P + key.removeprefix(old) if key.startswith(old) else key
 
 
 def in_model(key: str, adapter_name: str) -> str:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# what the patterns of one field may take together: seconds of a processor, and letters, each as often as it must
-# repeat, as `regex` writes it out before anything can stop it. A match that somebody meant takes microseconds
+# limits for all patterns of one field together: CPU seconds, and letters, each counted as often as it must repeat,
+# since `regex` expands repetitions before its timeout applies. An honest match takes microseconds
 SECONDS, SECONDS_PER_MODULE, LETTERS = 1.0, 1e-4, 2**16
 
 # what PEFT puts before and after a pattern
@@ -34,18 +34,18 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 # a name, as re.escape writes it
 _LITERAL = re.compile(r"(?:\w|-|\\[^\w\s])+", re.ASCII)
 _REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT)
-# what `re` takes for a brace, and `regex` for a number of errors
+# a plain brace to `re`, but a count of errors in fuzzy matching to `regex`
 _BRACE = re.compile(r"(\\.)|\{(?!\d+\}|\d*,\d*\})", re.DOTALL)
 
 
 def of_modules(field: str, patterns: Mapping[str, T] | None, modules: Iterable[str], default: T) -> dict[str, T]:
     """{module: the value of the first pattern that fits its name}; `default` where none does.
 
-    field: rank_pattern or alpha_pattern. Raises AdapterError for what is no pattern, and for one that takes too long.
+    field: rank_pattern or alpha_pattern. Raises AdapterError for an invalid pattern, and for one that takes too long.
     """
     values = list((patterns or {}).values())
     found = _fitting(field, patterns or {}, modules)
-    # a name that is a key, and no pattern of itself, is one for PEFT too
+    # PEFT too takes a key that equals the name, even if as a pattern it does not match itself
     return {m: values[min(places)] if places else (patterns or {}).get(m, default) for m, places in found.items()}
 
 
@@ -56,7 +56,7 @@ def idle(field: str, patterns: Mapping[str, Any] | None, modules: Iterable[str])
 
 
 def targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Of these modules those that PEFT adapts for a configuration, and those that it is told to leave as they are.
+    """The modules that PEFT adapts for a configuration, and those that the configuration excludes.
 
     Raises AdapterError as `of_modules` does.
     """
@@ -152,7 +152,7 @@ _Match = Callable[[str], Any]
 
 
 class _Matching:
-    """All matches of the patterns of one field, which have their time and their letters together."""
+    """Matches the patterns of one field within one budget of time and letters."""
 
     def __init__(self, field: str, modules: int):
         self._field, self._letters = field, 0
@@ -160,11 +160,11 @@ class _Matching:
         self._end = time.thread_time() + self._seconds
 
     def by(self, text: str, before: str = "", after: str = "") -> _Match:
-        """The function of a name that matches it by this pattern: as a whole, or from its start by a longer one."""
+        """A function that matches a name by this pattern; before and after: what is put around the pattern."""
         self._count(len(text))
         whole = f"{before}{text}{after}"
         try:
-            re.compile(whole)  # `regex` takes more than PEFT does
+            re.compile(whole)  # `regex` accepts more than PEFT's `re`
             self._count(_unfolded(_parser.parse(whole)))
             pattern = regex.compile(_BRACE.sub(lambda m: m[1] or r"\{", whole), regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:

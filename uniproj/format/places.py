@@ -20,7 +20,7 @@ _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttent
 
 def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], set[str]]:
     """The modules that PEFT adapts for a configuration, linear or not, in their order of registration, and the names
-    of those that it is told to leave as they are. Raises AdapterError for patterns that cannot be matched."""
+    of those that the configuration excludes. Raises AdapterError for patterns that cannot be matched."""
     # here, as PEFT imports the tuner, which imports this module
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 

@@ -14,8 +14,8 @@ from uniproj.layout import LoRALayout
 # (old, new): the first run of whole components equal to `old` becomes `new`; one after the other
 Table = Sequence[Sequence[str]]
 
-# of all rows, each written once for every module: names take no more memory, nor their making more than seconds. A row
-# counts as so many letters more, as it takes time even where it has none
+# limit on the letters of all rows times the modules, which bounds memory and time; each row counts as so many letters
+# more, as even an empty one takes time
 LETTERS, _OF_A_ROW = 2**28, 64
 
 

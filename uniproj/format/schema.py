@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _check_json(value: Any, levels: int = DEPTH) -> Any:
-    """The value itself. Raises ValueError for what JSON has no word for (NaN, infinity, lone surrogates, objects of
+    """The value itself. Raises ValueError for what JSON cannot express (NaN, infinity, lone surrogates, objects of
     Python's own) and for more than `levels` of lists and objects inside one another."""
     if isinstance(value, Mapping | list | tuple):
         if levels == 0:

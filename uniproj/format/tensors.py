@@ -19,15 +19,10 @@ from torch import Tensor
 from uniproj import limits
 from uniproj.errors import AdapterError
 from uniproj.format.disk import opened
+from uniproj.format.keys import IDENTITY, OF_P, OWN, THETA_D
 from uniproj.projection import Projection
 from uniproj.registry import get
 
-OWN = "base_model.uniproj_"
-THETA_D = f"{OWN}theta_d"
-OF_P = f"{OWN}projections."
-IDENTITY = f"{OWN}identity"
-_OF_P_BEFORE_FORMAT_3 = "base_model.projections."
-HEADS = "base_model.model."
 DIGEST = "uniproj.sha256"
 _DTYPES = {
     torch.float64: "F64",
@@ -47,7 +42,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# bytes of the number with which a safetensors file begins
+# bytes in the length field with which a safetensors file begins
 LENGTH = 8
 _MOST_AXES = 64  # of a tensor of PyTorch
 _OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
@@ -97,7 +92,7 @@ def header_length(begin: bytes) -> int:
 
 
 class Weights:
-    """A safetensors file of which the header alone has been read: what it says it holds, to be judged first.
+    """A safetensors file of which only the header was read, so that it can be checked before any number is.
 
     metadata: its lines of text; index: every tensor on the meta device, which has a dtype and a shape and no numbers.
     """
@@ -180,12 +175,6 @@ def _place(entry: Mapping[str, Any]) -> tuple[int, int, torch.dtype, list[int]]:
     if last - first != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{last - first} bytes for {entry['dtype']} {shape}")
     return first, last, dtype, shape
-
-
-def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of any format by the names of this one."""
-    old = _OF_P_BEFORE_FORMAT_3
-    return {OF_P + name.removeprefix(old) if name.startswith(old) else name: t for name, t in tensors.items()}
 
 
 def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:

@@ -8,6 +8,7 @@ Importing this package enters the method into PEFT's own dictionaries, so `get_p
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from uniproj.tuner import card, files
+from uniproj.tuner.attached import Attached, adapter_of
 from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
 from uniproj.tuner.distributed import shard_base
 from uniproj.tuner.model import UniProjModel
@@ -18,4 +19,4 @@ PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UniProjModel.prefix
 files.install()
 card.install()
 
-__all__ = ["UniProjConfig", "UniProjModel", "shard_base"]
+__all__ = ["Attached", "UniProjConfig", "UniProjModel", "adapter_of", "shard_base"]

@@ -1,4 +1,4 @@
-"""Modules that read the weight of an adapted layer in place of calling it, and so pass its adapter by."""
+"""Modules that read the weight of an adapted layer in place of calling it, and so bypass its adapter."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ _OF_MODE = (__file__, _COMPILER, torch._compile.__file__)
 
 
 class Guard:
-    """Sees to it that a model calls its adapted layers.
+    """Checks that a model calls its adapted layers.
 
-    PyTorch's encoders do so once their fast paths are off, which they are while they hold an adapter. Of all other
-    modules it is found out at the first call of each kind (`UniProjModel` says what a call is): in training and
+    PyTorch's encoders do so once their fast paths are off, so these are off while they hold an adapter. All other
+    modules are watched during the first call of each kind (`UniProjModel` says what a call is): in training and
     evaluation, with and without gradients, with and without autocast, with the same arguments given (neither None nor
     False), with a sequence of one (axis 1 of the first tensor) and of more, since modules choose their paths by these.
-    A path that is chosen by anything else (how full a cache is, a longer sequence, a number) goes unseen where it is
-    not the one of the first such call.
+    A path that a module chooses by anything else (how full a cache is, a longer sequence, a number) is not checked
+    unless the first such call takes it.
 
     A weight counts as read when it, or what was made of it, enters a product (of matrices, a convolution, attention)
-    together with something else; what was reduced to one number, as in penalties and logs, is forgotten. That is no
-    fault where the layer is called in the same call of the model, or is not adapted at the time. Layers whose weight
-    another module holds too are not judged: it may be that module which reads it; nor is compiled or traced code.
+    together with something else; what was reduced to one number, as in penalties and logs, is forgotten. That is
+    allowed if the same call of the model also calls the layer, or if no adapter acts on it at the time. Not checked are
+    layers whose weight another module holds too, as it may be that module which reads it, and compiled or traced code.
 
     Such a call raises AdapterError at its end.
     """
@@ -65,7 +65,7 @@ class Guard:
         self._seen: set[tuple[Any, ...]] = set()
 
     def renew(self) -> None:
-        """Look again, as there are other adapters now."""
+        """Begin again, as the adapters have changed."""
         self.remove()
         self._seen.clear()
         self._layers = {name: m for name, m in self._model.named_modules() if isinstance(m, LoraLayer) and m.r}
@@ -77,7 +77,7 @@ class Guard:
                     setattr(module, name, off)
 
     def remove(self) -> None:
-        """Give the fast paths back."""
+        """Restore the fast paths."""
         for module, name, before in self._fast:
             setattr(module, name, before)
         self._fast = []
@@ -114,7 +114,7 @@ class Guard:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes, from its making to its end, the adapted layers whose weight is read, and those which do so themselves."""
+    """Records, until `end`, the adapted layers whose weight is read by other modules, and those that read their own."""
 
     def __init__(self, model: nn.Module, call: tuple[Any, ...], layers: Mapping[str, LoraLayer]):
         super().__init__()
@@ -137,13 +137,13 @@ class _Reads(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """torch.compile need not mind."""
+        """So that torch.compile ignores this mode."""
         return True
 
     def _note(self, tensor: Tensor, names: set[str]) -> None:
         if (storage := _storage(tensor)) is not None:
             self._made_of[storage] = names
-            # while it is known, no later tensor gets the place of one that is gone
+            # a reference keeps the address from being given to a later tensor
             self._kept.append(StorageWeakRef(tensor.untyped_storage()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,7 +166,7 @@ class _Reads(TorchDispatchMode):
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[frozenset[int | str], bool]:
-    """Which arguments a call has, and whether its sequence has one place, as where a cache holds those before."""
+    """Which arguments a call has, and whether its sequence has length one, as in generation with a cache."""
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     axes = next((x.shape for _, x in given if isinstance(x, Tensor) and not x.is_nested and x.ndim > 1), None)
     one = axes is not None and bool(axes[1] == 1)
@@ -174,7 +174,7 @@ def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[frozenset[
 
 
 def _runs(layer: LoraLayer) -> bool:
-    """Whether a layer is what runs now. Of compiled code nobody can tell, so it counts as the layer's."""
+    """Whether a layer's code runs at the moment. Compiled code cannot be told apart, so it counts as the layer's."""
     # innermost is the mode itself, which PyTorch keeps out of torch.compile by a frame of the compiler's
     for code, first in dropwhile(lambda found: found[0].co_filename in _OF_MODE, _frames()):
         if first is layer or code.co_filename == _COMPILER:
@@ -183,7 +183,7 @@ def _runs(layer: LoraLayer) -> bool:
 
 
 def _frames() -> Iterator[tuple[CodeType, Any]]:
-    """What runs in this thread, from the innermost on: code and its first argument."""
+    """The stack of this thread, innermost first: code and first argument of each frame."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
@@ -208,7 +208,7 @@ def _is_product(func: Any) -> bool:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """A name for where its numbers lie, or None for a tensor without (sharded, wrapped, fake, on the meta device)."""
+    """An id of the memory a tensor uses, or None if it has none (sharded, wrapped, fake, on the meta device)."""
     if is_fake(tensor):
         return None
     try:

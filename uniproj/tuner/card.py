@@ -32,7 +32,7 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
         _theirs(model, output_dir)
         return
     path = Path(output_dir, "README.md")
-    with TemporaryDirectory() as apart:  # PEFT would read and write through a link that lies in the folder
+    with TemporaryDirectory() as apart:  # PEFT would follow a symbolic link in the folder
         draft = Path(apart, path.name)
         if path.is_file() and not path.is_symlink():
             draft.write_bytes(path.read_bytes())
@@ -47,5 +47,5 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
 
 
 def install() -> None:
-    """Stand in PEFT's function."""
+    """Put the wrapper in the place of PEFT's function."""
     PeftModel.create_or_update_model_card = _create_or_update_model_card

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which kinds theta_D bears, and what it must not count."""
+"""Gradient checkpointing: the kinds that work with one theta_D, and what a checkpointed region must not count."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def several_processes() -> bool:
 def uncounted() -> torch.autograd.graph.saved_tensors_hooks:
     """Within the block, what is saved for backward is no part of a checkpointed region.
 
-    Such a region counts what is saved inside, and would miss what is not made again when it runs again.
+    Such a region counts what is saved inside, and fails if it saves less when it runs again.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def refuse_reentrant(model: nn.Module) -> None:
-    """Raise AdapterError if the model checkpoints in the reentrant way: it walks back through theta_D once per segment.
+    """Raise AdapterError for reentrant checkpointing, which runs a backward through theta_D once per segment.
 
-    DDP cannot bear that, as the gradient on theta_d is then complete too soon; nor can a mixed batch, which its thread
-    alone knows of.
+    DDP would average the gradient on theta_d after the first of them; and a mixed batch is known to its own thread
+    alone, while the backward may run its segments in another.
     """
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)

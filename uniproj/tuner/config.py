@@ -60,13 +60,13 @@ class UniProjConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = self.r
-        # a number of NumPy's is as good as Python's, but no file can hold it
+        # NumPy's numbers are taken like Python's, but JSON cannot hold them
         self.__dict__.update({k: v.item() for k, v in vars(self).items() if isinstance(v, np.generic)})
         check_fields(vars(self), "UniProjConfig: ")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.header: Header | None = None
-        self.unsaved: tuple[Mapping[str, Tensor], Header] | None = None  # between PEFT's two writings, `tuner.files`
+        self.unsaved: tuple[Mapping[str, Tensor], Header] | None = None  # between PEFT's two writes, see `files`
         self.renames_heads: list[tuple[str, str]] = []  # rows of `remap` that the file does not know yet
         self.takes_other_sizes = False  # while PEFT loads under ignore_mismatched_sizes
         # while PEFT injects: the modules to adapt, each with r and alpha, and those to leave as they are
@@ -112,12 +112,12 @@ class UniProjConfig(LoraConfig):
 
     @classmethod
     def of_saved(cls, saved: file.SavedAdapter, where: str | Path) -> UniProjConfig:
-        """The configuration of an adapter that was read. Raises AdapterError for what PEFT makes of odd values."""
+        """The configuration of an adapter that was read. Raises AdapterError for values that PEFT cannot use."""
         try:
             config: UniProjConfig = cls.from_peft_type(**cls.check_kwargs(**saved.config))
         except (AdapterError, ProjectionError) as error:
             raise AdapterError(f"{Path(where, file.CONFIG)}: {error}") from error
-        except Exception as error:  # whatever PEFT makes of a field of another type
+        except Exception as error:  # whatever PEFT raises for a field of another type
             raise AdapterError(
                 f"{Path(where, file.CONFIG)}: must be a configuration of {file.KIND}, got {error}. Restore it."
             ) from error
@@ -125,7 +125,7 @@ class UniProjConfig(LoraConfig):
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the configuration, and with it the numbers that PEFT wants saved beside it: both, or none of them.
+        """Write the configuration and the numbers that PEFT saves beside it: both files or none.
 
         Raises AdapterError beside an adapter_model.bin, and as `uniproj.format.file.write` does.
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from uniproj.errors import AdapterError
-from uniproj.tuner.model import UniProjModel
+from uniproj.tuner.attached import tuner_of
 
 
 def shard_base(model: PeftModel, **options: Any) -> None:
@@ -25,9 +25,7 @@ def shard_base(model: PeftModel, **options: Any) -> None:
     Raises AdapterError where no process group exists, for a model without a uniproj adapter, and for a quantised base,
     whose packed weights cannot be split.
     """
-    tuner = model.base_model
-    if not isinstance(tuner, UniProjModel):
-        raise AdapterError(f"shard_base: the model must hold a uniproj adapter, got a {type(tuner).__name__}.")
+    tuner = tuner_of(model, "shard_base")
     if not dist.is_initialized():
         raise AdapterError("shard_base: a process group must exist, got none. Start with torchrun or accelerate.")
     base = tuner.model

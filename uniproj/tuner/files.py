@@ -1,9 +1,9 @@
 """Where PEFT meets the disk: an adapter of ours is written and read by `uniproj.format`, every other one by PEFT.
 
-PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` stands a thin wrapper
-in the place of some of its functions, where PEFT itself looks them up: a script may have imported PEFT's public ones
-before. Each looks whether the adapter is ours, and else calls the original. PEFT writes file after file, so what cannot
-be written is refused before it begins.
+PEFT has no hook for the format of a file, nor for a load that fails, so importing `uniproj.tuner` replaces some of its
+functions by thin wrappers, in the modules where PEFT itself looks them up (a script may have imported the public ones
+before). Each wrapper handles an adapter of ours, and calls the original for any other. PEFT writes one file after the
+other, so what cannot be written is refused before the first.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import file, identity
 from uniproj.format.header import Header
-from uniproj.format.keys import plain
+from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, plain
 from uniproj.format.patterns import fits
 from uniproj.format.remap import renamed
-from uniproj.format.tensors import HEADS, IDENTITY, OWN, THETA_D
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P
@@ -64,7 +63,7 @@ def _save_file(tensors: dict[str, Tensor], filename: str, metadata: dict[str, st
 def _get_peft_type(model_id: Any, **hub: Any) -> str:
     folder = Path(model_id, hub.get("subfolder") or "")
     if not file.says_ours(folder) and file.is_ours(folder):
-        file.read(folder)  # says what is wrong with the configuration
+        file.read(folder)  # raises: the weights are ours, the configuration is not
     return str(_theirs_type(model_id, **hub))
 
 
@@ -81,25 +80,25 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
     tensors = {name: tensor.to(device) for name, tensor in saved.tensors.items()}
     if saved.header is not None:
         tensors[IDENTITY] = identity.encode(saved.header)
-    # what has no header is told by its configuration
+    # without a header, the configuration says what the numbers belong to
     note(tensors[THETA_D], saved.header, UniProjConfig.of_saved(saved, folder) if saved.header is None else None)
     return tensors
 
 
 def _fits_target(target_pattern: str, key: str) -> bool:
-    # on saving; PEFT does not say whose pattern it is, and for every pattern that ends the answer is the same
+    # PEFT asks this on saving, for all methods; the answer is PEFT's own unless matching would take too long
     return fits("target_modules", target_pattern, key)
 
 
 def _load_bin(source: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(source, str | Path) and _is_ours(Path(source).parent):
-        file.read(Path(source).parent)  # says that it is never opened
+        file.read(Path(source).parent)  # raises: such a file is never opened
     return _theirs_load_bin(source, *args, **kwargs)
 
 
 def _filter_state_dict(state_dict: dict[str, Tensor], unwanted: list[str]) -> dict[str, Tensor]:
     if any(plain(key).startswith(OWN) for key in state_dict):
-        return dict(state_dict)  # UniProjModel picks by whole keys, of which a part may be the name of another adapter
+        return dict(state_dict)  # UniProjModel selects by whole keys; PEFT drops any with another adapter's name inside
     return dict(_theirs_filter(state_dict, unwanted))
 
 
@@ -124,23 +123,20 @@ def _set_peft_model_state_dict(
         ) from error
     finally:
         config.takes_other_sizes = model.peft_config[adapter_name].takes_other_sizes = False
-    # what lacks a number was refused; these are other adapters', in whose keys PEFT may find the name of this one
+    # missing numbers were refused before; these keys are other adapters', whose names may contain this one's
     result.missing_keys[:] = [key for key in result.missing_keys if not plain(key).startswith(OWN)]
     return result
 
 
 def heads_by_new_names(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
-    """The tensors of a file, heads under the names that modules which were renamed since have now."""
-    return {_new_key(key, table): tensor for key, tensor in tensors.items()}
-
-
-def _new_key(key: str, table: Any) -> str:
-    return HEADS + renamed(key.removeprefix(HEADS), table) if key.startswith(HEADS) else key
+    """The tensors of a file, heads under the present names of modules that were renamed since."""
+    heads = {key: HEADS + renamed(key.removeprefix(HEADS), table) for key in tensors if key.startswith(HEADS)}
+    return {heads.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 @contextmanager
 def _whole(model: nn.Module, model_id: Any) -> Iterator[None]:
-    """An adapter is attached whole or not at all, and what PEFT says of odd settings in its file is an AdapterError."""
+    """Attach an adapter completely or not at all; what PEFT raises for odd settings becomes an AdapterError."""
     try:
         with unchanged_on_failure(model):
             yield
@@ -198,7 +194,7 @@ def _save_pretrained(
         check_embeddings(self, name, save_embedding_layers)
         tensors = get_peft_model_state_dict(self, rest.get("state_dict"), name, save_embedding_layers=False)
         header, config = noted(tensors)
-        if header is not None:  # of processes that shard a model, the first alone has all of it
+        if header is not None:  # if the model is sharded, only the first process has all tensors
             P: Any = self.base_model.projections[name]
             file.check(folder, tensors, header, config.to_dict(), has_offset=P.offset is not None)
     theirs = False if ours else save_embedding_layers
@@ -210,7 +206,7 @@ def _save_pretrained(
 
 
 def install() -> None:
-    """Stand in PEFT's functions."""
+    """Put the wrappers in the place of PEFT's functions."""
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
     peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin

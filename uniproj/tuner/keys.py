@@ -8,8 +8,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-from uniproj.format.keys import plain
-from uniproj.format.tensors import OWN
+from uniproj.format.keys import OWN, plain
 
 
 def beside_P(model: Any, state_dict: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     """Probe one layer of each (class, dtype of the base weight) with one random row.
 
     A kind that fails on such a row (it wants three axes, another argument, an even batch, or lies on the meta device)
-    is named in a warning, and probed with what the model gives it: at the first call of one of its layers in training,
+    is named in a warning, and probed with the model's own inputs: at the first call of one of its layers in training,
     and at the first in evaluation. Raises AdapterError, here or there, for a layer whose output ignores its factors, as
     happens where a quantised layer swallows the adapter.
     """
@@ -48,7 +48,7 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
 
 
 class _FirstCalls:
-    """Probes the first of some layers called in training, and the first in evaluation, with what it is given."""
+    """Probes the first of some layers that is called in training, and the first in evaluation, with its real input."""
 
     def __init__(self, layers: Mapping[str, LoraLayer], adapter_name: str):
         self._adapter_name = adapter_name
@@ -62,7 +62,7 @@ class _FirstCalls:
             return
         try:
             x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            if x.is_meta or not x.any():  # zeros move nothing: the next call will tell
+            if x.is_meta or not x.any():  # zeros move no output: wait for the next call
                 return
             _refuse_dead(_is_alive(layer, self._adapter_name, args, kwargs), name, layer)
         except AdapterError:
@@ -129,7 +129,7 @@ def _twin(layer: LoraLayer, adapter_name: str, factors: list[nn.Linear]) -> Lora
 
 @contextmanager
 def _evaluating(layer: LoraLayer) -> Iterator[None]:
-    """In training some layers count, average or draw from what they are given, and a made-up row is none of that."""
+    """Eval mode within the block, as some layers update statistics in training, and the made-up row must not count."""
     training = [(module, module.training) for module in layer.modules()]
     layer.eval()
     try:

@@ -16,38 +16,30 @@ from torch.utils.hooks import RemovableHandle
 from uniproj.errors import AdapterError
 from uniproj.format import patterns
 from uniproj.format.heads import check_tokens
-from uniproj.format.keys import in_file, in_model, plain
-from uniproj.format.tensors import IDENTITY, renamed
+from uniproj.format.keys import IDENTITY, METHOD, TUNER, in_file, in_model, in_this_format, plain
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
-from uniproj.tuner.factors import Factor, FactorSource, OfThread
 from uniproj.tuner.keys import beside_P, biases
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
 from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, own_config
 from uniproj.tuner.targets import adapted_layers, check_name, named_in_full, refuse_copy
+from uniproj.tuner.theta import Call, Factor, FactorSource
 from uniproj.tuner.undo import unchanged_on_failure
 
 
-class _Call(OfThread):
-    """The module by which a thread entered the model."""
-
-    def __init__(self) -> None:
-        self.entered: nn.Module | None = None
-
-
 class UniProjModel(LoraModel):
-    """Injection, merging and quantised layers are PEFT's; what is trained is `uniproj_theta_d[adapter]`.
+    """Injection, merging and quantised layers are PEFT's; what is trained is one theta_d per adapter (`adapter_of`).
 
     After injection the `weight` of every `lora_A` and `lora_B` is a view of theta_D = P theta_d + c, projected once in
-    each call of the model, at whichever of its modules (`FactorSource` has the rule). `projections[adapter]` is P.
+    each call of the model, at whichever of its modules (`FactorSource` has the rule).
     """
 
-    prefix = "uniproj_"
+    prefix = METHOD
     uses_shared_state = True
 
     @property
@@ -59,7 +51,7 @@ class UniProjModel(LoraModel):
         """PEFT's injection, then P. A failure leaves the model as it was and raises AdapterError or ProjectionError."""
         given = self.peft_config[adapter_name]
         check_name(adapter_name, self.peft_config, given.modules_to_save or ())
-        # hasattr would ask the base model too, which may call a module projections
+        # hasattr would look into the base model too
         first = "_sources" not in self.__dict__
         if first and any(isinstance(module, LoraLayer) for module in model.modules()):
             raise AdapterError(
@@ -102,7 +94,7 @@ class UniProjModel(LoraModel):
         self._sources: dict[str, FactorSource] = {}
         self._made_by: dict[str, UniProjConfig] = {}
         self._adapters_enabled = True
-        self._call = _Call()
+        self._call = Call()
         self._hooks: list[RemovableHandle] = []
         self._guard = Guard(self.model)
 
@@ -119,7 +111,8 @@ class UniProjModel(LoraModel):
         self.uniproj_projections[adapter_name] = projection
         self.uniproj_identity[adapter_name] = Identity(config, projection)
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
-        source = self._sources[adapter_name] = FactorSource(self.uniproj_theta_d, self.projections, adapter_name)
+        source = FactorSource(self.uniproj_theta_d, self.projections, adapter_name, self._call)
+        self._sources[adapter_name] = source
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
@@ -147,9 +140,10 @@ class UniProjModel(LoraModel):
     # ---- forward ----------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """What is attached is in use, and each adapter has its own configuration.
+        """Give every new adapter a configuration object of its own, when the model is first used.
 
-        Until here PEFT names heads in the object that the caller gave, who may change it for the next adapter.
+        Until then PEFT writes the names of heads into the object that the caller gave, who may reuse it for the next
+        adapter.
         """
         for name, made_by in self._made_by.items():
             self.peft_config[name] = own_config(self.peft_config[name], made_by)
@@ -169,29 +163,25 @@ class UniProjModel(LoraModel):
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # a module that is entered twice was left by KeyboardInterrupt, at which PyTorch runs no hooks
-        if self._call.entered is None or self._call.entered is module:
+        # entered twice: a KeyboardInterrupt ended its last call, at which PyTorch runs no hooks
+        if self._call.module is None or self._call.module is module:
             self._begin_call(module, args, kwargs)
 
     def _begin_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._call.entered = module
+        self._call.begin(module)
         if self._made_by and not torch.compiler.is_compiling():
             self._settle()
-        for source in self._sources.values():
-            source.enter()
         if self._adapters_enabled:
             for name in self.active_adapters:
                 source = self._sources[name]
-                if (source.mixture is not None or several_processes()) and source.wants_grad():
+                if (source.per_row is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
                 source.refresh()
         self._guard.begin(module, self.active_adapters, args, kwargs)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._call.entered is module:
-            self._call.entered = None
-            for source in self._sources.values():
-                source.leave()
+        if self._call.module is module:
+            self._call.end()
             self._guard.end(module, output)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -201,7 +191,7 @@ class UniProjModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with its theta_d and its P."""
         super().delete_adapter(adapter_name)
-        for layer in self.model.modules():  # PEFT passes over modules of the base whose name has the prefix in it
+        for layer in self.model.modules():  # PEFT skips modules of the base whose name contains the prefix
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
                 layer.delete_adapter(adapter_name)
         self._sources.pop(adapter_name, None)
@@ -225,7 +215,7 @@ class UniProjModel(LoraModel):
             super().unmerge_adapter()
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
-        if any(source.mixture is not None for source in self._sources.values()):
+        if any(source.per_row is not None for source in self._sources.values()):
             raise AdapterError(
                 "merge: all rows of a batch must have one theta_d, got a block of `mixed`, where each has its own. "
                 "Leave the block, and merge the adapter that bank.select sets."
@@ -280,26 +270,27 @@ class UniProjModel(LoraModel):
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tuner: UniProjModel = model.base_model  # type: ignore[assignment]
-        state_dict = check_loaded(model, adapter_name, renamed(state_dict))
+        tensors = {in_this_format(key): tensor for key, tensor in state_dict.items()}
+        tensors = check_loaded(model, adapter_name, tensors)
         tuner._settle()
         now = {plain(key): key for key in model.state_dict()}
-        known = {**state_dict, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}
+        known = {**tensors, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}
         mapped = {in_model(key, adapter_name): value for key, value in known.items()}
         return {now.get(key, key): value for key, value in mapped.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As PyTorch's, after the check that the numbers belong to the P and scale of this model.
 
-        Raises AdapterError before any is copied. What says nothing of itself, such as a checkpoint from before
-        format 3 or a dictionary of the trained Parameters, is taken for this model's own, as PyTorch does.
+        Raises AdapterError before any is copied. Numbers without an identity, as in a checkpoint from before format 3
+        or a dictionary of the trained Parameters, are taken for this model's own, as PyTorch does.
         """
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            now = in_this_format(f"{TUNER}{key.removeprefix(prefix)}")
+            state_dict[f"{prefix}{now.removeprefix(TUNER)}"] = state_dict.pop(key)
         identity: Identity
         for name, identity in self.uniproj_identity.items():  # type: ignore[assignment]
-            before_3 = f"{prefix}projections.{name}."
-            for key in [key for key in state_dict if key.startswith(before_3)]:
-                state_dict[f"{prefix}uniproj_{key.removeprefix(prefix)}"] = state_dict.pop(key)
-            own = identity.get_extra_state()
-            identity.check(name, state_dict.setdefault(f"{prefix}uniproj_identity.{name}._extra_state", own))
+            key = f"{prefix}{in_model(IDENTITY, name).removeprefix(TUNER)}"
+            identity.check(name, state_dict.setdefault(key, identity.get_extra_state()))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

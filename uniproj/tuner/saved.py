@@ -17,9 +17,9 @@ from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.fields import Role, of
 from uniproj.format.header import FORMAT_VERSION, Header
 from uniproj.format.heads import check_heads
-from uniproj.format.keys import in_model, plain
+from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, in_model, plain
 from uniproj.format.remap import new_names
-from uniproj.format.tensors import FLOATS, HEADS, IDENTITY, OWN, THETA_D, check_numbers, check_shapes, shapes_of
+from uniproj.format.tensors import FLOATS, check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
@@ -50,7 +50,7 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
                 "theta_d belongs to that P: leave it, or train anew."
             )
     now = {"layout_fingerprint": projection.layout.fingerprint}
-    if not on_meta(projection):
+    if not any(p.is_meta for p in projection.parameters()):  # with low_cpu_mem_usage P has no numbers yet
         now["projection_checksum"] = projection.checksum()
     for key, value in now.items():
         saved = getattr(config, key)
@@ -74,7 +74,7 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -
 
     tensors: of the adapter; what is beside P by PEFT's keys in the model. Raises AdapterError for tensors that are
     missing, misshapen, not finite or a zero saddle, have no place, are of another P, or would change anything beside
-    the adapter; a tensor of the base that is as the base has it is passed over.
+    the adapter; a tensor of the base that equals the base's own is ignored.
     """
     tuner = model.base_model
     projection: Projection = tuner.projections[adapter_name]
@@ -149,24 +149,24 @@ def _difference(tensors: Mapping[str, Tensor], own: Header, projection: Projecti
         return Header.of(config.to_dict(), projection).difference(own)
     if IDENTITY not in tensors:
         raise AdapterError(
-            f"{own.projection}: tensors must tell their P by {IDENTITY}, as those of get_peft_model_state_dict "
-            "and of files since format 3 do, got none. Load a folder by PeftModel.from_pretrained or load_adapter; "
-            "copy numbers of your own into model.base_model.uniproj_theta_d."
+            f"{own.projection}: the tensors must include {IDENTITY}, which says what P they belong to, as those of "
+            "get_peft_model_state_dict and of files since format 3 do, got none. Load a folder by "
+            "PeftModel.from_pretrained or load_adapter; copy numbers of your own into adapter_of(model).theta_d."
         )
     return identity.difference(tensors[IDENTITY], own)
 
 
 class Identity(nn.Module):
-    """Puts into every state dict of a model, beside the numbers of an adapter, what they belong to."""
+    """Adds the tensor of `uniproj.format.identity` to every state dict of a model, beside an adapter's numbers."""
 
     def __init__(self, config: UniProjConfig, projection: Projection):
         super().__init__()
-        # as one object, so that P is not registered twice
+        # in a tuple, so that P is not registered a second time
         self._of = copy.deepcopy(config), projection
 
     @cached_property
     def header(self) -> Header:
-        """Of the adapter as it was attached; made when it is needed, since a P that awaits its file has no numbers."""
+        """Of the adapter as it was attached; made at its first use, as a P on the meta device has no numbers yet."""
         config, projection = self._of
         return Header.of(config.to_dict(), projection)
 
@@ -187,7 +187,7 @@ class Identity(nn.Module):
 
 
 def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a plain state dict belongs to an adapter, with a theta_d that tells those who write it to what.
+    """The tensors of a plain state dict that belong to an adapter; `files.note` ties its header to theta_d.
 
     Raises AdapterError where a trained number is not among the tensors, or belongs to another P.
     """
@@ -218,13 +218,8 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
 
 
 def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
-    """A configuration for one adapter alone: the caller's, with what made its P and scale as it was then."""
+    """A copy of the caller's configuration, with the fields that decided P and scale as they were on attaching."""
     own = copy.deepcopy(given)
     for key in (*of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
         setattr(own, key, getattr(made_by, key))
     return own
-
-
-def on_meta(projection: Projection) -> bool:
-    """Whether P has no numbers yet (`low_cpu_mem_usage`)."""
-    return any(p.is_meta for p in projection.parameters())

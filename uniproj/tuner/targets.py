@@ -1,4 +1,4 @@
-"""What a new adapter can be attached to, and beside."""
+"""Which layers a new adapter can be attached to, and beside which other adapters."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _LONGEST = 200  # a file system takes 255
 
 
 def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -> None:
-    """Raise AdapterError for a name of an adapter that its own tensors, or PEFT's search for heads, cannot bear.
+    """Raise AdapterError for an adapter's name that would break the keys of its tensors or PEFT's search for heads.
 
     heads: the modules_to_save of the new adapter, which PEFT finds by the ends of names, those of adapters included.
     """
     holders = nn.ModuleDict(), nn.ParameterDict()
     taken = adapter_name == "_extra_state" or any(hasattr(holder, adapter_name) for holder in holders)
-    taken = taken or plain(f"{adapter_name}.") != f"{adapter_name}."  # what torch.compile and others put into keys
+    taken = taken or plain(f"{adapter_name}.") != f"{adapter_name}."  # what torch.compile and others insert into keys
     is_name = adapter_name.isprintable() and 1 <= len(adapter_name.encode()) <= _LONGEST
     if not is_name or "." in adapter_name or taken:
         raise AdapterError(
@@ -48,7 +48,7 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
 
 @contextmanager
 def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: nn.Module) -> Iterator[None]:
-    """While inside, the configuration of a new adapter names its modules one by one, and PEFT has nothing to match.
+    """Within the block the configuration of a new adapter lists its modules one by one, so PEFT matches no pattern.
 
     Raises AdapterError for patterns that cannot be matched, and for a saved adapter that the model does not fit or that
     costs more than `limits`, before anything is made for it.
@@ -74,15 +74,15 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
         yield
     finally:
         configs[adapter_name] = given
-    if not is_pattern:  # of many names PEFT keeps the ends that tell them from others
+    if not is_pattern:  # PEFT shortens a long list of names to the suffixes that identify them
         given.target_modules = named.target_modules
 
 
 def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
     """The layers that PEFT wrapped for an adapter, by name. asked: the target_modules that the user wrote.
 
-    Raises AdapterError for a layer that is not linear or does not call itself, and for a name in `asked` that
-    no wrapped layer bears: PEFT passes over both in silence.
+    Raises AdapterError for a layer that is not linear or that its parent does not call, and for a name in `asked` that
+    fits no wrapped layer: PEFT ignores both silently.
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     layers = {name: layer for name, layer in found.items() if adapter_name in layer.r}
@@ -116,7 +116,7 @@ def _not_linear(layer: LoraLayer, adapter_name: str, parent: nn.Module) -> str:
 
 
 def refuse_copy(twins: Iterable[str], theta_ds: nn.ParameterDict, adapter_name: str) -> None:
-    """Raise AdapterError for an adapter that may be meant as the copy of a trained one, and would not be one.
+    """Raise AdapterError for an adapter that seems meant as the copy of a trained one, but would start anew.
 
     twins: the adapters whose configuration object it was given. TRL makes its frozen reference so: a new adapter with
     the configuration object of the trained one, into which it copies the Parameters whose name has the adapter's name

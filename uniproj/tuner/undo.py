@@ -14,7 +14,7 @@ from torch import nn
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Whatever is raised inside, the model has its modules, attributes, hooks and requires_grad of before.
 
-    The numbers in its tensors are not looked at: those inside must check them before they change any.
+    The numbers in its tensors are not restored: code inside must check everything before it changes any.
     """
     attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
     held = [value for _, before in attributes for value in before.values() if type(value) in _CONTAINERS]

@@ -22,12 +22,13 @@ from experiments.runs.resolve import resolve
 from experiments.runs.settings import RunConfig
 from experiments.runs.training import INTERRUPTED, last_checkpoint
 from experiments.sweeps import launchers
+from uniproj.format import THETA_D
 
 CYCLIC = (Path(__file__).parents[3] / "examples" / "cyclic.py").read_text()
 
 
 def _theta(folder: Path) -> torch.Tensor:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")["base_model.uniproj_theta_d"]
+    return load_file(folder / "adapter" / "adapter_model.safetensors")[THETA_D]
 
 
 def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, capsys) -> None:

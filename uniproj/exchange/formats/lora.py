@@ -21,13 +21,13 @@ from uniproj.layout import Block, LoRALayout
 from uniproj.projections.lora import LoRA
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-# Starts of A and B for which PEFT changes the base weights too, on every loading.
+# Values of init_lora_weights for which PEFT changes the base weights too, at every load.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @register("lora")
 class LoRAFormat(PeftMethod):
-    """Here A and B are all there is to say, so no folder asks for a base model, and any projection can be written."""
+    """A and B say everything, so no folder needs a base model, and any projection can be written."""
 
     kind, config, accepts = "LORA", LoraConfig, LoRA
     takes_rank = True

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -30,52 +31,96 @@ register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
-class Mixture:
+class PerRow:
     """One theta_d per row of the batch: row i uses thetas[rows[i]]. thetas (K, d), rows (n,) int64."""
 
     thetas: Tensor
     rows: Tensor
 
 
+class Phase(Enum):
+    """What PyTorch is doing in a thread that asks for theta_D."""
+
+    COMPILED = auto()  # torch.compile is at work
+    TRANSFORMED = auto()  # torch.func, forward mode or torch.jit.trace, whose tensors must not outlive it
+    BACKWARD = auto()  # a backward runs, and within it a checkpointed part runs again
+    EAGER = auto()
+
+    @staticmethod
+    def now() -> Phase:
+        if torch.compiler.is_compiling():
+            return Phase.COMPILED
+        if (
+            torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+            or torch.jit._trace.is_tracing()
+        ):
+            return Phase.TRANSFORMED
+        return Phase.EAGER if torch._C._current_graph_task_id() == -1 else Phase.BACKWARD
+
+
 @dataclass
 class ThetaD:
     """One theta_D, as the views of all blocks of the layout, and what it was made of.
 
-    No views are left once a backward has passed through. step: optimiser steps of this process before it was made.
-    node: that of the graph which made it. inputs: without a graph, copies of theta_d and P's Parameters (and of a
-    mixture's rows), since it may serve another call.
+    No views are left once a backward has passed through. step: optimiser steps of this process before it was made; None
+    if it was made while compiled or transformed. node: that of the graph which made it. inputs: without a graph, copies
+    of theta_d (or of `PerRow`) and of P's Parameters, since it may serve another call.
     """
 
     views: Sequence[Tensor]
-    step: int
+    step: int | None = None
     node: Any = None
     dtype: torch.dtype | None = None
     inputs: Sequence[Tensor] = ()
 
+    def is_current(self, phase: Phase) -> bool:
+        """Whether the call it was made in may go on using it."""
+        if phase is Phase.COMPILED:
+            return True
+        if self.step is None:
+            return phase is Phase.TRANSFORMED
+        # a step taken during backward must not part a checkpointed layer that runs again from its forward
+        return bool(self.views) and (self.step == _steps or phase is Phase.BACKWARD)
 
-class OfThread(threading.local):
+
+class _OfThread(threading.local):
     """State that belongs to one thread; a copy of it begins anew."""
 
     def __reduce__(self) -> Any:
         return type(self), ()
 
 
-class _Here(OfThread):
-    """What one thread does with an adapter. walkable: holds the last theta_D with a graph, for its backward."""
+class Call(_OfThread):
+    """The call of a model that a thread is in. module: where it entered, None between calls; theta_Ds: by adapter."""
+
+    module: nn.Module | None
+    theta_Ds: dict[str, ThetaD]
 
     def __init__(self) -> None:
-        self.inside = False
-        self.current: ThetaD | None = None
-        self.walkable: ThetaD | None = None
-        self.mixture: Mixture | None = None
+        self.end()
+
+    def begin(self, module: nn.Module) -> None:
+        self.module, self.theta_Ds = module, {}
+
+    def end(self) -> None:
+        self.module, self.theta_Ds = None, {}
+
+
+class _Here(_OfThread):
+    """What one thread keeps for an adapter. last: its last theta_D with a graph, until the next one is made."""
+
+    def __init__(self) -> None:
+        self.last: ThetaD | None = None
+        self.per_row: PerRow | None = None
 
 
 class FactorSource:
     """The factors of one adapter: views of one theta_D, shared by all layers.
 
-    The rule: theta_D is current if nothing that makes it could have changed since. A *call* is one that enters the
-    model from outside, at any of its modules (`UniProjModel` says when: `enter`, `leave`); within it, all layers use
-    one theta_D, which ends early with any optimiser's step and with a backward that passes through it. A new call
+    The rule: theta_D is current if nothing that makes it could have changed since. A *call* enters the model from
+    outside, at any of its modules (`UniProjModel` says when it begins and ends); within it, all layers use one theta_D,
+    until an optimiser steps or a backward passes through it. A new call
     - with gradients projects anew, so that every forward has a graph of its own;
     - without them takes the last theta_D again, if what made it is the same *by value* and the dtype is the same, so
       that generation projects once and an edit through `.data` is seen;
@@ -84,8 +129,8 @@ class FactorSource:
     - under torch.compile, torch.func or forward-mode differentiation projects anew and keeps nothing.
     A layer called by itself is a call of its own.
 
-    All of a call's state belongs to its thread. Shared are a theta_D without a graph, which nobody changes, and in a
-    backward, which a GPU walks in a thread of its own, those whose graph it walks.
+    The call belongs to its thread. Threads share a theta_D without a graph, which nobody changes, and during a
+    backward, which a GPU runs in a thread of its own, the theta_Ds whose graph it walks.
 
     dtype: of the factors, where it is not that of theta_d; under autocast they have autocast's, as `linear` would cast
     each of them to it.
@@ -93,83 +138,81 @@ class FactorSource:
 
     dtype: torch.dtype | None = None
 
-    def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str):
+    def __init__(self, theta_ds: nn.ParameterDict, projections: nn.ModuleDict, adapter_name: str, call: Call):
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
-        self._here = _Here()
+        self._call, self._here = call, _Here()
         self._kept: ThetaD | None = None
         self._live: list[weakref.ref[ThetaD]] = []
+        self._forget()  # what an interrupted call left of another adapter of this name
 
     @property
     def projection(self) -> Projection:
         return self._projections[self._name]  # type: ignore[return-value]
 
     @property
-    def mixture(self) -> Mixture | None:
-        """What stands for theta_d in this thread, within `mixing`."""
-        return self._here.mixture
+    def per_row(self) -> PerRow | None:
+        """What stands for theta_d in this thread, within `using`."""
+        return self._here.per_row
 
     def trained(self) -> list[nn.Parameter]:
         return [self._theta_ds[self._name], *self.projection.parameters()]
 
-    # ---- calls --------------------------------------------------------------------------------------
-
-    def enter(self) -> None:
-        """A call of the model begins in this thread."""
-        self._here.inside, self._here.current = True, None
-
-    def leave(self) -> None:
-        """The call is over."""
-        self._here.inside, self._here.current = False, None
+    def view(self, slot: int) -> Tensor:
+        """The factor of block number `slot`."""
+        return self._theta_D().views[slot]
 
     def refresh(self) -> None:
         """Have theta_D ready for the layers of this call, or for the next one without gradients."""
-        theta_D = self._theta_D()
-        if self._here.inside:
-            self._here.current = theta_D
-
-    def view(self, slot: int) -> Tensor:
-        """The factor of block number `slot`."""
-        theta_D = self._here.current
-        if theta_D is None or not _holds(theta_D):
-            theta_D = self._theta_D()
-            if self._here.inside:
-                self._here.current = theta_D
-        return theta_D.views[slot]
+        self._forget()
+        self._theta_D()
 
     @contextmanager
-    def mixing(self, mixture: Mixture) -> Iterator[None]:
+    def using(self, per_row: PerRow) -> Iterator[None]:
         """Within the block, and in this thread, every factor has one matrix per row of the batch."""
-        here, before = self._here, self._here.mixture
-        here.mixture, here.current = mixture, None
+        before, self._here.per_row = self._here.per_row, per_row
+        self._forget()
         try:
             yield
         finally:
-            here.mixture, here.current = before, None
+            self._here.per_row = before
+            self._forget()
+
+    def _forget(self) -> None:
+        self._call.theta_Ds.pop(self._name, None)
 
     # ---- theta_D ------------------------------------------------------------------------------------
+
+    def _theta_D(self) -> ThetaD:
+        phase = Phase.now()
+        theta_D = self._call.theta_Ds.get(self._name)
+        if theta_D is None or not theta_D.is_current(phase):
+            theta_D = self._new(phase)
+            if self._call.module is not None:
+                self._call.theta_Ds[self._name] = theta_D
+        return theta_D
+
+    def _new(self, phase: Phase) -> ThetaD:
+        if phase in (Phase.COMPILED, Phase.TRANSFORMED):
+            return ThetaD(self._views(self._project()))
+        if not self.wants_grad():
+            return self._without_graph()
+        return (self._of_forward() if phase is Phase.BACKWARD else None) or self._with_graph()
 
     def wants_grad(self) -> bool:
         """Whether what is projected now may be differentiated by backward."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._inputs())
 
-    def _theta_D(self) -> ThetaD:
-        if torch.compiler.is_compiling() or _derives():
-            return ThetaD(self._views(self._project()), 0)
-        if not self.wants_grad():
-            return self._without_graph()
-        return self._of_forward() or self._with_graph()
-
     def _of_forward(self) -> ThetaD | None:
         """The theta_D that the backward of this moment is going to walk through."""
-        live = [theta_D for ref in self._live if (theta_D := ref()) and theta_D.views] if _in_backward() else []
+        live = [theta_D for ref in self._live if (theta_D := ref()) and theta_D.views]
         return next((theta_D for theta_D in live if torch._C._will_engine_execute_node(theta_D.node)), None)
 
     def _with_graph(self) -> ThetaD:
-        self._here.walkable = None  # the old theta_D goes first, so that there are never two
+        self._here.last = None  # the old theta_D goes first, so that there are never two
         with uncounted():  # a checkpointed layer may find theta_D ready when it runs again
             flat = self._project()
-        self._here.walkable = theta_D = ThetaD(self._views(flat), _steps, flat.grad_fn)
+        self._here.last = theta_D = ThetaD(self._views(flat), _steps, flat.grad_fn)
         flat.register_hook(_end(weakref.ref(theta_D)))
         self._live = [*(ref for ref in self._live if ref() is not None), weakref.ref(theta_D)]
         return theta_D
@@ -190,9 +233,9 @@ class FactorSource:
 
     def _inputs(self) -> list[Tensor]:
         """What theta_D is made of."""
-        mixture = self._here.mixture
-        of_rows = [self._theta_ds[self._name]] if mixture is None else [mixture.thetas, mixture.rows]
-        return [*of_rows, *self.projection.parameters()]
+        per_row = self._here.per_row
+        theta_d = [self._theta_ds[self._name]] if per_row is None else [per_row.thetas, per_row.rows]
+        return [*theta_d, *self.projection.parameters()]
 
     def _dtype(self) -> torch.dtype:
         theta = self._inputs()[0]
@@ -202,26 +245,18 @@ class FactorSource:
 
     def _project(self) -> Tensor:
         """(D,), or in a mixed batch (n, D); a vector that serves several rows is projected once."""
-        dtype, mixture = self._dtype(), self._here.mixture
-        if mixture is None:
+        dtype, per_row = self._dtype(), self._here.per_row
+        if per_row is None:
             return self.projection(self._theta_ds[self._name], dtype)
-        if len(mixture.rows) <= len(mixture.thetas):
-            return self.projection(mixture.thetas.index_select(0, mixture.rows), dtype)
-        return self.projection(mixture.thetas, dtype).index_select(0, mixture.rows)
+        if len(per_row.rows) <= len(per_row.thetas):
+            return self.projection(per_row.thetas.index_select(0, per_row.rows), dtype)
+        return self.projection(per_row.thetas, dtype).index_select(0, per_row.rows)
 
     def _views(self, theta_D: Tensor) -> Sequence[Tensor]:
         return self.projection.layout.split(theta_D)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_live": []}
-
-
-def _holds(theta_D: ThetaD) -> bool:
-    """Whether nothing has ended a theta_D since its call began."""
-    if torch.compiler.is_compiling():
-        return True
-    # a step within a backward (fused into it) must not part a checkpointed layer from its forward
-    return bool(theta_D.views) and (theta_D.step == _steps or _in_backward())
 
 
 def _end(theta_D: weakref.ref[ThetaD]) -> Callable[[Tensor], None]:
@@ -238,19 +273,6 @@ def _equal(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
     return len(old) == len(new) and all(
         a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(old, new, strict=True)
     )
-
-
-def _derives() -> bool:
-    """Whether torch.func, forward mode or torch.jit.trace is at work, whose tensors must not outlive it."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit._trace.is_tracing()
-    )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 class Factor(nn.Module):
