@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -22,10 +24,11 @@ from transformers import (
     pipeline,
 )
 
-from analysis.capabilities.probe import check, probe
-from analysis.capabilities.subjects import (
+from tests.compatibility.subjects import (
     IDS,
     ROUNDING,
+    Refuses,
+    Remark,
     adapted,
     config,
     gradient,
@@ -38,9 +41,9 @@ from analysis.capabilities.subjects import (
     theta_d,
     trained,
 )
-from analysis.capabilities.texts import tokenizer
+from tests.compatibility.texts import tokenizer
 
-TRANSFORMERS = "Transformers"
+capability = partial(pytest.mark.capability, "Transformers")
 ROWS = 16
 
 
@@ -63,71 +66,71 @@ def _falls(trainer: Trainer) -> None:
     before = theta_d(trainer.model).detach().clone()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    check(min(losses[1:]) < losses[0], f"the loss did not fall: {losses}")
-    check(not torch.equal(theta_d(trainer.model), before), "theta_d did not move")
+    assert min(losses[1:]) < losses[0]
+    assert not torch.equal(theta_d(trainer.model), before)
 
 
-@probe(TRANSFORMERS, "`Trainer`: train, save, resume", slow=True)
-def _(folder: Path) -> str:
+@capability("`Trainer`: train, save, resume")
+def test_trainer_train_save_resume(tmp_path: Path, remark: Remark) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = _trainer(folder, **saving)
+    whole = _trainer(tmp_path, **saving)
     whole.train()
-    resumed = _trainer(folder, **saving)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    resumed = _trainer(tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     same(theta_d(resumed.model), theta_d(whole.model), "theta_d of the resumed run")
-    again = PeftModel.from_pretrained(llama(), folder / "checkpoint-4")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-4")
     same(logits(again), logits(whole.model.eval()), "logits of the last checkpoint")
-    return "a resumed run equals an uninterrupted one to the last bit"
+    remark("a resumed run equals an uninterrupted one to the last bit")
 
 
-@probe(TRANSFORMERS, "`Trainer`: `load_best_model_at_end`", slow=True)
-def _(folder: Path) -> None:
+@capability("`Trainer`: `load_best_model_at_end`")
+def test_trainer_load_best_model_at_end(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    trainer = _trainer(folder, adapted(), load_best_model_at_end=True, learning_rate=1.0, **options)
+    trainer = _trainer(tmp_path, adapted(), load_best_model_at_end=True, learning_rate=1.0, **options)
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    best = PeftModel.from_pretrained(llama(), folder / f"checkpoint-{min(losses, key=losses.__getitem__)}")
+    best = PeftModel.from_pretrained(llama(), tmp_path / f"checkpoint-{min(losses, key=losses.__getitem__)}")
     same(theta_d(trainer.model), theta_d(best), "theta_d of the best checkpoint")
 
 
-@probe(TRANSFORMERS, "`Trainer`: `gradient_accumulation_steps`", slow=True)
-def _(folder: Path) -> None:
+@capability("`Trainer`: `gradient_accumulation_steps`")
+def test_trainer_gradient_accumulation_steps(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "optim": "sgd"}
-    whole = _trainer(folder, adapted(), per_device_train_batch_size=8, **options)
-    parts = _trainer(folder, adapted(), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    whole = _trainer(tmp_path, adapted(), per_device_train_batch_size=8, **options)
+    parts = _trainer(tmp_path, adapted(), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
     whole.train(), parts.train()
     same(theta_d(parts.model), theta_d(whole.model), "theta_d after four parts of a batch", 1e-5)
 
 
-@probe(TRANSFORMERS, "`Trainer`: label smoothing", slow=True)
-def _(folder: Path) -> None:
-    _falls(_trainer(folder, label_smoothing_factor=0.1))
+@capability("`Trainer`: label smoothing")
+def test_trainer_label_smoothing(tmp_path: Path) -> None:
+    _falls(_trainer(tmp_path, label_smoothing_factor=0.1))
 
 
-@probe(TRANSFORMERS, "`Trainer`: bfloat16, gradient checkpointing", slow=True)
-def _(folder: Path) -> None:
+@capability("`Trainer`: bfloat16, gradient checkpointing")
+def test_trainer_bfloat16_gradient_checkpointing(tmp_path: Path) -> None:
     options = {"bf16": True, "gradient_checkpointing": True}
-    _falls(_trainer(folder, gradient_checkpointing_kwargs={"use_reentrant": False}, **options))
+    _falls(_trainer(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": False}, **options))
 
 
-@probe(TRANSFORMERS, "`Trainer`: NEFTune noise", slow=True)
-def _(folder: Path) -> None:
-    _falls(_trainer(folder, neftune_noise_alpha=0.1))
+@capability("`Trainer`: NEFTune noise")
+def test_trainer_neftune_noise(tmp_path: Path) -> None:
+    _falls(_trainer(tmp_path, neftune_noise_alpha=0.1))
 
 
-@probe(TRANSFORMERS, "`Trainer`: `save_model`, evaluate, predict", slow=True)
-def _(folder: Path) -> None:
-    trainer = _trainer(folder)
+@capability("`Trainer`: `save_model`, evaluate, predict")
+def test_trainer_save_model_evaluate_predict(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path)
     trainer.train()
-    trainer.save_model(str(folder / "saved"))
+    trainer.save_model(str(tmp_path / "saved"))
     predictions = torch.as_tensor(trainer.predict(_data()).predictions)
-    again, ids = PeftModel.from_pretrained(llama(), folder / "saved"), torch.tensor(_data()["input_ids"][:])
+    again, ids = PeftModel.from_pretrained(llama(), tmp_path / "saved"), torch.tensor(_data()["input_ids"][:])
     same(logits(again, ids), predictions, "predictions of the saved adapter", ROUNDING)
 
 
-@probe(TRANSFORMERS, "`push_to_hub`: the folder that is uploaded loads")
-def _(folder: Path) -> None:
-    model, uploaded = trained(), folder / "uploaded"
+@capability("`push_to_hub`: the folder that is uploaded loads")
+def test_push_to_hub_the_folder_that_is_uploaded_loads(tmp_path: Path) -> None:
+    model, uploaded = trained(), tmp_path / "uploaded"
 
     class Hub:
         def create_repo(self, repo_id: str, **_: Any) -> Any:
@@ -144,30 +147,30 @@ def _(folder: Path) -> None:
     same(logits(PeftModel.from_pretrained(llama(), uploaded)), logits(model), "logits")
 
 
-@probe(TRANSFORMERS, "`Seq2SeqTrainer` with `predict_with_generate`", slow=True)
-def _(folder: Path) -> None:
+@capability("`Seq2SeqTrainer` with `predict_with_generate`")
+def test_seq2seqtrainer_with_predict_with_generate(tmp_path: Path) -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     base = make(T5ForConditionalGeneration, T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
     model = adapted(base, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
     arguments = Seq2SeqTrainingArguments(
-        str(folder), max_steps=2, predict_with_generate=True, report_to=[], use_cpu=True, disable_tqdm=True,
+        str(tmp_path), max_steps=2, predict_with_generate=True, report_to=[], use_cpu=True, disable_tqdm=True,
         per_device_train_batch_size=4, save_strategy="no", generation_max_length=6,
     )  # fmt: skip
     trainer = Seq2SeqTrainer(model, arguments, train_dataset=_data(), eval_dataset=_data())
     trainer.train()
-    check(trainer.predict(_data()).predictions.shape[0] == ROWS, "not one prediction per row")
+    assert trainer.predict(_data()).predictions.shape[0] == ROWS
 
 
-@probe(TRANSFORMERS, "gradient checkpointing, non-reentrant")
-def _(folder: Path) -> None:
+@capability("gradient checkpointing, non-reentrant")
+def test_gradient_checkpointing_non_reentrant() -> None:
     model = adapted().train()
     plain = gradient(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     same(gradient(model), plain, "gradient", ROUNDING)
 
 
-@probe(TRANSFORMERS, "gradient checkpointing, reentrant: fixed P on one process")
-def _(folder: Path) -> None:
+@capability("gradient checkpointing, reentrant: fixed P on one process")
+def test_gradient_checkpointing_reentrant_fixed_p_on_one_process() -> None:
     model = adapted().train()
     plain = gradient(model)
     model.enable_input_require_grads()
@@ -175,8 +178,8 @@ def _(folder: Path) -> None:
     same(gradient(model), plain, "gradient", ROUNDING)
 
 
-@probe(TRANSFORMERS, "gradient checkpointing, reentrant: learned P (VB-LoRA)")
-def _(folder: Path) -> None:
+@capability("gradient checkpointing, reentrant: learned P (VB-LoRA)")
+def test_gradient_checkpointing_reentrant_learned_p_vb_lora() -> None:
     model = adapted(projection="vblora", d=None).train()
     plain = gradient(model)
     model.enable_input_require_grads()
@@ -184,18 +187,18 @@ def _(folder: Path) -> None:
     same(gradient(model), plain, "gradient", ROUNDING)
 
 
-@probe(TRANSFORMERS, "autocast in bfloat16: theta_d and its gradient stay float32")
-def _(folder: Path) -> str:
+@capability("autocast in bfloat16: theta_d and its gradient stay float32")
+def test_autocast_in_bfloat16_theta_d_and_its_gradient_stay_float32(remark: Remark) -> None:
     model = adapted()
     exact = gradient(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = gradient(model)
-    check(theta_d(model).dtype == rounded.dtype == torch.float32, "not float32")
-    return f"cosine of the gradients {torch.cosine_similarity(exact, rounded, dim=0):.4f}"
+    assert theta_d(model).dtype == rounded.dtype == torch.float32
+    remark(f"cosine of the gradients {torch.cosine_similarity(exact, rounded, dim=0):.4f}")
 
 
-@probe(TRANSFORMERS, "`generate`: greedy, sampling, beams")
-def _(folder: Path) -> None:
+@capability("`generate`: greedy, sampling, beams")
+def test_generate_greedy_sampling_beams() -> None:
     model = trained()
     options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0}
     ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3}]
@@ -209,44 +212,46 @@ def _(folder: Path) -> None:
         same(merged.generate(input_ids=IDS, **options, **way), expected, f"tokens of the merged model, {way}")
 
 
-@probe(TRANSFORMERS, "`pipeline()` with a `PeftModel`")
-def _(folder: Path) -> None:
+@capability("`pipeline()` with a `PeftModel`")
+def test_pipeline_with_a_peftmodel() -> None:
     model = trained()
     written = pipeline("text-generation", model=model, tokenizer=tokenizer(), trust_remote_code=False)(
         "a b c", max_new_tokens=4, do_sample=False, return_full_text=False
     )
     ids = tokenizer()("a b c", return_tensors="pt")["input_ids"]
     expected = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    check(written[0]["generated_text"].split() == tokenizer().decode(expected).split(), "the pipeline writes otherwise")
+    assert written[0]["generated_text"].split() == tokenizer().decode(expected).split()
 
 
-@probe(TRANSFORMERS, "`pipeline()` with the folder of an adapter")
-def _(folder: Path) -> None:
-    path, _ = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False))
-    pipeline("text-generation", model=str(path), tokenizer=tokenizer(), trust_remote_code=False)
+@capability("`pipeline()` with the folder of an adapter")
+def test_pipeline_with_the_folder_of_an_adapter(tmp_path: Path, refuses: Refuses) -> None:
+    path, _ = saved(tmp_path, AutoModelForCausalLM.from_pretrained(saved_llama(tmp_path), trust_remote_code=False))
+    with refuses(ValueError):
+        pipeline("text-generation", model=str(path), tokenizer=tokenizer(), trust_remote_code=False)
 
 
-@probe(TRANSFORMERS, "`AutoModelForCausalLM.from_pretrained` with the folder of an adapter")
-def _(folder: Path) -> None:
-    path, expected = saved(folder, AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False))
-    same(logits(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)), expected, "logits")
+@capability("`AutoModelForCausalLM.from_pretrained` with the folder of an adapter")
+def test_automodelforcausallm_from_pretrained_with_the_folder_of_an_adapter(tmp_path: Path, refuses: Refuses) -> None:
+    path, _ = saved(tmp_path, AutoModelForCausalLM.from_pretrained(saved_llama(tmp_path), trust_remote_code=False))
+    with refuses(ValueError):
+        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
 
 
-@probe(TRANSFORMERS, "`PreTrainedModel.add_adapter` (PeftAdapterMixin)")
-def _(folder: Path) -> None:
-    llama().add_adapter(config())
+@capability("`PreTrainedModel.add_adapter` (PeftAdapterMixin)")
+def test_pretrainedmodel_add_adapter_peftadaptermixin(refuses: Refuses) -> None:
+    with refuses(ValueError):
+        llama().add_adapter(config())
 
 
-@probe(TRANSFORMERS, "`PreTrainedModel.load_adapter` (PeftAdapterMixin)")
-def _(folder: Path) -> None:
-    path, expected = saved(folder)
-    base = llama()
-    base.load_adapter(str(path))
-    same(logits(base), expected, "logits")
+@capability("`PreTrainedModel.load_adapter` (PeftAdapterMixin)")
+def test_pretrainedmodel_load_adapter_peftadaptermixin(tmp_path: Path, refuses: Refuses) -> None:
+    path, _ = saved(tmp_path)
+    with refuses(ValueError):
+        llama().load_adapter(str(path))
 
 
-@probe(TRANSFORMERS, "`torch.compile(fullgraph=True)`: training (traced; no code generator)", slow=True)
-def _(folder: Path) -> None:
+@capability("`torch.compile(fullgraph=True)`: training (traced; no code generator)")
+def test_torch_compile_fullgraph_true_training_traced_no_code_generator() -> None:
     torch._dynamo.reset()
     model = adapted()
     expected = gradient(model)
@@ -255,8 +260,8 @@ def _(folder: Path) -> None:
     same(theta_d(model).grad, expected, "gradient", ROUNDING)  # type: ignore[arg-type]
 
 
-@probe(TRANSFORMERS, "`resize_token_embeddings` of an adapted model")
-def _(folder: Path) -> None:
+@capability("`resize_token_embeddings` of an adapted model")
+def test_resize_token_embeddings_of_an_adapted_model() -> None:
     model = trained()
     expected = logits(model)
     model.resize_token_embeddings(70)
