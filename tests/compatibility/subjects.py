@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from uniproj.layout import LoRALayout
+from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig
 
 VOCABULARY, WIDTH, D = 64, 32, 60
@@ -42,6 +50,10 @@ def llama(**options: Any) -> PreTrainedModel:
 
 def bert() -> PreTrainedModel:
     return make(BertForSequenceClassification, BertConfig(**SIZES, intermediate_size=64, num_labels=3))
+
+
+def gpt2() -> PreTrainedModel:
+    return make(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4))
 
 
 def saved_llama(folder: Path, **options: Any) -> str:
@@ -80,8 +92,8 @@ def modules(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules()]
 
 
-def layout(model: Any) -> LoRALayout:
-    return model.base_model.projections["default"].layout
+def projection(model: Any) -> Projection:
+    return model.base_model.projections["default"]
 
 
 def gradient(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -148,4 +160,4 @@ def life(base: nn.Module, call: Callable[[nn.Module], Tensor], **fields: Any) ->
     merged = model.merge_and_unload()
     with torch.no_grad():
         same(call(merged), output.detach(), "output after merging", ROUNDING)
-    return f"{len(layout(model).modules)} modules"
+    return f"{len(projection(model).layout.modules)} modules"

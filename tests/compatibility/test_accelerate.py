@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import PeftModel
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 
+from tests.compatibility import two_processes
 from tests.compatibility.subjects import (
     IDS,
+    TARGETS,
     Refuses,
     adapted,
     llama,
     logits,
     same,
-    steps,
     theta_d,
     trained,
 )
+from tests.compatibility.two_processes import CASES
+from uniproj.errors import AdapterError
 from uniproj.tuner import shard_base
 
+ROOT = Path(__file__).parents[2]
 capability = partial(pytest.mark.capability, "Accelerate and torch.distributed")
 
 
@@ -89,42 +94,58 @@ def test_unwrap_model_save_pretrained_state_dict_accelerator_get_state_dict(tmp_
     same(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model), "logits")
 
 
-def _worker(rank: int, folder: str, way: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = adapted()
-    parallel: torch.nn.Module = model
-    if way == "ddp":
-        parallel = DistributedDataParallel(model)
-    else:
-        shard_base(model)
-    steps(parallel)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(theta_d(model).tolist()))
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, by case."""
+    folder = tmp_path_factory.mktemp("seen")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", two_processes.__name__]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def _two_processes(folder: Path, way: str) -> None:
-    spawn(_worker, (str(folder), way), nprocs=2)
-    alone = adapted()
-    steps(alone)
-    for rank in range(2):
-        there = torch.tensor(json.loads((folder / f"{rank}.json").read_text()))
-        same(there, theta_d(alone), f"theta_d of process {rank}", 1e-4)
+def _that_train(seen: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:
+    """What both processes found in the cases that train."""
+    cases = [case for case in CASES if case[1] == way and case[-1] != "reentrant"]
+    return [process[" ".join(map(str, case))] for case in cases for process in seen]
+
+
+def _train_what_one_process_trains(found: dict[str, Any]) -> None:
+    assert found["loss_difference"] < 1e-5 and found["trained_difference"] < 1e-4 < 0.1 < found["trained_change"]
+    assert found["replicated"] and found["adapter_difference"] < 1e-5
 
 
 @capability("DDP: two processes (gloo)")
 @pytest.mark.slow
-def test_ddp_two_processes_gloo(tmp_path: Path) -> None:
-    _two_processes(tmp_path, "ddp")
+def test_ddp_two_processes_gloo(seen: list[dict[str, Any]]) -> None:
+    for found in _that_train(seen, "ddp"):
+        _train_what_one_process_trains(found)
+        assert found["sharded"] == 0
 
 
 @capability("FSDP2: two processes, `uniproj.tuner.shard_base`")
 @pytest.mark.slow
-def test_fsdp2_two_processes_uniproj_tuner_shard_base(tmp_path: Path) -> None:
-    _two_processes(tmp_path, "fsdp2")
+def test_fsdp2_two_processes_uniproj_tuner_shard_base(seen: list[dict[str, Any]]) -> None:
+    whole = ("uniproj_theta_d", "projections", "modules_to_save", "original_module")
+    for found in _that_train(seen, "fsdp2"):
+        _train_what_one_process_trains(found)
+        assert found["sharded"] > 20  # the base, and nothing else
+        assert all(any(part in name for part in whole) for name in found["whole"])
+
+
+@pytest.mark.slow
+def test_reentrant_checkpointing_is_refused_with_several_processes(seen: list[dict[str, Any]]) -> None:
+    for found in (process[" ".join(map(str, case))] for case in CASES if case[-1] == "reentrant" for process in seen):
+        assert "need the non-reentrant kind, got use_reentrant=True" in found["refused"]
 
 
 @capability("`shard_base` without a process group")
 def test_shard_base_without_a_process_group(refuses: Refuses) -> None:
     with refuses():
         shard_base(adapted())
+    lora = get_peft_model(llama(), LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    with pytest.raises(AdapterError, match="must hold a uniproj adapter, got a LoraModel"):
+        shard_base(lora)

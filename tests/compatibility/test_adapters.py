@@ -36,6 +36,7 @@ from tests.compatibility.subjects import (
     logits,
     modules,
     moved,
+    projection,
     same,
     saved,
     saved_llama,
@@ -62,6 +63,8 @@ def test_get_peft_model_theta_d_alone_is_trained(remark: Remark) -> None:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names == ["base_model.uniproj_theta_d.default"]
     assert model.get_nb_trainable_parameters()[0] == D
+    learned = adapted(projection="vblora", d=None)
+    assert learned.get_nb_trainable_parameters()[0] == projection(learned).trained
     losses = steps(model)
     remark(f"loss {losses[0]:.2f} to {losses[-1]:.2f} in 3 steps")
 

@@ -17,8 +17,6 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MambaConfig,
@@ -38,11 +36,13 @@ from tests.compatibility.subjects import (
     ROUNDING,
     SIZES,
     TARGETS,
+    D,
     Refuses,
     Remark,
     adapted,
     config,
     drift,
+    gpt2,
     gradient,
     life,
     llama,
@@ -50,6 +50,7 @@ from tests.compatibility.subjects import (
     make,
     modules,
     moved,
+    projection,
     same,
     saved,
     saved_llama,
@@ -57,6 +58,7 @@ from tests.compatibility.subjects import (
     theta_d,
     trained,
 )
+from uniproj.errors import AdapterError
 from uniproj.tuner import UniProjConfig
 
 capability = partial(pytest.mark.capability, "PEFT: base models and layers")
@@ -99,8 +101,7 @@ def test_linear_layers_llama_grouped_query_attention(remark: Remark) -> None:
 
 @capability("`Conv1D`, fused q, k and v (GPT-2)")
 def test_conv1d_fused_q_k_and_v_gpt_2(remark: Remark) -> None:
-    base = make(GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
-    remark(life(base, _ids, target_modules=["c_attn", "c_proj"]))
+    remark(life(gpt2(), _ids, target_modules=["c_attn", "c_proj"]))
 
 
 @capability("fused q, k and v in one linear layer (Phi-3, GPT-NeoX)")
@@ -253,6 +254,8 @@ def test_mixture_of_experts_attention_beside_fused_experts_mixtral(remark: Remar
 
 @capability("mixture of experts: fused experts by their former names (Mixtral, `w1`, `w2`, `w3`)")
 def test_mixture_of_experts_fused_experts_by_their_former_names_mixtral_w1_w2_w3(refuses: Refuses) -> None:
+    with pytest.raises(AdapterError, match="got 'gate_up_proj', which is none"):
+        adapted(_mixtral(), target_modules=["q_proj", "gate_up_proj"])
     _refused(refuses, _mixtral(), config(target_modules=["q_proj", "w1", "w2", "w3"]))
 
 
@@ -269,6 +272,8 @@ def test_float16_and_bfloat16_weights_training_merging(remark: Remark) -> None:
         model = adapted(llama().to(dtype))
         steps(model)
         assert theta_d(model).dtype == torch.float32
+        M = projection(model).to_dense()
+        assert (M.T @ M - torch.eye(D)).abs().max() < 1e-12
         output, bare = logits(model.eval()), logits(llama().to(dtype))
         far = drift(logits(model.merge_and_unload()), output, bare)
         assert far < 1
@@ -287,23 +292,30 @@ def _offloaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
 
 
+def _as_in_memory(folder: Path, **fields: Any) -> None:
+    """Forward, gradient and merging, of layers on CPU and disk and of those on disk alone."""
+    for targets in (TARGETS, r".*layers\.1\..*(q_proj|down_proj)"):
+        model, whole = (
+            adapted(_offloaded(folder), target_modules=targets, **fields),
+            adapted(target_modules=targets, **fields),
+        )
+        assert any(p.is_meta for p in model.parameters())
+        with torch.no_grad():
+            theta_d(model).fill_(0.1), theta_d(whole).fill_(0.1)
+        same(gradient(model), gradient(whole), "gradient on theta_d", 1e-5)
+        expected = logits(whole.eval())
+        same(logits(model.eval()), expected, "logits", 1e-5)
+        same(logits(model.merge_and_unload()), expected, "logits merged", ROUNDING)
+
+
 @capability("`device_map` with layers on CPU and disk: forward, gradient, merging")
 def test_device_map_with_layers_on_cpu_and_disk_forward_gradient_merging(tmp_path: Path) -> None:
-    model, whole = adapted(_offloaded(tmp_path)), adapted()
-    assert any(p.is_meta for p in model.parameters())
-    same(gradient(model), gradient(whole), "gradient on theta_d", 1e-6)
-    expected = logits(whole.eval())
-    same(logits(model.eval()), expected, "logits", 1e-6)
-    same(logits(model.merge_and_unload()), expected, "logits merged", 1e-4)
+    _as_in_memory(tmp_path)
 
 
 @capability("`device_map` with disk: methods made of base weights (LoRA-XS)")
 def test_device_map_with_disk_methods_made_of_base_weights_lora_xs(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"projection": "lora_xs", "d": None}
-    with torch.no_grad():
-        model, whole = adapted(_offloaded(tmp_path), **fields), adapted(**fields)
-        theta_d(model).fill_(0.1), theta_d(whole).fill_(0.1)
-    same(logits(model), logits(whole), "logits", 1e-5)
+    _as_in_memory(tmp_path, projection="lora_xs", d=None)
 
 
 @capability("`device_map` with disk, without a GPU: `PeftModel.from_pretrained`")

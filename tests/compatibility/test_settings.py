@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.compatibility.subjects import (
+    TARGETS,
     Refuses,
     Remark,
     adapted,
     bert,
     config,
-    layout,
     llama,
     logits,
     moved,
+    projection,
     same,
     saved,
     theta_d,
@@ -29,7 +30,7 @@ capability = partial(pytest.mark.capability, "PEFT: settings")
 
 
 def _kinds(model: Any) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name in layout(model).modules}
+    return {name.rsplit(".", 1)[-1] for name in projection(model).layout.modules}
 
 
 def _round_trip(folder: Path, **fields: Any) -> Any:
@@ -47,7 +48,7 @@ def _round_trip(folder: Path, **fields: Any) -> Any:
 @capability("`target_modules`: a regular expression")
 def test_target_modules_a_regular_expression() -> None:
     model = adapted(target_modules=r".*\.1\..*q_proj")
-    assert layout(model).modules == ("model.layers.1.self_attn.q_proj",)
+    assert projection(model).layout.modules == ("model.layers.1.self_attn.q_proj",)
 
 
 @capability('`target_modules="all-linear"`, `exclude_modules`')
@@ -66,7 +67,7 @@ def test_target_modules_a_name_that_no_module_bears_beside_others(refuses: Refus
 @capability("`layers_to_transform`, `layers_pattern`")
 def test_layers_to_transform_layers_pattern() -> None:
     model = adapted(layers_to_transform=[1], layers_pattern="layers")
-    assert len(layout(model).modules) == 3
+    assert len(projection(model).layout.modules) == 3
 
 
 @capability("`modules_to_save`")
@@ -78,10 +79,12 @@ def test_modules_to_save(tmp_path: Path) -> None:
 
 @capability("a classification head (`task_type=SEQ_CLS`) is trained and saved")
 def test_a_classification_head_task_type_seq_cls_is_trained_and_saved(tmp_path: Path) -> None:
-    model = adapted(bert(), target_modules=["query", "value"], task_type="SEQ_CLS")
-    assert any("classifier" in n for n, p in model.named_parameters() if p.requires_grad)
+    model = adapted(bert(), target_modules=["query", "value"], task_type="SEQ_CLS", modules_to_save=["pooler"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(any(head in name for name in parameters) for head in ("classifier", "pooler"))
     with torch.no_grad():
-        model.base_model.model.classifier.modules_to_save["default"].weight.add_(0.1)
+        for parameter in parameters.values():
+            parameter.add_(0.1)
     model.eval().save_pretrained(tmp_path)
     same(logits(PeftModel.from_pretrained(bert(), tmp_path)), logits(model), "logits")
 
@@ -104,10 +107,13 @@ def test_bias_lora_only_bias_all(tmp_path: Path) -> None:
 
 @capability("`rank_pattern`, `alpha_pattern`, `use_rslora`")
 def test_rank_pattern_alpha_pattern_use_rslora() -> None:
-    model = adapted(rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 8}, use_rslora=True, lora_alpha=4)
-    layers = model.base_model.model.model.layers
-    assert layout(model).block("model.layers.0.self_attn.v_proj", "A").shape[0] == 2
-    assert layers[0].self_attn.q_proj.scaling["default"] == 8 / 2
+    patterns: dict[str, Any] = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 8}}
+    for use_rslora, divisor in ((False, 4), (True, 2)):  # r, its square root
+        model = adapted(use_rslora=use_rslora, lora_alpha=4, **patterns)
+        layout, attention = projection(model).layout, model.base_model.model.model.layers[0].self_attn
+        ranks = {name.rsplit(".", 1)[-1]: layout.block(name, "A").shape[0] for name in layout.modules}
+        assert ranks == {"q_proj": 4, "v_proj": 2, "down_proj": 4}
+        assert attention.q_proj.scaling["default"] == 8 / divisor
 
 
 @capability("`rank_pattern` with a method that shares factors")
@@ -140,10 +146,15 @@ def test_trainable_token_indices_also_with_tied_embeddings(tmp_path: Path) -> No
 
 @capability("`autocast_adapter_dtype=False`: factors in the base's dtype")
 def test_autocast_adapter_dtype_false_factors_in_the_base_s_dtype() -> None:
-    model = get_peft_model(llama().bfloat16(), config(), autocast_adapter_dtype=False)
-    logits(model)
-    A = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
-    assert A.dtype == torch.bfloat16 and theta_d(model).dtype == torch.float32
+    lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    for cast, expected in ((True, torch.float32), (False, torch.bfloat16)):
+        ours, theirs = (
+            get_peft_model(llama().bfloat16(), settings, autocast_adapter_dtype=cast) for settings in (config(), lora)
+        )
+        logits(ours)
+        for model in (ours, theirs):
+            assert model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.dtype == expected
+        assert theta_d(ours).dtype == torch.float32
 
 
 @capability("another projection than Uni-LoRA: linear, affine, learned, of base weights")
