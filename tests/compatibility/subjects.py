@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from uniproj.projection import Projection
@@ -54,6 +56,11 @@ def bert() -> PreTrainedModel:
 
 def gpt2() -> PreTrainedModel:
     return make(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4))
+
+
+def t5() -> PreTrainedModel:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return make(T5ForConditionalGeneration, T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
 
 
 def saved_llama(folder: Path, **options: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ from transformers import (
     MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -55,6 +54,7 @@ from tests.compatibility.subjects import (
     saved,
     saved_llama,
     steps,
+    t5,
     theta_d,
     trained,
 )
@@ -114,16 +114,10 @@ def test_fused_q_k_and_v_in_one_linear_layer_phi_3_gpt_neox(remark: Remark) -> N
 
 @capability("encoder and decoder (`SEQ_2_SEQ_LM`, T5)")
 def test_encoder_and_decoder_seq_2_seq_lm_t5(remark: Remark) -> None:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    base = make(T5ForConditionalGeneration, T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
-    remark(
-        life(
-            base,
-            lambda model: model(input_ids=IDS, decoder_input_ids=IDS).logits,
-            target_modules=["q", "v"],
-            task_type="SEQ_2_SEQ_LM",
-        )
-    )
+    def call(model: nn.Module) -> torch.Tensor:
+        return model(input_ids=IDS, decoder_input_ids=IDS).logits
+
+    remark(life(t5(), call, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
 
 
 @capability("`TOKEN_CLS`, `QUESTION_ANS`, `FEATURE_EXTRACTION` (BERT)")
@@ -151,16 +145,6 @@ def test_state_space_models_mamba(remark: Remark) -> None:
     remark(life(base, _ids, target_modules=["in_proj", "x_proj"]))
 
 
-@capability("embeddings as targets")
-def test_embeddings_as_targets(refuses: Refuses) -> None:
-    _refused(refuses, llama(), config(target_modules=["q_proj", "embed_tokens"]))
-
-
-@capability("convolutions as targets")
-def test_convolutions_as_targets(refuses: Refuses) -> None:
-    _refused(refuses, nn.Sequential(nn.Conv2d(3, 4, 3)), _small(target_modules=["0"]))
-
-
 class _Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -170,14 +154,20 @@ class _Attention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-@capability("`nn.MultiheadAttention` as a target")
-def test_nn_multiheadattention_as_a_target(refuses: Refuses) -> None:
-    _refused(refuses, _Attention(), _small(target_modules=["attention"]))
-
-
-@capability("the output projection within `nn.MultiheadAttention`")
-def test_the_output_projection_within_nn_multiheadattention(refuses: Refuses) -> None:
-    _refused(refuses, _Attention(), _small(target_modules=["out_proj"]))
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        pytest.param(base, settings, marks=capability(name))
+        for name, base, settings in (
+            ("embeddings as targets", llama, config(target_modules=["q_proj", "embed_tokens"])),
+            ("convolutions as targets", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), _small(target_modules=["0"])),
+            ("`nn.MultiheadAttention` as a target", _Attention, _small(target_modules=["attention"])),
+            ("the output projection within `nn.MultiheadAttention`", _Attention, _small(target_modules=["out_proj"])),
+        )
+    ],
+)
+def test_targets_that_are_no_linear_layers(base: Callable, settings: UniProjConfig, refuses: Refuses) -> None:
+    _refused(refuses, base(), settings)
 
 
 @capability("`nn.TransformerEncoder`: the same in training and in evaluation, where it has a fast path")

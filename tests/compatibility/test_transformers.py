@@ -18,8 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -37,10 +35,10 @@ from tests.compatibility.subjects import (
     gradient,
     llama,
     logits,
-    make,
     same,
     saved,
     saved_llama,
+    t5,
     theta_d,
     trained,
 )
@@ -158,9 +156,7 @@ def test_push_to_hub_the_folder_that_is_uploaded_loads(tmp_path: Path) -> None:
 
 @capability("`Seq2SeqTrainer` with `predict_with_generate`")
 def test_seq2seqtrainer_with_predict_with_generate(tmp_path: Path) -> None:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    base = make(T5ForConditionalGeneration, T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
-    model = adapted(base, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    model = adapted(t5(), target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path), max_steps=2, predict_with_generate=True, report_to=[], use_cpu=True, disable_tqdm=True,
         per_device_train_batch_size=4, save_strategy="no", generation_max_length=6,
