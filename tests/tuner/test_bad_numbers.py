@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.format.saved import save
-from tests.tuner.models import base_model, config, train_steps
-from tests.tuner.test_trainer import _data
+from tests.tuner.models import base_model, batch, config, train_steps
 from uniproj import AdapterError
 from uniproj.exchange import export
 from uniproj.exchange.adapter import Adapter
@@ -177,7 +177,8 @@ def test_a_checkpoint_of_a_run_that_diverged_is_refused_and_the_last_good_one_st
         report_to=[], seed=1, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     model = get_peft_model(base_model("bert"), config("bert"))
-    trainer = Trainer(model, arguments, train_dataset=_data(), callbacks=[_Diverge()])
+    data = Dataset.from_dict({name: values.tolist() for name, values in batch("bert", rows=24).items()})
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[_Diverge()])
     with pytest.raises(AdapterError, match=r"checkpoint-8: nothing was saved.* must be finite"):
         trainer.train()
     PeftModel.from_pretrained(base_model("bert"), tmp_path / "checkpoint-4")

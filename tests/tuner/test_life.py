@@ -72,21 +72,6 @@ def test_the_file_holds_the_trained_numbers_and_little_else(tmp_path) -> None:
     assert saved["layout_fingerprint"] == adapter_of(model).P.layout.fingerprint
 
 
-def test_trainable_parameters_are_d() -> None:
-    model = get_peft_model(base_model("llama"), config("llama", d=60))
-    assert model.get_nb_trainable_parameters()[0] == 60
-    learned = get_peft_model(base_model("llama"), config("llama", "vblora", None))
-    assert learned.get_nb_trainable_parameters()[0] == adapter_of(learned).P.trained
-
-
-def test_low_cpu_mem_usage_loads_the_same_adapter(tmp_path) -> None:
-    model = get_peft_model(base_model("llama"), config("llama", "vblora", None))
-    train_steps(model, "llama")
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base_model("llama"), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(again(**batch("llama")).logits, model(**batch("llama")).logits)
-
-
 @pytest.mark.parametrize("name", ["a+b", "a(1", "x[0]", "back\\slash", "g<0>"])
 def test_adapter_names_may_hold_any_character_peft_allows(name: str, tmp_path) -> None:
     model = get_peft_model(base_model("llama"), config("llama"), adapter_name=name)

@@ -1,61 +1,18 @@
-"""The Transformers Trainer: train, save, resume to the same numbers, reload; on small and on packaged models."""
+"""Packaged pretrained models: train, save, reload, merge, generate."""
 
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    Trainer,
-    TrainingArguments,
 )
 
-from tests.tuner.models import VOCABULARY, base_model, batch, config
 from uniproj.tuner import UniProjConfig
-
-
-def _data(rows: int = 24) -> Dataset:
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(0, VOCABULARY, (rows, 9), generator=generator)
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
-
-
-def _trainer(folder: Path, projection: str, steps: int, **options) -> Trainer:
-    torch.manual_seed(0)
-    d = None if projection == "vblora" else 60
-    model = get_peft_model(base_model("bert"), config("bert", projection, d, lora_dropout=0.1))
-    arguments = TrainingArguments(
-        str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=0.01, save_steps=steps,
-        logging_steps=1, report_to=[], seed=1, disable_tqdm=True, use_cpu=True, **options,
-    )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=_data())
-
-
-@pytest.mark.parametrize("projection", ["unilora", "vblora"])
-def test_a_resumed_run_equals_an_uninterrupted_one(projection: str, tmp_path: Path) -> None:
-    whole = _trainer(tmp_path, projection, 4)
-    whole.train()
-    resumed = _trainer(tmp_path, projection, 4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    files = {f.name for f in (tmp_path / "checkpoint-8").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json"} <= files
-    again = PeftModel.from_pretrained(base_model("bert"), tmp_path / "checkpoint-8")
-    whole.model.eval()
-    assert torch.equal(again(**batch("bert")).logits, whole.model(**batch("bert")).logits)
-
-
-def test_trainer_with_checkpointing_and_bf16_lowers_the_loss(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, "unilora", 100, bf16=True, gradient_checkpointing=True)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert min(losses[-3:]) < losses[0]
 
 
 @pytest.mark.slow

@@ -1,17 +1,28 @@
-"""Tiny models of real architectures, a batch for them, and what probes ask of an adapter again and again."""
+"""Tiny models of real architectures, a batch for them, and what is asked of an adapter again and again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from analysis.capabilities.probe import Wrong, check
+from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig, adapter_of
 
 VOCABULARY, WIDTH, D = 64, 32, 60
@@ -19,6 +30,10 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2,
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
 ROUNDING = 1e-4
+
+# the fixtures of conftest.py
+Remark = Callable[[str], None]
+Refuses = Callable[..., AbstractContextManager[None]]
 
 
 def make(architecture: type, config: Any) -> Any:
@@ -32,11 +47,20 @@ def make(architecture: type, config: Any) -> Any:
 
 
 def llama(**options: Any) -> PreTrainedModel:
-    return make(LlamaForCausalLM, LlamaConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, **options))
+    return make(LlamaForCausalLM, LlamaConfig(**{**SIZES, **options}, intermediate_size=64, num_key_value_heads=2))
 
 
 def bert() -> PreTrainedModel:
     return make(BertForSequenceClassification, BertConfig(**SIZES, intermediate_size=64, num_labels=3))
+
+
+def gpt2() -> PreTrainedModel:
+    return make(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4))
+
+
+def t5() -> PreTrainedModel:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return make(T5ForConditionalGeneration, T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
 
 
 def saved_llama(folder: Path, **options: Any) -> str:
@@ -71,6 +95,14 @@ def theta_d(model: Any, name: str = "default") -> nn.Parameter:
     return adapter_of(model, name).theta_d
 
 
+def modules(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules()]
+
+
+def projection(model: Any) -> Projection:
+    return adapter_of(model).P
+
+
 def gradient(model: Any, ids: Tensor = IDS) -> Tensor:
     """Of the loss on theta_d."""
     model.zero_grad()
@@ -80,8 +112,7 @@ def gradient(model: Any, ids: Tensor = IDS) -> Tensor:
 
 def _received(model: Any) -> Tensor:
     grad = theta_d(model).grad
-    if grad is None or not grad.any():
-        raise Wrong("theta_d received no gradient")
+    assert grad is not None and grad.any(), "theta_d received no gradient"
     return grad
 
 
@@ -95,7 +126,7 @@ def steps(model: nn.Module, count: int = 3, lr: float = 0.05) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    check(losses[-1] < losses[0], f"the loss did not fall: {losses}")
+    assert losses[-1] < losses[0], losses
     return losses
 
 
@@ -109,11 +140,11 @@ def saved(folder: Path, base: nn.Module | None = None, **fields: Any) -> tuple[P
 def same(left: Tensor, right: Tensor, what: str, tolerance: float = 0.0) -> None:
     """Equal to the last bit, or within a tolerance relative to the largest entry."""
     far = (left.float() - right.float()).abs().max() / right.float().abs().max()
-    check(far <= tolerance, f"{what}: differs by {far:.1e}")
+    assert far <= tolerance, f"{what}: differs by {far:.1e}"
 
 
 def moved(left: Tensor, right: Tensor, what: str) -> None:
-    check(not torch.allclose(left, right, rtol=1e-4, atol=1e-4), f"{what}: nothing changed")
+    assert not torch.allclose(left, right, rtol=1e-4, atol=1e-4), f"{what}: nothing changed"
 
 
 def drift(merged: Tensor, adapter: Tensor, bare: Tensor) -> float:
@@ -136,5 +167,4 @@ def life(base: nn.Module, call: Callable[[nn.Module], Tensor], **fields: Any) ->
     merged = model.merge_and_unload()
     with torch.no_grad():
         same(call(merged), output.detach(), "output after merging", ROUNDING)
-    modules = len(adapter_of(model).P.layout.modules) if isinstance(model, PeftModel) else 0
-    return f"{modules} modules"
+    return f"{len(projection(model).layout.modules)} modules"
