@@ -14,13 +14,13 @@ from uniproj.claims import CHECKS
 from uniproj.testing import sample
 
 LAYOUT = LoRALayout.from_shapes({f"layer.{i}.{m}": (16, 16) for i in range(4) for m in ("query", "value")}, r=4)
-D_SMALL = 120
+_D_SMALL = 120
 SPACE = "eight modules of 16 x 16 at rank 4: D = 1,024, d = 120 where it is free"
 # measured whether claimed or not: the three words by which the field tells methods apart
-ALWAYS = ("isometric", "uniform", "global_sharing")
+_ALWAYS = ("isometric", "uniform", "global_sharing")
 # below it, a figure is rounding and differs from machine to machine
 ROUNDING = 1e-12
-CORNER = 64
+_CORNER = 64
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -38,15 +38,15 @@ def describe(name: str) -> dict[str, Any]:
 
 def instance(name: str) -> Projection:
     """The projection on `SPACE`."""
-    return sample(name, LAYOUT, D_SMALL)
+    return sample(name, LAYOUT, _D_SMALL)
 
 
 def verdicts(P: Projection) -> pd.DataFrame:
-    """One row per claim and for each of `ALWAYS`: claim, claimed, holds, value, what the value is."""
+    """One row per claim and for each of `_ALWAYS`: claim, claimed, holds, value, what the value is."""
     rows = []
     within_one_module = CHECKS["local"](P).holds
     for claim, decide in CHECKS.items():
-        if claim in P.claims or claim in ALWAYS:
+        if claim in P.claims or claim in _ALWAYS:
             measured = decide(P)
             # a coordinate of a single row reaches as many modules as one drawn at random would, and shares nothing
             holds = measured.holds and not (claim == "global_sharing" and within_one_module)
@@ -66,13 +66,13 @@ def shown(value: float) -> float:
 
 def gram(P: Projection) -> np.ndarray:
     """The first 64 rows and columns of P^T P, in float64."""
-    M = P.to_dense().detach()[:, :CORNER].cpu().numpy()
+    M = P.to_dense().detach()[:, :_CORNER].cpu().numpy()
     return M.T @ M
 
 
 def sharing(P: Projection) -> np.ndarray:
     """Rows of each B and A (by module) that each of the first 64 coordinates reaches: (blocks, 64) counts."""
-    hits = (P.to_dense().detach()[:, :CORNER] != 0).cpu()
+    hits = (P.to_dense().detach()[:, :_CORNER] != 0).cpu()
     return torch.stack([hits[block.rows].sum(0) for block in P.layout.blocks]).numpy()
 
 

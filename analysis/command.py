@@ -25,7 +25,7 @@ T = TypeVar("T")
 INTERRUPTED = 130
 DIGITS = 15
 # Rows of a table that is printed, and repeated in the JSON file.
-MOST_PRINTED = 120
+_MOST_PRINTED = 120
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -102,7 +102,7 @@ def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[T
     everything = {**asked(args, "json", "out"), **{key: rows(table) for key, table in tables.items()}}
     for key, table in tables.items():
         write_text(out / f"{name}-{key}.csv", table.to_csv(index=False))
-    long = {key for key, table in tables.items() if len(table) > MOST_PRINTED}
+    long = {key for key, table in tables.items() if len(table) > _MOST_PRINTED}
     write_json(out / f"{name}.json", {key: value for key, value in everything.items() if key not in long})
     draw(tables, out / name)
     print(json.dumps(everything, indent=2) if args.json else as_text(tables))
@@ -127,6 +127,6 @@ def as_text(tables: Tables) -> str:
         shown = (
             f"{key}\n{table.to_string(index=False, float_format='{:.4g}'.format)}"
             for key, table in tables.items()
-            if len(table) <= MOST_PRINTED
+            if len(table) <= _MOST_PRINTED
         )
         return "\n\n".join(shown) + "\n"

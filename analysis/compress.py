@@ -25,7 +25,7 @@ from uniproj.exchange.compress import compress
 from uniproj.exchange.formats.lora import read
 
 
-def load_base(name: str, adapter: LoRAAdapter) -> nn.Module:
+def _load_base(name: str, adapter: LoRAAdapter) -> nn.Module:
     """The model of an adapter: a classifier with as many outputs as its head has, else a causal language model."""
     heads = [t for key, t in adapter.other.items() if key.endswith("weight")]
     if str(adapter.config.task_type).endswith("SEQ_CLS") and heads:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         trust.apply(args)
         adapter = read(args.folder)
-        base = load_base(args.base, adapter) if args.base else None
+        base = _load_base(args.base, adapter) if args.base else None
         trained, quality = compress(adapter, args.projection, args.d, args.seed, args.options, base)
         trained.save(args.out)
     except (AdapterError, ProjectionError, ExperimentError) as error:

@@ -19,7 +19,7 @@ from uniproj.kernels.random import normal
 from uniproj.testing import sample
 
 # 10 million rows as in the layouts whose growth is measured: all linear layers of a Llama-like model
-MILLIONS = 1e7
+_MILLIONS = 1e7
 T = TypeVar("T")
 
 
@@ -35,7 +35,7 @@ LAYOUTS: Mapping[str, Callable[[], Shapes]] = {
     "eight-64": lambda: {f"layer.{i // 2}.{'query' if i % 2 else 'value'}": (64, 64) for i in range(8)},
     "roberta-large": roberta_large_query_value,
     "llama-2-7b": LLAMA_2_7B.all_linear,
-    "ten-million": lambda: growing(MILLIONS).shapes(),
+    "ten-million": lambda: growing(_MILLIONS).shapes(),
 }
 
 

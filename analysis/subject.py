@@ -29,7 +29,7 @@ from uniproj.tuner import UniProjConfig, adapter_of
 
 ADAPTER = "default"
 HEAD = "modules_to_save"
-TASK = "SEQ_CLS"
+_TASK = "SEQ_CLS"
 Batch = dict[str, Tensor]
 Head = Mapping[str, Tensor]
 
@@ -105,7 +105,9 @@ class Subject:
     def _fresh(self) -> PeftModel:
         targets = models.target_modules(self.setting.model)
         rank = self.setting.rank
-        return get_peft_model(self._base(), LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type=TASK))
+        return get_peft_model(
+            self._base(), LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type=_TASK)
+        )
 
     def _load(self, folder: Path) -> PeftModel:
         """PEFT's LoRA from a folder; uniproj's theta_D and head are written into LoRA layers of the same shapes."""
@@ -119,7 +121,7 @@ class Subject:
             return loaded
         shared = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
         options = {key: getattr(config, key) for key in shared}
-        model = get_peft_model(self._base(), LoraConfig(**options, task_type=TASK))
+        model = get_peft_model(self._base(), LoraConfig(**options, task_type=_TASK))
         P, theta_d = adapter_of(loaded, ADAPTER)
         theta_D = P(theta_d).detach()
         factors = dict(zip(map(factor_name, P.layout.blocks), P.layout.split(theta_D), strict=True))

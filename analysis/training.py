@@ -15,7 +15,7 @@ from uniproj.algebra import Select
 
 # AdamW of the head, and the fraction of the loss that a run must gain to count as trained.
 HEAD_RATE, LEAST_GAIN = 5e-3, 0.01
-PROBED = 4
+_PROBED = 4
 
 
 @dataclass
@@ -93,4 +93,4 @@ def _keep(trained: Trajectory, P: Projection, step: int, theta_d: nn.Parameter) 
 @torch.no_grad()
 def _probe(subject: Subject, P: Projection, theta_d: Tensor, head: Head) -> float:
     theta_D = P(theta_d)
-    return float(sum(subject.loss(theta_D, head, batch) for batch in subject.batches(PROBED)) / PROBED)
+    return float(sum(subject.loss(theta_D, head, batch) for batch in subject.batches(_PROBED)) / _PROBED)

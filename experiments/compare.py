@@ -39,9 +39,9 @@ from uniproj.registry import get
 
 INTERRUPTED = 130
 # VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
-VERA_RANK = 11
+_VERA_RANK = 11
 TABLE, AUTO = "table", "auto"
-GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+_GRID = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def number(text: str) -> float:
@@ -96,7 +96,7 @@ def check(args: argparse.Namespace) -> None:
 def default_budget(task: str, model: str) -> int:
     """Trained numbers that every method can come near to on this model."""
     shapes = adapted_shapes(tasks.get(task).family, model)
-    return sum(out for out, _ in shapes.values()) + VERA_RANK * len(shapes)
+    return sum(out for out, _ in shapes.values()) + _VERA_RANK * len(shapes)
 
 
 def asked(args: argparse.Namespace) -> Sweep:
@@ -116,18 +116,18 @@ def asked(args: argparse.Namespace) -> Sweep:
     }
     chosen = {key: getattr(args, key) for key in ("projections", "seeds", "lr")}
     methods = [{"projection": projection} for projection in args.projections]
-    rates = {} if args.lr == AUTO else given_rates(args)
+    rates = {} if args.lr == AUTO else _given_rates(args)
     return replace(
         committed(),
         name=f"comparison-{digest({**settings, **chosen})}",
         settings=settings,
         cases=[{**method, "lr": rates[method["projection"]]} if rates else method for method in methods],
-        tune=None if rates else {"seeds": [max(args.seeds) + 1], "lr": GRID},
+        tune=None if rates else {"seeds": [max(args.seeds) + 1], "lr": _GRID},
         seeds=args.seeds,
     )
 
 
-def given_rates(args: argparse.Namespace) -> Mapping[str, float]:
+def _given_rates(args: argparse.Namespace) -> Mapping[str, float]:
     """The learning rate of every projection. Raises ExperimentError for one that was never tuned."""
     if args.lr == TABLE:
         known = {case["projection"]: case["lr"] for case in committed().cases}
@@ -158,7 +158,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
-def announced(sweep: Sweep, runs: Path) -> str:
+def _announced(sweep: Sweep, runs: Path) -> str:
     """What would be trained: the size and rate of every method, and how many runs are missing."""
     configs = preflight.runs_of(sweep)["confirm"]
     rows = [
@@ -174,7 +174,7 @@ def announced(sweep: Sweep, runs: Path) -> str:
     rows_at_hand = len(tasks.get(sweep.settings["task"]).split("train"))
     steps = preflight.steps(replace(configs[0], train_size=min(sweep.settings["train_size"], rows_at_hand)))
     missing = [run for run in configs if not is_done(run_folder(runs, run.to_json()))]
-    tuning = f", after {len(GRID)} or more of each to tune its rate" if sweep.tune else ""
+    tuning = f", after {len(_GRID)} or more of each to tune its rate" if sweep.tune else ""
     return (
         f"{pd.DataFrame(rows).to_string(index=False)}\n\n{len(configs)} runs of {steps} steps, "
         f"{len(configs) - len(missing)} done, {len(missing)} to train{tuning}"
@@ -197,7 +197,7 @@ def compare(args: argparse.Namespace) -> int:
     remarks = [said] if args.lr == TABLE and (said := remark(sweep.settings)) else []
     print("".join(f"{said}\n" for said in remarks), end="")
     if args.dry_run:
-        print(announced(sweep, args.runs))
+        print(_announced(sweep, args.runs))
         return 0
     train, folder = trainer(sweep, "local", args.runs), protocol.sweep_folder(args.runs, sweep)
     records, failures = protocol.confirm(sweep, args.runs, protocol.tune(sweep, args.runs, train), train)

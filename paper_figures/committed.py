@@ -16,7 +16,7 @@ from experiments.records.gather import OVERHEAD, Records, read_sweep, table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
 # a check that a sweep runs, which shows nothing
-SMOKE = "smoke"
+_SMOKE = "smoke"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Committed:
     @cached_property
     def sweeps(self) -> list[Sweep]:
         """Every study at hand, by name."""
-        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir() and path.name != SMOKE)
+        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir() and path.name != _SMOKE)
         return [Sweep(place.name, read_sweep(place)) for place in places]
 
     @cached_property

@@ -12,7 +12,7 @@ from experiments.errors import ExperimentError
 
 FILE = Path(__file__).with_name("published.yaml")
 NEEDED = ("table", "method", "projection", "column", "value", "unit", "source")
-OPTIONAL = ("trained", "d", "r")
+_OPTIONAL = ("trained", "d", "r")
 
 
 def read(file: Path = FILE) -> pd.DataFrame:
@@ -22,13 +22,13 @@ def read(file: Path = FILE) -> pd.DataFrame:
     rows = []
     for number, value in enumerate(content["values"], start=1):
         where = f"published: value {number} of {file}"
-        if wrong := sorted((set(NEEDED) - set(value)) | (set(value) - {*NEEDED, *OPTIONAL})):
+        if wrong := sorted((set(NEEDED) - set(value)) | (set(value) - {*NEEDED, *_OPTIONAL})):
             raise ExperimentError(f"{where} must have the keys {', '.join(NEEDED)}, got others: {wrong}. Repair it.")
         if value["source"] not in sources:
             raise ExperimentError(f"{where} must name one of the sources {sorted(sources)}, got {value['source']!r}.")
         if not isinstance(value["value"], int | float) or not math.isfinite(value["value"]):
             raise ExperimentError(f"{where} must be a finite number, got {value['value']!r}. Leave unknown cells out.")
-        rows.append({**dict.fromkeys(OPTIONAL), **value, "cited": value["source"], "source": sources[value["source"]]})
+        rows.append({**dict.fromkeys(_OPTIONAL), **value, "cited": value["source"], "source": sources[value["source"]]})
     return pd.DataFrame(rows)
 
 

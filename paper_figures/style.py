@@ -23,7 +23,7 @@ from experiments.names import mapping, method
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's
 # muted ones and others that are none of these.
-PALETTE = (
+_PALETTE = (
     *("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#882255", "#332288", "#CC6677", "#661100", "#999933", "#AA4499", "#7D8597", "#117733", "#8B5CF6", "#A6761D"),
     *("#1B9E9E", "#C2185B", "#4D7C0F", "#6699CC"),
@@ -31,11 +31,11 @@ PALETTE = (
 # As many as share no divisor with the colours: no two of 210 projections look alike, in grey print neither.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 # of lines: another one for each seven colours
-DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
 UNKNOWN = "#888888"
 # Inches: one column of a two-column page, and the whole page.
 COLUMN, PAGE = 3.35, 6.9
-BUILT_IN = "uniproj.projections."
+_BUILT_IN = "uniproj.projections."
 _RC = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -69,7 +69,7 @@ def order(names: Iterable[str]) -> list[str]:
 
     def place(name: str) -> tuple[int, bool, str]:
         listed = known.index(name) if name in known else len(known)
-        own = name in uniproj.names() and uniproj.get(name).__module__.startswith(BUILT_IN)
+        own = name in uniproj.names() and uniproj.get(name).__module__.startswith(_BUILT_IN)
         return listed, not own, name
 
     return sorted(names, key=place)
@@ -86,7 +86,7 @@ def _position(name: str) -> int | None:
 
 def look(position: int) -> tuple[str, str, Any]:
     """Colour, marker and dash of the projection at this place; the first two together are its own."""
-    return PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)], DASHES[position // 7 % len(DASHES)]
+    return _PALETTE[position % len(_PALETTE)], MARKERS[position % len(MARKERS)], _DASHES[position // 7 % len(_DASHES)]
 
 
 def colour(name: str) -> str:

@@ -16,7 +16,7 @@ ESCAPED = {
     "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$", ">": "$>$",
     "|": "$|$", "\N{MULTIPLICATION SIGN}": r"$\times$", "=": r"=\allowbreak{}",
 }  # fmt: skip
-SYMBOLS = {
+_SYMBOLS = {
     "theta": r"\theta", "lambda": r"\lambda", "Lambda": r"\Lambda", "Pi": r"\Pi", "sum": r"\sum", "log": r"\log",
     "kron": r"\otimes", "max": r"\max", "min": r"\min", "x": r"\times", "*": r"\cdot", "~": r"\sim", "..": r"\dots",
     "||": r"\Vert", "|": r"\vert", "%": r"\%", "{": r"\{", "}": r"\}", "&": r"\&", "#": r"\#",
@@ -124,9 +124,9 @@ def math(formula: str) -> str:
             found.append(r"\,\allowbreak " if found else " ")
         elif kind == "hyphen":
             found.append(r"\mbox{-}")
-        elif text in SYMBOLS:
+        elif text in _SYMBOLS:
             # a command ends where no letter follows
-            found.append(f"{SYMBOLS[text]} ")
+            found.append(f"{_SYMBOLS[text]} ")
         else:
             found.append(rf"\mathrm{{{text}}}" if kind == "word" and len(text) > 1 else text)
     return re.sub(r"\\,\\allowbreak (?=[=+\-/])|(?<=[=+\-/])\\,\\allowbreak ", " ", "".join(found))

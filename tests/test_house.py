@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,24 @@ def test_who_draws_and_who_computes(path: Path) -> None:
     assert part != "analysis" or "matplotlib" not in roots
     # drawn from records and analysis tables: the library is asked for the names of its projections alone
     assert part != "paper_figures" or {m for m in _imports(path) if m.startswith("uniproj.")} <= {"uniproj.console"}
+
+
+def test_what_no_other_file_uses_is_private() -> None:
+    """Operators are found by their names, commands and what registers itself by others; the battery is public whole."""
+    others = [path for folder in ("docs", "examples", "tests") for path in (ROOT / folder).rglob("*")]
+    files = [*SOURCES, *(path for path in others if path.suffix in {".py", ".md"}), *ROOT.glob("*.md")]
+    words = {path: set(re.findall(r"\w+", path.read_text())) for path in files}
+    used = Counter(word for found in words.values() for word in found)
+    open_ones = []
+    for path in SOURCES:
+        if path.stem in ("__init__", "testing") or path.stem.endswith(("_numba", "_triton")):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list:
+                names = [node.name]
+            open_ones += [f"{path.relative_to(ROOT)}: {name}" for name in names if used[name] == 1 and name[0] != "_"]
+    assert open_ones == []
 
 
 def test_every_file_of_projections_registers_or_is_a_base() -> None:

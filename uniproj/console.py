@@ -18,7 +18,7 @@ from uniproj.errors import printable
 
 READER_LEFT = 128 + signal.SIGPIPE
 DONE = "done"
-Arguments = ParamSpec("Arguments")
+_Arguments = ParamSpec("_Arguments")
 
 
 def without_word_of_bitsandbytes() -> None:
@@ -100,12 +100,12 @@ def _reader_left() -> bool:
     return bool(watched.poll(0))
 
 
-def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+def command(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """The `main` of a command: bars on terminals only, visible characters alone on standard output, and status 141
     without a word where `| head` has had enough."""
 
     @functools.wraps(main)
-    def run(*args: Arguments.args, **options: Arguments.kwargs) -> int:
+    def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> int:
         without_word_of_bitsandbytes()
         try:
             with _bars_on_terminals_only(), _visible_output():

@@ -20,7 +20,7 @@ from uniproj import console
 from uniproj.bank import AdapterBank
 from uniproj.errors import AdapterError
 
-OF_SOAK = {"d": 2048, "processes": 4, "seed": 0}
+_OF_SOAK = {"d": 2048, "processes": 4, "seed": 0}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -104,8 +104,8 @@ def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def _soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The soak, on a layer of its own: numbers, not models, are at stake."""
-    work = soak.prepare(scratch, args.operations, **OF_SOAK)
-    return {"rows": [{**OF_SOAK, **soak.run(work, args.kills)}]}
+    work = soak.prepare(scratch, args.operations, **_OF_SOAK)
+    return {"rows": [{**_OF_SOAK, **soak.run(work, args.kills)}]}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {"soak": _soak, "bank": _bank, "mixed": _mixed}

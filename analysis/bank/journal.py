@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-Operation = tuple[str, str, int]
+_Operation = tuple[str, str, int]
 _PAIR = 8
 _SCHEDSTAT = Path("/proc/self/schedstat")
 
 
 @dataclass
-class Past:
+class _Past:
     """What a journal says.
 
     tokens: of every name of the process's own, before the write in which it was killed, if it was: `pending`. shared:
@@ -27,7 +27,7 @@ class Past:
 
     tokens: dict[str, int] = field(default_factory=dict)
     shared: dict[str, set[int]] = field(default_factory=dict)
-    pending: Operation | None = None
+    pending: _Operation | None = None
     done: int = 0
     begun: int = 0
     interrupted: int = 0
@@ -80,9 +80,9 @@ class Journal:
         """Bytes of the lines."""
         return self._lines.stat().st_size if self._lines.exists() else 0
 
-    def past(self) -> Past:
+    def past(self) -> _Past:
         """All of it, read through."""
-        past = Past()
+        past = _Past()
         for line in self._lines.read_text().splitlines() if self._lines.exists() else []:
             word, *rest = line.split(" ")
             if word == "begin":
@@ -100,7 +100,7 @@ class Journal:
         return past
 
 
-def _apply(past: Past) -> None:
+def _apply(past: _Past) -> None:
     if past.pending is not None and not past.pending[1].startswith("shared"):
         kind, name, token = past.pending
         past.tokens.pop(name, None)

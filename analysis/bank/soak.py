@@ -32,12 +32,12 @@ from uniproj.tuner import UniProjConfig
 
 OWN, SHARED = 50, 8
 # what an operation is, and in how many of 100 cases
-ODDS = {"get": 66, "names": 4, "replace": 10, "shared": 6, "add": 7, "delete": 7}
+_ODDS = {"get": 66, "names": 4, "replace": 10, "shared": 6, "add": 7, "delete": 7}
 _BASE = 2**20
 
 
 @dataclass(frozen=True)
-class Soak:
+class _Soak:
     """A bank, the folder of the journals, how many operations how many processes do, and the length of a vector."""
 
     bank: Path
@@ -51,11 +51,11 @@ class Soak:
         return Journal(self.journals / str(worker))
 
 
-def prepare(folder: Path, operations: int, d: int, processes: int, seed: int) -> Soak:
+def prepare(folder: Path, operations: int, d: int, processes: int, seed: int) -> _Soak:
     """A soak of an empty bank, whose P sits on a single layer."""
     config = UniProjConfig(d=d, r=4, target_modules=["0"])
     AdapterBank.create(folder / "bank", get_peft_model(nn.Sequential(nn.Linear(d, 4)), config)).close()
-    return Soak(folder / "bank", folder / "journals", operations, processes, d, seed)
+    return _Soak(folder / "bank", folder / "journals", operations, processes, d, seed)
 
 
 def vector(name: str, token: int, d: int) -> torch.Tensor:
@@ -72,19 +72,19 @@ def token_of(name: str, theta: torch.Tensor) -> int:
     return token
 
 
-def shared_names() -> list[str]:
+def _shared_names() -> list[str]:
     """The names that every process replaces and none deletes."""
     return [f"shared/{k}" for k in range(SHARED)]
 
 
-def run(soak: Soak, kills_per_second: float) -> dict[str, Any]:
+def run(soak: _Soak, kills_per_second: float) -> dict[str, Any]:
     """Let the processes work and die until all operations are done, and check what is left.
 
     Raises AssertionError for an adapter that is lost, torn, or another's.
     """
     soak.journals.mkdir(parents=True)
     bank = AdapterBank(soak.bank)
-    bank.add_many((name, vector(name, 0, soak.d)) for name in shared_names())
+    bank.add_many((name, vector(name, 0, soak.d)) for name in _shared_names())
     bank.close()
     context, chance, started = multiprocessing.get_context("fork"), random.Random(soak.seed), time.perf_counter()
     alive: dict[int, Any] = {}
@@ -111,19 +111,19 @@ def run(soak: Soak, kills_per_second: float) -> dict[str, Any]:
     return {"kills": kills, "seconds": time.perf_counter() - started, **_found(soak)}
 
 
-def _found(soak: Soak) -> dict[str, Any]:
+def _found(soak: _Soak) -> dict[str, Any]:
     """Check the bank against all journals, and gather what the processes measured."""
     bank, workers = AdapterBank(soak.bank), range(soak.processes)
     for worker in workers:
         _settle(bank, soak, worker)
     pasts = [soak.journal(worker).past() for worker in workers]
-    for name in shared_names():
+    for name in _shared_names():
         written = {0}.union(*(past.shared.get(name, ()) for past in pasts))
         assert token_of(name, bank.get(name)) in written, f"{name}: a token that nobody wrote"
     held = len(bank)
     assert held == SHARED + sum(len(past.tokens) for past in pasts), "an adapter is lost, or nobody's"
     # a crash between the growth of the file and its header is healed by the next write
-    bank.replace(shared_names()[0], vector(shared_names()[0], 0, soak.d))
+    bank.replace(_shared_names()[0], vector(_shared_names()[0], 0, soak.d))
     bank.close()
     with sqlite3.connect(soak.bank / INDEX) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -151,7 +151,7 @@ def _quantiles(seconds: np.ndarray) -> dict[str, float]:
     }
 
 
-def _work(soak: Soak, worker: int, parent: int) -> None:
+def _work(soak: _Soak, worker: int, parent: int) -> None:
     end_with(parent)
     try:
         _operate(soak, worker)
@@ -161,7 +161,7 @@ def _work(soak: Soak, worker: int, parent: int) -> None:
     os._exit(0)
 
 
-def _operate(soak: Soak, worker: int) -> None:
+def _operate(soak: _Soak, worker: int) -> None:
     journal = soak.journal(worker)
     journal.mend()
     with journal.reading():
@@ -171,16 +171,16 @@ def _operate(soak: Soak, worker: int) -> None:
     tokens, begun = past.tokens, past.begun
     chance = random.Random(f"{soak.seed}/{worker}/{begun}/{past.done}")
     for _ in range(past.done, soak.operations // soak.processes):
-        kind = chance.choices(list(ODDS), list(ODDS.values()))[0]
+        kind = chance.choices(list(_ODDS), list(_ODDS.values()))[0]
         own = [f"{worker}/{k}" for k in range(OWN)]
-        fitting = shared_names() if kind == "shared" else [n for n in own if (n in tokens) == (kind != "add")]
+        fitting = _shared_names() if kind == "shared" else [n for n in own if (n in tokens) == (kind != "add")]
         if kind == "get" or not fitting:
             anyone = f"{chance.randrange(soak.processes)}/{chance.randrange(OWN)}"
-            _get(bank, journal, chance.choice([anyone, chance.choice(shared_names())]))
+            _get(bank, journal, chance.choice([anyone, chance.choice(_shared_names())]))
         elif kind == "names":
             with journal.reading():
                 names = bank.names()
-            assert set(shared_names()) <= set(names), "a shared name is lost"
+            assert set(_shared_names()) <= set(names), "a shared name is lost"
         else:
             name, begun = chance.choice(fitting), begun + 1
             token = begun * soak.processes + worker
@@ -212,7 +212,7 @@ def _write(bank: AdapterBank, kind: str, name: str, theta: torch.Tensor) -> None
         bank.replace(name, theta)
 
 
-def _settle(bank: AdapterBank, soak: Soak, worker: int) -> None:
+def _settle(bank: AdapterBank, soak: _Soak, worker: int) -> None:
     """Compare the process's own names with its journal: a write in which it was killed happened or did not."""
     journal = soak.journal(worker)
     past = journal.past()

@@ -14,7 +14,7 @@ from experiments.timing import of_turns, ratio_of_turns, take_turns
 from uniproj.bank import AdapterBank
 
 # switches between two looks at the clock
-REPEATED = 10
+_REPEATED = 10
 
 
 def measure(
@@ -40,7 +40,7 @@ def measure(
         return switch
 
     small, large = min(banks), max(banks)
-    own = take_turns({f"bank of {n:,}": select(n, REPEATED) for n in banks}, 4 * rounds, per=REPEATED)
+    own = take_turns({f"bank of {n:,}": select(n, _REPEATED) for n in banks}, 4 * rounds, per=_REPEATED)
     largest = f"bank of {large:,}"
     ways: dict[str, Callable[[], object]] = {largest: select(large, 1)}
     for name, (peer, folder) in peers.items():

@@ -19,14 +19,14 @@ from experiments.records.reading import load
 from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean, means
 from experiments.runs.settings import SEEDS
 
-FRACTION = 0.9
+_FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
 GROUP = ["task", "model"]
 NEEDED = {"score_on", "score", "metric", "trained", "D", "did_not_train", *GROUP, *SEEDS}
 # What all runs of one task and model must share, or their scores are of different things, and what those of one method
 # and size: the rest counts as seeds.
 SHARED = ["metric", *(key for key in SETTINGS if key not in ("sweep", *GROUP, *OF_A_METHOD))]
-OF_A_SIZE = ["D", *OF_A_METHOD]
+_OF_A_SIZE = ["D", *OF_A_METHOD]
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -60,7 +60,7 @@ def usable(records: pd.DataFrame) -> pd.DataFrame:
                 "Move that run away, or run it again."
             )
     _check_shared(rows, GROUP, SHARED)
-    _check_shared(rows, [*GROUP, "projection", "trained"], OF_A_SIZE)
+    _check_shared(rows, [*GROUP, "projection", "trained"], _OF_A_SIZE)
     return rows
 
 
@@ -113,7 +113,7 @@ def crossing(sizes: np.ndarray, scores: np.ndarray, threshold: float) -> float:
     return float(np.exp(np.log(sizes[k - 1]) + part * (np.log(sizes[k]) - np.log(sizes[k - 1]))))
 
 
-def d90(records: pd.DataFrame, fraction: float = FRACTION) -> pd.DataFrame:
+def d90(records: pd.DataFrame, fraction: float = _FRACTION) -> pd.DataFrame:
     """A row per task, model and projection.
 
     d90, with a 95 % interval by bootstrap over seeds (all sizes and the reference drawn anew each time; None where

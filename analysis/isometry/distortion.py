@@ -17,8 +17,8 @@ from analysis.subject import Subject
 from analysis.training import Trajectory, train
 from uniproj import Projection
 
-RANDOM_PAIRS = 64
-SNAPSHOTS = 6
+_RANDOM_PAIRS = 64
+_SNAPSHOTS = 6
 
 
 @torch.no_grad()
@@ -30,12 +30,12 @@ def distortion(P: Projection, x: Tensor, y: Tensor) -> Tensor:
     return P.matvec(difference[kept].to(P.device)).norm(dim=1).cpu() / length[kept]
 
 
-def random_pairs(P: Projection) -> tuple[Tensor, Tensor]:
+def _random_pairs(P: Projection) -> tuple[Tensor, Tensor]:
     """64 pairs of normal vectors."""
-    return vectors("isometry.x", RANDOM_PAIRS, P.d), vectors("isometry.y", RANDOM_PAIRS, P.d)
+    return vectors("isometry.x", _RANDOM_PAIRS, P.d), vectors("isometry.y", _RANDOM_PAIRS, P.d)
 
 
-def all_pairs(points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _all_pairs(points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Every pair of these vectors."""
     first, second = zip(*combinations(points, 2), strict=True)
     return torch.stack(first), torch.stack(second)
@@ -52,7 +52,7 @@ def measured(
     """
     pairs, path = [], []
     for entry in bar(entries(chosen, subject.layout, d, subject.setting.seed, subject.base_weights), "training"):
-        entry, found = entry.attempt(lambda P: _of_training(P, train(subject, P, steps, lr, SNAPSHOTS)))
+        entry, found = entry.attempt(lambda P: _of_training(P, train(subject, P, steps, lr, _SNAPSHOTS)))
         ratios, along = found or ([{}], [])
         pairs += [{**entry.row(), **row} for row in ratios]
         path += [{**entry.row(), **row} for row in along]
@@ -65,9 +65,9 @@ def _of_training(P: Projection, trained: Trajectory) -> tuple[list[dict[str, Any
 
 def _ratios(P: Projection, trained: Trajectory) -> list[dict[str, Any]]:
     kinds = {
-        "random": random_pairs(P),
-        "adapters": all_pairs(trained.thetas),
-        "gradients": all_pairs(trained.gradients),
+        "random": _random_pairs(P),
+        "adapters": _all_pairs(trained.thetas),
+        "gradients": _all_pairs(trained.gradients),
     }
     found = []
     for kind, (x, y) in kinds.items():

@@ -17,7 +17,7 @@ from uniproj.claims import TOLERANCE
 # P^T P is held whole up to this d: 128 MiB in float64, 10 s for its eigenvalues on one core.
 MOST_EXACT = 4096
 # Random x that P^T P is tried on beyond it: with d terms in each estimate, few are enough.
-PROBES = 4
+_PROBES = 4
 # Rebuilt P that an expectation is taken over, up to MOST_EXACT and beyond, where they scatter less.
 SEEDS, SEEDS_BEYOND = 12, 6
 # The chance to take a P that is isometric in expectation for one that is not.
@@ -81,7 +81,7 @@ def exact(P: Projection) -> Deviation:
 
 
 @torch.no_grad()
-def probed(P: Projection, probes: int = PROBES) -> Deviation:
+def probed(P: Projection, probes: int = _PROBES) -> Deviation:
     """From products with P and P^T alone, O(d + D) memory.
 
     E ||(P^T P - I) x||^2 = ||P^T P - I||_F^2 and E ||P x||^2 = trace(P^T P) for x uniform on the sphere of radius
@@ -97,7 +97,7 @@ def probed(P: Projection, probes: int = PROBES) -> Deviation:
         gains[i] = float(Px.square().sum()) / P.d
     rms = squares.mean() ** 0.5
     spread = squares.std(ddof=1) / probes**0.5
-    low, high, converged = (1.0, 1.0, True) if rms <= TOLERANCE else extremes(P)
+    low, high, converged = (1.0, 1.0, True) if rms <= TOLERANCE else _extremes(P)
     return Deviation(
         method="probes",
         rms=rms,
@@ -110,7 +110,7 @@ def probed(P: Projection, probes: int = PROBES) -> Deviation:
     )
 
 
-def extremes(P: Projection) -> tuple[float, float, bool]:
+def _extremes(P: Projection) -> tuple[float, float, bool]:
     """(sigma_min, sigma_max, whether both are within 1 %) by Lanczos on P^T P, restarted at most 4 times. Needs d >= 3.
 
     What a run that did not converge has seen are ||P x|| / ||x||, which lie inside the spectrum.
@@ -135,7 +135,7 @@ def extremes(P: Projection) -> tuple[float, float, bool]:
 
 
 @dataclass(frozen=True)
-class Expectation:
+class _Expectation:
     """Whether E P^T P = I over seeds: mean of ||P v||^2 for fixed unit v, the one that is furthest from 1."""
 
     holds: bool
@@ -145,7 +145,7 @@ class Expectation:
 
 
 @torch.no_grad()
-def expectation(P: Projection) -> Expectation:
+def expectation(P: Projection) -> _Expectation:
     """Student's test of E ||P v||^2 = 1 over rebuilt P, for v = 1 / sqrt(d) and a random direction.
 
     A quadratic form that is 1 on the sphere is I; a random direction shows any other with probability 1, given
@@ -159,4 +159,4 @@ def expectation(P: Projection) -> Expectation:
     statistic = (gains.mean(0) - 1.0).abs() / error
     worst = int(statistic.argmax())
     limit = float(student.ppf(1.0 - LEVEL / (2 * len(v)), seeds - 1))
-    return Expectation(bool(statistic[worst] <= limit), float(gains.mean(0)[worst]), float(statistic[worst]), limit)
+    return _Expectation(bool(statistic[worst] <= limit), float(gains.mean(0)[worst]), float(statistic[worst]), limit)

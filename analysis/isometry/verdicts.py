@@ -13,7 +13,7 @@ from analysis.isometry.verdict import row
 from analysis.spaces import build, layout
 
 # Entries of a dense P beyond which each projection has a process of its own, with a limit on its time.
-MOST_TOGETHER = 2**31
+_MOST_TOGETHER = 2**31
 
 
 def verdicts(
@@ -29,7 +29,7 @@ def verdicts(
     verdict and number: max|P^T P - I| (rms beyond d = 4096) for "isometric" and "not", the mean of ||P v||^2 over
     seeds for "in expectation"; what: which of them. The other columns are those of `measure.Deviation`.
     """
-    together = layout(space, rank).D * d <= MOST_TOGETHER
+    together = layout(space, rank).D * d <= _MOST_TOGETHER
     rows = []
     for name, variant in bar(chosen, "isometry"):
         if together:

@@ -19,7 +19,7 @@ from uniproj.claims import acts_as_isometry
 
 DIRECTIONS, POINTS, BATCHES, LOSS_BATCHES = 2, 9, 4, 2
 # Length of the farthest step, in lengths of theta_D.
-REACH = 1.0
+_REACH = 1.0
 
 
 def gradient_norms(subject: Subject, P: Projection, theta_d: Tensor, head: Head, batches: Sequence[Batch]) -> Tensor:
@@ -45,7 +45,7 @@ def along(
     theta_D, found = P(theta_d.double()), []
     for k, u in enumerate(vectors("landscape", DIRECTIONS, P.d)):
         step = P.matvec(u)
-        step *= REACH * theta_D.norm() / step.norm()
+        step *= _REACH * theta_D.norm() / step.norm()
         for t in np.linspace(-1.0, 1.0, POINTS):
             loss = sum(float(subject.loss(theta_D + t * step, head, batch)) for batch in batches) / len(batches)
             found.append({"direction": k, "t": float(t), "loss": loss})

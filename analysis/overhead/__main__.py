@@ -42,13 +42,13 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
         "seed": SEED,
         "device": args.device,
         "hardware": device_name(args.device),
-        "threads": count_threads(),
+        "threads": _count_threads(),
         "versions": versions(),
     }
     return [{**job, **surroundings} for job in [*kernel.jobs(), *models, *growth.jobs()]]
 
 
-def count_threads() -> int:
+def _count_threads() -> int:
     """OMP_NUM_THREADS, or one thread per core: OpenMP's own default may be fewer."""
     asked = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     if not asked.isdecimal() or int(asked) < 1:
@@ -56,7 +56,7 @@ def count_threads() -> int:
     return int(asked)
 
 
-def check_machine(device: str) -> None:
+def _check_machine(device: str) -> None:
     """Raises ExperimentError where nothing could be measured."""
     if sys.platform != "linux":
         raise ExperimentError(f"overhead: memory is read from Linux's /proc, got {sys.platform}. Run it on Linux.")
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some measurement failed, 2 bad input, 130 interrupted."""
     args = parse(argv)
     try:
-        check_machine(args.device)
+        _check_machine(args.device)
         jobs = plan(args)
         asked = [job for job in jobs if job["part"] in args.parts]
         runner.run_all(asked, args.out)

@@ -17,16 +17,16 @@ from analysis.overhead.shapes import growing
 PER_COLUMN = 19  # D / d where D grows: that of Uni-LoRA on a 7B model at r = 4
 SIZES_D = tuple(round(1e4 * 10 ** (i / 2)) for i in range(9))
 SIZES_d = tuple(round(300 * 10 ** (i / 2)) for i in range(9))
-FIXED_D = 1e7
+_FIXED_D = 1e7
 # a dense P has D d entries: four decades of d end at 1e8 of them
 SIZES_d_DENSE = tuple(round(10 ** (i / 2)) for i in range(9))
-FIXED_D_DENSE = 1e4
+_FIXED_D_DENSE = 1e4
 
 ALONG_D = ("unilora", "unilora_local", "fastfood", "vera", "tied_lora", "vblora", "lora_xs", "gaussian")
 ALONG_d = ("unilora", "unilora_local", "fastfood", "gaussian")
 DENSE = "gaussian"
 
-REPEATS = 5
+_REPEATS = 5
 # Seconds that one size may take, with building; the next size is left out where it is expected to take longer.
 LIMIT = 20.0
 PEAK_PER_COORDINATE = 64
@@ -46,7 +46,7 @@ def jobs() -> list[dict[str, Any]]:
             "method": name,
             "axis": "d",
             "sizes": list(SIZES_d_DENSE if name == DENSE else SIZES_d),
-            "D": FIXED_D_DENSE if name == DENSE else FIXED_D,
+            "D": _FIXED_D_DENSE if name == DENSE else _FIXED_D,
         }
         for name in ALONG_d
     ]
@@ -81,7 +81,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
                 raise
             rows[-1]["note"] = f"{following} {error}"
             break
-        times = np.array([entrant.run() for _ in range(REPEATS)])
+        times = np.array([entrant.run() for _ in range(_REPEATS)])
         rows.append(
             {
                 "method": config["method"],
@@ -103,7 +103,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _expected(rows: list[dict[str, Any]], size: float) -> float:
     """Seconds that the next size takes if the work grows as between the last two sizes, or in proportion if faster."""
-    spent = [row["build_seconds"] + (2 + REPEATS) * row["both_seconds"] for row in rows[-2:]]
+    spent = [row["build_seconds"] + (2 + _REPEATS) * row["both_seconds"] for row in rows[-2:]]
     growth = np.log(spent[-1] / spent[0]) / np.log(rows[-1]["size"] / rows[-2]["size"]) if len(rows) > 1 else 1.0
     return float(spent[-1] * (size / rows[-1]["size"]) ** max(1.0, growth))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The part of the free memory that one measurement may take: the rest is for fragments and for other programs.
-USABLE = 0.8
+_USABLE = 0.8
 # of malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -90,5 +90,5 @@ def usable(device: torch.device) -> float:
     """Bytes that a measurement may still take on a device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return USABLE * torch.cuda.mem_get_info(device)[0]
-    return USABLE * _kilobytes("/proc/meminfo", "MemAvailable")
+        return _USABLE * torch.cuda.mem_get_info(device)[0]
+    return _USABLE * _kilobytes("/proc/meminfo", "MemAvailable")

@@ -25,7 +25,7 @@ from analysis.overhead.shapes import sub_vectors
 from uniproj import Projection
 
 ADAPTER = "default"
-Transform = Callable[[Tensor], Tensor]
+_Transform = Callable[[Tensor], Tensor]
 
 
 def build(problem: Problem, name: str) -> Projection:
@@ -38,7 +38,7 @@ def build(problem: Problem, name: str) -> Projection:
     return uniproj.build(name, layout=problem.layout, d=d, **hyperparameters).to(problem.device)
 
 
-def as_method(P: Projection, problem: Problem) -> Method:
+def _as_method(P: Projection, problem: Problem) -> Method:
     """theta_D = P theta_d + c and autograd back into theta_d and P's Parameters: what a training step calls."""
     trained = [P.init_theta().to(problem.device).requires_grad_(), *P.parameters()]
     return Method(lambda: P(trained[0]), lambda theta_D: backward([theta_D], trained, [problem.y]), trained)
@@ -46,7 +46,7 @@ def as_method(P: Projection, problem: Problem) -> Method:
 
 def candidate(name: str, peak: float) -> Candidate:
     """A projection of uniproj as a candidate under its own name."""
-    return Candidate(name, lambda problem: as_method(build(problem, name), problem), peak)
+    return Candidate(name, lambda problem: _as_method(build(problem, name), problem), peak)
 
 
 class _Stack(nn.Module):
@@ -116,7 +116,7 @@ def _nothing(_: Any) -> None:
     return None
 
 
-def index_autograd(problem: Problem) -> Method:
+def _index_autograd(problem: Problem) -> Method:
     """x[index] with int64 indices, and its backward."""
     index = problem.index.clone().to(problem.device)
     theta_d, y, scale = problem.x.clone().requires_grad_(), problem.y, problem.scale
@@ -178,7 +178,7 @@ def embedding_bag(problem: Problem) -> Method:
 COPY, CLONE = "copy", "clone"
 FLOORS = (Candidate(COPY, copy, 4), Candidate(CLONE, clone, 8))
 PEERS = (
-    Candidate("x[idx]", index_autograd, 32),
+    Candidate("x[idx]", _index_autograd, 32),
     Candidate("index_select", index_select, 12),
     Candidate("sparse CSR", sparse_csr, 64),
     Candidate("embedding_bag", embedding_bag, 48),
@@ -199,7 +199,7 @@ def butterfly(x: Tensor) -> Tensor:
     return source
 
 
-def fastfood(problem: Problem, hadamard: Transform) -> Method:
+def fastfood(problem: Problem, hadamard: _Transform) -> Method:
     """Fastfood from PyTorch's operators around a function that computes H x along the last axis.
 
     theta_D = first D rows of [H G_b Pi_b H B_b]_b (theta_d, 0) / sqrt(n D), n the power of two at or above d. The

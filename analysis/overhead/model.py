@@ -29,7 +29,7 @@ REFERENCE = "PEFT LORA"
 PEFT = (REFERENCE, "PEFT UNILORA", "PEFT VERA", "PEFT VBLORA")
 # Methods that hold a dense P get the largest d at which it has at most this many entries.
 DENSE = ("gaussian", "gaussian_orthonormal", "nola")
-MOST_ENTRIES = 2**26
+_MOST_ENTRIES = 2**26
 HEAD = "modules_to_save"
 # Turns of training steps and of generations, and of steps with checkpointing.
 PAIRS = {"cpu": (9, 6), "cuda": (25, 25)}
@@ -47,7 +47,7 @@ def size(name: str, layout: LoRALayout, work: Workload) -> int | None:
     cls = uniproj.get(name)
     if not cls.free_d:
         return None
-    wanted = MOST_ENTRIES // layout.D if name in DENSE else work.d
+    wanted = _MOST_ENTRIES // layout.D if name in DENSE else work.d
     return min(max(wanted, cls.min_d(layout)), layout.D)
 
 

@@ -17,8 +17,8 @@ from uniproj import LoRALayout
 
 SEED = 0
 # Seconds that one timing should last at least: short calls are repeated, so that the clock does not decide.
-SHORTEST = 0.02
-MOST_REPEATS = 200
+_SHORTEST = 0.02
+_MOST_REPEATS = 200
 # Seconds of one forward and adjoint beyond which a method is called once and not in turn with the others.
 SLOW = 10.0
 
@@ -116,13 +116,13 @@ class Entrant:
         return sum(self.first) > SLOW
 
     def run(self) -> tuple[float, float]:
-        """Seconds of one forward and of one adjoint, each the mean of as many calls as `SHORTEST` asks for."""
+        """Seconds of one forward and of one adjoint, each the mean of as many calls as `_SHORTEST` asks for."""
         forward_calls, adjoint_calls = (self._repeats(seconds) for seconds in self.first)
-        return time_both(self.method, self.device, forward_calls, adjoint_calls)
+        return _time_both(self.method, self.device, forward_calls, adjoint_calls)
 
     @staticmethod
     def _repeats(seconds: float) -> int:
-        return min(MOST_REPEATS, max(1, math.ceil(SHORTEST / max(seconds, 1e-9))))
+        return min(_MOST_REPEATS, max(1, math.ceil(_SHORTEST / max(seconds, 1e-9))))
 
 
 class TooLarge(Exception):
@@ -139,17 +139,17 @@ def enter(candidate: Candidate, problem: Problem) -> Entrant:
     started = now(problem.device)
     method = candidate.build(problem)
     build_seconds = now(problem.device) - started
-    first = time_both(method, problem.device, 1, 1)
+    first = _time_both(method, problem.device, 1, 1)
     trained = sum(tensor.nbytes for tensor in method.trained)
     # after a first call, which may have kept something
     resident = tensor_bytes(problem.device) - before - trained
     entrant = Entrant(candidate.name, method, problem.device, build_seconds, resident, first)
     if not entrant.is_slow:
-        entrant.first = time_both(method, problem.device, 1, 1)
+        entrant.first = _time_both(method, problem.device, 1, 1)
     return entrant
 
 
-def time_both(method: Method, device: torch.device, forward_calls: int, adjoint_calls: int) -> tuple[float, float]:
+def _time_both(method: Method, device: torch.device, forward_calls: int, adjoint_calls: int) -> tuple[float, float]:
     """Mean seconds of a forward and of an adjoint; the result of the last forward is kept for the adjoints."""
     output: Any = None
     started = now(device)

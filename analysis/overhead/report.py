@@ -47,7 +47,7 @@ def interval(key: str, digits: Callable[[float], str]) -> Cell:
     return _where_measured(key, lambda row: f"{digits(row[key])} [{digits(row[low])}, {digits(row[high])}]")
 
 
-def per_coordinate(key: str) -> Cell:
+def _per_coordinate(key: str) -> Cell:
     """Bytes for each coordinate of theta_D."""
     return _where_measured("D", lambda row: _short(row[key] / row["D"]))
 
@@ -66,14 +66,14 @@ def exponent(of: str) -> Cell:
     return _where_measured(key, lambda row: f"{row[key]:.2f} ± {row[error]:.2f}")
 
 
-ABOUT_KERNEL = (
+_ABOUT_KERNEL = (
     "Forward and adjoint over all modules in float32. Ratios: median of paired ratios, 95 % interval; the methods of "
     "one family take turns with the two floors. `copy`: D floats into memory that is there, which reads 4 D bytes and "
     "writes 4 D, as a forward and an adjoint together must. `clone`: the same into fresh memory, with its page faults, "
     "which every method that returns a new theta_D asks for. `uniproj`, PEFT and `x[idx]` go through autograd, the "
     "other operators are called bare."
 )
-ABOUT_MODEL = (
+_ABOUT_MODEL = (
     "Each adapter in turn with PEFT's LoRA of the same rank on the same base. Step: forward, backward, AdamW; "
     "inference: a generated token, or the forward pass of an encoder. Ratios: median of paired ratios, 95 % interval. "
     "Peak: the most memory of a training step beyond the bare base. Attach, save and load are single times."
@@ -108,7 +108,7 @@ MODEL: Mapping[str, Cell] = {
     "step / LoRA": interval("step_ratio", _hundredths),
     "step / LoRA, checkpointing": interval("checkpointing_step_ratio", _hundredths),
     "inference / LoRA": interval("inference_ratio", _hundredths),
-    "state, B per coordinate": per_coordinate("state_bytes"),
+    "state, B per coordinate": _per_coordinate("state_bytes"),
     "peak, MB": number("peak_bytes", 1e-6),
     "peak - LoRA, B per coordinate": number("peak_bytes_per_coordinate_beyond_lora"),
     "the same, checkpointing": number("checkpointing_peak_bytes_per_coordinate_beyond_lora"),
@@ -128,15 +128,15 @@ GROWTH: Mapping[str, Cell] = {
     "exponent of peak": exponent("peak"),
     "both at the largest, s": number("both_seconds"),
     "build, s": number("build_seconds"),
-    "state, B per coordinate": per_coordinate("resident_bytes"),
-    "peak, B per coordinate": per_coordinate("peak_bytes"),
+    "state, B per coordinate": _per_coordinate("resident_bytes"),
+    "peak, B per coordinate": _per_coordinate("peak_bytes"),
     "405B: both, s (extrapolated)": number("predicted_seconds"),
     "405B: state, GB (extrapolated)": number("predicted_resident_bytes", 1e-9),
     "note": text("note"),
 }
 
 
-def about_growth() -> str:
+def _about_growth() -> str:
     """What was varied, and the layout of the extrapolation."""
     return (
         "Exponents: time (forward + adjoint) and peak memory as powers of D or d, fitted to the upper half of the "
@@ -145,19 +145,19 @@ def about_growth() -> str:
     )
 
 
-def as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) -> str:
+def _as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) -> str:
     """The hardware line and one section for each part that has rows, with what its columns mean."""
-    sections = [f"{hardware_line(origin)}\n"]
+    sections = [f"{_hardware_line(origin)}\n"]
     if parts["kernel"]:
-        sections.append(f"## Kernel\n\n{ABOUT_KERNEL}\n\n" + _table(KERNEL, parts["kernel"]))
+        sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + _table(KERNEL, parts["kernel"]))
     if parts["model"]:
-        sections.append(f"## Model\n\n{ABOUT_MODEL}\n\n" + _table(MODEL, parts["model"]))
+        sections.append(f"## Model\n\n{_ABOUT_MODEL}\n\n" + _table(MODEL, parts["model"]))
     if parts["exponents"]:
-        sections.append(f"## Growth\n\n{about_growth()}\n\n" + _table(GROWTH, parts["exponents"]))
+        sections.append(f"## Growth\n\n{_about_growth()}\n\n" + _table(GROWTH, parts["exponents"]))
     return "\n".join(sections)
 
 
-def hardware_line(origin: Mapping[str, Any]) -> str:
+def _hardware_line(origin: Mapping[str, Any]) -> str:
     """Device, threads, versions, commits and dates in one sentence."""
     hardware = origin["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
@@ -188,7 +188,7 @@ def write(out: Path, records: Sequence[Mapping[str, Any]], as_json: bool, draw: 
         "model": parts["model"],
         "growth": parts["exponents"],
     }
-    text = as_markdown(parts, where_from)
+    text = _as_markdown(parts, where_from)
     write_json(out / "overhead.json", everything)
     write_text(out / "overhead.md", text)
     for part, found in parts.items():

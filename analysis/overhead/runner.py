@@ -30,7 +30,7 @@ from uniproj import console
 
 ROOT = Path(__file__).parent.parent.parent
 DONE, FAILED = "done", "failed"
-KEYS = {"config", "status", "rows", "provenance"}
+_KEYS = {"config", "status", "rows", "provenance"}
 
 
 def path(out: Path, config: Mapping[str, Any]) -> Path:
@@ -41,7 +41,7 @@ def path(out: Path, config: Mapping[str, Any]) -> Path:
 def read(file: Path) -> dict[str, Any]:
     """A record. Raises ExperimentError where the file is damaged or holds something else."""
     record = read_json(file)
-    if missing := KEYS - set(record):
+    if missing := _KEYS - set(record):
         raise ExperimentError(
             f"overhead: {file} must hold {sorted(missing)}, got keys {sorted(record)}. "
             "Move the file away and run the same command again."
@@ -60,7 +60,7 @@ def save(out: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     _write(out, config, {"status": DONE, "rows": list(rows)})
 
 
-def save_failure(out: Path, config: Mapping[str, Any], reason: str) -> None:
+def _save_failure(out: Path, config: Mapping[str, Any], reason: str) -> None:
     """What a measurement that did not finish said last."""
     _write(out, config, {"status": FAILED, "reason": reason, "rows": []})
 
@@ -92,7 +92,7 @@ def run_all(configs: Sequence[Mapping[str, Any]], out: Path) -> None:
             progress.bar.set_postfix_str(describe(config))
             reason = _run(config, out, scratch)
             if reason is not None:
-                save_failure(out, config, reason)
+                _save_failure(out, config, reason)
             progress.ended(describe(config), console.DONE if reason is None else f"failed: {reason}")
 
 

@@ -16,7 +16,7 @@ from analysis.overhead.problem import SEED
 from analysis.overhead.shapes import LLAMA_31_8B, LLAMA_32_3B, Llama
 from experiments import models
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT = 8
 
 
@@ -95,7 +95,7 @@ WORKLOADS = {
     ),
     "smollm2": Workload(
         lambda: _unpacked("smollm2"),
-        ALL_LINEAR,
+        _ALL_LINEAR,
         "CAUSAL_LM",
         vocabulary=49_152,
         d=131_072,
@@ -104,12 +104,12 @@ WORKLOADS = {
         new_tokens=4,
     ),
     "Llama-3.2-3B shape": Workload(
-        _random(LLAMA_32_3B, 128_256, tied=True), ALL_LINEAR, "CAUSAL_LM", 128_256, 524_288, (4, 512), 32
+        _random(LLAMA_32_3B, 128_256, tied=True), _ALL_LINEAR, "CAUSAL_LM", 128_256, 524_288, (4, 512), 32
     ),
     "Llama-3.1-8B shape": Workload(
-        _random(LLAMA_31_8B, 128_256, tied=False), ALL_LINEAR, "CAUSAL_LM", 128_256, 524_288, (4, 512), 32
+        _random(LLAMA_31_8B, 128_256, tied=False), _ALL_LINEAR, "CAUSAL_LM", 128_256, 524_288, (4, 512), 32
     ),
-    "tiny": Workload(_random(Llama(1, 32, 64, 4, 2), 256, tied=True), ALL_LINEAR, "CAUSAL_LM", 256, 128, (2, 16), 4),
+    "tiny": Workload(_random(Llama(1, 32, 64, 4, 2), 256, tied=True), _ALL_LINEAR, "CAUSAL_LM", 256, 128, (2, 16), 4),
 }
 DEFAULT = {"cpu": ("minilm", "smollm2"), "cuda": ("Llama-3.2-3B shape", "Llama-3.1-8B shape")}
 

@@ -26,10 +26,10 @@ def layer_of(module: str) -> str:
 
 def touched(found: Loads, keys: Sequence[str]) -> np.ndarray:
     """(d,) int64: how many different keys the blocks have in which a column is not zero; a key per block."""
-    return (by_key(found, keys) > 0).sum(axis=0)
+    return (_by_key(found, keys) > 0).sum(axis=0)
 
 
-def by_key(found: Loads, keys: Sequence[str]) -> np.ndarray:
+def _by_key(found: Loads, keys: Sequence[str]) -> np.ndarray:
     """(keys, d): the squared entries of every column, summed over the blocks of each key in order of appearance."""
     distinct = list(dict.fromkeys(keys))
     summed = np.zeros((len(distinct), found.energy.shape[1]))
@@ -74,7 +74,7 @@ def describe(found: Loads, space: LoRALayout) -> dict[str, Any]:
 def heat_map(found: Loads, space: LoRALayout) -> pd.DataFrame:
     """The heat map, long: layer and factor, first coordinate of a group, its share of the group's squares."""
     keys = [f"{layer_of(block.module)} {block.factor}" for block in space.blocks]
-    summed = by_key(found, keys)
+    summed = _by_key(found, keys)
     starts = np.unique(np.linspace(0, summed.shape[1], GROUPS, endpoint=False).astype(int))
     grouped = np.add.reduceat(summed, starts, axis=1)
     share = grouped / np.maximum(grouped.sum(axis=0), 1e-300)

@@ -17,7 +17,7 @@ from analysis.spaces import entries, vectors
 from experiments.errors import ExperimentError
 from uniproj import LoRALayout, Projection
 
-DRAWS = 4
+_DRAWS = 4
 # Points of a curve that are kept: evenly spread over the order of the values.
 POINTS = 33
 
@@ -28,7 +28,7 @@ def stable_rank(values: Tensor) -> float:
     return float((values**2).sum()) / top if top > 0 else 0.0
 
 
-def singular_values(P: Projection) -> tuple[Tensor, float]:
+def _singular_values(P: Projection) -> tuple[Tensor, float]:
     """(singular values of P, largest first, (d,) float64; largest |cosine| of two columns).
 
     Columns that share no row are orthogonal: their lengths are the singular values, at any d. Raises ExperimentError
@@ -48,13 +48,13 @@ def singular_values(P: Projection) -> tuple[Tensor, float]:
 
 
 def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
-    """(`singular_values`, what they say).
+    """(`_singular_values`, what they say).
 
     rank: values beyond 1e-7 of the largest (rounding of P^T P, from which they come); kappa: largest over least;
     column_coherence: largest |cosine| of two columns; row_coherence: D max_i ||row i||^2 / ||P||_F^2, 1 where all rows
     are equally long and D where one row has everything.
     """
-    values, coherence = singular_values(P)
+    values, coherence = _singular_values(P)
     row_energy = loads(P).row_energy
     largest, least = float(values[0]), float(values[-1])
     return values, {
@@ -84,7 +84,7 @@ def of_factors(P: Projection) -> dict[str, float]:
     """
     sums: dict[str, list[float]] = {}
     start = P.init_theta(0).double() if P.offset is not None else torch.zeros(P.d, dtype=torch.float64)
-    for noise in vectors("spectrum.theta", DRAWS, P.d) / P.D**0.5:
+    for noise in vectors("spectrum.theta", _DRAWS, P.d) / P.D**0.5:
         for B, A in factors(P, (start + noise).to(P.device)):
             r = A.shape[0]
             # delta W's singular values from r x r: those of R_B R_A^T with B = Q_B R_B, A^T = Q_A R_A

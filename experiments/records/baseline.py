@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.records.statistics import PREDICTIONS, RESAMPLES, mean, over_rows, predictions, redrawn
 from experiments.tasks.task import constant
 
-MARK = " *"
+_MARK = " *"
 RULE = (
     "majority: the best score of one answer for all test rows. * does not beat it: the mean score lies at or below it, "
     "or a 95 % interval of the difference reaches 0 (Student's over seeds, bootstrap over test rows)."
@@ -29,8 +29,8 @@ def beats(runs: pd.DataFrame, by: str) -> dict[Hashable, bool]:
 
 
 def marks(beaten: Iterable[bool | float]) -> list[str]:
-    """What stands behind each score: MARK where it does not beat the majority."""
-    return ["" if each is not False else MARK for each in beaten]
+    """What stands behind each score: _MARK where it does not beat the majority."""
+    return ["" if each is not False else _MARK for each in beaten]
 
 
 def _beats(runs: pd.DataFrame) -> bool:

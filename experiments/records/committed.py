@@ -44,7 +44,7 @@ def export(name: str, runs: Path, out: Path) -> Path:
     # the tables are made anew: those beside the records may be another version's
     at_hand = records.assign(folder=[str(runs / short(folder)) for folder in records["folder"]])
     texts = {
-        RECORDS: compact(records).to_csv(index=False),
+        RECORDS: _compact(records).to_csv(index=False),
         SUMMARY: statistics.summary(records).to_csv(index=False),
         PAIRED: statistics.paired(at_hand, statistics.reference(records)).to_csv(index=False),
         CURVES: curves(runs, results).to_csv(index=False),
@@ -75,7 +75,7 @@ def short(folder: str) -> str:
     return "/".join(Path(folder).parts[-2:])
 
 
-def compact(records: pd.DataFrame) -> pd.DataFrame:
+def _compact(records: pd.DataFrame) -> pd.DataFrame:
     """Records without what provenance.json says once."""
     cost = pd.DataFrame([{} if pd.isna(c) else json.loads(c) for c in records.get("cost", [])], index=records.index)
     kept = records.drop(columns=[key for key in ("provenance", "cost") if key in records])

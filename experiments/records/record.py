@@ -23,7 +23,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Origin:
+class _Origin:
     """Where and when it was trained."""
 
     versions: Mapping[str, str]
@@ -33,7 +33,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Best:
+class _Best:
     """The scores of the best checkpoint."""
 
     score: float | None
@@ -41,7 +41,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Record:
+class _Record:
     """Of result.json, what readers count with; fields with a default came later, or are not of every run."""
 
     config: RunConfig
@@ -54,7 +54,7 @@ class Record:
     higher_is_better: bool = True
     scores: Mapping[str, float | None] | None = None
     groups: Mapping[str, float | None] | None = None
-    best: Best | None = None
+    best: _Best | None = None
     majority: float | None = None
     rows: int | None = None
     step: int | None = None
@@ -72,12 +72,12 @@ class Record:
     step_ratio_high: float | None = None
     adapter_sha256: str | None = None
     cost: Cost | None = None
-    provenance: Origin | None = None
+    provenance: _Origin | None = None
 
 
 def check(result: Mapping[str, Any]) -> None:
     """Raises ExperimentError for a value of another type than its field's, or a score that its metric cannot have."""
-    check_record("", Record, result)
+    check_record("", _Record, result)
     metric = result["metric"]
     if metric not in RANGES:
         raise ExperimentError(f"metric must be one of {', '.join(RANGES)}, got {metric!r}.")

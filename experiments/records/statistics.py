@@ -35,12 +35,12 @@ SETTINGS = (
 )
 # settings in which two methods may differ that are compared
 OF_A_METHOD = ("projection", "version", "plugins", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
-RATES = ("lr", "head_lr")
-OF_A_CELL = (
+_RATES = ("lr", "head_lr")
+_OF_A_CELL = (
     *("metric", "trained", "budget_error", "rows", "majority", "D", "head"),
     *("adapter_bytes", "resident_bytes", "index_bytes", "isometry_error"),
 )
-MEANS = ("validation", "cost_seconds", "cost_train_seconds", "cost_peak_bytes")
+_MEANS = ("validation", "cost_seconds", "cost_train_seconds", "cost_peak_bytes")
 ADDED = ("sweep", "failed", "did_not_train", "score", "best", "metric", "trained", *SEEDS)
 # of a sweep's summary.csv and paired.csv, beside what was asked of a cell
 SUMMARY = (
@@ -107,8 +107,8 @@ def _cell(group: pd.DataFrame, by: Sequence[str]) -> dict[str, Any]:
     best = mean(trained["best"].dropna().map(_best_score), first["metric"])
     return {
         **{key: first[key] for key in dict.fromkeys([*by, *(key for key in group if str(key).startswith("cell"))])},
-        **{key: first.get(key) for key in OF_A_CELL},
-        **{key: float(trained[key].astype(float).mean()) if key in trained else float("nan") for key in MEANS},
+        **{key: first.get(key) for key in _OF_A_CELL},
+        **{key: float(trained[key].astype(float).mean()) if key in trained else float("nan") for key in _MEANS},
         **_step_ratio(trained),
         "status": status,
         "runs": len(group),
@@ -269,7 +269,7 @@ def _point(runs: pd.DataFrame) -> list[str]:
 
 def _standing_for(others: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """The runs of the one cell of the reference with which a cell is compared."""
-    for rate in (f"cell.{rate}" for rate in RATES if f"cell.{rate}" in others):
+    for rate in (f"cell.{rate}" for rate in _RATES if f"cell.{rate}" in others):
         same = others[others[rate] == own[rate].iloc[0]]
         others = same if len(same) else others
     largest = others[others["trained"] == others["trained"].max()]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from experiments.files import disk_errors, write_text
 from experiments.runs.folder import METRICS
 
-KEPT_CHECKPOINTS = 2
+_KEPT_CHECKPOINTS = 2
 _CHECKPOINT = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
 
 
@@ -37,7 +37,7 @@ class RemoveCheckpoints(TrainerCallback):
             return
         found = checkpoints(Path(args.output_dir))
         kept = {state.global_step, state.best_global_step}
-        for step in sorted(found, key=lambda step: (step in kept, step))[:-KEPT_CHECKPOINTS]:
+        for step in sorted(found, key=lambda step: (step in kept, step))[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(found[step], ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from experiments.tasks.images import check_pictures
 from experiments.tasks.task import OF_CLASSES, OF_NUMBERS, listed
 
 # what a row must answer, and what belongs to it
-ANSWERS = ("label", "completion", "answer")
+_ANSWERS = ("label", "completion", "answer")
 
 
 def draw(rows: pd.DataFrame, size: int | None, seed: int) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def with_noise(rows: pd.DataFrame, fraction: float, seed: int) -> pd.DataFrame:
     """A fraction of the rows, drawn by seed, exchange their answers in a ring: how often each occurs stays the same."""
     chosen = random.Random(f"noise {seed}").sample(range(len(rows)), round(fraction * len(rows)))
     noisy = rows.copy()
-    for column in set(ANSWERS) & set(rows.columns):
+    for column in set(_ANSWERS) & set(rows.columns):
         moved = rows[column].to_numpy(copy=True)
         moved[chosen] = rows[column].to_numpy()[chosen[1:] + chosen[:1]]
         noisy[column] = moved

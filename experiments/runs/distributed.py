@@ -25,7 +25,7 @@ from experiments.processes import ALONE, Processes, is_sharded, world_size
 from experiments.runs.settings import RunConfig
 from uniproj.tuner import shard_base
 
-EPOCH_STATE = "epoch_rng_state.pth"
+_EPOCH_STATE = "epoch_rng_state.pth"
 # what torchrun, and what `accelerate launch`, sets for the processes that it starts
 TORCHRUN, ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"
 
@@ -108,7 +108,7 @@ class DistributedTrainer(Trainer):
         if world_size() > 1:
             # an evaluation marks the model as prepared, and Accelerate would then train it without DDP and say nothing
             self.model._is_accelerate_prepared = False
-        state = Path(resume_from_checkpoint or "") / EPOCH_STATE
+        state = Path(resume_from_checkpoint or "") / _EPOCH_STATE
         if self._order is not None and resume_from_checkpoint and state.exists():
             self._order.resumed = torch.load(state, weights_only=True)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -127,7 +127,7 @@ class DistributedTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._order is not None and self.state.epoch % 1 and self.is_world_process_zero():
-            torch.save(self._order.began, Path(output_dir) / EPOCH_STATE)
+            torch.save(self._order.began, Path(output_dir) / _EPOCH_STATE)
         if world_size() > 1:
             if self.is_world_process_zero():
                 # by this name a single process looks for it

@@ -24,7 +24,7 @@ from uniproj.tuner import adapter_of
 LEAST_GAIN = 0.01
 ADAPTER = "adapter"
 # A dense P costs 2 D d^2 flop to check; beyond this many entries the error is left out.
-CHECKED_ENTRIES = 2**28
+_CHECKED_ENTRIES = 2**28
 
 
 def validations(run: Run) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def sizes(run: Run, saved: Path | None) -> dict[str, Any]:
         with safe_open(saved, "pt") as tensors:
             head_bytes = sum(tensors.get_tensor(k).nbytes for k in tensors.keys() if k.startswith(HEADS))  # noqa: SIM118
         adapter_bytes = saved.stat().st_size - head_bytes
-    held = {t.data_ptr(): t for t in held_tensors(P)}.values()
+    held = {t.data_ptr(): t for t in _held_tensors(P)}.values()
     return {
         "D": P.D,
         "trained": P.trained,
@@ -135,7 +135,7 @@ def sizes(run: Run, saved: Path | None) -> dict[str, Any]:
     }
 
 
-def held_tensors(P: Projection) -> Iterator[Tensor]:
+def _held_tensors(P: Projection) -> Iterator[Tensor]:
     """Every tensor that P keeps besides what is trained: buffers, caches, tables of its parts."""
     seen: set[int] = set()
     waiting: list[Any] = [P]
@@ -158,7 +158,7 @@ def held_tensors(P: Projection) -> Iterator[Tensor]:
 def isometry(run: Run) -> dict[str, Any]:
     """max|P^T P - I| of the P that was trained, where it is cheap to know."""
     P = run.projection
-    return {"isometry_error": isometry_error(P) if P.sparse or P.D * P.d <= CHECKED_ENTRIES else None}
+    return {"isometry_error": isometry_error(P) if P.sparse or P.D * P.d <= _CHECKED_ENTRIES else None}
 
 
 def peak_bytes(device: str) -> int:

@@ -27,7 +27,7 @@ from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig, adapter_of
 
 HEAD = "modules_to_save"
-PROBE_ROWS = 32
+_PROBE_ROWS = 32
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Run:
     @cached_property
     def probe_rows(self) -> Any:
         data = self.trainer.train_dataset
-        return data.select(range(min(PROBE_ROWS, len(data))))
+        return data.select(range(min(_PROBE_ROWS, len(data))))
 
     def probe(self) -> float:
         """Loss in evaluation mode on the first rows that are trained on."""
@@ -119,7 +119,7 @@ def attach(config: RunConfig, family: Family, rows: pd.DataFrame) -> PeftModel:
     return get_peft_model(family.load(rows), adapter)
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """theta_d and a learned P at `lr`; the head at `head_lr`."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     adapter = [p for name, p in named if HEAD not in name]
@@ -134,7 +134,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 def optimizer(model: nn.Module, config: RunConfig, args: TrainingArguments) -> torch.optim.Optimizer:
     """The optimiser that Transformers knows by this name, on two groups of parameters."""
     cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return cls(parameter_groups(model, config), **{**options, "lr": config.lr})
+    return cls(_parameter_groups(model, config), **{**options, "lr": config.lr})
 
 
 def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArguments:

@@ -10,7 +10,7 @@ from experiments.errors import ExperimentError
 from experiments.tasks.sources import HUB
 
 # settings that came after the first records: left out at this value, so that a run keeps the id it had
-LATER: Mapping[str, Any] = {"metric": None}
+_LATER: Mapping[str, Any] = {"metric": None}
 # steps between two logged losses
 LOGGING_STEPS = 10
 # what others are compared with, at its own size
@@ -80,7 +80,7 @@ class RunConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunConfig:
         """Raises ExperimentError for missing or unknown keys."""
-        values = {**LATER, **values}
+        values = {**_LATER, **values}
         if difference := sorted({f.name for f in fields(cls)} ^ set(values)):
             raise ExperimentError(
                 f"config: a run must have the keys of RunConfig, got a difference in {difference}. "
@@ -89,4 +89,4 @@ class RunConfig:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
+        return {key: value for key, value in asdict(self).items() if key not in _LATER or value != _LATER[key]}

@@ -24,7 +24,7 @@ from uniproj.format import read
 INTERRUPTED = 130
 STATE = "trainer_state.json"
 # without one of these Trainer would go on from other numbers, and say nothing
-STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+_STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -48,7 +48,7 @@ def _check_checkpoint(path: Path, step: int) -> dict[str, Any]:
     if state.get("global_step") != step:
         raise ExperimentError(f"{path / STATE} must be that of step {step}, got {state.get('global_step')!r}.")
     read(path)
-    for name in sorted(STATES | {other.name for other in path.glob("*.pt*")}):
+    for name in sorted(_STATES | {other.name for other in path.glob("*.pt*")}):
         with ZipFile(path / name) as archive:
             if damaged := archive.testzip():
                 raise ExperimentError(f"{path / name} must be as it was written, got another {damaged}.")

@@ -26,7 +26,7 @@ CONF = Path(__file__).parents[1] / "conf"
 # of a file, whose aliases and depth its readers would expand: those at hand have about 1,000 bytes
 MOST_BYTES, MOST_DEPTH = 100_000, 20
 # where settings stand in a sweep, those that may name files or folders, and the names that stand for none
-PLACED = ("settings", "axes", "cases", "tune")
+_PLACED = ("settings", "axes", "cases", "tune")
 PATHS, NAMES = ("task", "data", "model", "plugins"), {*tasks.names(), *PACKAGED, HUB}
 
 
@@ -106,7 +106,7 @@ def _sweep(path: Path, content: dict[str, Any]) -> Sweep:
     content.setdefault("name", path.stem)
     if unknown := sorted(set(content) - set(known), key=str):
         raise ExperimentError(f"sweep: {path} has unknown keys {unknown}. Known: {', '.join(known)}.")
-    placed = {key: _placed(path.resolve().parent, value) for key, value in content.items() if key in PLACED}
+    placed = {key: _placed(path.resolve().parent, value) for key, value in content.items() if key in _PLACED}
     return Sweep(**{**content, **placed})
 
 

@@ -18,15 +18,15 @@ from experiments.sweeps.workers import processes, train_all
 LAUNCHERS: Mapping[str, type[Any]] = {"local": Processes, "slurm": SlurmOptions}
 # options of launchers that count something
 COUNTS = ("processes", "nodes", "concurrency", "queue_cap")
-Options = TypeVar("Options")
+_Options = TypeVar("_Options")
 
 
 def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
     """The launcher as a function of run folders that returns the reason of each failure."""
     if launcher == "local":
-        device, over = sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes)
+        device, over = sweep.settings.get("device", "cpu"), _options_of(sweep, "local", Processes)
         return lambda folders: train_all(folders, device, over)
-    options = options_of(sweep, "slurm", SlurmOptions)
+    options = _options_of(sweep, "slurm", SlurmOptions)
 
     def train(folders: Sequence[Path]) -> Mapping[Path, str]:
         return slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
@@ -37,11 +37,11 @@ def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
 def at_once(sweep: Sweep, launcher: str) -> int:
     """How many runs the launcher trains at the same time."""
     if launcher == "local":
-        return processes(sweep.settings.get("device", "cpu"), options_of(sweep, "local", Processes))
-    return options_of(sweep, "slurm", SlurmOptions).concurrency
+        return processes(sweep.settings.get("device", "cpu"), _options_of(sweep, "local", Processes))
+    return _options_of(sweep, "slurm", SlurmOptions).concurrency
 
 
-def options_of(sweep: Sweep, launcher: str, kind: Callable[..., Options]) -> Options:
+def _options_of(sweep: Sweep, launcher: str, kind: Callable[..., _Options]) -> _Options:
     """What the sweep says of a launcher."""
     return kind(**sweep.launcher.get(launcher, {}))
 

@@ -33,7 +33,7 @@ from uniproj.registry import build
 from uniproj.registry import get as projection_of
 
 MEASURED = "doctor.json"
-SCORED_ROWS = 4
+_SCORED_ROWS = 4
 TOLERANCE = 1e-3
 # what decides which rows a run reads, and how it makes P
 ROWS = ("task", "data", "metric", "validation_size", "test_size")
@@ -61,14 +61,14 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
 
 
 def check(sweep: Sweep, here: bool = True) -> None:
-    """`check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
+    """`_check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
     configs = [config for configs in runs_of(sweep).values() for config in configs]
     for device in sorted({config.device for config in configs}) if here else ():
         check_device(device)
-    check_runs(configs)
+    _check_runs(configs)
 
 
-def check_runs(configs: Iterable[RunConfig]) -> None:
+def _check_runs(configs: Iterable[RunConfig]) -> None:
     """Raises ExperimentError or ProjectionError for a run that would fail for its rows, its modules or its projection.
 
     The test rows are looked at too, whatever these runs are scored on: a choice that they cannot confirm is in vain.
@@ -195,7 +195,7 @@ def _examine(config: RunConfig) -> dict[str, Any]:
         train_size=rows,
         epochs=1,
         evaluations=1,
-        validation_size=SCORED_ROWS,
+        validation_size=_SCORED_ROWS,
         score_on="validation",
         timing=False,
     )
@@ -212,7 +212,7 @@ def _examine(config: RunConfig) -> dict[str, Any]:
 
 def _check_saved(run: Run, folder: Path) -> None:
     """The saved adapter on a fresh base, and the merged model, give the outputs of the trained one."""
-    rows = draw(run.task.split("validation"), SCORED_ROWS, 0)
+    rows = draw(run.task.split("validation"), _SCORED_ROWS, 0)
     batch = run.family.collate(list(_without_length(run.family.encode(rows))))
     expected = _logits(run.model, batch)
     base = run.family.load(run.task.split("train"))

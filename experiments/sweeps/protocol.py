@@ -35,7 +35,7 @@ Train = Callable[[Sequence[Path]], Mapping[Path, str]]
 
 
 @dataclass(frozen=True)
-class Choice:
+class _Choice:
     """Of choice.json, what was chosen for one cell; beyond: the rates that were tried beyond the grid."""
 
     cell: Mapping[str, Any]
@@ -53,7 +53,7 @@ class Locked:
     trials_digest: str
     trials_per_cell: int
     locked: str
-    choices: Sequence[Choice]
+    choices: Sequence[_Choice]
     most_beyond: int = 0
 
 

@@ -14,7 +14,7 @@ from experiments.records.reading import CHOICE
 from experiments.sweeps.sweep import Sweep
 from uniproj.budget import TOLERANCE
 
-NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters", "classes")
+_NESTED = ("config", "cost", "provenance", "best", "scores", "groups", "incomplete_data", "hyperparameters", "classes")
 
 
 def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
@@ -32,7 +32,7 @@ def write(folder: Path, sweep: Sweep, records: pd.DataFrame) -> None:
 def flat(records: pd.DataFrame) -> pd.DataFrame:
     """Records with nested values as JSON, for CSV."""
     return records.assign(
-        **{key: records[key].map(lambda v: json.dumps(v, sort_keys=True)) for key in NESTED if key in records}
+        **{key: records[key].map(lambda v: json.dumps(v, sort_keys=True)) for key in _NESTED if key in records}
     )
 
 

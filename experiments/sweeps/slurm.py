@@ -24,7 +24,7 @@ from uniproj.console import DONE, Progress
 
 JOBS = "jobs.json"
 POLL_SECONDS = 5.0
-TIME_IS_UP = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+_TIME_IS_UP = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SlurmOptions:
     restarts: int = 100
 
 
-class Job:
+class _Job:
     """What runs on each node of an allocation: one run as a child, told to write a checkpoint when time is up."""
 
     def __init__(self, over: Processes, code: Sequence[str]):
@@ -54,12 +54,12 @@ class Job:
 
     def __call__(self, folder: str) -> int:
         # SLURM sends the signal to every process of the job: the run inherits it blocked, and is told by `checkpoint`
-        signal.pthread_sigmask(signal.SIG_BLOCK, {TIME_IS_UP})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {_TIME_IS_UP})
         self._child = start(Path(folder), self._here(), self.code)
         # a thread waits: the signal handler that calls `checkpoint` may wait again, which Popen.wait itself cannot
         self._waiter = threading.Thread(target=self._child.wait)
         self._waiter.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {TIME_IS_UP})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {_TIME_IS_UP})
         while self._waiter.is_alive():
             self._waiter.join(POLL_SECONDS)
         return self._child.returncode
@@ -74,7 +74,7 @@ class Job:
         """Called by submitit on a time limit or preemption: the run is requeued and goes on from its checkpoint."""
         self._child.terminate()
         self._waiter.join()
-        return DelayedSubmission(Job(self.over, self.code), folder)
+        return DelayedSubmission(_Job(self.over, self.code), folder)
 
 
 def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[Path, str]:
@@ -123,7 +123,7 @@ def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[str
         )
         over = Processes(options.processes, options.sharded, nodes=int(options.parameters.get("nodes", 1)))
         with executor.batch():
-            jobs = [executor.submit(Job(over, trust.words()), str(folder.resolve())) for folder in wave]
+            jobs = [executor.submit(_Job(over, trust.words()), str(folder.resolve())) for folder in wave]
     except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
         raise ExperimentError(
             f"slurm: sbatch must accept launcher.slurm.parameters, got: {error}. Correct them."

@@ -25,14 +25,14 @@ from uniproj.console import DONE, Progress
 ROOT = Path(__file__).parents[2]
 LOG, STARTED = "train.log", "--- started ---"
 # A run on the CPU takes one core and about 1 GB; more than four at once fill small machines.
-MOST_PROCESSES = 4
+_MOST_PROCESSES = 4
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 60.0
+_GRACE_SECONDS = 60.0
 
 
 def processes(device: str, over: Processes = ALONE) -> int:
     """How many runs train at once: as many as the cores hold on the CPU, one on accelerators."""
-    return max(1, min(MOST_PROCESSES, os.cpu_count() or 1) // over.processes) if device == "cpu" else 1
+    return max(1, min(_MOST_PROCESSES, os.cpu_count() or 1) // over.processes) if device == "cpu" else 1
 
 
 def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> dict[Path, str]:
@@ -152,7 +152,7 @@ class _Pool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for child in self.children:
             child.process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + _GRACE_SECONDS
         for child in self.children:
             child.bar.close()
             try:

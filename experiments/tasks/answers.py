@@ -11,8 +11,8 @@ from math_verify import parse, verify
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
 # the last of these marks begins the answer; without one the last number or expression of the text is it
-MARKS = re.compile(r"(?:the (?:final )?answer is\s*:?|####)", re.IGNORECASE)
-WORD = re.compile(r"[A-Za-z]{2,}")
+_MARKS = re.compile(r"(?:the (?:final )?answer is\s*:?|####)", re.IGNORECASE)
+_WORD = re.compile(r"[A-Za-z]{2,}")
 
 
 def final_answer(text: str) -> str:
@@ -20,7 +20,7 @@ def final_answer(text: str) -> str:
     boxed = text.rfind("\\boxed{")
     if boxed >= 0:
         return _balanced(text, boxed + len("\\boxed"))
-    marks = list(MARKS.finditer(text))
+    marks = list(_MARKS.finditer(text))
     tail = text[marks[-1].end() :] if marks else text.strip().rsplit("\n", 1)[-1]
     return tail.strip().split("\n", 1)[0].strip()
 
@@ -44,5 +44,5 @@ def _parsed(answer: str) -> list:
     settings = [LatexExtractionConfig(), ExprExtractionConfig()]
     plain = answer.strip().rstrip(".").strip("$ ")
     # Math-Verify reads formulas between dollars only, and there the words of a unit would be factors
-    is_prose = "\\" not in plain and WORD.search(plain)
+    is_prose = "\\" not in plain and _WORD.search(plain)
     return parse(plain if is_prose else f"${plain}$", settings)

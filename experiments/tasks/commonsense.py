@@ -15,7 +15,7 @@ import pandas as pd
 from experiments.tasks.sources import HUB, Source, carve
 from experiments.tasks.task import Task
 
-TRAIN = Source("zwhe99/commonsense_170k", "commonsense", None, {"train": 170420})
+_TRAIN = Source("zwhe99/commonsense_170k", "commonsense", None, {"train": 170420})
 Row = Mapping[str, Any]
 
 
@@ -48,7 +48,7 @@ def _piqa(row: Row) -> tuple[str, str]:
 
 def _social(row: Row) -> tuple[str, str]:
     options = [row["answerA"], row["answerB"], row["answerC"]]
-    return _choice(QUESTION, "answer", f"{row['context']} {row['question']}", options, int(row["label"]) - 1)
+    return _choice(_QUESTION, "answer", f"{row['context']} {row['question']}", options, int(row["label"]) - 1)
 
 
 def _hellaswag(row: Row) -> tuple[str, str]:
@@ -65,10 +65,10 @@ def _exam(row: Row) -> tuple[str, str]:
     """ARC and OpenBookQA: labelled choices."""
     question = row.get("question", row.get("question_stem"))
     labels = list(row["choices"]["label"])
-    return _choice(QUESTION, "answer", question, list(row["choices"]["text"]), labels.index(row["answerKey"]))
+    return _choice(_QUESTION, "answer", question, list(row["choices"]["text"]), labels.index(row["answerKey"]))
 
 
-QUESTION = "Please choose the correct answer to the question"
+_QUESTION = "Please choose the correct answer to the question"
 TESTS = {
     "boolq": Test(Source("google/boolq", "", None, {"validation": 3270}), "validation", _boolq),
     "piqa": Test(Source("ybisk/piqa", "", None, {"validation": 1838}), "validation", _piqa),
@@ -89,10 +89,10 @@ def commonsense(data: str) -> Task:
     def read(split: str) -> pd.DataFrame:
         if split == "test":
             return pd.concat([_test_rows(name, data) for name in TESTS], ignore_index=True)
-        return _rows(carve(TRAIN.read("train", data), split))
+        return _rows(carve(_TRAIN.read("train", data), split))
 
     tests = sum(test.source.rows[test.split] for test in TESTS.values())
-    published = {**TRAIN.rows, "test": tests}
+    published = {**_TRAIN.rows, "test": tests}
     # a data folder holds these as prompts, not in the columns of the hub
     harness = dict.fromkeys(name.replace("social_i_qa", "social_iqa") for name in TESTS)
     return Task("commonsense", "causal", read, judge=_is_right, published=published, harness=harness)
@@ -105,7 +105,7 @@ def _test_rows(name: str, data: str) -> pd.DataFrame:
         rows = pd.DataFrame([test.recast(row) for row in raw.to_dict("records")], columns=["instruction", "answer"])
         rows["output"] = "the correct answer is " + rows["answer"]
     else:
-        rows = Source(test.source.hub, f"{TRAIN.folder}/{name}").read("test", data)
+        rows = Source(test.source.hub, f"{_TRAIN.folder}/{name}").read("test", data)
     return _rows(rows).assign(group=name)
 
 

@@ -14,14 +14,14 @@ import pandas as pd
 
 Line = tuple[int, list[str]]
 # a field that csv writes around quotes, which it doubles
-QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 NUMBER = re.compile(r"-?[0-9]{1,300}(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
 CODE = re.compile(r"-?0[0-9]+")
 # a text may be a whole document
 csv.field_size_limit(2**31 - 1)
 
 
-def read_jsonl(path: Path) -> pd.DataFrame:
+def _read_jsonl(path: Path) -> pd.DataFrame:
     """One object per line. Raises ValueError that names the line for anything else."""
     rows = []
     for number, line in enumerate(_text(path).split("\n"), 1):
@@ -54,7 +54,7 @@ def read_tsv(path: Path) -> pd.DataFrame:
     text = _text(path)
     ended = enumerate((line.removesuffix("\r") for line in text.split("\n" if "\n" in text else "\r")), 1)
     lines = [(number, line.split("\t")) for number, line in ended if line]
-    is_quoted = any(QUOTED.fullmatch(field) for _, fields in lines for field in fields if field.startswith('"'))
+    is_quoted = any(_QUOTED.fullmatch(field) for _, fields in lines for field in fields if field.startswith('"'))
     if is_quoted or text.startswith('"') or len({len(fields) for _, fields in lines}) > 1:
         with suppress(ValueError):  # then the lines themselves say what is wrong with them
             rows = _unquoted(text, "\t")
@@ -115,7 +115,7 @@ def _number_or_text(label: str | float) -> str | float:
 
 
 FORMATS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
-    ".jsonl": read_jsonl,
+    ".jsonl": _read_jsonl,
     ".tsv": read_tsv,
     ".parquet": pd.read_parquet,
     ".csv": read_csv,

@@ -13,7 +13,7 @@ from experiments.tasks.task import Task
 
 # name -> (columns of image and label on the hub)
 CIFAR = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def cifar(name: str, data: str) -> Task:
@@ -32,7 +32,7 @@ def cifar(name: str, data: str) -> Task:
 
 def has_pictures(folder: Path) -> bool:
     """Whether train/ of a folder holds pictures in one folder per class."""
-    return any(path.suffix.lower() in SUFFIXES for path in folder.glob("train/*/*"))
+    return any(path.suffix.lower() in _SUFFIXES for path in folder.glob("train/*/*"))
 
 
 def pictures(folder: Path) -> Task:
@@ -44,8 +44,8 @@ def pictures(folder: Path) -> Task:
         if not found or {path.parent.name for path in found} - set(classes):
             unknown = sorted({path.parent.name for path in found} - set(classes))
             raise ExperimentError(
-                f"tasks: {folder / split} must hold pictures ({', '.join(sorted(SUFFIXES))}) in folders named as those "
-                f"of train ({', '.join(classes)}), got {', '.join(unknown) or 'none'}. "
+                f"tasks: {folder / split} must hold pictures ({', '.join(sorted(_SUFFIXES))}) in folders named as "
+                f"those of train ({', '.join(classes)}), got {', '.join(unknown) or 'none'}. "
                 f"{'Add pictures of it to train, or drop it here' if unknown else 'Add the split'}."
             )
         images = [{"bytes": None, "path": str(path)} for path in found]
@@ -61,7 +61,7 @@ def pictures(folder: Path) -> Task:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in _SUFFIXES)
 
 
 def check_pictures(rows: pd.DataFrame) -> None:

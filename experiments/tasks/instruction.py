@@ -8,9 +8,9 @@ from experiments.tasks.ifeval import follows
 from experiments.tasks.sources import HUB, Source, carve
 from experiments.tasks.task import Task
 
-ALPACA = Source("yahma/alpaca-cleaned", "alpaca", None, {"train": 51760})
-IFEVAL = Source("google/IFEval", "ifeval", None, {"train": 541})
-MT_BENCH = Source("HuggingFaceH4/mt_bench_prompts", "mt_bench", None, {"train": 80})
+_ALPACA = Source("yahma/alpaca-cleaned", "alpaca", None, {"train": 51760})
+_IFEVAL = Source("google/IFEval", "ifeval", None, {"train": 541})
+_MT_BENCH = Source("HuggingFaceH4/mt_bench_prompts", "mt_bench", None, {"train": 80})
 
 
 def alpaca(data: str) -> Task:
@@ -20,10 +20,10 @@ def alpaca(data: str) -> Task:
     """
 
     def read(split: str) -> pd.DataFrame:
-        return _ifeval_rows(data) if split == "test" else _rows(carve(ALPACA.read("train", data), split))
+        return _ifeval_rows(data) if split == "test" else _rows(carve(_ALPACA.read("train", data), split))
 
-    published = {"train": ALPACA.rows["train"], "test": IFEVAL.rows["train"]}
-    return Task("alpaca", "causal", read, judge=follows, published=published, harness={"ifeval": IFEVAL})
+    published = {"train": _ALPACA.rows["train"], "test": _IFEVAL.rows["train"]}
+    return Task("alpaca", "causal", read, judge=follows, published=published, harness={"ifeval": _IFEVAL})
 
 
 def _rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -33,12 +33,12 @@ def _rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ifeval_rows(data: str) -> pd.DataFrame:
-    rows = IFEVAL.read("train" if data == HUB else "test", data)
+    rows = _IFEVAL.read("train" if data == HUB else "test", data)
     # what a right answer looks like is not known, only how to check one
     return rows.assign(completion="")
 
 
 def mt_bench(data: str) -> pd.DataFrame:
     """The 80 two-turn questions of MT-Bench (Zheng et al. 2023): `question_id`, `category` and `turns`."""
-    rows = MT_BENCH.read("train" if data == HUB else "test", data)
+    rows = _MT_BENCH.read("train" if data == HUB else "test", data)
     return rows.rename(columns={"prompt_id": "question_id", "prompt": "turns"})[["question_id", "category", "turns"]]

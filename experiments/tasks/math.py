@@ -12,8 +12,8 @@ from experiments.tasks.sources import HUB, Source, carve
 from experiments.tasks.task import Task
 
 GSM8K = Source("openai/gsm8k", "gsm8k", "main", {"train": 7473, "test": 1319})
-MATH500 = Source("HuggingFaceH4/MATH-500", "math", None, {"test": 500})
-METAMATH = Source("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
+_MATH500 = Source("HuggingFaceH4/MATH-500", "math", None, {"test": 500})
+_METAMATH = Source("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
 
 
 def gsm8k(data: str) -> Task:
@@ -31,12 +31,12 @@ def metamath(data: str) -> Task:
 
     def read(split: str) -> pd.DataFrame:
         if split != "test":
-            return carve(_metamath_rows(METAMATH.read("train", data)), split)
+            return carve(_metamath_rows(_METAMATH.read("train", data)), split)
         school = _gsm8k_rows(GSM8K.read("test", data)).assign(group="gsm8k")
-        contest = _math_rows(MATH500.read("test" if data == HUB else "math500", data)).assign(group="math500")
+        contest = _math_rows(_MATH500.read("test" if data == HUB else "math500", data)).assign(group="math500")
         return pd.concat([school, contest], ignore_index=True)
 
-    published = {**METAMATH.rows, "test": GSM8K.rows["test"] + MATH500.rows["test"]}
+    published = {**_METAMATH.rows, "test": GSM8K.rows["test"] + _MATH500.rows["test"]}
     harness = {"gsm8k": GSM8K, "hendrycks_math500": None}
     return Task("metamath", "causal", read, judge=_is_right, published=published, harness=harness)
 

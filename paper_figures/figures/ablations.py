@@ -18,7 +18,7 @@ from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
 REFERENCE = "unilora"
-ABLATIONS = ("unilora_local", "unilora_nonuniform", "unilora_unnormalised")
+_ABLATIONS = ("unilora_local", "unilora_nonuniform", "unilora_unnormalised")
 
 
 @register("ablations")
@@ -31,7 +31,7 @@ def make(committed: Committed) -> Sequence[Product]:
 
 def table(sweep: Sweep | None, differences: pd.DataFrame) -> Table:
     """Score of each ablation, and its paired difference to Uni-LoRA's, by task."""
-    tasks, every = task_heads(sweep), (REFERENCE, *ABLATIONS)
+    tasks, every = task_heads(sweep), (REFERENCE, *_ABLATIONS)
     rows = [["published", method(name), *[NOT_AVAILABLE] * max(1, len(tasks))] for name in every]
     if sweep is None:
         rows += [["ours", method(name), NOT_RUN] for name in every]
@@ -40,7 +40,7 @@ def table(sweep: Sweep | None, differences: pd.DataFrame) -> Table:
             chosen = sweep.cells[sweep.cells["projection"] == name]
             cells = [one_cell(chosen[chosen["task"] == task], f"{name} on {task}") for task in tasks]
             rows.append(["ours, score", method(name), *(score(cell).text for cell in cells)])
-        for name in ABLATIONS:
+        for name in _ABLATIONS:
             own = differences[differences["projection"] == name].set_index("task")
             gaps = [_gap(own.loc[task]) if task in own.index else NOT_RUN for task in tasks]
             rows.append([f"ours, difference to {method(REFERENCE)}", method(name), *gaps])
@@ -61,12 +61,12 @@ def draw(sweep: Sweep | None, differences: pd.DataFrame) -> Figure:
     if sweep is None or differences.empty:
         return missing(f"ablations: {NOT_RUN}")
     tasks = list(dict.fromkeys(differences["task"]))
-    figure, axes = panels(len(tasks), 4, 0.8 + LINE * 2 * len(ABLATIONS))
+    figure, axes = panels(len(tasks), 4, 0.8 + LINE * 2 * len(_ABLATIONS))
     for place, (task, panel) in enumerate(zip(tasks, axes, strict=True)):
-        lines_of(panel, [method(name) for name in ABLATIONS], place % 4 == 0)
+        lines_of(panel, [method(name) for name in _ABLATIONS], place % 4 == 0)
         panel.axvline(0, color="#555555", linewidth=0.8, linestyle="--")
         own = differences[differences["task"] == task].set_index("projection")
-        for line, name in enumerate(ABLATIONS):
+        for line, name in enumerate(_ABLATIONS):
             if name in own.index:
                 found = own.loc[name]
                 point(panel, 100 * found["difference"], line, name, 100 * found["t_low"], 100 * found["t_high"])

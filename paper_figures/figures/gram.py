@@ -16,7 +16,7 @@ from paper_figures.committed import Committed
 from paper_figures.panels import panels
 from paper_figures.registry import register
 
-ACROSS = 6
+_ACROSS = 6
 COLOURS, SCALE = "PuOr", Normalize(-1, 1)
 
 
@@ -28,7 +28,7 @@ def make(_: Committed) -> Sequence[Figure]:
 
 def draw(grams: Mapping[str, np.ndarray]) -> Figure:
     """The first columns of each, scaled to its own largest entry: 1 is purple, -1 brown, 0 white."""
-    figure, axes = panels(len(grams), ACROSS, 1.38)
+    figure, axes = panels(len(grams), _ACROSS, 1.38)
     for (name, values), panel in zip(grams.items(), axes, strict=True):
         most = float(np.abs(values).max())
         panel.imshow(values / most, cmap=COLOURS, norm=SCALE, interpolation="nearest", rasterized=True)

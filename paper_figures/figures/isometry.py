@@ -13,7 +13,7 @@ from experiments.names import method, variant
 from paper_figures import style
 
 KINDS = (("random", "o"), ("adapters", "s"), ("gradients", "^"))
-ROW = 0.14
+_ROW = 0.14
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -28,7 +28,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         panels.append((_lengths, pairs, pairs["projection"].nunique()))
     if len(path):
         panels.append((_learned, path, 10))
-    heights = [0.8 + ROW * rows for _, _, rows in panels]
+    heights = [0.8 + _ROW * rows for _, _, rows in panels]
     figure, axes = plt.subplots(
         max(1, len(panels)), 1, figsize=(0.75 * style.PAGE, sum(heights) or 1.0), squeeze=False,
         height_ratios=heights or [1.0],

@@ -16,10 +16,10 @@ from experiments import names
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell them apart in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v")
-STACK = (("trained", "#0072B2"), ("state", "#E69F00"), ("rest of the peak", "#BBBBBB"))
+_STACK = (("trained", "#0072B2"), ("state", "#E69F00"), ("rest of the peak", "#BBBBBB"))
 ROW_HEIGHT, WIDTH = 0.27, 7.2
 # In medians of all bars.
-LONGEST_BAR = 3.0
+_LONGEST_BAR = 3.0
 
 
 def draw(kernel: Sequence[Row], model: Sequence[Row]) -> bytes | None:
@@ -30,11 +30,11 @@ def draw(kernel: Sequence[Row], model: Sequence[Row]) -> bytes | None:
     sized = [row for row in model if "D" in row]
     # one base: bytes per coordinate of different models are different things
     sized = [row for row in sized if row["base"] == sized[-1]["base"]]
-    panels = [(draw_times, timed, len(_methods(timed))), (draw_bytes, sized, len(sized))]
+    panels = [(_draw_times, timed, len(_methods(timed))), (_draw_bytes, sized, len(sized))]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None
-    heights = [1.3 + ROW_HEIGHT * (1.8 if draw is draw_times else 1.0) * rows for draw, _, rows in panels]
+    heights = [1.3 + ROW_HEIGHT * (1.8 if draw is _draw_times else 1.0) * rows for draw, _, rows in panels]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(WIDTH, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
     )
@@ -50,7 +50,7 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
-def draw_times(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     """Forward and adjoint together over the time to copy D floats, with 95 % intervals; one colour per case."""
     methods, cases = _methods(rows), list(dict.fromkeys(row["case"] for row in rows))
     for number, case in enumerate(cases):
@@ -82,7 +82,7 @@ def draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=7, frameon=False)
 
 
-def draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
     """Trained numbers, state, and the rest of the peak of a training step, stacked, per coordinate of theta_D."""
     parts = [
         [row["trained_bytes"] / row["D"] for row in rows],
@@ -90,13 +90,13 @@ def draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
         [(row["peak_bytes"] - row["trained_bytes"] - row["state_bytes"]) / row["D"] for row in rows],
     ]
     left = [0.0] * len(rows)
-    for (label, colour), values in zip(STACK, parts, strict=True):
+    for (label, colour), values in zip(_STACK, parts, strict=True):
         # the state is counted after a forward pass without gradients, and may exceed the peak of a step by a little
         shown = [max(0.0, value) for value in values]
         axes.barh(range(len(rows)), shown, left=left, color=colour, label=label, height=0.75)
         left = [start + value for start, value in zip(left, shown, strict=True)]
     # a dense P would make all other bars invisible: its bar is cut and its value written
-    limit = min(1.05 * max(left), LONGEST_BAR * median(left))
+    limit = min(1.05 * max(left), _LONGEST_BAR * median(left))
     for place, value in enumerate(left):
         if value > limit:
             axes.text(0.99 * limit, place, f"to {value:,.0f}", ha="right", va="center", fontsize=7)

@@ -17,26 +17,26 @@ from paper_figures.panels import LINE, MISSING, heading, lines_of, point, say
 from paper_figures.published import claims
 from paper_figures.registry import Product, register
 
-EMPTY = 0.4
+_EMPTY = 0.4
 # characters of a line
-WRAP = 120
+_WRAP = 120
 METHODS = {name: method(name) for name in ("lora", "unilora", "fastfood", "vera", "tied_lora", "vblora", "lora_xs")}
 GLUE = {"SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "RTE": "rte", "STS-B": "stsb"}
-GLUE_COLUMNS = [*GLUE, "average"]
+_GLUE_COLUMNS = [*GLUE, "average"]
 # of the others it is the accuracy, in %
-GLUE_UNITS = {"CoLA": "Matthews x 100", "STS-B": "Pearson x 100", "average": "x 100"}
-GLUE_PLACES: dict[str, Place | Mean] = {
+_GLUE_UNITS = {"CoLA": "Matthews x 100", "STS-B": "Pearson x 100", "average": "x 100"}
+_GLUE_PLACES: dict[str, Place | Mean] = {
     **{column: Place(f"glue/{task}") for column, task in GLUE.items()},
     "average": Mean([f"glue/{task}" for task in GLUE.values()]),
 }
-SMALL_GLUE = Ours("glue_budget", "MiniLM-L6 at one budget", GLUE_PLACES)
-SMALL_NOTE = (
+_SMALL_GLUE = Ours("glue_budget", "MiniLM-L6 at one budget", _GLUE_PLACES)
+_SMALL_NOTE = (
     "MiniLM-L6 (22.7 M numbers, 800 training rows, 3 epochs) stands in for RoBERTa, which needs a GPU. Its scores are "
     "not comparable with the published ones; the order of the methods at one budget is what it can show."
 )
 CIFAR = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
-VIT = {"ViT-B": "google/vit-base-patch16-224-in21k", "ViT-L": "google/vit-large-patch16-224-in21k"}
-VISION = {f"{c}, {v}": Place(task, model=model) for v, model in VIT.items() for c, task in CIFAR.items()}
+_VIT = {"ViT-B": "google/vit-base-patch16-224-in21k", "ViT-L": "google/vit-large-patch16-224-in21k"}
+_VISION = {f"{c}, {v}": Place(task, model=model) for v, model in _VIT.items() for c, task in CIFAR.items()}
 
 MATH = {
     "GSM8K": Place("metamath", "gsm8k", "google/gemma-7b"),
@@ -46,9 +46,9 @@ MATH = {
 
 def _glue(size: str) -> Comparison:
     return Comparison(
-        f"glue_{size}", f"GLUE, RoBERTa-{size}", f"RoBERTa-{size}", GLUE_COLUMNS, "%", METHODS,
-        [Ours(f"glue_{size}", f"RoBERTa-{size}", GLUE_PLACES), SMALL_GLUE],
-        ["In %: accuracy. The average is that of the six, each x 100.", SMALL_NOTE], GLUE_UNITS,
+        f"glue_{size}", f"GLUE, RoBERTa-{size}", f"RoBERTa-{size}", _GLUE_COLUMNS, "%", METHODS,
+        [Ours(f"glue_{size}", f"RoBERTa-{size}", _GLUE_PLACES), _SMALL_GLUE],
+        ["In %: accuracy. The average is that of the six, each x 100.", _SMALL_NOTE], _GLUE_UNITS,
     )  # fmt: skip
 
 
@@ -69,8 +69,8 @@ COMPARISONS = [
         ["MT-Bench is scored by a judge outside this repository: `experiments.mt_bench` writes the answers."],
     ),
     Comparison(
-        "vision", "Image classification, ViT-B and ViT-L", "ViT", list(VISION), "%", METHODS,
-        [Ours("vision", "ViT", VISION)],
+        "vision", "Image classification, ViT-B and ViT-L", "ViT", list(_VISION), "%", METHODS,
+        [Ours("vision", "ViT", _VISION)],
     ),
 ]  # fmt: skip
 
@@ -91,7 +91,7 @@ for each in COMPARISONS:
 def draw(spec: Comparison, rows: Sequence[Row]) -> Figure:
     """Each panel has an axis of its own: the blocks are different models."""
     blocks = {block: [row for row in rows if row.block == block] for block in dict.fromkeys(row.block for row in rows)}
-    heights = [1.0 + LINE * len(own) if drawn(own) else EMPTY for own in blocks.values()]
+    heights = [1.0 + LINE * len(own) if drawn(own) else _EMPTY for own in blocks.values()]
     figure = plt.figure(figsize=(style.PAGE, sum(heights)))
     grid = figure.add_gridspec(len(blocks), len(spec.columns), height_ratios=heights)
     for number, (block, own) in enumerate(blocks.items()):
@@ -110,7 +110,7 @@ def _line(axes: Axes, spec: Comparison, block: str, rows: Sequence[Row]) -> None
     """A block without a number: why, and what is reported of it in words."""
     words = sorted({score.text for row in rows for score in row.scores.values()})
     said = [f"; reported without numbers: {claim}" for claim in claims(spec.name)] if words == [NOT_AVAILABLE] else []
-    text = fill(f"{block}: {' / '.join(words)}{''.join(said)}", WRAP)
+    text = fill(f"{block}: {' / '.join(words)}{''.join(said)}", _WRAP)
     axes.set_axis_off()
     axes.text(0, 0.5, text, va="center", color=MISSING, fontsize=7).set_in_layout(False)
 

@@ -12,7 +12,7 @@ from paper_figures.committed import Committed
 from paper_figures.registry import register
 from paper_figures.typesetting import Table
 
-PROOFS = "What each property means and when it holds: docs/design.md, section 'When P is isometric'."
+_PROOFS = "What each property means and when it holds: docs/design.md, section 'When P is isometric'."
 WORDS = {
     "isometric": "isometric: $max|P^T P - I|$",
     "uniform": "uniform: $max n - min n$",
@@ -34,7 +34,7 @@ def make(_: Committed) -> Sequence[Table]:
         f"Measured on {cards.SPACE}; holds / does not hold is decided by `uniproj.claims`, the function the tests use.",
         "Global: modules that a coordinate reaches over those that as many rows drawn at random would reach; "
         "coordinates that stay within one module are local at any ratio. "
-        f"{PROOFS} The paper's own table of properties is not available to us.",
+        f"{_PROOFS} The paper's own table of properties is not available to us.",
     ]
     heads = [
         "projection",

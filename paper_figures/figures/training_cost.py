@@ -18,7 +18,7 @@ from paper_figures.published import of_table
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
-UNIT_LINE = "#555555"
+_UNIT_LINE = "#555555"
 
 
 @register("training_cost")
@@ -61,7 +61,7 @@ def draw(published: pd.DataFrame, costs: pd.DataFrame | None) -> Figure:
     lines_of(axes[0], list(values["method"]))
     for place, value in enumerate(values["value"]):
         point(axes[0], value, place, None)
-    axes[0].axvline(1, color=UNIT_LINE, linewidth=0.8, linestyle="--")
+    axes[0].axvline(1, color=_UNIT_LINE, linewidth=0.8, linestyle="--")
     axes[0].set_title("published: PEFT,\nLlama-3.2-3B, GPU")
     axes[0].set_xlabel("step time / LoRA's\n(n = 1 run)")
     if not ours:
@@ -79,7 +79,7 @@ def _ratios(axes: Axes, rows: pd.DataFrame, title: str) -> None:
             axes.text(1, place, "not measured", fontsize=5.5, color="#777777", va="center")
         else:
             point(axes, row.step_ratio, place, row.method, row.step_ratio_low, row.step_ratio_high)
-    axes.axvline(1, color=UNIT_LINE, linewidth=0.8, linestyle="--")
+    axes.axvline(1, color=_UNIT_LINE, linewidth=0.8, linestyle="--")
     if rows["step_ratio"].max() > 2:
         axes.set_xscale("log")
         axes.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])

@@ -20,21 +20,21 @@ from paper_figures import style
 from paper_figures.report.heat_map import heat_map
 
 REFERENCE = "lora"
-CELL = (
+_CELL = (
     "sweep", "task", "model", "projection", "score", "score_low", "score_high", "score_sd", "n", "runs",
     "did_not_train", "status", "metric", "rows", "majority", "trained", "D", "r", "d", "lr",
     "budget", "budget_error", "train_size",
     "adapter_bytes", "resident_bytes", "index_bytes", "head", "step_ratio", "step_ratio_low", "step_ratio_high",
     "cost_seconds", "cost_peak_bytes",
 )  # fmt: skip
-COSTS = (
+_COSTS = (
     "base", "method", "D", "trained", "step_ratio", "step_ratio_low", "step_ratio_high", "step_pairs",
     "inference_ratio", "inference_ratio_low", "inference_ratio_high", "peak_bytes_per_coordinate_beyond_lora",
     "attach_seconds", "file_bytes",
 )  # fmt: skip
 GAP = ("difference", "t_low", "t_high", "pairs", "reference_trained")
-PAGES = {"light": "#f5f6f8", "dark": "#1f2229"}
-LOSS_DIGITS = 4
+_PAGES = {"light": "#f5f6f8", "dark": "#1f2229"}
+_LOSS_DIGITS = 4
 
 
 def payload(records: Records) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def overhead(table: pd.DataFrame | None) -> list[dict[str, Any]]:
     """What `analysis.overhead` measured of each method on each base."""
     if table is None:
         return []
-    return [{key: plain(row.get(key)) for key in COSTS} for row in table.to_dict("records")]
+    return [{key: plain(row.get(key)) for key in _COSTS} for row in table.to_dict("records")]
 
 
 def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -87,12 +87,12 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     for name in sorted(set(names)):
         colour, marker, dash = style.look(ordered.index(name))
         spaces = [] if dash == "-" else [2 * space for space in dash[1]]
-        pages = {page: contrasting(colour, back) for page, back in PAGES.items()}
+        pages = {page: _contrasting(colour, back) for page, back in _PAGES.items()}
         found[name] = {**pages, "marker": marker, "dash": " ".join(f"{space:g}" for space in spaces)}
     return found
 
 
-def contrasting(colour: str, back: str) -> str:
+def _contrasting(colour: str, back: str) -> str:
     """The colour, mixed with black or white as far as it needs to stand out from the page: 3 to 1, as WCAG asks."""
     towards = np.array(to_rgb("white" if _luminance(to_rgb(back)) < 0.5 else "black"))
     for part in np.linspace(0.0, 1.0, 21):
@@ -113,7 +113,7 @@ def _with_differences(cells: pd.DataFrame, differences: pd.DataFrame) -> list[di
     found: list[dict[str, Any]] = []
     for row, cell in zip(cells.index, cells.to_dict("records"), strict=True):
         gap = gaps.get(row, {}) if cell["status"] == statistics.COMPLETE else {}
-        shown = {key: plain(cell.get(key)) for key in CELL}
+        shown = {key: plain(cell.get(key)) for key in _CELL}
         shown |= {"id": len(found)} | {f"gap_{key}": plain(gap.get(key)) for key in GAP}
         found.append(shown)
     return found
@@ -127,7 +127,7 @@ def curves(cells: pd.DataFrame, logged: pd.DataFrame) -> list[dict[str, Any]]:
             "cell": int(place),
             "n": int(own["n"].iloc[0]),
             "points": [
-                [int(step), round(float(loss), LOSS_DIGITS)]
+                [int(step), round(float(loss), _LOSS_DIGITS)]
                 for step, loss in zip(own["step"], own["loss"], strict=True)
             ],
         }

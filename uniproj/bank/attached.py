@@ -42,7 +42,7 @@ def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
     """The header of an attached adapter. Raises AdapterError if it trains numbers beside theta_d."""
     projection = adapter_of(tuner, adapter_name).P
     header = Header.of(tuner.peft_config[adapter_name].to_dict(), projection, tuner.model)
-    check_alone(header, [name for name, _ in projection.named_parameters()])
+    _check_alone(header, [name for name, _ in projection.named_parameters()])
     return header
 
 
@@ -63,11 +63,11 @@ def read_adapter(source: Any, what: str, kinds: str) -> tuple[Header, Tensor]:
             f"bank: {source} must hold a header of its P, got a file of an earlier format. "
             "Load it with PeftModel.from_pretrained and pass the model."
         )
-    check_alone(saved.header, sorted(set(saved.tensors) - {THETA_D}))
+    _check_alone(saved.header, sorted(set(saved.tensors) - {THETA_D}))
     return saved.header, saved.theta_d
 
 
-def check_alone(header: Header, other: Iterable[str]) -> None:
+def _check_alone(header: Header, other: Iterable[str]) -> None:
     """Refuse an adapter with trained numbers beside theta_d: Parameters of P, or copies of modules of the base."""
     if learned := sorted(other):
         raise AdapterError(

@@ -41,7 +41,7 @@ VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
 _LONGEST = 2**16
 
 Source = Tensor | nn.Module | str | Path
-Found = TypeVar("Found", list[str], int)
+_Found = TypeVar("_Found", list[str], int)
 
 
 class AdapterBank:
@@ -254,7 +254,7 @@ class AdapterBank:
             )
         return row.numpy()
 
-    def _all(self, found: Callable[[int], Found], count: Callable[[Found], int]) -> Found:
+    def _all(self, found: Callable[[int], _Found], count: Callable[[_Found], int]) -> _Found:
         """The answer to a query with a limit: no bank has more names than slots, but a forged index may."""
         while True:
             most = len(self._slots) + 1

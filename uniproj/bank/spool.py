@@ -17,7 +17,7 @@ from uniproj.errors import AdapterError
 # vectors held in memory, and written at a time
 _CHUNK = 256
 
-Chunk = list[tuple[str, np.ndarray]]
+_Chunk = list[tuple[str, np.ndarray]]
 
 
 class Spool:
@@ -31,7 +31,7 @@ class Spool:
         self._folder, self._process = folder, os.getpid()
         self._file: IO[bytes] | None = None
         self._names: list[str] = []
-        self._chunk: Chunk = []
+        self._chunk: _Chunk = []
 
     def append(self, name: str, row: np.ndarray) -> None:
         """Add one more vector (d,) float32."""
@@ -40,7 +40,7 @@ class Spool:
                 self._write()
         self._chunk.append((name, row))
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[_Chunk]:
         """All vectors, in chunks."""
         self._check_process()
         if self._file is not None:

@@ -73,9 +73,9 @@ MaybeText = Annotated[
     Annotated[Text, Field(max_length=4096)] | None, Field(description="text of at most 4096 letters, or null")
 ]
 Flag = Annotated[bool, Field(description="true or false")]
-Natural = Annotated[int, Field(ge=0, lt=2**31, description="a whole number in [0, 2^31)")]
+_Natural = Annotated[int, Field(ge=0, lt=2**31, description="a whole number in [0, 2^31)")]
 Seed = Annotated[int, Field(ge=0, lt=2**64, description="a whole number in [0, 2^64)")]
-MaybeNatural = Annotated[Natural | None, Field(description="a whole number of at least 0, or null")]
+MaybeNatural = Annotated[_Natural | None, Field(description="a whole number of at least 0, or null")]
 Size = Annotated[int, Field(ge=1, lt=2**63, description="a whole number in [1, 2^63)")]
 MaybeSize = Annotated[Size | None, Field(description="a whole number of at least 1, or null")]
 Rank = Annotated[int, Field(ge=1, lt=2**31, description="a whole number in [1, 2^31)")]
@@ -88,8 +88,10 @@ Rate = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
 _Texts = list[Text] | tuple[Text, ...] | set[Text]
 Texts = Annotated[_Texts | None, Field(description="a list of texts, or null")]
 Pattern = Annotated[Text | _Texts | None, Field(description="text, a list of texts, or null")]
-_Indices = list[Natural] | tuple[Natural, ...]
-Layers = Annotated[Natural | _Indices | None, Field(description="a whole number in [0, 2^31), a list of them, or null")]
+_Indices = list[_Natural] | tuple[_Natural, ...]
+Layers = Annotated[
+    _Natural | _Indices | None, Field(description="a whole number in [0, 2^31), a list of them, or null")
+]
 Tokens = Annotated[
     _Indices | dict[Text, _Indices] | None,
     Field(description="a list of whole numbers in [0, 2^31), one such list for each of some modules, or null"),
@@ -115,10 +117,10 @@ class Schema(BaseModel):
 class Lines(Schema):
     """The lines of a header that hold one value each; `settings` are fields of a configuration."""
 
-    format_version: Natural
+    format_version: _Natural
     library_version: Name
     projection: Name
-    projection_version: Natural
+    projection_version: _Natural
     projection_kwargs: Object
     d: Size
     projection_seed: Seed

@@ -17,7 +17,7 @@ from torch import Tensor
 from uniproj.kernels.dispatch import implementation
 
 Shape = Callable[..., Sequence[int]]
-Operator = Callable[..., Tensor]
+_Operator = Callable[..., Tensor]
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -31,7 +31,7 @@ def accumulated(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [t.detach().to(accumulate).contiguous() for t in tensors]
 
 
-def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes: Sequence[Shape]) -> list[Operator]:
+def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes: Sequence[Shape]) -> list[_Operator]:
     """Operator i of the form as `uniproj::name_i`, with fake kernel, derivatives of both modes to any order, and vmap.
 
     Each is called as operator(*other slots, *constants, dtype) and gives a fresh tensor of that dtype; `shapes[i]`
@@ -51,12 +51,12 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
         op.register_fake(_fake(shape))
         op.register_autograd(_backward(registered, i), setup_context=_setup(len(registered)))
         op.register_vmap(_vmap(op, len(registered)))
-    ops: list[Operator] = []
+    ops: list[_Operator] = []
     ops.extend(_differentiable(op, ops, i) for i, op in enumerate(registered))
     return ops
 
 
-def _by_device(operator: Operator) -> Operator:
+def _by_device(operator: _Operator) -> _Operator:
     return lambda x, *rest: implementation(operator, x.device)(x, *rest)
 
 
@@ -83,7 +83,7 @@ def _kept(ctx: Any, slots: int) -> tuple[list[Tensor], list[Any]]:
     return saved[: slots - 1], [next(tensors) if c is None else c for c in ctx.constants]
 
 
-def _gradients(ctx: Any, ops: Sequence[Operator], i: int, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(ctx: Any, ops: Sequence[_Operator], i: int, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
     """One for each of the other slots: the operator of that slot, with `grad` in slot i."""
     values, constants = _kept(ctx, len(ops))
     slots, others = [*values[:i], grad, *values[i:]], [j for j in range(len(ops)) if j != i]
@@ -93,7 +93,7 @@ def _gradients(ctx: Any, ops: Sequence[Operator], i: int, grad: Tensor, needed: 
     ]
 
 
-def _tangent(ctx: Any, ops: Sequence[Operator], i: int, tangents: Sequence[Tensor | None]) -> Tensor:
+def _tangent(ctx: Any, ops: Sequence[_Operator], i: int, tangents: Sequence[Tensor | None]) -> Tensor:
     """The sum over the other slots of operator i at the tangent of that slot."""
     values, constants = _kept(ctx, len(ops))
     terms = [
@@ -108,7 +108,7 @@ def _setup(slots: int) -> Callable[..., None]:
     return lambda ctx, inputs, output: _keep(ctx, slots, inputs)
 
 
-def _backward(ops: Sequence[Operator], i: int) -> Callable[..., tuple[Tensor | None, ...]]:
+def _backward(ops: Sequence[_Operator], i: int) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[: len(ops) - 1]
         return (*_gradients(ctx, ops, i, grad, needed), *[None] * len(ctx.constants), None)
@@ -120,8 +120,8 @@ def _backward(ops: Sequence[Operator], i: int) -> Callable[..., tuple[Tensor | N
 class _Call:
     """A call of operator i but for its tensors. One object, as torch.func would look for tensors in a list."""
 
-    registered: Operator
-    ops: Sequence[Operator]
+    registered: _Operator
+    ops: Sequence[_Operator]
     i: int
     rest: Sequence[Any]  # the arguments, None in the places of tensors
 
@@ -160,7 +160,7 @@ class _Differentiable(torch.autograd.Function):
         return _tangent(ctx, ctx.call.ops, ctx.call.i, tangents)
 
 
-def _differentiable(registered: Operator, ops: Sequence[Operator], i: int) -> Operator:
+def _differentiable(registered: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
     def operator(*inputs: Any) -> Tensor:
         if torch.jit._trace.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
             return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
@@ -182,7 +182,7 @@ def _differentiated() -> bool:
 # ---- vmap -------------------------------------------------------------------------------------------
 
 
-def _vmap(op: Operator, slots: int) -> Callable[..., tuple[Tensor, int]]:
+def _vmap(op: _Operator, slots: int) -> Callable[..., tuple[Tensor, int]]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         x, *rest = inputs
         batched = [isinstance(dim, int) for dim in in_dims]

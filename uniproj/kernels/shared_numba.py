@@ -35,7 +35,7 @@ def _filled(loop: Any, first: Tensor, second: Tensor, table: Tensor, numbers: in
 
 
 # a dot product may add in any order, else it would not be vectorised
-dot_products = numba.njit(parallel=True, cache=True, fastmath={"reassoc"})
+_dot_products = numba.njit(parallel=True, cache=True, fastmath={"reassoc"})
 
 
 @parallel
@@ -68,7 +68,7 @@ def _matrix_gradient(y, scale, table, out):
                             target[j] += scale[n, scaler + i] * source[j]
 
 
-@dot_products
+@_dot_products
 def _scale_gradient(y, matrix, table, out):
     """out[n, l, i] = sum over j of y[n, l, i, j] matrix[n, group of l, i, j]."""
     for k in numba.prange(len(table)):

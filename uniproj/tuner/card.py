@@ -13,9 +13,9 @@ from uniproj.format.disk import replace
 
 _theirs = PeftModel.create_or_update_model_card
 
-TAG = "uniproj"
+_TAG = "uniproj"
 PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"  # in the Hub's template
-LOADING = """\
+_LOADING = """\
 PEFT knows the method of this adapter, UNIPROJ, once uniproj is imported (`pip install uniproj`):
 
 ```python
@@ -38,11 +38,11 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
             draft.write_bytes(path.read_bytes())
         _theirs(model, apart)
         card = ModelCard.load(draft)
-    card.data.tags = sorted({*(card.data.tags or []), TAG})
+    card.data.tags = sorted({*(card.data.tags or []), _TAG})
     if PLACE in card.text:
-        card.text = card.text.replace(PLACE, LOADING)
+        card.text = card.text.replace(PLACE, _LOADING)
     elif "import uniproj" not in card.text:
-        card.text += f"\n\n## How to Get Started with the Model\n\n{LOADING}\n"
+        card.text += f"\n\n## How to Get Started with the Model\n\n{_LOADING}\n"
     replace({path: str(card).encode()})
 
 

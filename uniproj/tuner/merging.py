@@ -17,19 +17,19 @@ from uniproj.errors import AdapterError
 from uniproj.tuner.quantised import dequantised
 
 # of the adapter's own change; at 1 the bare base weights are as near as the merged ones
-MOST_DRIFT = 0.9
+_MOST_DRIFT = 0.9
 
 
 def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:
     """Warn of the drift of a merge into quantised layers. Changes nothing.
 
-    Raises AdapterError where quantising again would swallow the adapters (a drift of MOST_DRIFT or more), for a weight
+    Raises AdapterError where quantising again would swallow the adapters (a drift of _MOST_DRIFT or more), for a weight
     that another module uses too and that would change there, and for one that is computed anew at each call.
     """
     layers = _to_merge(model, adapters)
     _refuse_shared(model, layers)
     drift = merge_drift(model, adapters)
-    if drift >= MOST_DRIFT:
+    if drift >= _MOST_DRIFT:
         raise AdapterError(
             f"merge: quantising the base again must keep s B A, got weights that are {drift:.2f} times its norm away "
             "(1: as far as without the adapter). Load the base unquantised, attach the adapter and merge there."

@@ -38,7 +38,7 @@ class PerRow:
     rows: Tensor
 
 
-class Phase(Enum):
+class _Phase(Enum):
     """What PyTorch is doing in a thread that asks for theta_D."""
 
     COMPILED = auto()  # torch.compile is at work
@@ -47,20 +47,20 @@ class Phase(Enum):
     EAGER = auto()
 
     @staticmethod
-    def now() -> Phase:
+    def now() -> _Phase:
         if torch.compiler.is_compiling():
-            return Phase.COMPILED
+            return _Phase.COMPILED
         if (
             torch._C._are_functorch_transforms_active()
             or torch.autograd.forward_ad._current_level >= 0
             or torch.jit._trace.is_tracing()
         ):
-            return Phase.TRANSFORMED
-        return Phase.EAGER if torch._C._current_graph_task_id() == -1 else Phase.BACKWARD
+            return _Phase.TRANSFORMED
+        return _Phase.EAGER if torch._C._current_graph_task_id() == -1 else _Phase.BACKWARD
 
 
 @dataclass
-class ThetaD:
+class _ThetaD:
     """One theta_D, as the views of all blocks of the layout, and what it was made of.
 
     No views are left once a backward has passed through. step: optimiser steps of this process before it was made; None
@@ -74,14 +74,14 @@ class ThetaD:
     dtype: torch.dtype | None = None
     inputs: Sequence[Tensor] = ()
 
-    def is_current(self, phase: Phase) -> bool:
+    def is_current(self, phase: _Phase) -> bool:
         """Whether the call it was made in may go on using it."""
-        if phase is Phase.COMPILED:
+        if phase is _Phase.COMPILED:
             return True
         if self.step is None:
-            return phase is Phase.TRANSFORMED
+            return phase is _Phase.TRANSFORMED
         # a step taken during backward must not part a checkpointed layer that runs again from its forward
-        return bool(self.views) and (self.step == _steps or phase is Phase.BACKWARD)
+        return bool(self.views) and (self.step == _steps or phase is _Phase.BACKWARD)
 
 
 class _OfThread(threading.local):
@@ -95,7 +95,7 @@ class Call(_OfThread):
     """The call of a model that a thread is in. module: where it entered, None between calls; theta_Ds: by adapter."""
 
     module: nn.Module | None
-    theta_Ds: dict[str, ThetaD]
+    theta_Ds: dict[str, _ThetaD]
 
     def __init__(self) -> None:
         self.end()
@@ -111,7 +111,7 @@ class _Here(_OfThread):
     """What one thread keeps for an adapter. last: its last theta_D with a graph, until the next one is made."""
 
     def __init__(self) -> None:
-        self.last: ThetaD | None = None
+        self.last: _ThetaD | None = None
         self.per_row: PerRow | None = None
 
 
@@ -142,8 +142,8 @@ class FactorSource:
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
         self._call, self._here = call, _Here()
-        self._kept: ThetaD | None = None
-        self._live: list[weakref.ref[ThetaD]] = []
+        self._kept: _ThetaD | None = None
+        self._live: list[weakref.ref[_ThetaD]] = []
         self._forget()  # what an interrupted call left of another adapter of this name
 
     @property
@@ -183,8 +183,8 @@ class FactorSource:
 
     # ---- theta_D ------------------------------------------------------------------------------------
 
-    def _theta_D(self) -> ThetaD:
-        phase = Phase.now()
+    def _theta_D(self) -> _ThetaD:
+        phase = _Phase.now()
         theta_D = self._call.theta_Ds.get(self._name)
         if theta_D is None or not theta_D.is_current(phase):
             theta_D = self._new(phase)
@@ -192,32 +192,32 @@ class FactorSource:
                 self._call.theta_Ds[self._name] = theta_D
         return theta_D
 
-    def _new(self, phase: Phase) -> ThetaD:
-        if phase in (Phase.COMPILED, Phase.TRANSFORMED):
-            return ThetaD(self._views(self._project()))
+    def _new(self, phase: _Phase) -> _ThetaD:
+        if phase in (_Phase.COMPILED, _Phase.TRANSFORMED):
+            return _ThetaD(self._views(self._project()))
         if not self.wants_grad():
             return self._without_graph()
-        return (self._of_forward() if phase is Phase.BACKWARD else None) or self._with_graph()
+        return (self._of_forward() if phase is _Phase.BACKWARD else None) or self._with_graph()
 
     def wants_grad(self) -> bool:
         """Whether what is projected now may be differentiated by backward."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._inputs())
 
-    def _of_forward(self) -> ThetaD | None:
+    def _of_forward(self) -> _ThetaD | None:
         """The theta_D that the backward of this moment is going to walk through."""
         live = [theta_D for ref in self._live if (theta_D := ref()) and theta_D.views]
         return next((theta_D for theta_D in live if torch._C._will_engine_execute_node(theta_D.node)), None)
 
-    def _with_graph(self) -> ThetaD:
+    def _with_graph(self) -> _ThetaD:
         self._here.last = None  # the old theta_D goes first, so that there are never two
         with uncounted():  # a checkpointed layer may find theta_D ready when it runs again
             flat = self._project()
-        self._here.last = theta_D = ThetaD(self._views(flat), _steps, flat.grad_fn)
+        self._here.last = theta_D = _ThetaD(self._views(flat), _steps, flat.grad_fn)
         flat.register_hook(_end(weakref.ref(theta_D)))
         self._live = [*(ref for ref in self._live if ref() is not None), weakref.ref(theta_D)]
         return theta_D
 
-    def _without_graph(self) -> ThetaD:
+    def _without_graph(self) -> _ThetaD:
         dtype, inputs, kept = self._dtype(), self._inputs(), self._kept
         if kept is not None and kept.dtype == dtype and _equal(kept.inputs, inputs):
             kept.step = _steps
@@ -227,7 +227,7 @@ class FactorSource:
         with torch.inference_mode(False), torch.no_grad():
             # copied first: what another thread changes meanwhile then differs from the copy
             copies = [p.detach().clone() for p in inputs]
-            theta_D = ThetaD(self._views(self._project()), _steps, None, dtype, copies)
+            theta_D = _ThetaD(self._views(self._project()), _steps, None, dtype, copies)
         self._kept = theta_D
         return theta_D
 
@@ -259,7 +259,7 @@ class FactorSource:
         return {**self.__dict__, "_kept": None, "_live": []}
 
 
-def _end(theta_D: weakref.ref[ThetaD]) -> Callable[[Tensor], None]:
+def _end(theta_D: weakref.ref[_ThetaD]) -> Callable[[Tensor], None]:
     """A hook for the backward that passes through; weak, as the graph would keep what holds its views for ever."""
 
     def end(_: Tensor) -> None:

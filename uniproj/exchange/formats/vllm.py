@@ -17,7 +17,7 @@ from uniproj.exchange.formats import lora
 from uniproj.exchange.registry import Format, register
 from uniproj.format.fields import Role, used
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @register("vllm")
@@ -40,10 +40,11 @@ class VLLMFormat(Format):
                 "merge it into the base model, or train the adapter without."
             )
         largest = max(a.shape[0] for _, a in adapter.layout.pairs())
-        fitting = [legal for legal in RANKS if legal >= largest]
+        fitting = [legal for legal in _RANKS if legal >= largest]
         chosen = rank if rank is not None else next(iter(fitting), largest)
         if chosen not in fitting:
             raise AdapterError(
-                f"export: rank must be one of vLLM's {', '.join(map(str, RANKS))} and at least {largest}, got {chosen}."
+                f"export: rank must be one of vLLM's {', '.join(map(str, _RANKS))} and at least {largest}, "
+                f"got {chosen}."
             )
         lora.write(adapter.lora(), folder, chosen)
