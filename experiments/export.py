@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.records.committed import OUT, export
-from experiments.runs.folder import RUNS
+from experiments.records import OUT, export
+from experiments.runs import RUNS
 from uniproj import console
 
 

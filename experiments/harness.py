@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.evaluate.harness import record, scores
+from experiments.evaluate import record, scores
 from experiments.models import trust
 from uniproj import AdapterError, ProjectionError, console
 

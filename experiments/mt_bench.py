@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.evaluate.mt_bench import FILE, answers
-from experiments.evaluate.trained import load_trained
+from experiments.evaluate import ANSWERS, answers, load_finished
 from experiments.files import write_text
 from experiments.models import trust
-from experiments.tasks.instruction import mt_bench
+from experiments.tasks import mt_bench
 from uniproj import AdapterError, ProjectionError, console
 
 
@@ -29,13 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         trust.apply(args)
-        run = load_trained(args.folder, "mt_bench")
+        run = load_finished(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
     except (ExperimentError, ProjectionError, AdapterError) as error:
         print(error, file=sys.stderr)
         return 2
-    write_text(args.folder / FILE, "".join(json.dumps(answer) + "\n" for answer in found))
-    print(f"{len(found)} answers: {args.folder / FILE}")
+    write_text(args.folder / ANSWERS, "".join(json.dumps(answer) + "\n" for answer in found))
+    print(f"{len(found)} answers: {args.folder / ANSWERS}")
     return 0
 
 

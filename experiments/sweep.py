@@ -11,10 +11,8 @@ from pathlib import Path
 
 from experiments.errors import ExperimentError
 from experiments.models import trust
-from experiments.runs.folder import RUNS
-from experiments.sweeps import preflight, protocol, report
-from experiments.sweeps.file import read
-from experiments.sweeps.launchers import LAUNCHERS, at_once, check_launchers, trainer
+from experiments.runs import RUNS
+from experiments.sweeps import LAUNCHERS, at_once, check_launchers, preflight, protocol, read, report, trainer
 from uniproj import console, plugins
 from uniproj.errors import AdapterError, ProjectionError, printable
 

@@ -18,10 +18,8 @@ from experiments.errors import ExperimentError
 from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
-from experiments.records.reading import is_done, result
-from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
-from experiments.runs.folder import BUSY, CONFIG, FAILED, lock
-from experiments.runs.training import train
+from experiments.records import is_done, result
+from experiments.runs import BUSY, CONFIG, FAILED, TORCHRUN, asked_of_accelerate, lock, train
 from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError, printable
 

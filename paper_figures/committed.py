@@ -12,7 +12,7 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.records import statistics
 from experiments.records.committed import RECORDS
-from experiments.records.gather import OVERHEAD, Records, read_sweep, table
+from experiments.records.gather import OVERHEAD, Records, read_sweep, read_table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
 # a check that a sweep runs, which shows nothing
@@ -93,7 +93,7 @@ class Committed:
     def table(self, path: str, *columns: str) -> pd.DataFrame | None:
         """An analysis table, or None if it was not made. Raises ExperimentError where it lacks one of these columns."""
         file = self.folder / path
-        return table(file, columns) if file.exists() else None
+        return read_table(file, columns) if file.exists() else None
 
     def tables(self, name: str, needed: Mapping[str, Sequence[str]]) -> dict[str, pd.DataFrame] | None:
         """The tables of an analysis with their columns, or None if one of them was not made."""

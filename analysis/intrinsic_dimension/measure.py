@@ -17,7 +17,7 @@ from experiments.records.committed import RECORDS
 from experiments.records.gather import read_sweep
 from experiments.records.reading import load
 from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean, means
-from experiments.runs.settings import SEEDS
+from experiments.runs.config import SEEDS
 
 _FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95

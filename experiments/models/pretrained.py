@@ -45,7 +45,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
-def source(name: str) -> tuple[str, dict[str, Any]]:
+def location(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` reads for a name: a folder or hub id, and its further arguments.
 
     Raises ExperimentError for a package that is not installed or a GGUF file that does not exist.
@@ -63,7 +63,7 @@ def source(name: str) -> tuple[str, dict[str, Any]]:
 
 def _read(what: Any, name: str, **options: Any) -> Any:
     """`what.from_pretrained`, with a sentence in place of the library's many kinds of error."""
-    where, extra = source(name)
+    where, extra = location(name)
     if "gguf_file" in extra:
         gguf_header.check(Path(where, extra["gguf_file"]))
     try:
@@ -163,7 +163,7 @@ def load_causal(base: BaseModel) -> PreTrainedModel:
 
 
 def _unmarked(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    if "gguf_file" in source(name)[1]:
+    if "gguf_file" in location(name)[1]:
         # GGUF weights arrive as float32, but the model stays marked as quantised, which Trainer refuses
         model.hf_quantizer.remove_quantization_config(model)
     return model

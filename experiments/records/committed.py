@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.files import short_names, write_json, write_text
 from experiments.records import statistics
-from experiments.records.reading import CHOICE, metrics, result
+from experiments.records.reading import CHOICE, losses, result
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
     "records.csv",
@@ -40,7 +40,7 @@ def export(name: str, runs: Path, out: Path) -> Path:
             "Run `python -m experiments.sweep` to its end first."
         )
     records = pd.read_csv(tables / RECORDS)
-    results = {folder: _result(runs, folder) for folder in records.loc[records["failed"].isna(), "folder"]}
+    results = {folder: result(runs / short(folder)) for folder in records.loc[records["failed"].isna(), "folder"]}
     # the tables are made anew: those beside the records may be another version's
     at_hand = records.assign(folder=[str(runs / short(folder)) for folder in records["folder"]])
     texts = {
@@ -87,7 +87,7 @@ def curves(runs: Path, folders: Iterable[str]) -> pd.DataFrame:
     lines = [
         {"folder": short(folder), "step": line["step"], "loss": _rounded(line["loss"])}
         for folder in dict.fromkeys(folders)
-        for line in metrics(runs / short(folder))
+        for line in losses(runs / short(folder))
     ]
     return pd.DataFrame(lines, columns=["folder", "step", "loss"])
 
@@ -116,7 +116,3 @@ def origin_of(runs: int, failed: int, results: Mapping[str, Mapping[str, Any]]) 
 
 def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
-
-
-def _result(runs: Path, folder: str) -> dict[str, Any]:
-    return result(runs / short(folder))

@@ -16,11 +16,10 @@ from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json
 from experiments.records.committed import CURVES, PROVENANCE, RECORDS, origin_of, short
-from experiments.records.reading import CHOICE, metrics, row
-from experiments.records.statistics import SINGLE
-from experiments.runs.folder import CONFIG, LOCK, NAMED, RESULT, is_locked
-from experiments.runs.settings import LOGGING_STEPS, SEEDS, RunConfig
-from experiments.tasks.task import is_score
+from experiments.records.reading import CHOICE, losses, row
+from experiments.records.statistics import SINGLE, usable
+from experiments.runs import CONFIG, LOCK, LOGGING_STEPS, NAMED, RESULT, SEEDS, RunConfig, is_locked
+from experiments.tasks import is_score
 from uniproj.errors import shown
 
 T = TypeVar("T")
@@ -72,7 +71,9 @@ def read(folder: Path) -> Records:
         _marked(pd.concat([part.runs for part in found], ignore_index=True)),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
-        told(str(OVERHEAD), damaged, table, path, ("base", "method")) if (path := folder / OVERHEAD).exists() else None,
+        told(str(OVERHEAD), damaged, read_table, path, ("base", "method"))
+        if (path := folder / OVERHEAD).exists()
+        else None,
         damaged,
     )
     check(together.runs, str(folder))
@@ -105,7 +106,7 @@ def _sweep(folder: Path) -> Records:
             raise ExperimentError(
                 f"records: {folder / name} must exist, got none. Write it again with `python -m experiments.export`."
             )
-    runs, curves = table(folder / RECORDS, NEEDED), table(folder / CURVES, ("folder", "step", "loss"))
+    runs, curves = read_table(folder / RECORDS, NEEDED), read_table(folder / CURVES, ("folder", "step", "loss"))
     origin = read_json(folder / PROVENANCE)
     if missing := sorted(set(ORIGIN) - set(origin)):
         raise ExperimentError(
@@ -128,7 +129,7 @@ def _sweep(folder: Path) -> Records:
     return Records(runs.assign(sweep=folder.name), curves, {folder.name: origin})
 
 
-def table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+def read_table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
     """A CSV file. Raises ExperimentError for one that is none, or lacks one of these columns."""
     if not path.is_file():  # a pipe would be waited for
         raise ExperimentError(f"records: {path} must be a regular file, got a folder, pipe or device. Move it away.")
@@ -169,7 +170,7 @@ def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
         if values is None or values.get("score_on") == "validation":
             continue
         rows.append(values)
-        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in metrics(place)]
+        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in losses(place)]
     if not rows:
         return []
     runs = pd.DataFrame(rows).merge(_members(folder, damaged), on="folder", how="left").fillna({"sweep": SINGLE})
@@ -186,7 +187,7 @@ def _members(folder: Path, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """folder, sweep and the columns of the cell: a row per run and cell that the tables of a finished sweep name."""
     found = [pd.DataFrame(columns=["folder", "sweep"])]
     for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
-        listed = told(str(path.relative_to(folder)), damaged, table, path, ("folder",))
+        listed = told(str(path.relative_to(folder)), damaged, read_table, path, ("folder",))
         if listed is None:
             continue
         listed = listed.filter(regex=r"^(folder|cell(\..*)?)$")
@@ -231,21 +232,20 @@ def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _marked(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, of which those with a score that cannot be are marked as damaged."""
-    usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
-    wrong = DAMAGED + _wrong(usable).dropna()
+    wrong = DAMAGED + _wrong(usable(runs)).dropna()
     return runs.assign(failed=runs["failed"].astype(object).where(~runs.index.isin(wrong.index), wrong))
 
 
-def _wrong(usable: pd.DataFrame) -> pd.Series:
+def _wrong(runs: pd.DataFrame) -> pd.Series:
     """For each run, why its score cannot be, or None."""
-    scores = pd.to_numeric(usable["score"], errors="coerce").astype(float)
+    scores = pd.to_numeric(runs["score"], errors="coerce").astype(float)
     said = [
         None
         if is_score(metric, score)
         else f"the score of every run must be a finite number that {metric} can have, got {shown(given)}"
-        for metric, score, given in zip(usable["metric"], scores, usable["score"], strict=True)
+        for metric, score, given in zip(runs["metric"], scores, runs["score"], strict=True)
     ]
-    return pd.Series(said, usable.index, dtype=object)
+    return pd.Series(said, runs.index, dtype=object)
 
 
 def check(runs: pd.DataFrame, where: str) -> None:
@@ -253,14 +253,14 @@ def check(runs: pd.DataFrame, where: str) -> None:
 
     A run that is marked as failed or as one that did not train may lack a score: it is never ranked.
     """
-    usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
-    wrong = _wrong(usable)
-    if bad := list(usable.loc[wrong.notna(), "folder"]):
+    ranked = usable(runs)
+    wrong = _wrong(ranked)
+    if bad := list(ranked.loc[wrong.notna(), "folder"]):
         raise ExperimentError(
             f"records: {wrong.dropna().iloc[0]} in {bad[0]}{_more(bad)} of {where}. "
             "Look into its log; delete the folder and train it again."
         )
-    for task, group in usable.groupby("task", sort=True):
+    for task, group in ranked.groupby("task", sort=True):
         if len(names := sorted(group["metric"].unique())) > 1:
             raise ExperimentError(
                 f"records: all runs of {task} in {where} must have one metric, got {', '.join(names)}: these are "

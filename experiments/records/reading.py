@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json
 from experiments.records.record import check
-from experiments.runs.folder import CONFIG, METRICS, NAMED, RESULT, check_config
+from experiments.runs import CONFIG, LOSSES, NAMED, RESULT, check_config
 
 # of a sweep's folder: what tuning chose
 CHOICE = "choice.json"
@@ -51,9 +51,9 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def losses(folder: Path) -> list[dict[str, Any]]:
     """The logged lines up to the first one that is none: cut off by an interruption, or damaged by a power cut."""
-    path = folder / METRICS
+    path = folder / LOSSES
     lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
     found = []
     for line in lines:
@@ -64,7 +64,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _logged(line: str) -> dict[str, Any] | None:
-    """A line of `callbacks.MetricsLog`, or None."""
+    """A line of `callbacks.LossLog`, or None."""
     try:
         found = json.loads(line)
         is_whole = isinstance(found["step"], int) and isinstance(found["of"], int)

@@ -8,8 +8,8 @@ from typing import Any
 
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
-from experiments.runs.settings import RunConfig
-from experiments.tasks.task import RANGES, is_score
+from experiments.runs import RunConfig
+from experiments.tasks import RANGES, is_score
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ import random
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.runs.settings import RunConfig
-from experiments.tasks import SPLITS, Task
-from experiments.tasks.images import check_pictures
-from experiments.tasks.task import OF_CLASSES, OF_NUMBERS, listed
+from experiments.runs.config import RunConfig
+from experiments.tasks import OF_CLASSES, OF_NUMBERS, SPLITS, Task, check_pictures, listed
 
 # what a row must answer, and what belongs to it
 _ANSWERS = ("label", "completion", "answer")

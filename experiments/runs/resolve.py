@@ -17,9 +17,8 @@ from experiments import tasks
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
 from experiments.models import QUANTIZED, adapted_shapes
-from experiments.runs.settings import REFERENCE, SEEDS, RunConfig
-from experiments.tasks.sources import HUB
-from experiments.tasks.task import METRICS
+from experiments.runs.config import REFERENCE, SEEDS, RunConfig
+from experiments.tasks import HUB, METRICS
 from uniproj import plugins
 from uniproj.errors import ProjectionError
 from uniproj.registry import get

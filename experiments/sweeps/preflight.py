@@ -18,13 +18,21 @@ from experiments import tasks
 from experiments.errors import ExperimentError
 from experiments.files import digest, read_json, write_json
 from experiments.models import family_of, unloaded
-from experiments.records.reading import is_done, result
-from experiments.runs.data import check_rows, describe, draw
-from experiments.runs.folder import prepare, run_folder
-from experiments.runs.outcome import ADAPTER, peak_bytes
-from experiments.runs.resolve import check_device, errors_of_projection, shapes_of
-from experiments.runs.run import Run
-from experiments.runs.settings import RunConfig
+from experiments.records import is_done, result
+from experiments.runs import (
+    ADAPTER,
+    Run,
+    RunConfig,
+    check_device,
+    check_rows,
+    describe,
+    draw,
+    errors_of_projection,
+    peak_bytes,
+    prepare,
+    run_folder,
+    shapes_of,
+)
 from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
 from experiments.sweeps.sweep import Sweep
 from uniproj.errors import printable
@@ -124,7 +132,7 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         missing = [c for c in configs if not is_done(run_folder(runs, c.to_json()))]
         lines.append(f"{stage:8s} {len(configs):5d} runs, {len(configs) - len(missing)} done, {len(missing)} to train")
         known = [c for c in missing if kind(c) in measured]
-        total = sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
+        total = sum(optimizer_steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
         seconds += total / max(1, min(at_once, len(known)))
         unknown += len(missing) - len(known)
     if measured:
@@ -145,7 +153,7 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
     return "\n".join(lines)
 
 
-def steps(config: RunConfig) -> int:
+def optimizer_steps(config: RunConfig) -> int:
     """Optimiser steps of a run; rows beyond train_size are not known before the data are read."""
     rows = config.train_size or len(tasks.get(config.task, config.data).split("train"))
     return math.ceil(math.ceil(rows / (config.batch_size * config.accumulation)) * config.epochs)
@@ -158,7 +166,7 @@ def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Pat
         for config in configs:
             folder = run_folder(runs, config.to_json())
             if is_done(folder) and (cost := result(folder).get("cost")):
-                per_step = cost["train_seconds"] / steps(config)
+                per_step = cost["train_seconds"] / optimizer_steps(config)
                 found[kind(config)] = {"seconds_per_step": per_step, "peak_bytes": cost["peak_bytes"]}
     return found
 

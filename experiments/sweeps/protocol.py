@@ -15,11 +15,8 @@ import pandas as pd
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json, write_json
-from experiments.records import statistics
-from experiments.records.reading import CHOICE, is_done, row
-from experiments.runs.folder import prepare, run_folder
-from experiments.runs.provenance import versions
-from experiments.runs.settings import RunConfig
+from experiments.records import CHOICE, is_done, row, statistics
+from experiments.runs import RunConfig, prepare, run_folder, versions
 from experiments.sweeps.sweep import Cell, Sweep
 from uniproj.errors import shown
 

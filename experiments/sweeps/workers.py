@@ -18,8 +18,8 @@ from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
 from experiments.processes import ALONE, SHARDED, Processes
-from experiments.records.reading import damage, is_done, metrics
-from experiments.runs.folder import BUSY, FAILED, is_locked
+from experiments.records import damage, is_done, losses
+from experiments.runs import BUSY, FAILED, is_locked
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ class _Child:
         self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False, disable=None)
 
     def show(self) -> None:
-        lines = metrics(self.folder)
+        lines = losses(self.folder)
         if lines:
             step, total = lines[-1]["step"], lines[-1]["of"]
             self.bar.total, self.bar.n = total, step

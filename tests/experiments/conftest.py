@@ -11,8 +11,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from experiments import tasks, train
 from experiments.models import load_tokenizer
+from experiments.runs.config import RunConfig
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
 from experiments.sweeps import launchers
 
 # a package that carries NLTK's sentence splitter, which is otherwise downloaded

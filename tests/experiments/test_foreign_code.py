@@ -22,9 +22,9 @@ from experiments.files import read_json, write_json
 from experiments.models import BaseModel, load_tokenizer, model_config, trust, unloaded
 from experiments.models.text import TextClassifier
 from experiments.records.reading import CHOICE, load, row
+from experiments.runs.config import RunConfig
 from experiments.runs.folder import LOCK, RESULT, is_locked, lock, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
 from experiments.sweeps.file import read
 from paper_figures.__main__ import main as figures_main
 from paper_figures.report.__main__ import main as report_main

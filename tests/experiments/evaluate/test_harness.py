@@ -68,13 +68,13 @@ def test_gsm8k_is_asked_once(runs: Path, tmp_path: Path, llama: str, shared_data
 
 def test_a_task_of_ones_own_needs_tasks_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
     own = SimpleNamespace(task=SimpleNamespace(harness={}), config=SimpleNamespace(task="my_reviews"))
-    monkeypatch.setattr("experiments.evaluate.harness.load_trained", lambda *_: own)
+    monkeypatch.setattr("experiments.evaluate.harness.load_finished", lambda *_: own)
     assert harness.main([str(tmp_path)]) == 2
     caught = capsys.readouterr()
     assert "got my_reviews. Name the tasks" in caught.err and "--tasks gsm8k" in caught.err and caught.out == ""
     with pytest.raises(SystemExit):
         harness.main([str(tmp_path), "--limit", "0"])
-    monkeypatch.setattr("experiments.evaluate.harness.load_trained", lambda *_: plugins.load(["gone.py"]))
+    monkeypatch.setattr("experiments.evaluate.harness.load_finished", lambda *_: plugins.load(["gone.py"]))
     assert harness.main([str(tmp_path)]) == 2 and "gone.py must be a Python file" in capsys.readouterr().err
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from experiments import compare, tasks, train
 from experiments.files import read_json
 from experiments.records import statistics
-from experiments.records.reading import load, metrics
-from experiments.runs import outcome
+from experiments.records.reading import load, losses
 from experiments.runs.callbacks import StopOnSignal, checkpoints
-from experiments.runs.folder import METRICS, RESULT, prepare
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
+from experiments.runs.result import did_not_train
 from experiments.runs.training import INTERRUPTED, last_checkpoint
 from experiments.sweeps import launchers
 from uniproj.format import THETA_D
@@ -41,7 +41,7 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, c
     assert result["adapter_bytes"] <= 4 * 200 + 4096 and result["head"] == 2 * 32 + 2
     assert result["step_ratio_low"] <= result["step_ratio"] <= result["step_ratio_high"]
     assert {"python", "torch", "peft"} <= result["provenance"]["versions"].keys()
-    assert [line["step"] for line in metrics(folder)] and not list(folder.glob("checkpoint-*"))
+    assert [line["step"] for line in losses(folder)] and not list(folder.glob("checkpoint-*"))
     # one line: what Trainer would print is in metrics.jsonl
     said = capsys.readouterr().out
     assert said == f"{folder} done: accuracy {result['score']} on test\n"
@@ -83,7 +83,7 @@ def interrupted(tmp_path_factory, model: str, task: str) -> tuple[Path, Path]:
         patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
         assert train.main([str(cut)]) == INTERRUPTED
     assert train.main([str(whole)]) == 0
-    assert sorted(checkpoints(cut)) == [6, 10] and len(metrics(whole)) == 1
+    assert sorted(checkpoints(cut)) == [6, 10] and len(losses(whole)) == 1
     return cut, whole
 
 
@@ -146,15 +146,15 @@ def test_copies_of_checkpoints_and_a_damaged_log_are_no_hindrance(
     (folder / "checkpoint-13").write_text("no folder")
     (tmp_path / "elsewhere").mkdir()
     (folder / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
-    (folder / METRICS).write_bytes(bytes(512))
+    (folder / LOSSES).write_bytes(bytes(512))
     if step == 6:
         DAMAGE["half an optimiser"](folder / "checkpoint-10")
     assert train.main([str(folder)]) == 0
     assert torch.equal(_theta(folder), _theta(whole))
     # every logged step once, also the one before the checkpoint that the damage took
-    assert [line["step"] for line in metrics(folder)] == [10]
+    assert [line["step"] for line in losses(folder)] == [10]
     # Trainer's mean begins where it resumes
-    assert step == 6 or metrics(folder) == metrics(whole)
+    assert step == 6 or losses(folder) == losses(whole)
     assert list(checkpoints(folder)) == [1] and all((folder / name[:200]).is_dir() for name in copies)
 
 
@@ -209,7 +209,7 @@ def test_a_rate_of_zero_is_marked_as_not_trained(runs: Path, config: RunConfig) 
     ],
 )
 def test_did_not_train(before: float, after: float, change: float, reason: str | None) -> None:
-    assert outcome.did_not_train(before, after, change) == reason
+    assert did_not_train(before, after, change) == reason
 
 
 def test_tuning_never_reads_the_test_split(runs: Path, config: RunConfig, monkeypatch) -> None:

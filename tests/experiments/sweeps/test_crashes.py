@@ -15,10 +15,10 @@ import pytest
 
 from experiments import sweep, train
 from experiments.files import read_json
-from experiments.records.reading import load, metrics
+from experiments.records.reading import load, losses
 from experiments.runs.callbacks import StopOnSignal
-from experiments.runs.folder import METRICS, RESULT, prepare
-from experiments.runs.settings import RunConfig
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import LOSSES, RESULT, prepare
 from experiments.sweeps import workers
 from experiments.sweeps.file import CONF
 from tests.experiments.processes import ROOT, start_sweep, training_processes
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_identical_record
     assert trained == list(range(13 - again, 13))
     same = [key for key in read_json(whole / RESULT) if key not in NOT_COMPARED]
     assert [read_json(folder / RESULT)[k] for k in same] == [read_json(whole / RESULT)[k] for k in same]
-    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in metrics(whole)]
+    assert [line["step"] for line in losses(folder)] == [line["step"] for line in losses(whole)]
 
 
 def _kill(process: subprocess.Popen, runs: Path) -> None:
@@ -125,7 +125,7 @@ def _wait_for_changes(process: subprocess.Popen, runs: Path, count: int) -> None
     """Until so many times a step was logged, a checkpoint or a result written, or the sweep has ended."""
     before = None
     while count and process.poll() is None:
-        seen = {path: path.stat().st_size for name in (METRICS, STATE, RESULT) for path in _there(runs, name)}
+        seen = {path: path.stat().st_size for name in (LOSSES, STATE, RESULT) for path in _there(runs, name)}
         count -= before is not None and seen != before
         before = seen
         time.sleep(0.05)

@@ -15,9 +15,9 @@ import yaml
 
 from experiments import compare, harness, sweep, train
 from experiments.files import read_json, write_json
-from experiments.runs.folder import CONFIG, METRICS, RESULT, prepare
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import CONFIG, LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
 from experiments.sweeps import launchers, preflight
 from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 
@@ -179,7 +179,7 @@ def test_a_single_run_reads_the_rows_it_is_scored_on_before_it_trains(
     settings = {"task": str(folder), "model": model, "projection": "unilora", "d": 8, "seed": 0, "lr": 0.1}
     place = prepare(runs, resolve(settings).to_json())
     assert train.main([str(place)]) == 1
-    assert "failed: tasks:" in capsys.readouterr().out and not (place / METRICS).exists()
+    assert "failed: tasks:" in capsys.readouterr().out and not (place / LOSSES).exists()
     # a trial has no use for it
     trial = prepare(runs, resolve({**settings, "score_on": "validation", "epochs": 0.2}).to_json())
     assert train.main([str(trial)]) == 0
@@ -218,7 +218,7 @@ def test_a_run_does_not_train_on_another_device_than_its_own(config: RunConfig, 
     folder = prepare(runs, replace(config, device="cuda").to_json())
     assert train.main([str(folder)]) == 1
     assert "failed: config: the device cuda must be one of this machine" in capsys.readouterr().out
-    assert not (folder / METRICS).exists()
+    assert not (folder / LOSSES).exists()
     # a finished one of another machine is scored on such a machine
     write_json(folder / RESULT, {"config": read_json(folder / CONFIG), "metric": "accuracy", "score": 0.5,
                                  "did_not_train": None})  # fmt: skip

@@ -89,7 +89,7 @@ def test_instruction(runs: Path, few_rows: str, llama: str, here) -> None:
     assert 0.0 <= found["score"].iloc[0] <= 1.0
     folder = Path(found["folder"].iloc[0])
     assert mt_bench.main([str(folder), "--questions", "3"]) == 0
-    answers = [json.loads(line) for line in (folder / mt_bench.FILE).read_text().splitlines()]
+    answers = [json.loads(line) for line in (folder / mt_bench.ANSWERS).read_text().splitlines()]
     assert [answer["question_id"] for answer in answers] == [81, 82, 83]
     assert all(len(answer["choices"][0]["turns"]) == 2 for answer in answers)
 

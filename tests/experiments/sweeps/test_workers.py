@@ -11,7 +11,7 @@ from experiments import train
 from experiments.errors import ExperimentError
 from experiments.processes import Processes
 from experiments.runs import distributed
-from experiments.runs.folder import METRICS, RESULT
+from experiments.runs.folder import LOSSES, RESULT
 from experiments.sweeps import workers
 from tests.experiments.processes import ROOT
 from tests.sweeps import made_up, write_run
@@ -168,5 +168,5 @@ def test_zeros_in_the_log_of_a_run_do_not_stop_its_launcher(tmp_path: Path, monk
     for folder in folders:
         folder.mkdir()
     line = b'{"step": 1, "of": 9, "loss": 0.7}\n'
-    (folders[0] / METRICS).write_bytes(line + bytes(4096) + b"\n" + line)  # as a power cut leaves it
+    (folders[0] / LOSSES).write_bytes(line + bytes(4096) + b"\n" + line)  # as a power cut leaves it
     assert workers.train_all(folders, "cpu") == {} and started == folders

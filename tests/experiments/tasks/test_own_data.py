@@ -18,7 +18,7 @@ from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.run import Run
 from experiments.tasks.formats import FORMATS, read_csv, read_tsv
-from experiments.tasks.sources import read_file
+from experiments.tasks.splits import read_file
 
 LOOKALIKES = ["12", "007", "1.50", "True", "False", "NA", "null", "nan", "None", "2024-01-01", "1e5"]
 
@@ -368,7 +368,7 @@ def test_labels_with_gaps_make_a_head_of_as_many_classes(tmp_path: Path, model: 
 
 def test_the_metric_changes_no_id_where_it_is_not_set(tmp_path: Path, model: str) -> None:
     from experiments.files import digest
-    from experiments.runs.settings import RunConfig
+    from experiments.runs.config import RunConfig
     from experiments.sweeps.file import CONF, read
 
     sweep = read(CONF / "sweeps" / "smoke.yaml")

@@ -6,12 +6,12 @@ import pytest
 from experiments import tasks
 from experiments.compare import committed, default_budget
 from experiments.errors import ExperimentError
-from experiments.models import adapted_shapes, load_tokenizer, source
+from experiments.models import adapted_shapes, load_tokenizer, location
 from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.run import Run
 from experiments.tasks.rows import text_columns
-from experiments.tasks.sources import read_file
+from experiments.tasks.splits import read_file
 from uniproj import ProjectionError
 
 
@@ -85,7 +85,7 @@ def test_unknown_names_list_the_known_ones(tmp_path, model) -> None:
     with pytest.raises(ExperimentError, match=r"must be one of minilm, smollm2, a local folder"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ExperimentError, match="must be a GGUF file"):
-        source(str(tmp_path / "no.gguf"))
+        location(str(tmp_path / "no.gguf"))
     with pytest.raises(ProjectionError, match="Known: fastfood"):
         resolve({"task": "vader", "model": model, "projection": "nothing", "budget": 100, "seed": 0, "lr": 0.1})
 
@@ -97,7 +97,7 @@ def test_a_broken_file_is_named(tmp_path) -> None:
 
 
 def test_every_compared_method_meets_the_default_budget() -> None:
-    from experiments.runs.settings import REFERENCE
+    from experiments.runs.config import REFERENCE
 
     budget = default_budget("vader", "minilm")
     assert budget == 4740 and len(adapted_shapes("text", "minilm")) == 12
