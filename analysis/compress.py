@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         trust.apply(args)
         adapter = read(args.folder)
         base = _load_base(args.base, adapter) if args.base else None
-        trained, quality = compress(adapter, args.projection, args.d, args.seed, args.options, base)
-        trained.save(args.out)
+        compressed, quality = compress(adapter, args.projection, args.d, args.seed, args.options, base)
+        compressed.save(args.out)
     except (AdapterError, ProjectionError, ExperimentError) as error:
         print(error, file=sys.stderr)
         return 2

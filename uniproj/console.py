@@ -80,16 +80,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def ended(self, name: str, outcome: str = DONE) -> None:
+    def ended(self, name: str, status: str = DONE) -> None:
         """One more has come to its end."""
-        name, outcome = printable(name), printable(outcome)
+        name, status = printable(name), printable(status)
         if self.bar.disable:
             self.bar.n += 1
-            print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {outcome}", file=sys.stderr, flush=True)
+            print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {status}", file=sys.stderr, flush=True)
             return
         self.bar.update()
-        if outcome != DONE:
-            tqdm.write(f"{name} {outcome}", file=sys.stderr)
+        if status != DONE:
+            tqdm.write(f"{name} {status}", file=sys.stderr)
 
 
 def _reader_left() -> bool:

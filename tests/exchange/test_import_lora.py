@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, UniLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, trained
+from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, trained_model
 from tests.tuner.models import TARGETS, base_model, train_steps
 from uniproj import AdapterError, get, names
 from uniproj.exchange import export, import_adapter
@@ -50,7 +50,7 @@ def test_a_learned_projection_is_moved_to_it(projection: str, options: dict[str,
 def test_what_was_exported_comes_back_by_the_same_P(projection: str, tmp_path: Path) -> None:
     """In its own gauge it lies in the image of P; only a trained bank of VB-LoRA is no function of the seed."""
     kind, d = "gpt2", 60 if get(projection).free_d else None
-    model = trained(kind, projection, projection_seed=5, lora_alpha=6)
+    model = trained_model(kind, projection, projection_seed=5, lora_alpha=6)
     base = base_model(kind) if get(projection).needs_base_weights else None
     export(model, tmp_path / "lora")
     report = import_adapter(tmp_path / "lora", tmp_path / "ours", projection, d=d, seed=5, base=base)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained
+from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained_model
 from tests.reference.peft_toys import CONFIGS
 from tests.tuner.models import TARGETS, TASKS, base_model, config, train_steps
 from uniproj import AdapterError
@@ -66,7 +66,7 @@ def _in(folder: Path, kind: str, out: Path) -> tuple[dict[str, Any], PeftModel]:
     ids=str,
 )
 def test_there_and_back(kind: str, projection: str, method: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    model = trained(kind, projection, **fields)
+    model = trained_model(kind, projection, **fields)
     wanted = logits(model, kind)
     folder, there, back = saved(model, tmp_path / "ours"), tmp_path / "there", tmp_path / "back"
     base = base_model(kind) if method == "TINYLORA" else None
@@ -110,7 +110,7 @@ def test_unilora_saves_its_indices_only_where_peft_would_draw_others(tmp_path: P
         sizes[name] = load_file(tmp_path / name / WEIGHTS)
         assert list(sizes[name]) == ["base_model.unilora_theta_d"] and not fields_of(tmp_path / name)["save_indices"]
     # the same seed and rule, but not PEFT's order of modules
-    other = trained("llama", "unilora", projection_kwargs={"assignment": "peft"})
+    other = trained_model("llama", "unilora", projection_kwargs={"assignment": "peft"})
     export(saved(other, tmp_path / "other"), tmp_path / "unknown", to="unilora")
     assert fields_of(tmp_path / "unknown")["save_indices"] and len(load_file(tmp_path / "unknown" / WEIGHTS)) > 1
 
@@ -173,7 +173,7 @@ def test_a_compressed_import_tells_its_loss(tmp_path: Path) -> None:
 
 def test_dropout_bias_and_places_come_along(tmp_path: Path) -> None:
     fields = {"lora_dropout": 0.1, "bias": "lora_only", "exclude_modules": ["layers.1.self_attn.v_proj"]}
-    model = trained("llama", "vera", **fields)
+    model = trained_model("llama", "vera", **fields)
     export(saved(model, tmp_path / "ours"), tmp_path / "there", to="vera")
     found = fields_of(tmp_path / "there")
     assert found["vera_dropout"] == 0.1 and found["bias"] == "vera_only" and len(found["target_modules"]) == 5
@@ -189,14 +189,15 @@ def test_dropout_bias_and_places_come_along(tmp_path: Path) -> None:
 def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(AdapterError, match="VERA must get a VeRA projection, got 'unilora'"):
-        export(trained("llama", "unilora"), out, to="vera")
+        export(trained_model("llama", "unilora"), out, to="vera")
     with pytest.raises(AdapterError, match=r"must be one positive number for all modules, got \[1\.0, 1\.75"):
-        export(trained("llama", "unilora", alpha_pattern={"v_proj": 7}), out, to="unilora")
+        export(trained_model("llama", "unilora", alpha_pattern={"v_proj": 7}), out, to="unilora")
     with pytest.raises(AdapterError, match=r"must have .* by the projection's layout"):
-        export(trained("llama", "unilora", rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 3}), out, to="unilora")
+        patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 3}}
+        export(trained_model("llama", "unilora", **patterns), out, to="unilora")
     with pytest.raises(AdapterError, match="UNILORA has no trainable_token_indices"):
-        export(trained("llama", "unilora", trainable_token_indices=[3]), out, to="unilora")
-    folder = saved(trained("llama", "tinylora", projection_kwargs={"u": 5}), tmp_path / "ours")
+        export(trained_model("llama", "unilora", trainable_token_indices=[3]), out, to="unilora")
+    folder = saved(trained_model("llama", "tinylora", projection_kwargs={"u": 5}), tmp_path / "ours")
     with pytest.raises(AdapterError, match=r"tinylora is made of its weights\. Pass --base"):
         export(folder, out, to="tinylora")
     assert not out.exists()

@@ -17,7 +17,7 @@ from uniproj import get
 SAME = 1e-6
 
 
-def trained(kind: str, projection: str, **fields: Any) -> PeftModel:
+def trained_model(kind: str, projection: str, **fields: Any) -> PeftModel:
     """A uniproj adapter after three steps on a small model, in eval mode."""
     fields = {"d": 60 if get(projection).free_d else None, **fields}
     model = get_peft_model(base_model(kind), config(kind, projection, **fields))
