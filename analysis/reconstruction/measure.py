@@ -14,7 +14,7 @@ from analysis.spaces import build
 from analysis.subject import Head, Subject
 from uniproj import Projection
 from uniproj.exchange.compress import GAUGE_LIMIT, GAUGE_NOTE
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
 
 # Rows whose own gradients make the Fisher information.
 FISHER_ROWS = 64
@@ -70,8 +70,8 @@ def _measured(
     scales: Mapping[str, float],
 ) -> dict[str, Any]:
     # a learned P is moved by its fit: each fit has its own
-    plain, weighted = fit(P.rebuild(), target), fit(P.rebuild(), target, weights)
-    as_trained = captured(theta_D.double(), fit(P.rebuild(), theta_D).theta_D)
+    plain, weighted = least_squares(P.rebuild(), target), least_squares(P.rebuild(), target, weights)
+    as_trained = captured(theta_D.double(), least_squares(P.rebuild(), theta_D).theta_D)
     factor = captured(target, plain.theta_D)
     depends = abs(factor - as_trained) > GAUGE_LIMIT
     return {

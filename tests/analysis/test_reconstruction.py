@@ -22,7 +22,7 @@ from analysis.training import train_lora
 from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
 from uniproj.exchange.formats.lora import read
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
 
 SMALL = LoRALayout.from_shapes({"layer.0.query": (12, 8), "layer.1.query": (12, 8)}, r=4)
 
@@ -55,7 +55,7 @@ def folder(subject: Subject, lora: tuple[Tensor, dict[str, Tensor]], tmp_path_fa
 def test_captured_energy_is_that_of_the_dense_projection(subject: Subject, lora) -> None:
     target = balanced(subject.layout, lora[0])
     P = build("unilora", {}, subject.layout, 256).P
-    found = fit(P, target)
+    found = least_squares(P, target)
     M = P.to_dense()
     assert found.method == "closed form"
     assert captured(target, found.theta_D) == pytest.approx(float((M.T @ target).norm() ** 2 / target.norm() ** 2))
@@ -68,7 +68,8 @@ def test_the_dense_energy_tells_a_wrong_fit_apart(subject: Subject, lora) -> Non
     P, other = (build("unilora", {}, subject.layout, 256, seed).P for seed in (0, 1))
     M = P.to_dense()
     dense = float((M.T @ target).norm() ** 2 / target.norm() ** 2)
-    for wrong in (P(1.01 * fit(P, target).theta_d), fit(other, target).theta_D, fit(P, lora[0]).theta_D):
+    best, elsewhere, unbalanced = least_squares(P, target), least_squares(other, target), least_squares(P, lora[0])
+    for wrong in (P(1.01 * best.theta_d), elsewhere.theta_D, unbalanced.theta_D):
         assert captured(target, wrong) != pytest.approx(dense)
 
 
@@ -77,7 +78,7 @@ def test_every_fixed_projection_reaches_the_least_squares_solution(name: str) ->
     P = build(name, uniproj.get(name).variants[0], SMALL, 24).P
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(SMALL.D, generator=generator, dtype=torch.float64)
-    found = fit(P, target)
+    found = least_squares(P, target)
     M, c = P.to_dense().detach(), P.offset if P.offset is not None else torch.zeros(SMALL.D).double()
     dense = M @ torch.linalg.lstsq(M, (target - c).unsqueeze(1), driver="gelsd").solution.squeeze(1) + c
     torch.testing.assert_close(found.theta_D.detach(), dense, rtol=0, atol=1e-6)
@@ -91,7 +92,7 @@ def test_a_learned_projection_moves_towards_the_target(name: str) -> None:
     c = fixed.offset if fixed.offset is not None else 0.0
     M = fixed.to_dense().detach()
     start = M @ torch.linalg.lstsq(M, (target - c).unsqueeze(1), driver="gelsd").solution.squeeze(1) + c
-    assert captured(target, fit(moved, target).theta_D.detach()) > captured(target, start)
+    assert captured(target, least_squares(moved, target).theta_D.detach()) > captured(target, start)
 
 
 def test_weights_decide_what_is_fitted() -> None:
@@ -101,9 +102,9 @@ def test_weights_decide_what_is_fitted() -> None:
     w = weights.sqrt().unsqueeze(1)
     M = P.to_dense()
     dense = M @ torch.linalg.lstsq(w * M, w * target.unsqueeze(1)).solution.squeeze(1)
-    found = fit(P, target, weights).theta_D
+    found = least_squares(P, target, weights).theta_D
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-6)
-    assert captured(target, found, weights) > captured(target, fit(P, target).theta_D, weights)
+    assert captured(target, found, weights) > captured(target, least_squares(P, target).theta_D, weights)
 
 
 def test_balancing_changes_no_update_and_makes_factors_equally_long() -> None:
@@ -147,7 +148,7 @@ def test_compressed_adapters_load_and_answer_as_the_reconstruction(
     adapter = read(folder)
     P = build("unilora", {}, adapter.layout, 512).P
     target = balanced(adapter.layout, adapter.theta_D)
-    reached = fit(P, target).theta_D
+    reached = least_squares(P, target).theta_D
     dense = (P.to_dense().T @ target).norm() ** 2 / target.norm() ** 2
     assert json.loads(capsys.readouterr().out)["captured_factor"] == pytest.approx(float(dense), rel=1e-6)
     loaded = PeftModel.from_pretrained(subject._base(), str(tmp_path / "out")).eval()

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained
+from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, saved, trained_model
 from tests.reference.peft_toys import CONFIGS
 from tests.tuner.models import TARGETS, TASKS, base_model, config, train_steps
 from uniproj import AdapterError
@@ -29,9 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-each_kind = pytest.mark.parametrize("kind", TARGETS)
 METHODS = [known.kind for known in registry.every() if isinstance(known, PeftMethod) and known.kind != "LORA"]
-each_format = pytest.mark.parametrize("method", METHODS)
 
 
 def peft_adapter(method: str, kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
@@ -48,25 +46,24 @@ def _in(folder: Path, kind: str, out: Path) -> tuple[dict[str, Any], PeftModel]:
     return report, loaded(kind, out)
 
 
-@each_kind
 @pytest.mark.parametrize(
-    ("projection", "method", "fields"),
+    ("kind", "projection", "method", "fields"),
     [
-        ("unilora", "UNILORA", {}),
-        ("unilora", "UNILORA", {"lora_alpha": 10}),
-        ("unilora", "UNILORA", {"projection_kwargs": {"assignment": "peft"}}),
-        ("unilora_local", "UNILORA", {}),
-        ("unilora_nonuniform", "UNILORA", {"projection_seed": 7}),
-        ("unilora_unnormalised", "UNILORA", {}),
-        ("vera", "VERA", {"lora_alpha": 6}),
-        ("vblora", "VBLORA", {"lora_alpha": 6}),
-        ("tinylora", "TINYLORA", {"lora_alpha": 6, "projection_kwargs": {"u": 5}}),
-        ("tinylora", "TINYLORA", {"r": 2, "projection_kwargs": {"u": 5, "weight_tying": 1.0, "side": "A"}}),
+        ("bert", "unilora", "UNILORA", {}),
+        ("gpt2", "unilora", "UNILORA", {"lora_alpha": 10}),
+        ("llama", "unilora", "UNILORA", {"projection_kwargs": {"assignment": "peft"}}),
+        ("bert", "unilora_local", "UNILORA", {}),
+        ("gpt2", "unilora_nonuniform", "UNILORA", {"projection_seed": 7}),
+        ("llama", "unilora_unnormalised", "UNILORA", {}),
+        ("bert", "vera", "VERA", {"lora_alpha": 6}),
+        ("gpt2", "vblora", "VBLORA", {"lora_alpha": 6}),
+        ("llama", "tinylora", "TINYLORA", {"lora_alpha": 6, "projection_kwargs": {"u": 5}}),
+        ("bert", "tinylora", "TINYLORA", {"r": 2, "projection_kwargs": {"u": 5, "weight_tying": 1.0, "side": "A"}}),
     ],
     ids=str,
 )
 def test_there_and_back(kind: str, projection: str, method: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    model = trained(kind, projection, **fields)
+    model = trained_model(kind, projection, **fields)
     wanted = logits(model, kind)
     folder, there, back = saved(model, tmp_path / "ours"), tmp_path / "there", tmp_path / "back"
     base = base_model(kind) if method == "TINYLORA" else None
@@ -82,8 +79,8 @@ def test_there_and_back(kind: str, projection: str, method: str, fields: dict[st
         assert report["projection"] == same.get(projection, projection)
 
 
-@each_kind
-@each_format
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_peft_trained_comes_in(kind: str, method: str, tmp_path: Path) -> None:
     model = peft_adapter(method, kind)
     model.save_pretrained(tmp_path / "theirs")
@@ -110,7 +107,7 @@ def test_unilora_saves_its_indices_only_where_peft_would_draw_others(tmp_path: P
         sizes[name] = load_file(tmp_path / name / WEIGHTS)
         assert list(sizes[name]) == ["base_model.unilora_theta_d"] and not fields_of(tmp_path / name)["save_indices"]
     # the same seed and rule, but not PEFT's order of modules
-    other = trained("llama", "unilora", projection_kwargs={"assignment": "peft"})
+    other = trained_model("llama", "unilora", projection_kwargs={"assignment": "peft"})
     export(saved(other, tmp_path / "other"), tmp_path / "unknown", to="unilora")
     assert fields_of(tmp_path / "unknown")["save_indices"] and len(load_file(tmp_path / "unknown" / WEIGHTS)) > 1
 
@@ -173,7 +170,7 @@ def test_a_compressed_import_tells_its_loss(tmp_path: Path) -> None:
 
 def test_dropout_bias_and_places_come_along(tmp_path: Path) -> None:
     fields = {"lora_dropout": 0.1, "bias": "lora_only", "exclude_modules": ["layers.1.self_attn.v_proj"]}
-    model = trained("llama", "vera", **fields)
+    model = trained_model("llama", "vera", **fields)
     export(saved(model, tmp_path / "ours"), tmp_path / "there", to="vera")
     found = fields_of(tmp_path / "there")
     assert found["vera_dropout"] == 0.1 and found["bias"] == "vera_only" and len(found["target_modules"]) == 5
@@ -189,14 +186,15 @@ def test_dropout_bias_and_places_come_along(tmp_path: Path) -> None:
 def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(AdapterError, match="VERA must get a VeRA projection, got 'unilora'"):
-        export(trained("llama", "unilora"), out, to="vera")
+        export(trained_model("llama", "unilora"), out, to="vera")
     with pytest.raises(AdapterError, match=r"must be one positive number for all modules, got \[1\.0, 1\.75"):
-        export(trained("llama", "unilora", alpha_pattern={"v_proj": 7}), out, to="unilora")
+        export(trained_model("llama", "unilora", alpha_pattern={"v_proj": 7}), out, to="unilora")
     with pytest.raises(AdapterError, match=r"must have .* by the projection's layout"):
-        export(trained("llama", "unilora", rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 3}), out, to="unilora")
+        patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 3}}
+        export(trained_model("llama", "unilora", **patterns), out, to="unilora")
     with pytest.raises(AdapterError, match="UNILORA has no trainable_token_indices"):
-        export(trained("llama", "unilora", trainable_token_indices=[3]), out, to="unilora")
-    folder = saved(trained("llama", "tinylora", projection_kwargs={"u": 5}), tmp_path / "ours")
+        export(trained_model("llama", "unilora", trainable_token_indices=[3]), out, to="unilora")
+    folder = saved(trained_model("llama", "tinylora", projection_kwargs={"u": 5}), tmp_path / "ours")
     with pytest.raises(AdapterError, match=r"tinylora is made of its weights\. Pass --base"):
         export(folder, out, to="tinylora")
     assert not out.exists()

@@ -160,18 +160,18 @@ def _built(
     return P
 
 
-def lora_settings(config: LoraConfig) -> dict[str, Any]:
+def lora_fields(config: LoraConfig) -> dict[str, Any]:
     """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
     names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
     return {name: getattr(config, name) for name in names}
 
 
 def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
-    """The rank of every module, with the pattern that fits its name."""
+    """The rank of every module, by the first pattern that matches its name."""
     return of_modules("rank_pattern", config.rank_pattern, modules, config.r)
 
 
 def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
-    """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
+    """PEFT's alpha / r, or alpha / sqrt(r), of every module, by the first pattern that matches its name."""
     alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
     return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}

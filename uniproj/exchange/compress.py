@@ -11,8 +11,8 @@ from torch import nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
-from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
 from uniproj.format.fields import Role, of
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
@@ -56,23 +56,23 @@ def compress(
         needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
     own, target = copy.deepcopy(P), adapter.theta_D.double()
-    found = fit(own, target)
+    found = least_squares(own, target)
     unbalanced = captured(target, found.theta_D)
     if 1.0 - unbalanced <= _IN_IMAGE:  # such as what was exported from this P: another gauge would lead out of it
         P = own
     else:
         target = balanced(adapter.layout, target)
-        found = fit(P, target)
+        found = least_squares(P, target)
     with torch.no_grad():
         reached = P(found.theta_d.float().double())  # as it will be read: theta_d in float32
     factor = captured(target, reached)
-    settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in of(Role.START)}
+    fields = {name: value for name, value in lora_fields(adapter.config).items() if name not in of(Role.START)}
     config = UniProjConfig(
         projection=projection,
         d=d,
         projection_seed=seed,
         projection_kwargs=dict(options),
-        **settings,
+        **fields,
     )
     return Adapter(P, found.theta_d.float(), config, P.layout, adapter.scales, adapter.other), {
         "projection": projection,

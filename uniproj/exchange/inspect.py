@@ -15,11 +15,10 @@ from uniproj.registry import get
 def describe(folder: Path) -> dict[str, Any]:
     """What is known of a saved adapter, as JSON holds it. Raises AdapterError for a file that is not as saved."""
     saved = read(folder)
-    trained = sum(tensor.numel() * tensor.element_size() for tensor in saved.tensors.values())
     return {
         "path": str(folder),
         "bytes": {name: (folder / name).stat().st_size for name in (CONFIG, WEIGHTS)},
-        "bytes_of_tensors": trained,
+        "bytes_of_tensors": sum(tensor.numel() * tensor.element_size() for tensor in saved.tensors.values()),
         "tensors": {
             name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for name, tensor in saved.tensors.items()

@@ -23,7 +23,7 @@ CLOSED_FORM, LEAST_SQUARES, DESCENT = "closed form", "LSMR", "gradient descent"
 
 
 @dataclass(frozen=True)
-class _Fit:
+class _Nearest:
     """theta_d (d,) float64 that minimises ||W (theta_D - P theta_d - c)||, the theta_D (D,) it gives, and how."""
 
     theta_d: Tensor
@@ -31,7 +31,7 @@ class _Fit:
     method: str
 
 
-def fit(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> _Fit:
+def least_squares(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> _Nearest:
     """The nearest point of P's image to theta_D (D,), with weights (D,) >= 0 on squared differences.
 
     theta_d = P^T (theta_D - c) where P is isometric and unweighted; LSMR for any other fixed P; a learned P is moved
@@ -50,7 +50,7 @@ def fit(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> _Fit:
         else:
             theta_d = _solve(P, rest, weights)
             method = method if method == DESCENT else LEAST_SQUARES
-        return _Fit(theta_d, P(theta_d), method)
+        return _Nearest(theta_d, P(theta_d), method)
 
 
 def _solve(P: Projection, rest: Tensor, weights: Tensor | None) -> Tensor:

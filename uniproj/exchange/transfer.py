@@ -94,7 +94,11 @@ def import_adapter(
         adapter, P = found, found.projection
         report = {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
     adapter.save(out)
-    return report
+    return {**report, "bytes_before": _size(path), "bytes": _size(Path(out))}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
 
 
 def _reader(folder: Path) -> registry.Format:

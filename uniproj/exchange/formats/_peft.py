@@ -259,7 +259,7 @@ class PeftMethod(Format):
             lora_dropout=getattr(config, f"{kind}_dropout"),
             bias=config.bias.replace(kind, "lora"),
             d=found.d if found.free_d else None,
-            **_rank_settings(P.layout, config.r),
+            **_rank_fields(P.layout, config.r),
         )
         _copy_places(config, ours, list(shapes))
         other = entitled(other, config.to_dict(), shapes, str(folder))
@@ -343,7 +343,7 @@ def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
         target.target_modules = modules
 
 
-def _rank_settings(layout: LoRALayout, r: int) -> dict[str, Any]:
+def _rank_fields(layout: LoRALayout, r: int) -> dict[str, Any]:
     """r, and the modules whose rank PEFT cut down to their size; alpha = r everywhere, so that s = 1."""
     cut = {a.module: a.shape[0] for _, a in layout.pairs() if a.shape[0] != r}
     return {"r": r, "lora_alpha": r, "rank_pattern": cut, "alpha_pattern": dict(cut)}
@@ -351,9 +351,9 @@ def _rank_settings(layout: LoRALayout, r: int) -> dict[str, Any]:
 
 def _not_plain(layer: Any, adapter_name: str) -> str:
     """What makes a layer's update something else than s B A, or nothing."""
-    base = layer.get_base_layer()
-    if isinstance(base, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-        return type(base).__name__
+    adapted = layer.get_base_layer()
+    if isinstance(adapted, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        return type(adapted).__name__
     if hasattr(layer, "parameter_name"):
         return f"target_parameters {layer.parameter_name!r}"
     if adapter_name in getattr(layer, "lora_variant", {}):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import peft_folder
-from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings, ranks, scales
+from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields, ranks, scales
 from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod
 from uniproj.exchange.registry import register
 from uniproj.format.fields import Role, used
@@ -109,9 +109,9 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
 
     Raises AdapterError for a rank below that of a module, and where the disk refuses; what was there before stays.
     """
-    ranks = [a.shape[0] for _, a in adapter.layout.pairs()]
-    if rank is not None and rank < max(ranks):
-        raise AdapterError(f"export: rank must be at least that of every module, {max(ranks)}, got {rank}. Raise it.")
+    largest = max(a.shape[0] for _, a in adapter.layout.pairs())
+    if rank is not None and rank < largest:
+        raise AdapterError(f"export: rank must be at least that of every module, {largest}, got {rank}. Raise it.")
     config = _config(adapter, rank)
     written = scales(config, adapter.layout, rank)
     shapes = {_name(block): _shape(block, rank) for block in adapter.layout.blocks}
@@ -131,12 +131,12 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
 
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
-    settings = lora_settings(adapter.config) | {"inference_mode": True}
+    fields = lora_fields(adapter.config) | {"inference_mode": True}
     if rank is not None:
         first = next(iter(adapter.scales.values()))
-        settings |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
-        settings |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    return LoraConfig(**settings)
+        fields |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
+        fields |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    return LoraConfig(**fields)
 
 
 def _name(block: Block) -> str:
