@@ -37,7 +37,7 @@ Q = f"{BASE}model.layers.0.self_attn.q_proj."
 HEAD = {"modules_to_save": ["lm_head"]}
 
 
-def _trained(kind: str = "llama", projection: str = "unilora", **fields: Any) -> PeftModel:
+def _trained_model(kind: str = "llama", projection: str = "unilora", **fields: Any) -> PeftModel:
     model = get_peft_model(base_model(kind), config(kind, projection, None if projection == "vblora" else 60, **fields))
     train_steps(model, kind, 2)
     return model.eval()
@@ -139,10 +139,10 @@ ADDED: dict[str, tuple[dict[str, Any], str, Tensor, str]] = {
 def test_a_tensor_to_which_no_configuration_entitles_is_refused_by_its_name(case: str, tmp_path: Path) -> None:
     fields, key, tensor, said = ADDED[case]
     folder = tmp_path / "forged"
-    _trained(**fields).save_pretrained(folder)
+    _trained_model(**fields).save_pretrained(folder)
     rewrite(folder, lambda tensors: {**tensors, key: tensor})
     said = f"{re.escape(key.removeprefix(BASE))}.*{said}"
-    model = _trained(**HEAD)
+    model = _trained_model(**HEAD)
     before = _of(model)
     ways: list[Callable[[], object]] = [
         lambda: model.load_adapter(folder, "second"),
@@ -190,8 +190,8 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], dict[str, T
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_or_missing_tensor_leaves_the_model_bit_for_bit(case: str, tmp_path: Path) -> None:
     fields, change, said = WRONG[case]
-    _trained(**fields).save_pretrained(tmp_path)
-    model = _trained(**fields)
+    _trained_model(**fields).save_pretrained(tmp_path)
+    model = _trained_model(**fields)
     before = _of(model)
     rewrite(tmp_path, change)
     with pytest.raises(AdapterError, match=said):
@@ -210,8 +210,8 @@ def test_a_wrong_or_missing_tensor_leaves_the_model_bit_for_bit(case: str, tmp_p
 
 def test_what_another_configuration_trains_does_not_reach_the_base(tmp_path: Path) -> None:
     """Over an adapter of the same P that trains less: its own configuration decides, not the file's."""
-    _trained(modules_to_save=["model.norm"]).save_pretrained(tmp_path)
-    model = _trained()
+    _trained_model(modules_to_save=["model.norm"]).save_pretrained(tmp_path)
+    model = _trained_model()
     before = _of(model)
     for load in (
         lambda: model.load_adapter(tmp_path, "default"),
@@ -223,7 +223,7 @@ def test_what_another_configuration_trains_does_not_reach_the_base(tmp_path: Pat
 
 
 def test_a_learned_P_has_its_own_numbers_and_no_more(tmp_path: Path) -> None:
-    _trained(projection="vblora").save_pretrained(tmp_path / "ours")
+    _trained_model(projection="vblora").save_pretrained(tmp_path / "ours")
     folder, more = tmp_path / "ours", f"{OF_P}more"
     rewrite(folder, lambda tensors: {**tensors, more: torch.ones(3)})
     for way in (
@@ -270,7 +270,7 @@ def _beside(tensors: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("case", TRAINED)
 def test_what_is_trained_comes_back_exactly_under_the_keys_of_LORA(case: str, tmp_path: Path) -> None:
     kind, projection, fields = TRAINED[case]
-    model = _trained(kind, projection, **fields)
+    model = _trained_model(kind, projection, **fields)
     model.save_pretrained(tmp_path / "ours")
     given = {key: getattr(config(kind), key) for key in ("r", "target_modules", "task_type")}
     lora = get_peft_model(base_model(kind), LoraConfig(**given, **fields))
@@ -278,14 +278,14 @@ def test_what_is_trained_comes_back_exactly_under_the_keys_of_LORA(case: str, tm
     assert _beside(saved) == _beside(get_peft_model_state_dict(lora)) != set()
     assert not any(".original_module." in key or ".modules_to_save." in key for key in saved)
     state = model.state_dict()
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     again = PeftModel.from_pretrained(base_model(kind), tmp_path / "ours").eval()
     now = again.state_dict()
     assert now.keys() == state.keys()
-    assert all(torch.equal(now[key], state[key]) for key in trained if ".original_module." not in key)
+    assert all(torch.equal(now[key], state[key]) for key in trainable if ".original_module." not in key)
     assert torch.equal(_logits(again, kind), _logits(model, kind))
     verify(tmp_path / "ours")
-    other = _trained(kind, projection, **fields)
+    other = _trained_model(kind, projection, **fields)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model, save_embedding_layers=False))
     assert torch.equal(_logits(other, kind), _logits(model, kind))
     if "trainable_token_indices" not in fields:
@@ -295,7 +295,7 @@ def test_what_is_trained_comes_back_exactly_under_the_keys_of_LORA(case: str, tm
 
 
 def test_a_head_beside_another_adapters_head(tmp_path: Path) -> None:
-    first, second = _trained(**HEAD), _trained(**HEAD, projection_seed=3)
+    first, second = _trained_model(**HEAD), _trained_model(**HEAD, projection_seed=3)
     second.save_pretrained(tmp_path)
     before = _logits(first)
     first.load_adapter(tmp_path, "second")
@@ -306,7 +306,7 @@ def test_a_head_beside_another_adapters_head(tmp_path: Path) -> None:
 
 def test_copies_of_biases_in_earlier_files_are_passed_over(tmp_path: Path) -> None:
     """Written by uniproj before, and by PEFT; whatever they hold, the base and other adapters do not get it."""
-    model = _trained("bert", bias="all")
+    model = _trained_model("bert", bias="all")
     model.save_pretrained(tmp_path)
     copies = {
         f"{BASE}classifier.original_module.bias": torch.full((3,), 9.0),
@@ -347,7 +347,7 @@ def _base_with_more_tokens(folder: Path) -> nn.Module:
 
 def test_embeddings_of_the_base_are_not_saved_with_an_adapter(tmp_path: Path) -> None:
     """An adapted output layer has the weights of any base; those of new tokens would be lost."""
-    model = _trained(target_modules=["q_proj", "lm_head"])
+    model = _trained_model(target_modules=["q_proj", "lm_head"])
     model.save_pretrained(tmp_path / "ours")
     assert not _beside(file.read(tmp_path / "ours").tensors)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path / "ours").eval()
@@ -385,7 +385,7 @@ def test_new_tokens_that_are_trained_come_back(fields: dict[str, Any], tmp_path:
 
 
 def test_base_weights_among_numbers_in_memory_must_be_the_models_own() -> None:
-    model = _trained(target_modules=["q_proj", "lm_head"])
+    model = _trained_model(target_modules=["q_proj", "lm_head"])
     numbers, key = get_peft_model_state_dict(model), f"{BASE}lm_head.base_layer.weight"
     assert key in numbers  # PEFT adds it
     other = get_peft_model(base_model("llama"), config("llama", target_modules=["q_proj", "lm_head"])).eval()
@@ -435,8 +435,8 @@ def test_heads_and_biases_of_a_LORA_come_along_and_back(tmp_path: Path) -> None:
 
 def test_a_configuration_that_would_train_everything_trains_copies(tmp_path: Path) -> None:
     """modules_to_save may name what it will: PEFT trains copies of it, and the base stays."""
-    settings = UniProjConfig(d=60, r=4, target_modules=["q_proj"], modules_to_save=["norm", "mlp", "lm_head"])
-    model = get_peft_model(base_model("llama"), settings)
+    adapter_config = UniProjConfig(d=60, r=4, target_modules=["q_proj"], modules_to_save=["norm", "mlp", "lm_head"])
+    model = get_peft_model(base_model("llama"), adapter_config)
     train_steps(model, "llama", 1)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path).eval()
