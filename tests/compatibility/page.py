@@ -12,7 +12,7 @@ from experiments.runs.provenance import device_name
 YES, REFUSES, NO = "yes", "refuses", "no"
 SECTIONS = (
     "PEFT: adapters",
-    "PEFT: settings",
+    "PEFT: configuration",
     "PEFT: base models and layers",
     "bitsandbytes",
     "Transformers",

@@ -79,7 +79,7 @@ def adapted(base: nn.Module | None = None, **fields: Any) -> Any:
     return get_peft_model(llama() if base is None else base, config(**fields))  # type: ignore[arg-type]
 
 
-def trained(base: nn.Module | None = None, **fields: Any) -> Any:
+def trained_model(base: nn.Module | None = None, **fields: Any) -> Any:
     """The same after a few steps, in eval mode."""
     model = adapted(base, **fields)
     steps(model)
@@ -132,7 +132,7 @@ def steps(model: nn.Module, count: int = 3, lr: float = 0.05) -> list[float]:
 
 def saved(folder: Path, base: nn.Module | None = None, **fields: Any) -> tuple[Path, Tensor]:
     """A trained adapter in a folder, and its logits."""
-    model = trained(base, **fields)
+    model = trained_model(base, **fields)
     model.save_pretrained(folder / "adapter")
     return folder / "adapter", logits(model)
 

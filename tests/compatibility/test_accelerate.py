@@ -27,7 +27,7 @@ from tests.compatibility.subjects import (
     logits,
     same,
     theta_d,
-    trained,
+    trained_model,
 )
 from tests.compatibility.two_processes import CASES
 from uniproj.errors import AdapterError
@@ -87,7 +87,7 @@ def test_mixed_precision_bf16() -> None:
 
 @capability("`unwrap_model`, `save_pretrained(state_dict=accelerator.get_state_dict(...))`")
 def test_unwrap_model_save_pretrained_state_dict_accelerator_get_state_dict(tmp_path: Path) -> None:
-    accelerator, model = _accelerator(), trained()
+    accelerator, model = _accelerator(), trained_model()
     prepared = accelerator.prepare(model)
     unwrapped = accelerator.unwrap_model(prepared)
     unwrapped.save_pretrained(tmp_path, state_dict=accelerator.get_state_dict(prepared))

@@ -25,7 +25,7 @@ from tests.compatibility.subjects import (
     saved_llama,
     steps,
     theta_d,
-    trained,
+    trained_model,
 )
 from uniproj.tuner.merging import merge_drift
 from uniproj.tuner.quantised import dequantised
@@ -82,7 +82,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 @capability("{kind}: training, saving, loading")
 @each_kind
 def test_training_saving_loading(kind: str, tmp_path: Path, remark: Remark) -> None:
-    model = trained(quantised(tmp_path, kind))
+    model = trained_model(quantised(tmp_path, kind))
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(quantised(tmp_path, kind), tmp_path / "adapter")
     same(logits(again), logits(model), "logits")
@@ -155,7 +155,7 @@ def test_methods_made_of_base_weights_lora_xs_dequantised_one_at_a_time(tmp_path
 
 @capability("4 bits: an adapter trained on the unquantised base")
 def test_4_bits_an_adapter_trained_on_the_unquantised_base(tmp_path: Path, remark: Remark) -> None:
-    model = trained()
+    model = trained_model()
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(quantised(tmp_path, "4 bits (NF4)"), tmp_path / "adapter")
     with again.disable_adapter():

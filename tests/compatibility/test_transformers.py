@@ -40,7 +40,7 @@ from tests.compatibility.subjects import (
     saved_llama,
     t5,
     theta_d,
-    trained,
+    trained_model,
 )
 from tests.compatibility.texts import tokenizer
 
@@ -54,11 +54,11 @@ def _data(classes: int | None = None) -> Dataset:
 
 
 def _trainer(folder: Path, model: Any = None, classes: int | None = None, **options: Any) -> Trainer:
-    settings: dict[str, Any] = {
+    common: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.02, "logging_steps": 1, "report_to": [],
         "seed": 1, "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
     }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **{**settings, **options})
+    arguments = TrainingArguments(str(folder), **{**common, **options})
     model = adapted(lora_dropout=0.1) if model is None else model
     return Trainer(model, arguments, train_dataset=_data(classes), eval_dataset=_data(classes))
 
@@ -137,7 +137,7 @@ def test_trainer_save_model_evaluate_predict(tmp_path: Path) -> None:
 
 @capability("`push_to_hub`: the folder that is uploaded loads")
 def test_push_to_hub_the_folder_that_is_uploaded_loads(tmp_path: Path) -> None:
-    model, uploaded = trained(), tmp_path / "uploaded"
+    model, uploaded = trained_model(), tmp_path / "uploaded"
 
     class Hub:
         def create_repo(self, repo_id: str, **_: Any) -> Any:
@@ -227,7 +227,7 @@ def test_autocast_in_bfloat16_theta_d_and_its_gradient_stay_float32(remark: Rema
 
 @capability("`generate`: greedy, sampling, beams")
 def test_generate_greedy_sampling_beams() -> None:
-    model = trained()
+    model = trained_model()
     options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0}
     ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3}]
     tokens = []
@@ -242,7 +242,7 @@ def test_generate_greedy_sampling_beams() -> None:
 
 @capability("`pipeline()` with a `PeftModel`")
 def test_pipeline_with_a_peftmodel() -> None:
-    model = trained()
+    model = trained_model()
     written = pipeline("text-generation", model=model, tokenizer=tokenizer(), trust_remote_code=False)(
         "a b c", max_new_tokens=4, do_sample=False, return_full_text=False
     )
@@ -290,7 +290,7 @@ def test_torch_compile_fullgraph_true_training_traced_no_code_generator() -> Non
 
 @capability("`resize_token_embeddings` of an adapted model")
 def test_resize_token_embeddings_of_an_adapted_model() -> None:
-    model = trained()
+    model = trained_model()
     expected = logits(model)
     model.resize_token_embeddings(70)
     same(logits(model)[..., :64], expected, "logits of the old tokens", 1e-6)

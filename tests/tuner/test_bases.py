@@ -153,10 +153,10 @@ def _mixtral() -> MixtralForCausalLM:
 
 
 def test_target_parameters_set_behind_the_configuration_are_refused() -> None:
-    settings = UniProjConfig(d=8, r=2, target_modules=["q_proj"])
-    settings.target_parameters = ["experts.gate_up_proj"]
+    adapter_config = UniProjConfig(d=8, r=2, target_modules=["q_proj"])
+    adapter_config.target_parameters = ["experts.gate_up_proj"]
     with pytest.raises(AdapterError, match="got the parameter 'gate_up_proj' of MixtralExperts"):
-        get_peft_model(_mixtral(), settings)
+        get_peft_model(_mixtral(), adapter_config)
 
 
 COMPUTED = {

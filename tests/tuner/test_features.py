@@ -32,10 +32,10 @@ def test_generate_projects_once_and_equals_the_merged_model(kind: str, monkeypat
     original = type(projection)._matvec
     monkeypatch.setattr(type(projection), "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
     inputs = {k: v for k, v in batch(kind).items() if k != "labels"}
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    tokens = model.generate(**inputs, **settings)
+    sampling = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(**inputs, **sampling)
     assert len(calls) == 1
-    assert torch.equal(model.merge_and_unload().generate(**inputs, **settings), tokens)
+    assert torch.equal(model.merge_and_unload().generate(**inputs, **sampling), tokens)
 
 
 def test_training_projects_once_per_forward(monkeypatch) -> None:
@@ -146,11 +146,11 @@ def test_unknown_projection_names_the_known_ones() -> None:
 def test_a_refused_adapter_leaves_the_model_as_it_was(change, error, message) -> None:
     model = base_model("llama")
     names, before = [n for n, _ in model.named_modules()], model(**batch("llama")).logits
-    trained = [p.requires_grad for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(error, match=message):
         get_peft_model(model, config("llama", **change))
     assert [n for n, _ in model.named_modules()] == names
-    assert [p.requires_grad for p in model.parameters()] == trained
+    assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.equal(model(**batch("llama")).logits, before)
 
 

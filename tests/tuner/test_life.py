@@ -1,4 +1,4 @@
-"""Attach, train, save, load, merge, unload: every projection on BERT-, Llama- and GPT-2-like models."""
+"""Attach, train, save, load, merge, unload: every projection, and every kind of model (BERT, Llama, GPT-2)."""
 
 import copy
 import json
@@ -12,10 +12,9 @@ from uniproj import get, names
 from uniproj.tuner import adapter_of
 
 KINDS = ("bert", "llama", "gpt2")
-
-
-def _d(projection: str) -> int | None:
-    return 60 if get(projection).free_d else None
+# every projection on one of the kinds in turn; a fixed P, one of base weights and a learned one on all of them
+LIVES = {(name, KINDS[i % 3]) for i, name in enumerate(names())}
+LIVES |= {(name, kind) for name in ("unilora", "lora_xs", "vblora") for kind in KINDS}
 
 
 def _reference(model: PeftModel, kind: str, name: str = "default") -> torch.Tensor:
@@ -34,11 +33,10 @@ def _reference(model: PeftModel, kind: str, name: str = "default") -> torch.Tens
     return reference(**batch(kind)).logits
 
 
-@pytest.mark.parametrize("projection", names())
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_life(kind: str, projection: str, tmp_path) -> None:
+@pytest.mark.parametrize(("projection", "kind"), sorted(LIVES))
+def test_whole_life(projection: str, kind: str, tmp_path) -> None:
     untouched = base_model(kind)(**batch(kind)).logits
-    model = get_peft_model(base_model(kind), config(kind, projection, _d(projection)))
+    model = get_peft_model(base_model(kind), config(kind, projection, 60 if get(projection).free_d else None))
     losses = train_steps(model, kind)
     assert losses[-1] < losses[0]
     model.eval()

@@ -50,7 +50,7 @@ SCRIPTS: dict[str, Calls] = {
 }
 
 
-def _trained(model: PeftModel) -> set[str]:
+def _trainable(model: PeftModel) -> set[str]:
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     return {adapter for adapter in model.peft_config if any(f".{adapter}." in f"{n}." for n in names)}
 
@@ -58,7 +58,7 @@ def _trained(model: PeftModel) -> set[str]:
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_same_adapters_are_trained_as_with_lora(script: str, loaded: bool, tmp_path: Path) -> None:
-    outcome = []
+    found = []
     for kind in ("lora", "uniproj"):
 
         def new(kind: str = kind) -> PeftConfig:
@@ -70,5 +70,5 @@ def test_the_same_adapters_are_trained_as_with_lora(script: str, loaded: bool, t
         base = base_model("llama")
         model = PeftModel.from_pretrained(base, saved) if loaded else get_peft_model(base, new())
         SCRIPTS[script](model, new, saved)
-        outcome.append((_trained(model), model.active_adapters))
-    assert outcome[0] == outcome[1]
+        found.append((_trainable(model), model.active_adapters))
+    assert found[0] == found[1]

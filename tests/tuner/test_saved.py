@@ -38,7 +38,7 @@ class Renamed(nn.Module):
         return self.inner(**inputs)
 
 
-def _trained(folder: Path, projection: str = "unilora", **fields) -> PeftModel:
+def _trained_model(folder: Path, projection: str = "unilora", **fields) -> PeftModel:
     """An adapter on Renamed() under the original names, moved off its start."""
     model = get_peft_model(Renamed(), config("llama", projection, task_type=None, **fields))
     train_steps(model, "llama", 2)
@@ -57,36 +57,36 @@ def test_a_remap_table_heals_renamed_modules(projection: str, tmp_path: Path) ->
     fields = (
         {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 12}} if projection == "unilora" else {}
     )
-    trained = _trained(tmp_path, projection, d=d, **fields)
+    model = _trained_model(tmp_path, projection, d=d, **fields)
     renames = ("self_attn", "attention"), ("q_proj", "query")
     with pytest.raises(AdapterError, match=r"Target modules|is missing"):
         PeftModel.from_pretrained(Renamed(*renames), tmp_path)
-    table = {"self_attn": "attention", "q_proj": "query"}
-    healed = PeftModel.from_pretrained(Renamed(*renames), tmp_path, remap=table)
-    assert torch.equal(_logits(healed), _logits(trained))
+    renamed = {"self_attn": "attention", "q_proj": "query"}
+    healed = PeftModel.from_pretrained(Renamed(*renames), tmp_path, remap=renamed)
+    assert torch.equal(_logits(healed), _logits(model))
     scaling = healed.base_model.model.inner.model.layers[0].attention.query.scaling["default"]
-    assert scaling == trained.base_model.model.inner.model.layers[0].self_attn.q_proj.scaling["default"]
+    assert scaling == model.base_model.model.inner.model.layers[0].self_attn.q_proj.scaling["default"]
 
     healed.save_pretrained(tmp_path / "again")  # the table is kept, and so is the list of the saved names
     again = PeftModel.from_pretrained(Renamed(*renames), tmp_path / "again")
-    assert torch.equal(_logits(again), _logits(trained))
+    assert torch.equal(_logits(again), _logits(model))
     headers = [file.read(folder).header for folder in (tmp_path, tmp_path / "again")]
     assert headers[0].layout == headers[1].layout
     third = PeftModel.from_pretrained(
         Renamed(("self_attn", "mixer"), ("q_proj", "query")), tmp_path / "again", remap={"attention": "mixer"}
     )
-    assert torch.equal(_logits(third), _logits(trained))
+    assert torch.equal(_logits(third), _logits(model))
 
 
 def test_a_renamed_head_moves_with_its_module(tmp_path: Path) -> None:
-    trained = _trained(tmp_path, modules_to_save=["lm_head"])
+    model = _trained_model(tmp_path, modules_to_save=["lm_head"])
     base = Renamed(("lm_head", "output"), ("layers", "blocks"))
     healed = PeftModel.from_pretrained(base, tmp_path, remap={"layers": "blocks", "lm_head": "output"})
-    assert torch.equal(_logits(healed), _logits(trained))
+    assert torch.equal(_logits(healed), _logits(model))
 
 
 def test_the_first_renamed_module_and_the_table_are_named(tmp_path: Path) -> None:
-    _trained(tmp_path)
+    _trained_model(tmp_path)
     base = Renamed(("self_attn", "attention"))
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj is missing.* --remap self_attn=attention"):
@@ -104,14 +104,14 @@ def test_the_first_renamed_module_and_the_table_are_named(tmp_path: Path) -> Non
     ],
 )
 def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, remap, message: str) -> None:
-    _trained(tmp_path)
+    _trained_model(tmp_path)
     with pytest.raises(AdapterError, match=message):
         UniProjConfig.from_pretrained(tmp_path, remap=remap)
 
 
 def _resized(**sizes) -> nn.Module:
-    settings = base_model("llama").config.to_dict() | sizes
-    return type(base_model("llama"))(type(base_model("llama").config).from_dict(settings))
+    fields = base_model("llama").config.to_dict() | sizes
+    return type(base_model("llama"))(type(base_model("llama").config).from_dict(fields))
 
 
 def test_the_first_difference_of_another_architecture_is_named(tmp_path: Path) -> None:
@@ -269,14 +269,14 @@ def test_a_file_says_what_was_trained_whatever_becomes_of_the_configuration(
     changed: str, between: str, tmp_path: Path
 ) -> None:
     """One object for a loop over seeds, or changed after use: the header is of the P that the numbers belong to."""
-    settings = config("llama")
-    model = get_peft_model(base_model("llama"), settings)
+    given = config("llama")
+    model = get_peft_model(base_model("llama"), given)
     if changed == "after training":
         train_steps(model, "llama")
-    settings.projection_seed, settings.lora_alpha = 5, 32
+    given.projection_seed, given.lora_alpha = 5, 32
     if between == "attach another":
         get_peft_model(base_model("bert"), config("bert"))
-        get_peft_model(base_model("llama"), settings)
+        get_peft_model(base_model("llama"), given)
     if changed == "before training":
         train_steps(model, "llama")
     model.eval().save_pretrained(tmp_path)

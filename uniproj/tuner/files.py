@@ -85,7 +85,7 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
     return tensors
 
 
-def _fits_target(target_pattern: str, key: str) -> bool:
+def _matches_target(target_pattern: str, key: str) -> bool:
     # PEFT asks this on saving, for all methods; the answer is PEFT's own unless matching would take too long
     return fits("target_modules", target_pattern, key)
 
@@ -128,9 +128,9 @@ def _set_peft_model_state_dict(
     return result
 
 
-def heads_by_new_names(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
+def heads_by_new_names(tensors: Mapping[str, Tensor], remap: Any) -> dict[str, Tensor]:
     """The tensors of a file, heads under the present names of modules that were renamed since."""
-    heads = {key: HEADS + renamed(key.removeprefix(HEADS), table) for key in tensors if key.startswith(HEADS)}
+    heads = {key: HEADS + renamed(key.removeprefix(HEADS), remap) for key in tensors if key.startswith(HEADS)}
     return {heads.get(key, key): tensor for key, tensor in tensors.items()}
 
 
@@ -211,6 +211,6 @@ def install() -> None:
     peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
-    save_and_load.match_target_against_key = _fits_target
+    save_and_load.match_target_against_key = _matches_target
     PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
     PeftModel.load_adapter, PeftModel.save_pretrained = _load_adapter, _save_pretrained

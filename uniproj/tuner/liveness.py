@@ -159,6 +159,6 @@ def _dtype(layer: LoraLayer) -> torch.dtype | None:
 
 
 def _weight(layer: LoraLayer) -> Tensor | None:
-    base = layer.get_base_layer()
-    found = getattr(base, "weight", None)
-    return found if isinstance(found, Tensor) else next(iter([*base.parameters(), *base.buffers()]), None)
+    base_layer = layer.get_base_layer()
+    found = getattr(base_layer, "weight", None)
+    return found if isinstance(found, Tensor) else next(iter([*base_layer.parameters(), *base_layer.buffers()]), None)

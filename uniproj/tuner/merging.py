@@ -56,8 +56,9 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     found = {n: m for n, m in layers.items() if set(adapters) & set(m.lora_A) - set(m.merged_adapters)}
     for name, layer in found.items():
-        base = layer.get_base_layer()
-        if is_parametrized(base) or "weight" in vars(base):  # the latter by nn.utils.weight_norm or spectral_norm
+        base_layer = layer.get_base_layer()
+        # the latter by nn.utils.weight_norm or spectral_norm
+        if is_parametrized(base_layer) or "weight" in vars(base_layer):
             raise AdapterError(
                 f"merge: the weight of {name} must be a Parameter, got one that is computed at each call (weight_norm, "
                 "spectral_norm or another parametrization) and would lose the adapter. Keep the adapter unmerged, or "
@@ -82,15 +83,15 @@ def _refuse_shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
 @torch.no_grad()
 def _moves(layer: LoraLayer, adapters: Sequence[str]) -> Iterator[tuple[float, float]]:
     """Squared norms of W' - (W + s B A) and of s B A, for a quantised layer."""
-    base = layer.get_base_layer()
-    with align_module_device(base):
-        W = dequantised(base)
-        if W is base.weight:
+    base_layer = layer.get_base_layer()
+    with align_module_device(base_layer):
+        W = dequantised(base_layer)
+        if W is base_layer.weight:
             return
         names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
         delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, torch.float64)
         twin = copy.copy(layer)
-        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base)}
+        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base_layer)}
         twin.merged_adapters = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -65,7 +65,7 @@ class UniProjModel(LoraModel):
         with unchanged_on_failure(self):
             if first:
                 self._prepare()
-            theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
+            theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.parameters()]
             self._prepare_adapter_config(given, self.get_model_config(model))
             with named_in_full(self.peft_config, adapter_name, model):
                 # P makes every A and B, so those that PEFT draws here may stay on the meta device
@@ -116,7 +116,7 @@ class UniProjModel(LoraModel):
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
-        _set_requires_grad([(p, is_trained) for p in source.trained()])
+        _set_requires_grad([(p, is_trained) for p in source.parameters()])
         self._watch_calls()
         keep_unpacked(self.model)
         check_alive(layers, adapter_name)

@@ -103,15 +103,15 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
 
 def _not_linear(layer: LoraLayer, adapter_name: str, parent: nn.Module) -> str:
     """What keeps a layer from being adapted, or nothing."""
-    base = layer.get_base_layer()
+    base_layer = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
-        return f"the parameter {layer.parameter_name!r} of {type(base).__name__}"
+        return f"the parameter {layer.parameter_name!r} of {type(base_layer).__name__}"
     if isinstance(layer, MultiheadAttention):
-        return type(base).__name__
+        return type(base_layer).__name__
     if isinstance(parent, nn.MultiheadAttention):
         return "the output projection of nn.MultiheadAttention, which uses its weight and passes the adapter by"
     if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
-        return type(base).__name__
+        return type(base_layer).__name__
     return ""
 
 
