@@ -20,7 +20,7 @@ CLONE = "clone"
 @register("bandwidth_floor")
 def make(committed: Committed) -> Sequence[Figure]:
     """Forward and adjoint over the time to copy D floats, a panel per architecture."""
-    kernel = committed.table("overhead/overhead-kernel.csv", "case", "method", "both_per_copy", "rounds")
+    kernel = committed.read("overhead/overhead-kernel.csv", "case", "method", "both_per_copy", "rounds")
     if kernel is None:
         return [missing(f"ratio to the bandwidth floor: {NOT_RUN}")]
     timed = kernel[kernel["both_per_copy"].notna()]

@@ -25,7 +25,7 @@ NEEDED = {
 @register("landscape")
 def make(committed: Committed) -> Sequence[Figure]:
     """From the committed tables of `analysis.landscape`."""
-    found = committed.tables("landscape", NEEDED)
+    found = committed.read_analysis("landscape", NEEDED)
     return [missing(f"landscape: {NOT_RUN}") if found is None else draw(found)]
 
 

@@ -18,8 +18,8 @@ ROUNDING = 1e-12
 @register("measured_properties")
 def make(committed: Committed) -> Sequence[Table]:
     """A row per choice of hyperparameters that either analysis measured."""
-    verdicts = committed.table("isometry/isometry-verdicts.csv", "variant", "verdict", "sigma_min", "coherence")
-    columns = committed.table("sharing/sharing-columns.csv", "variant", "modules_per_column", "n_min", "row_mean")
+    verdicts = committed.read("isometry/isometry-verdicts.csv", "variant", "verdict", "sigma_min", "coherence")
+    columns = committed.read("sharing/sharing-columns.csv", "variant", "modules_per_column", "n_min", "row_mean")
     known = [list(table["variant"]) for table in (verdicts, columns) if table is not None]
     measured = list(dict.fromkeys(name for each in known for name in each)) or ["all"]
     first = {} if verdicts is None else verdicts.set_index("variant").to_dict("index")
