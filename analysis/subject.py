@@ -60,10 +60,10 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=int, default=Setting.seed, help="of P, the head and the order of rows")
 
 
-def add_training(options: argparse.ArgumentParser, steps: int, what: str, trained: str, least: int = 1) -> None:
-    """The options of a short training: how many steps (and at least), of what use, at which rate of what."""
-    options.add_argument("--steps", type=at_least(least), default=steps, help=f"of training{what}")
-    options.add_argument("--lr", type=float, default=1e-2, help=f"of {trained}, AdamW")
+def add_training(options: argparse.ArgumentParser, steps: int, purpose: str, vector: str, least: int = 1) -> None:
+    """The options of a short training: steps (and at least), what for, and the rate of which vector."""
+    options.add_argument("--steps", type=at_least(least), default=steps, help=f"of training{purpose}")
+    options.add_argument("--lr", type=float, default=1e-2, help=f"of {vector}, AdamW")
 
 
 def from_options(args: argparse.Namespace) -> Setting:

@@ -56,38 +56,38 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    trained = Trajectory(theta_d.data, head, _probe(subject, P, theta_d, head), float("nan"))
+    trajectory = Trajectory(theta_d.data, head, _probe(subject, P, theta_d, head), float("nan"))
     kept = {round(i * steps / snapshots) for i in range(1, snapshots + 1)} if snapshots else set()
     for step, batch in enumerate(bar(subject.batches(steps), P.name)):
         loss = subject.loss(P(theta_d), head, batch)
         loss.backward()
         if snapshots and (step == 0 or step in kept):
-            _keep(trained, P, step, theta_d)
+            _keep(trajectory, P, step, theta_d)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     if snapshots:
         subject.loss(P(theta_d), head, subject.batches(1, skip=steps)[0]).backward()
-        _keep(trained, P, steps, theta_d)
-    trained.theta_d = theta_d.detach().clone()
-    trained.head = {name: value.detach().clone() for name, value in head.items()}
-    trained.loss_after = _probe(subject, P, theta_d, head)
-    return trained
+        _keep(trajectory, P, steps, theta_d)
+    trajectory.theta_d = theta_d.detach().clone()
+    trajectory.head = {name: value.detach().clone() for name, value in head.items()}
+    trajectory.loss_after = _probe(subject, P, theta_d, head)
+    return trajectory
 
 
 def train_lora(subject: Subject, steps: int, lr: float) -> tuple[Tensor, Head]:
     """(theta_D (D,), head) of LoRA itself, from where the subject stands."""
     every = Select(subject.layout, torch.arange(subject.layout.D))
-    trained = train(subject, every, steps, lr, start=subject.theta_D)
-    return trained.theta_d, trained.head
+    trajectory = train(subject, every, steps, lr, start=subject.theta_D)
+    return trajectory.theta_d, trajectory.head
 
 
-def _keep(trained: Trajectory, P: Projection, step: int, theta_d: nn.Parameter) -> None:
+def _keep(trajectory: Trajectory, P: Projection, step: int, theta_d: nn.Parameter) -> None:
     assert theta_d.grad is not None
-    trained.steps.append(step)
-    trained.thetas.append(theta_d.detach().double().clone())
-    trained.gradients.append(theta_d.grad.double().clone())
-    trained.learned.append({name: p.detach().clone() for name, p in P.named_parameters()})
+    trajectory.steps.append(step)
+    trajectory.thetas.append(theta_d.detach().double().clone())
+    trajectory.gradients.append(theta_d.grad.double().clone())
+    trajectory.learned.append({name: p.detach().clone() for name, p in P.named_parameters()})
 
 
 @torch.no_grad()

@@ -85,19 +85,19 @@ class Committed:
     @cached_property
     def costs(self) -> pd.DataFrame | None:
         """What `analysis.overhead` measured of each method on each base."""
-        return self.table(
+        return self.read(
             str(OVERHEAD), *("base", "method", "trained", "step_ratio", "step_ratio_low", "step_ratio_high"),
             *("step_pairs", "peak_bytes", "peak_bytes_per_coordinate_beyond_lora", "file_bytes"),
         )  # fmt: skip
 
-    def table(self, path: str, *columns: str) -> pd.DataFrame | None:
+    def read(self, path: str, *columns: str) -> pd.DataFrame | None:
         """An analysis table, or None if it was not made. Raises ExperimentError where it lacks one of these columns."""
         file = self.folder / path
         return read_table(file, columns) if file.exists() else None
 
-    def tables(self, name: str, needed: Mapping[str, Sequence[str]]) -> dict[str, pd.DataFrame] | None:
+    def read_analysis(self, name: str, needed: Mapping[str, Sequence[str]]) -> dict[str, pd.DataFrame] | None:
         """The tables of an analysis with their columns, or None if one of them was not made."""
-        found = {key: self.table(f"{name}/{name}-{key}.csv", *columns) for key, columns in needed.items()}
+        found = {key: self.read(f"{name}/{name}-{key}.csv", *columns) for key, columns in needed.items()}
         made = {key: table for key, table in found.items() if table is not None}
         return made if len(made) == len(needed) else None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from experiments.records import statistics
+from paper_figures import style
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
 from paper_figures.published import claims, of_table
 from paper_figures.typesetting import Table
@@ -111,9 +112,8 @@ def _ours(spec: Comparison, ours: Ours, sweep: Sweep | None) -> list[Row]:
             found.append(Row(block, label, name, NOT_RUN, {c: Score(NOT_RUN) for c in spec.columns}))
             continue
         cells = {c: _cell(sweep, ours.places.get(c), name) for c in spec.columns}
-        trained = sweep.cells.loc[sweep.cells["projection"] == name, "trained"].dropna().unique()
-        sizes = " to ".join(f"{int(n):,}" for n in sorted({min(trained), max(trained)})) if len(trained) else NOT_RUN
-        found.append(Row(block, label, name, sizes, cells))
+        trained = sweep.cells.loc[sweep.cells["projection"] == name, "trained"].dropna()
+        found.append(Row(block, label, name, style.span(trained) if len(trained) else NOT_RUN, cells))
     return found
 
 

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from paper_figures import style
 
-PUBLISHED = "#555555"
+FACTS = PUBLISHED = "#555555"
 MISSING = "#777777"
 LINE = 0.155
 
@@ -40,6 +40,11 @@ def say(axes: Axes, text: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
+
+
+def guide(axes: Axes, at: float, upright: bool = True) -> None:
+    """A dashed line at the value with which the others are compared."""
+    (axes.axvline if upright else axes.axhline)(at, color=FACTS, linewidth=0.8, linestyle="--")
 
 
 def point(

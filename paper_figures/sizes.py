@@ -45,11 +45,9 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
                 alpha=0.6,
             )
     logarithmic(axes)
-    counts = sorted(set(usable["n"]))
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     axes.set_ylabel(unit(usable["metric"].iloc[0]))
     _name_lost(axes, cells[cells["status"] != COMPLETE])
-    axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {seeds} seeds, 95 % t interval)")
+    axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {style.span(usable['n'])} seeds, 95 % t interval)")
 
 
 def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:

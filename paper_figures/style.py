@@ -110,10 +110,10 @@ def line(name: str) -> dict[str, Any]:
     return {"color": colour(name), "marker": marker(name), "linestyle": dash(name), "label": method(name)}
 
 
-def span(sizes: pd.Series) -> str:
-    """The least and the largest of these counts, as a title has them."""
-    low, high = int(sizes.min()), int(sizes.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def span(counts: Iterable[float]) -> str:
+    """The least and the largest of these counts, as titles and axes have them: 3, or 1 to 3."""
+    found = sorted(map(int, counts))
+    return f"{found[0]:,}" if found[0] == found[-1] else f"{found[0]:,} to {found[-1]:,}"
 
 
 @contextmanager

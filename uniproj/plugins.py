@@ -8,18 +8,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from uniproj.errors import ProjectionError
 
 
 def add_option(parser: argparse.ArgumentParser, at_once: int | str = 1) -> None:
     """The option `--plugins`, which may be repeated; at_once: "+" for commands that end in no other words."""
-    help = "modules or Python files that register projections or formats of your own"
+    help = "modules or Python files that register projections, formats or figures of your own"
     parser.add_argument("--plugins", nargs=at_once, action="extend", default=[], metavar="FILE", help=help)
 
 
@@ -27,6 +31,19 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     """The option `--trust-remote-code`."""
     help = "run the Python code that comes with a base model; read it first"
     parser.add_argument("--trust-remote-code", action="store_true", help=help)
+
+
+def discover(package: str, group: str, register: Callable[[str], Callable[[Any], object]]) -> None:
+    """Import every file of a package without a leading underscore, which register themselves, and register what the
+    entry points of a group name; of one that cannot be loaded a warning."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package}.{module.name}")
+    for entry in importlib.metadata.entry_points(group=group):
+        try:
+            register(entry.name)(entry.load())
+        except Exception as error:  # somebody else's package must not take ours down
+            warnings.warn(f"{group}: {entry.name!r} of {entry.value} cannot be loaded: {error!r}", stacklevel=2)
 
 
 _loaded: dict[str, None] = {}
@@ -40,7 +57,7 @@ def loaded() -> list[str]:
 def load(plugins: Iterable[str]) -> None:
     """Import each plugin, a .py file or the name of an installed module, once per process.
 
-    It registers its projections with `uniproj.register`. Raises ProjectionError if it cannot be imported.
+    It registers its projections, formats or figures. Raises ProjectionError if it cannot be imported.
     """
     for plugin in plugins:
         try:

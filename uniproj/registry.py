@@ -3,11 +3,7 @@ group `uniproj.projections`."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import operator
-import pkgutil
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -19,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from uniproj.claims import refuse_unknown
 from uniproj.errors import ProjectionError, shown, unknown
 from uniproj.layout import LoRALayout
+from uniproj.plugins import discover
 from uniproj.projection import Projection
 
 ENTRY_POINTS = "uniproj.projections"
@@ -53,14 +50,7 @@ def register(name: str) -> Callable[[P], P]:
 
 @cache
 def _load() -> None:
-    folder = importlib.import_module("uniproj.projections")
-    for module in (m for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            register(entry.name)(entry.load())
-        except Exception as error:  # somebody else's package must not take ours down
-            warnings.warn(f"projection {entry.name!r} of {entry.value} cannot be loaded: {error!r}", stacklevel=2)
+    discover("uniproj.projections", ENTRY_POINTS, register)
 
 
 def names() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis.command import bar
-from analysis.spaces import entries, vectors
+from analysis.spaces import Choice, entries, vectors
 from analysis.subject import Batch, Head, Subject
 from analysis.training import Trajectory, train
 from uniproj import Projection
@@ -53,7 +53,7 @@ def along(
 
 
 def landscape(
-    subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
+    subject: Subject, chosen: Sequence[Choice], d: int, steps: int, lr: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the subject behind each projection, then measure where it arrived, on 4 batches it did not see (losses: 2).
 
@@ -74,15 +74,15 @@ def _of_training(
     subject: Subject, P: Projection, steps: int, lr: float, unseen: Sequence[Batch]
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     before = gradient_norms(subject, P, P.init_theta(subject.setting.seed), subject.head, unseen)
-    trained = train(subject, P, steps, lr)
-    points = along(subject, P, trained.theta_d, trained.head, unseen[:LOSS_BATCHES])
-    return _norms(subject, P, before, trained, unseen), points
+    trajectory = train(subject, P, steps, lr)
+    points = along(subject, P, trajectory.theta_d, trajectory.head, unseen[:LOSS_BATCHES])
+    return _norms(subject, P, before, trajectory, unseen), points
 
 
 def _norms(
-    subject: Subject, P: Projection, before: Tensor, trained: Trajectory, batches: Sequence[Batch]
+    subject: Subject, P: Projection, before: Tensor, trajectory: Trajectory, batches: Sequence[Batch]
 ) -> dict[str, Any]:
-    ratio = gradient_norms(subject, P, trained.theta_d, trained.head, batches)
+    ratio = gradient_norms(subject, P, trajectory.theta_d, trajectory.head, batches)
     return {
         "isometric": acts_as_isometry(P),
         "random": (P.d / P.D) ** 0.5,
@@ -91,5 +91,5 @@ def _norms(
         "least": float(ratio.min()),
         "largest": float(ratio.max()),
         "n": len(ratio),
-        "did_train": trained.did_train,
+        "did_train": trajectory.did_train,
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from analysis.command import bar
-from analysis.spaces import build
+from analysis.spaces import Choice, build
 from analysis.subject import Head, Subject
 from uniproj import Projection
 from uniproj.exchange.compress import GAUGE_LIMIT, GAUGE_NOTE
@@ -29,7 +29,7 @@ def fisher(subject: Subject, theta_D: Tensor, head: Head) -> Tensor:
 
 
 def reconstruct(
-    subject: Subject, theta_D: Tensor, head: Head, chosen: Sequence[tuple[str, Mapping[str, Any]]], sizes: Sequence[int]
+    subject: Subject, theta_D: Tensor, head: Head, chosen: Sequence[Choice], sizes: Sequence[int]
 ) -> pd.DataFrame:
     """A row per projection and d: captured energies of theta_D (D,) and the task score of what was reconstructed.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.columns import Loads, loads
 from analysis.command import bar
-from analysis.spaces import entries
+from analysis.spaces import Choice, entries
 from uniproj import LoRALayout
 
 # Columns of the heat map: coordinates of theta_d in groups of equal size.
@@ -83,9 +83,7 @@ def heat_map(found: Loads, space: LoRALayout) -> pd.DataFrame:
     return long.assign(coordinate=long["coordinate"].astype(int))
 
 
-def sharing(
-    chosen: Sequence[tuple[str, Mapping[str, Any]]], space: LoRALayout, d: int, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def sharing(chosen: Sequence[Choice], space: LoRALayout, d: int, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per projection and choice of hyperparameters as in `describe`, the heat maps as in `heat_map`)."""
     rows, maps = [], []
     for entry in bar(entries(chosen, space, d, seed), "sharing", len(chosen)):

@@ -12,7 +12,7 @@ from experiments.names import method
 from paper_figures.cells import score_head, task_heads
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
 from paper_figures.comparison import OURS, score
-from paper_figures.panels import LINE, lines_of, missing, panels, point
+from paper_figures.panels import LINE, MISSING, guide, lines_of, missing, panels, point
 from paper_figures.published import claims
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
@@ -64,7 +64,7 @@ def draw(sweep: Sweep | None, differences: pd.DataFrame) -> Figure:
     figure, axes = panels(len(tasks), 4, 0.8 + LINE * 2 * len(_ABLATIONS))
     for place, (task, panel) in enumerate(zip(tasks, axes, strict=True)):
         lines_of(panel, [method(name) for name in _ABLATIONS], place % 4 == 0)
-        panel.axvline(0, color="#555555", linewidth=0.8, linestyle="--")
+        guide(panel, 0)
         own = differences[differences["task"] == task].set_index("projection")
         for line, name in enumerate(_ABLATIONS):
             if name in own.index:
@@ -72,7 +72,7 @@ def draw(sweep: Sweep | None, differences: pd.DataFrame) -> Figure:
                 point(panel, 100 * found["difference"], line, name, 100 * found["t_low"], 100 * found["t_high"])
             else:
                 left = panel.get_yaxis_transform()
-                panel.text(0.05, line, NOT_RUN, va="bottom", fontsize=5.5, color="#777777", transform=left)
+                panel.text(0.05, line, NOT_RUN, va="bottom", fontsize=5.5, color=MISSING, transform=left)
         pairs = int(own["pairs"].max())
         panel.set_title(f"{names.task(task)}, n = {pairs} pairs")
         panel.set_xlabel(f"score - {method(REFERENCE)}'s,\nx 100 (95 % t interval)")

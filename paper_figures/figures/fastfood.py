@@ -13,7 +13,7 @@ from experiments.names import method
 from paper_figures.cells import ratio, scaled, score_head, task_heads
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
 from paper_figures.comparison import OURS, score
-from paper_figures.panels import legend, panels, point, say
+from paper_figures.panels import MISSING, guide, legend, panels, point, say
 from paper_figures.published import claims
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
@@ -62,11 +62,11 @@ def draw(sweep: Sweep | None, costs: pd.DataFrame | None) -> Figure:
         say(axes[2], f"memory: {NOT_RUN}")
     else:
         _cost(axes[1], costs, "step_ratio", True)
-        axes[1].axhline(1, color="#555555", linewidth=0.8, linestyle="--")
+        guide(axes[1], 1, upright=False)
         axes[1].set_ylabel("step time / LoRA's\n(median, 95 % interval)")
         axes[1].set_title(f"time, n = {int(costs['step_pairs'].min())} pairs")
         _cost(axes[2], costs, "peak_bytes_per_coordinate_beyond_lora", False)
-        axes[2].axhline(0, color="#555555", linewidth=0.8, linestyle="--")
+        guide(axes[2], 0, upright=False)
         axes[2].set_ylabel("peak memory - LoRA's,\nbytes per coordinate")
         axes[2].set_title("memory, n = 1 run")
     legend(figure, METHODS)
@@ -89,7 +89,7 @@ def _scores(axes: Axes, sweep: Sweep | None) -> None:
             else:
                 axes.annotate(
                     found.text, (place + 0.2 * (line - 1), 0.02), xycoords=("data", "axes fraction"), rotation=90,
-                    fontsize=5, color="#777777", ha="center", va="bottom",
+                    fontsize=5, color=MISSING, ha="center", va="bottom",
                 )  # fmt: skip
     axes.set_xticks(range(len(tasks)), [names.task(task) for task in tasks])
     axes.set_xlim(-0.5, len(tasks) - 0.5)

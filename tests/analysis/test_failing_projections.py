@@ -12,6 +12,7 @@ from analysis import cards
 from analysis.isometry import measured
 from analysis.isometry.__main__ import main as isometry_main
 from analysis.landscape import landscape
+from analysis.landscape import measure as landscape_measure
 from analysis.reconstruction import measure, reconstruct
 from analysis.sharing.__main__ import main as sharing_main
 from analysis.spaces import defaults
@@ -85,6 +86,7 @@ def test_commands_go_on(main, key: str, plugin: str, tmp_path: Path, capsys) -> 
 def test_analyses_of_a_training_go_on(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.load([plugin])
     monkeypatch.setattr(measure, "FISHER_ROWS", 1)
+    monkeypatch.setattr(landscape_measure, "POINTS", 3)
     subject, chosen = Subject(Setting(max_length=8, batch_size=2, test_size=4)), defaults(NAMES)
     pairs, path = measured(subject, chosen, 64, steps=2, lr=1e-3)
     assert _failed(pairs) == set(FAILING) and set(path["projection"]) == {"unilora_local", "unilora"}

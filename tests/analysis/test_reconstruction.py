@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import uniproj
 from analysis import compress
 from analysis.landscape.__main__ import main as landscape_main
-from analysis.reconstruction import reconstruct
+from analysis.reconstruction import measure, reconstruct
 from analysis.reconstruction.__main__ import main as reconstruction_main
 from analysis.spaces import build, defaults
 from analysis.subject import HEAD, Setting, Subject, factor_name
@@ -29,13 +29,13 @@ SMALL = LoRALayout.from_shapes({"layer.0.query": (12, 8), "layer.1.query": (12, 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject(Setting(test_size=32, max_length=32))
+    return Subject(Setting(test_size=16, max_length=16, batch_size=8))
 
 
 @pytest.fixture(scope="module")
 def lora(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
-    """A rank-4 LoRA after ten steps on the packaged reviews."""
-    theta_D, head = train_lora(subject, steps=10, lr=1e-2)
+    """A rank-4 LoRA after five steps on the packaged reviews."""
+    theta_D, head = train_lora(subject, steps=5, lr=1e-2)
     return theta_D, dict(head)
 
 
@@ -129,7 +129,8 @@ def test_the_energy_of_updates_is_that_of_dense_updates() -> None:
     assert captured_delta_W(SMALL, scales, a, b) == pytest.approx(dense)
 
 
-def test_the_table_has_every_projection_and_whole_lora_loses_nothing(subject: Subject, lora) -> None:
+def test_the_table_has_every_projection_and_whole_lora_loses_nothing(subject: Subject, lora, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "FISHER_ROWS", 4)
     table = reconstruct(subject, *lora, defaults(["lora", "unilora", "sparse"]), [64, 256])
     whole = table[table["projection"] == "lora"]
     assert len(whole) == 1 and whole["random"].item() == 1.0

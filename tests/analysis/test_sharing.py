@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import uniproj
 from analysis import cards
 from analysis.columns import loads
 from analysis.sharing import describe, heat_map, sharing
 from analysis.sharing.__main__ import main
 from analysis.sharing.measure import layer_of
 from analysis.spaces import build, defaults, layout
+from tests.analysis.conftest import SMALL
 from uniproj import LoRALayout, Projection
-
-SMALL = LoRALayout.from_shapes({f"layer.{i}.{m}": (12, 8) for i in range(3) for m in ("query", "value")}, r=2)
 
 
 def _facts(name: str, **variant: object) -> dict[str, float]:
@@ -50,10 +48,8 @@ def test_known_methods() -> None:
     assert (_facts("vera")["n_min"], _facts("vera")["n_max"]) == (4, 64)
 
 
-@pytest.mark.parametrize("name", uniproj.names())
-def test_every_fraction_is_counted_on_the_dense_matrix(name: str) -> None:
-    P: Projection = build(name, uniproj.get(name).variants[0], SMALL, 24).P
-    found = describe(loads(P), SMALL)
+def test_every_fraction_is_counted_on_the_dense_matrix(every_P: Projection) -> None:
+    P, found = every_P, describe(loads(every_P), SMALL)
     hit = P.to_dense().detach() != 0
     modules = torch.stack([part.any(0) for part in hit.split([2 * (12 + 8)] * 6)])
     assert found["several_modules"] == pytest.approx(float((modules.sum(0) > 1).double().mean()))

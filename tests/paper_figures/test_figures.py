@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -458,18 +459,37 @@ def make(committed):
 """
 
 
-def test_one_new_file_is_a_new_figure_and_a_new_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "a_figure_of_mine.py").write_text(NEW)
-    folders = [*paper_figures.figures.__path__, str(tmp_path / "figures")]
-    monkeypatch.setattr(paper_figures.figures, "__path__", folders)
+@pytest.mark.parametrize("where", ["figures", "plugin", "entry point"])
+def test_one_new_file_is_a_new_figure_and_a_new_table(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among ours, in a file that the command names, and in a package of somebody else."""
     monkeypatch.setattr(registry, "_makers", dict(registry._makers))
-    assert main(["--results", str(COMMITTED), "--only", "mine", "--out", str(tmp_path / "out")]) == 0
+    home, options = tmp_path / "home", []
+    home.mkdir()
+    (home / "a_figure_of_mine.py").write_text(NEW)
+    if where == "figures":
+        monkeypatch.setattr(paper_figures.figures, "__path__", [*paper_figures.figures.__path__, str(home)])
+    elif where == "plugin":
+        options = ["--plugins", str(home / "a_figure_of_mine.py")]
+    else:
+        monkeypatch.syspath_prepend(home)
+        (home / "somebodys-1.0.dist-info").mkdir()
+        named = "[uniproj.figures]\nmine = a_figure_of_mine:make\nbroken = no_such_module:make\n"
+        (home / "somebodys-1.0.dist-info" / "entry_points.txt").write_text(named)
+    write_sweep(tmp_path / "sweeps" / "little", made_up(TASKS[:1], ["lora"]))
+    asked = ["--results", str(tmp_path), "--only", "mine", "--out", str(tmp_path / "out"), *options]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(asked) == 0
+    broken = "uniproj.figures: 'broken' of no_such_module:make cannot be loaded"
+    assert any(broken in str(each.message) for each in said) == (where == "entry point")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"mine.{kind}" for kind in ("pdf", "png", "md", "tex")
     }
-    assert "| glue_budget |" in (tmp_path / "out" / "mine.md").read_text()
+    assert "| little |" in (tmp_path / "out" / "mine.md").read_text()
     assert (tmp_path / "out" / "mine.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ExperimentError, match="the name 'mine' must be free, got that of paper_figures"):
+    with pytest.raises(ExperimentError, match=r"the name 'mine' must be free, got that of .*a_figure_of_mine"):
         register("mine")(test_one_new_file_is_a_new_figure_and_a_new_table)
-    sys.modules.pop("paper_figures.figures.a_figure_of_mine")
+    for name in [name for name in sys.modules if "a_figure_of_mine" in name]:
+        del sys.modules[name]
