@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from analysis.overhead import growth, kernel, model, report, runner
-from analysis.overhead.__main__ import main, parse, plan
+from analysis.overhead.__main__ import jobs, main, parse
 from analysis.overhead.shapes import Llama
 from analysis.overhead.workloads import WORKLOADS
 
@@ -25,7 +25,7 @@ METHODS = ("PEFT LORA", "unilora")
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """A small plan, measured in this process; the list names every measurement as it is made."""
+    """Few and small jobs, measured in this process; the list names every measurement as it is made."""
     done: list[str] = []
 
     def run(config: dict, out: Path, _: str) -> str | None:
@@ -106,7 +106,7 @@ def test_another_machine_count_of_threads_or_version_is_measured_anew(tmp_path, 
         lambda: monkeypatch.setattr("analysis.overhead.__main__.versions", lambda: {"torch": "0"}),
     ):
         change()
-        (job,) = [job for job in plan(parse([])) if job["part"] == "growth"]
+        (job,) = [job for job in jobs(parse([])) if job["part"] == "growth"]
         assert job != kept and not runner.is_done(tmp_path, job)
         runner.save(tmp_path, job, [])
         assert runner.is_done(tmp_path, job)
@@ -162,7 +162,7 @@ def test_unknown_names_are_refused(argv: list[str], said: str, capsys) -> None:
 
 @pytest.mark.parametrize("text", ['{"status": "do', "[]", '{"status": "done"}'])
 def test_a_damaged_record_is_named(text: str, tmp_path, measured, capsys) -> None:
-    (job, *_) = [job for job in plan(parse([])) if job["part"] == "growth"]
+    (job, *_) = [job for job in jobs(parse([])) if job["part"] == "growth"]
     file = runner.path(tmp_path, job)
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -244,7 +244,7 @@ def test_every_adapter_attaches_to_every_kind_of_base(name: str) -> None:
     attached = model.attach(tiny, work, name)
     loss = attached(**work.training_batch(torch.device("cpu"))).loss
     loss.backward()
-    assert all(p.grad is not None for p in model.trained(attached))
+    assert all(p.grad is not None for p in model.parameters(attached))
 
 
 @pytest.mark.slow
