@@ -1,4 +1,4 @@
-"""Counting live tensors walks over every object of the process: those of other tests are set aside."""
+"""Counting live tensors walks over every object of the process: those of other modules are set aside."""
 
 import gc
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def _few_objects() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     yield

@@ -13,6 +13,7 @@ from analysis.overhead.problem import SEED, Candidate, Entrant, Method, Problem
 from analysis.overhead.shapes import Llama
 from uniproj import LoRALayout
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 LAYOUT = LoRALayout.from_shapes(Llama(layers=2, hidden=16, intermediate=24, heads=4, kv_heads=2).all_linear(), 2)
 D, d = LAYOUT.D, 29
 
