@@ -29,7 +29,7 @@ def measure(
     def generate(each: PeftModel, **more: Any) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
-                each.generate(**inputs, **_settings(new_tokens), **more)
+                each.generate(**inputs, **_greedy(new_tokens), **more)
 
         return run
 
@@ -37,7 +37,7 @@ def measure(
         with mixed(model, *bank.batch(users)):
             generate(model)()
 
-    def base() -> None:
+    def bare() -> None:
         with model.disable_adapter():
             generate(model)()
 
@@ -45,7 +45,7 @@ def measure(
         {
             "bank: mixed": ours,
             "LoRA: adapter_names": generate(peer, adapter_names=users),
-            "base": base,
+            "base": bare,
             "bank: one adapter": generate(model),
         },
         rounds,
@@ -75,5 +75,5 @@ def _prompt(rows: int, model: PeftModel) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _settings(new_tokens: int) -> dict[str, Any]:
+def _greedy(new_tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}

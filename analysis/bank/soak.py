@@ -33,7 +33,7 @@ from uniproj.tuner import UniProjConfig
 OWN, SHARED = 50, 8
 # what an operation is, and in how many of 100 cases
 _ODDS = {"get": 66, "names": 4, "replace": 10, "shared": 6, "add": 7, "delete": 7}
-_BASE = 2**20
+_RADIX = 2**20
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def prepare(folder: Path, operations: int, d: int, processes: int, seed: int) ->
 def vector(name: str, token: int, d: int) -> torch.Tensor:
     """The numbers that belong to a name and a token."""
     numbers = np.random.Generator(np.random.Philox(key=[zlib.crc32(name.encode()), token])).random(d, np.float32)
-    numbers[:2] = token // _BASE, token % _BASE
+    numbers[:2] = token // _RADIX, token % _RADIX
     return torch.from_numpy(numbers)
 
 
 def token_of(name: str, theta: torch.Tensor) -> int:
     """The token of a vector. Raises AssertionError for a torn one, and for that of another name."""
-    token = int(theta[0]) * _BASE + int(theta[1])
+    token = int(theta[0]) * _RADIX + int(theta[1])
     assert torch.equal(theta, vector(name, token, len(theta))), f"{name}: torn, or another name's (token {token})"
     return token
 
@@ -173,8 +173,8 @@ def _operate(soak: _Soak, worker: int) -> None:
     for _ in range(past.done, soak.operations // soak.processes):
         kind = chance.choices(list(_ODDS), list(_ODDS.values()))[0]
         own = [f"{worker}/{k}" for k in range(OWN)]
-        fitting = _shared_names() if kind == "shared" else [n for n in own if (n in tokens) == (kind != "add")]
-        if kind == "get" or not fitting:
+        possible = _shared_names() if kind == "shared" else [n for n in own if (n in tokens) == (kind != "add")]
+        if kind == "get" or not possible:
             anyone = f"{chance.randrange(soak.processes)}/{chance.randrange(OWN)}"
             _get(bank, journal, chance.choice([anyone, chance.choice(_shared_names())]))
         elif kind == "names":
@@ -182,7 +182,7 @@ def _operate(soak: _Soak, worker: int) -> None:
                 names = bank.names()
             assert set(_shared_names()) <= set(names), "a shared name is lost"
         else:
-            name, begun = chance.choice(fitting), begun + 1
+            name, begun = chance.choice(possible), begun + 1
             token = begun * soak.processes + worker
             journal.begin(kind, name, token)
             _write(bank, kind, name, vector(name, token, soak.d))

@@ -24,7 +24,7 @@ _FIXED_D_DENSE = 1e4
 
 ALONG_D = ("unilora", "unilora_local", "fastfood", "vera", "tied_lora", "vblora", "lora_xs", "gaussian")
 ALONG_d = ("unilora", "unilora_local", "fastfood", "gaussian")
-DENSE = "gaussian"
+_DENSE = "gaussian"
 
 _REPEATS = 5
 # Seconds that one size may take, with building; the next size is left out where it is expected to take longer.
@@ -45,8 +45,8 @@ def jobs() -> list[dict[str, Any]]:
             "part": "growth",
             "method": name,
             "axis": "d",
-            "sizes": list(SIZES_d_DENSE if name == DENSE else SIZES_d),
-            "D": _FIXED_D_DENSE if name == DENSE else _FIXED_D,
+            "sizes": list(SIZES_d_DENSE if name == _DENSE else SIZES_d),
+            "D": _FIXED_D_DENSE if name == _DENSE else _FIXED_D,
         }
         for name in ALONG_d
     ]
@@ -88,7 +88,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "axis": config["axis"],
                 "size": size,
                 "D": layout.D,
-                "trained": sum(tensor.numel() for tensor in entrant.method.trained),
+                "trained": sum(tensor.numel() for tensor in entrant.method.parameters),
                 "forward_seconds": float(np.median(times[:, 0])),
                 "adjoint_seconds": float(np.median(times[:, 1])),
                 "both_seconds": float(np.median(times.sum(1))),

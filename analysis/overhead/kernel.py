@@ -106,7 +106,7 @@ def reason(error: Exception) -> str:
 
 
 def _built(entrant: Entrant, problem: Problem) -> dict[str, Any]:
-    trained = sum(tensor.numel() for tensor in entrant.method.trained)
+    trained = sum(tensor.numel() for tensor in entrant.method.parameters)
     return {
         "trained": trained or problem.d,
         "bytes_per_coordinate": entrant.resident / problem.D,

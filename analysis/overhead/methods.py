@@ -40,8 +40,8 @@ def build(problem: Problem, name: str) -> Projection:
 
 def _as_method(P: Projection, problem: Problem) -> Method:
     """theta_D = P theta_d + c and autograd back into theta_d and P's Parameters: what a training step calls."""
-    trained = [P.init_theta().to(problem.device).requires_grad_(), *P.parameters()]
-    return Method(lambda: P(trained[0]), lambda theta_D: backward([theta_D], trained, [problem.y]), trained)
+    parameters = [P.init_theta().to(problem.device).requires_grad_(), *P.parameters()]
+    return Method(lambda: P(parameters[0]), lambda theta_D: backward([theta_D], parameters, [problem.y]), parameters)
 
 
 def candidate(name: str, peak: float) -> Candidate:
@@ -72,8 +72,8 @@ def _peft_unilora(problem: Problem) -> Method:
     model = get_peft_model(
         _Stack(problem), UniLoraConfig(r=r, theta_d_length=problem.d, target_modules=r"linears\.\d+")
     ).to(problem.device)
-    trained = [model.base_model.unilora_theta_d[ADAPTER]]
-    return _of_layers([m for m in model.modules() if isinstance(m, UniLoraLayer)], trained, problem.y)
+    parameters = [model.base_model.unilora_theta_d[ADAPTER]]
+    return _of_layers([m for m in model.modules() if isinstance(m, UniLoraLayer)], parameters, problem.y)
 
 
 def _peft_vblora(problem: Problem) -> Method:
@@ -86,14 +86,14 @@ def _peft_vblora(problem: Problem) -> Method:
     return _of_layers(layers, [model.base_model.vblora_vector_bank[ADAPTER], *logits], problem.y)
 
 
-def _of_layers(layers: list[Any], trained: list[Tensor], y: Tensor) -> Method:
+def _of_layers(layers: list[Any], parameters: list[Tensor], y: Tensor) -> Method:
     def forward() -> list[Tensor]:
         return [factor for layer in layers for factor in layer._get_lora_matrices(ADAPTER)]
 
     shapes = [factor.shape for factor in forward()]
     pieces = y.split([shape.numel() for shape in shapes])
     gradients = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    return Method(forward, lambda outputs: backward(outputs, trained, gradients), trained)
+    return Method(forward, lambda outputs: backward(outputs, parameters, gradients), parameters)
 
 
 PEFT_UNILORA = Candidate("PEFT UNILORA", _peft_unilora, 48)

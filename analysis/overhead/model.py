@@ -28,7 +28,7 @@ RANK = 4
 REFERENCE = "PEFT LORA"
 PEFT = (REFERENCE, "PEFT UNILORA", "PEFT VERA", "PEFT VBLORA")
 # Methods that hold a dense P get the largest d at which it has at most this many entries.
-DENSE = ("gaussian", "gaussian_orthonormal", "nola")
+_DENSE = ("gaussian", "gaussian_orthonormal", "nola")
 _MOST_ENTRIES = 2**26
 HEAD = "modules_to_save"
 # Turns of training steps and of generations, and of steps with checkpointing.
@@ -47,7 +47,7 @@ def size(name: str, layout: LoRALayout, work: Workload) -> int | None:
     cls = uniproj.get(name)
     if not cls.free_d:
         return None
-    wanted = _MOST_ENTRIES // layout.D if name in DENSE else work.d
+    wanted = _MOST_ENTRIES // layout.D if name in _DENSE else work.d
     return min(max(wanted, cls.min_d(layout)), layout.D)
 
 
@@ -70,7 +70,7 @@ def attach(model: nn.Module, work: Workload, name: str) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def trained(model: nn.Module) -> list[Tensor]:
+def parameters(model: nn.Module) -> list[Tensor]:
     """The trained numbers of the adapter, without the classification head."""
     return [p for name, p in model.named_parameters() if p.requires_grad and HEAD not in name]
 
@@ -161,7 +161,7 @@ def _sizes(model: PeftModel, prompt: Mapping[str, Tensor], device: torch.device,
     model.eval()
     with torch.no_grad(), _autocast(device):
         model(**prompt)
-    own = trained(model)
+    own = parameters(model)
     head = sum(p.nbytes for name, p in model.named_parameters() if HEAD in name)
     trained_bytes = sum(p.nbytes for p in own)
     return {

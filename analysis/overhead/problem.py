@@ -27,12 +27,12 @@ SLOW = 10.0
 class Method:
     """P as two functions. `adjoint` is given what `forward` returned, which holds the graph where autograd is used.
 
-    trained: the trained numbers that the method holds itself; they are not counted as its state.
+    parameters: the trained numbers that the method holds itself; they are not counted as its state.
     """
 
     forward: Callable[[], Any]
     adjoint: Callable[[Any], Any]
-    trained: Sequence[Tensor] = ()
+    parameters: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def enter(candidate: Candidate, problem: Problem) -> Entrant:
     method = candidate.build(problem)
     build_seconds = now(problem.device) - started
     first = _time_both(method, problem.device, 1, 1)
-    trained = sum(tensor.nbytes for tensor in method.trained)
+    trained = sum(tensor.nbytes for tensor in method.parameters)
     # after a first call, which may have kept something
     resident = tensor_bytes(problem.device) - before - trained
     entrant = Entrant(candidate.name, method, problem.device, build_seconds, resident, first)

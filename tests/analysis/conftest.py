@@ -20,8 +20,8 @@ def every_P(request: pytest.FixtureRequest) -> Projection:
     return P
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_objects() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
     """Those of other modules are set aside."""
     gc.collect()
     gc.freeze()

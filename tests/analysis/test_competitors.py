@@ -13,6 +13,7 @@ from analysis.overhead.problem import SEED, Candidate, Entrant, Method, Problem
 from analysis.overhead.shapes import Llama
 from uniproj import LoRALayout
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 LAYOUT = LoRALayout.from_shapes(Llama(layers=2, hidden=16, intermediate=24, heads=4, kv_heads=2).all_linear(), 2)
 D, d = LAYOUT.D, 29
 
@@ -59,17 +60,17 @@ def test_pytorch_operators_on_one_partition(candidate: Candidate, problem: Probl
 
 def test_pefts_unilora_is_a_partition_of_all_modules(problem: Problem) -> None:
     method = methods.PEFT_UNILORA.build(problem)
-    assert len(method.forward()) == 2 * len(LAYOUT.modules) and len(method.trained[0]) == d
-    P = columns(method, method.trained[0])
+    assert len(method.forward()) == 2 * len(LAYOUT.modules) and len(method.parameters[0]) == d
+    P = columns(method, method.parameters[0])
     assert P.shape == (D, d) and torch.equal((P != 0).sum(1), torch.ones(D, dtype=torch.int64))
     assert torch.allclose(P.square().sum(0), torch.ones(d, dtype=torch.float64), atol=1e-6)
-    agrees(method, P, method.trained[0], problem.y)
+    agrees(method, P, method.parameters[0], problem.y)
 
 
 @pytest.mark.parametrize("name", ["unilora", "fastfood"])
 def test_uniprojs_own(name: str, problem: Problem) -> None:
     method = methods.candidate(name, 64).build(problem)
-    agrees(method, methods.build(problem, name).to_dense(), method.trained[0], problem.y)
+    agrees(method, methods.build(problem, name).to_dense(), method.parameters[0], problem.y)
 
 
 def fastfood_by_definition() -> Tensor:
@@ -103,12 +104,12 @@ def test_vblora_is_linear_in_its_sub_vectors(build: Callable[[Problem], Method],
     method = build(problem)
     theta_D = flat(method.forward()).detach().double()
     gradients = method.adjoint(method.forward())
-    assert len(theta_D) == D and len(gradients) == len(method.trained)
-    vectors = method.trained[0].detach().double()
+    assert len(theta_D) == D and len(gradients) == len(method.parameters)
+    vectors = method.parameters[0].detach().double()
     assert torch.dot(theta_D, problem.y.double()) == pytest.approx(
         (gradients[0].double() * vectors).sum().item(), rel=1e-3
     )
-    assert sum(t.numel() for t in method.trained[1:]) == sum(g.numel() for g in gradients[1:]) > 0
+    assert sum(t.numel() for t in method.parameters[1:]) == sum(g.numel() for g in gradients[1:]) > 0
 
 
 def test_the_two_floors_copy_theta_D(problem: Problem) -> None:

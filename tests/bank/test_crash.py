@@ -44,7 +44,7 @@ def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-STEPS = {
+INTERRUPTIONS = {
     "before the file has grown": (os, "ftruncate"),
     "between growth and header": (slots, "_to_disk"),
     "before new slots are entered": (Change, "add_free"),
@@ -54,10 +54,10 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", INTERRUPTIONS)
 @pytest.mark.parametrize("write", ["add", "replace"])
 def test_killed_at_any_step(step: str, write: str, bank: AdapterBank, monkeypatch) -> None:
-    where, what = STEPS[step]
+    where, what = INTERRUPTIONS[step]
     with monkeypatch.context() as patch:
         patch.setattr(where, what, _die)
         _dies_in_child(lambda: getattr(bank, write)("new" if write == "add" else "a", vector(9)))

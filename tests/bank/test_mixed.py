@@ -67,7 +67,7 @@ def test_generation_with_a_cache_and_left_padding(inference, monkeypatch) -> Non
     ids = _inputs("llama")["input_ids"]
     lengths = [9, 5, 7]
     mask = torch.stack([torch.arange(9) >= 9 - n for n in lengths]).long()
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    generation = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     projection = adapter_of(model).P
     calls = []
     original = type(projection)._matvec
@@ -77,27 +77,27 @@ def test_generation_with_a_cache_and_left_padding(inference, monkeypatch) -> Non
     with inference():
         thetas = _thetas(model) + 0.0
         with mixed(model, thetas, ROWS):
-            found = model.generate(input_ids=ids * mask, attention_mask=mask, **settings)
+            found = model.generate(input_ids=ids * mask, attention_mask=mask, **generation)
     assert calls == [2]  # both users, once for all tokens
     for row, (user, n) in enumerate(zip(ROWS, lengths, strict=True)):
         _use(model, thetas[user])
         own = ids[row : row + 1, 9 - n :]
-        alone = model.generate(input_ids=own, attention_mask=torch.ones_like(own), **settings)
+        alone = model.generate(input_ids=own, attention_mask=torch.ones_like(own), **generation)
         assert torch.equal(found[row, 9:], alone[0, n:])
 
 
 def test_a_beam_search_takes_a_row_per_beam() -> None:
     model = _model()
     thetas, inputs = _thetas(model), _inputs("llama", 2)
-    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    generation = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     rows = torch.tensor([1, 0]).repeat_interleave(3)
     with mixed(model, thetas, rows):
-        found = model.generate(**inputs, **settings)
+        found = model.generate(**inputs, **generation)
     with mixed(model, thetas, [1, 0]), pytest.raises(AdapterError, match=r"per beam in a beam search"):
-        model.generate(**inputs, **settings)
+        model.generate(**inputs, **generation)
     for row, user in enumerate([1, 0]):
         _use(model, thetas[user])
-        alone = model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **settings)
+        alone = model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **generation)
         assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
@@ -209,7 +209,7 @@ def test_blocks_nest_and_an_error_inside_leaves_the_model_as_it_was() -> None:
         assert torch.equal(model(**inputs).logits, plain)
 
 
-def test_a_mixture_is_not_merged() -> None:
+def test_a_mixed_batch_is_not_merged() -> None:
     model = _model()
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     before = weight.clone()

@@ -29,7 +29,7 @@ _REFUSED = (
     "SQLITE_IOERR_FSYNC",
     "SQLITE_IOERR_SHM",
 )
-_SETTINGS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL")
+_PRAGMAS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL")
 
 
 class Connection:
@@ -96,16 +96,16 @@ class Connection:
     def _current(self) -> sqlite3.Connection:
         while self._connection is None:
             self._check_file()
-            self._mode = self._fitting_mode()
+            self._mode = self._allowed_mode()
             try:
                 self._connection = self._connect()
             except sqlite3.OperationalError:
                 # unless a writer has come or gone meanwhile
-                if self._mode == self._fitting_mode():
+                if self._mode == self._allowed_mode():
                     raise
         return self._connection
 
-    def _fitting_mode(self) -> str:
+    def _allowed_mode(self) -> str:
         for path in (self._path, self._wal, self._shm, self._journal):
             with suppress(FileNotFoundError):
                 if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -138,8 +138,8 @@ class Connection:
         )
         try:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-            for setting in _SETTINGS:
-                connection.execute(f"PRAGMA {setting}")
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
             self._check(connection)
             # the first use may create the -wal and -shm files
             self._seen = before if self._unchanging() else self._now()
