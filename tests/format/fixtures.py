@@ -45,7 +45,7 @@ def wanted() -> list[str]:
     return [*(name for name in names() if get(name).__module__.startswith("uniproj.")), WITH_HEAD]
 
 
-def trained(model: PeftModel) -> dict[str, Tensor]:
+def numbers(model: PeftModel) -> dict[str, Tensor]:
     """theta_d, P's own Parameters, and theta_D."""
     tuner = model.base_model
     P, theta_d = adapter_of(tuner)
@@ -75,7 +75,7 @@ def write(name: str, folder: Path) -> None:
                 parameter.add_(0.05 * uniform(5, f"fixture.{key}", parameter.numel()).view(parameter.shape))
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in trained(model).items()}, folder / EXPECTED)
+    save_file({key: tensor.contiguous() for key, tensor in numbers(model).items()}, folder / EXPECTED)
 
 
 def main() -> int:

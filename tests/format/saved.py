@@ -14,7 +14,7 @@ from uniproj import LoRALayout, build, get
 from uniproj.format import file
 from uniproj.format.header import Header
 from uniproj.format.keys import OF_P, THETA_D
-from uniproj.format.tensors import DIGEST, serialise, weights
+from uniproj.format.tensors import DIGEST, open_weights, serialise
 from uniproj.tuner import UniProjConfig
 
 LAYOUT = LoRALayout.from_shapes({f"layers.{i}.{m}": (24, 16) for i in (2, 10) for m in ("q", "v")}, r=3)
@@ -63,7 +63,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any], bytes], tuple[A
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Save other tensors under the same header, with their own digest: a consistent file of bad numbers."""
     path = folder / file.WEIGHTS
-    with weights(path) as saved:
+    with open_weights(path) as saved:
         tensors, metadata = saved.read(), saved.metadata
     del metadata[DIGEST]
     path.write_bytes(serialise(change(tensors), metadata))
@@ -72,7 +72,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
 def relabel(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Save the same tensors under another header, with its own digest."""
     path = folder / file.WEIGHTS
-    with weights(path) as saved:
+    with open_weights(path) as saved:
         tensors, metadata = saved.read(), saved.metadata
     del metadata[DIGEST]
     path.write_bytes(serialise(tensors, change(metadata)))

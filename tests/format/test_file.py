@@ -14,7 +14,7 @@ from tests.format.saved import HEAD, LAYOUT, edit_weights, parts, reconfigure, r
 from uniproj import AdapterError, LoRALayout, names
 from uniproj.format import file
 from uniproj.format.fields import FREE
-from uniproj.format.header import Header, pack, quantisation, settings, unpack
+from uniproj.format.header import Header, beyond_P, pack, quantisation, unpack
 from uniproj.format.keys import IDENTITY, THETA_D
 from uniproj.registry import get
 from uniproj.tuner import UniProjConfig
@@ -104,8 +104,8 @@ def test_the_file_is_at_most_4_kB_larger_than_what_was_trained(kind: str, tmp_pa
     config = UniProjConfig(d=23_040, r=4, target_modules=short, base_model_name_or_path="an-organisation/a-base-model")
     # digits that do not pack, as those of a real revision and checksum
     checksum, revision = hashlib.sha256(b"P").hexdigest(), hashlib.sha1(b"base").hexdigest()
-    name, all_settings = "an-organisation/a-base-model", settings(config.to_dict())
-    header = Header("unilora", 2, {}, 23_040, 0, layout, checksum, name, revision, None, all_settings)
+    name, settings = "an-organisation/a-base-model", beyond_P(config.to_dict())
+    header = Header("unilora", 2, {}, 23_040, 0, layout, checksum, name, revision, None, settings)
     file.write(tmp_path, {THETA_D: torch.ones(23_040)}, header, config.to_dict())
     assert (tmp_path / file.WEIGHTS).stat().st_size <= 4 * 23_040 + 4096
     read = file.read(tmp_path).header

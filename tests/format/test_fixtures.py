@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from tests.format.fixtures import EXPECTED, MANIFEST, ROOT, WITH_HEAD, base, digests, trained, wanted
+from tests.format.fixtures import EXPECTED, MANIFEST, ROOT, WITH_HEAD, base, digests, numbers, wanted
 from uniproj.format import file
 from uniproj.format.header import FORMAT_VERSION
 from uniproj.tuner import adapter_of
@@ -31,7 +31,7 @@ def test_the_fixtures_only_grow() -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_a_fixture_loads_bit_equal(folder: Path) -> None:
     model = PeftModel.from_pretrained(base(), folder)
-    now, then = trained(model), load_file(folder / EXPECTED)
+    now, then = numbers(model), load_file(folder / EXPECTED)
     assert now.keys() == then.keys()
     theta_D, expected = now.pop("theta_D"), then.pop("theta_D")
     assert all(torch.equal(now[name], then[name]) for name in then)

@@ -14,7 +14,7 @@ from tests.format.costs import costs
 from tests.format.saved import joined, parts, reconfigure, relabel, save
 from uniproj import AdapterError, LoRALayout, ProjectionError, build, get, limits, names
 from uniproj.format import file
-from uniproj.format.header import Header, pack, settings
+from uniproj.format.header import Header, beyond_P, pack
 from uniproj.format.keys import OF_P, THETA_D
 from uniproj.format.remap import new_names
 from uniproj.tuner import UniProjConfig
@@ -34,7 +34,7 @@ def forge(folder: Path, projection: str, layout: LoRALayout, d: int, own: Any = 
     )
     version = get(projection).version
     header = Header(projection, version, hyperparameters, d, 0, layout, "0" * 64)
-    header = Header.from_metadata({**header.to_metadata(), "uniproj.settings": pack(settings(config.to_dict()))})
+    header = Header.from_metadata({**header.to_metadata(), "uniproj.settings": pack(beyond_P(config.to_dict()))})
     assert header is not None
     file.write(folder, {THETA_D: torch.ones(d), **dict(own)}, header, config.to_dict())
     return folder
@@ -178,7 +178,7 @@ def test_a_table_of_renamed_modules_costs_no_more_than_it_may(tmp_path: Path) ->
     for name, table in {"many": [[f"a{i}", ""] for i in range(2**17)], "long": [["q", "b" * 3_000_000]]}.items():
         folder = forge(tmp_path / name, "unilora", layout, 4)
         reconfigure(folder, remap=table)
-        packed = pack(settings(json.loads((folder / file.CONFIG).read_text())))
+        packed = pack(beyond_P(json.loads((folder / file.CONFIG).read_text())))
         relabel(folder, lambda metadata, packed=packed: {**metadata, "uniproj.settings": packed})
         asked.append(("read", folder))
     for cost in costs(*asked, most=512):

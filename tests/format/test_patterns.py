@@ -196,8 +196,9 @@ def test_a_pattern_that_fits_nothing_is_named() -> None:
 @pytest.mark.parametrize("pattern", ["a{4294967290}", "(?<=a{10000000})x", f"{'(?:' * 20}ab{')+' * 20}"])
 def test_a_pattern_that_must_repeat_too_often_is_refused_before_it_is_compiled(pattern: str) -> None:
     """In a process of its own: nothing stops `regex` while it writes such a pattern out."""
+    code = f"from uniproj.format.patterns import matches; matches('field', {pattern!r}, 'q_proj')"
     found = subprocess.run(
-        [sys.executable, "-c", f"from uniproj.format import patterns; patterns.fits('field', {pattern!r}, 'q_proj')"],
+        [sys.executable, "-c", code],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)),
         capture_output=True,
         text=True,
@@ -208,4 +209,4 @@ def test_a_pattern_that_must_repeat_too_often_is_refused_before_it_is_compiled(p
 
 @pytest.mark.parametrize("pattern", ["(?:[a-z]{1,100}_){1,100}proj", "(?:(?:[a-z]+_?)+)+", "(?:q_?){1,9}proj"])
 def test_a_pattern_that_may_repeat_means_what_it_means_to_re(pattern: str) -> None:
-    assert patterns.fits("field", pattern, "q_proj") == bool(re.fullmatch(pattern, "q_proj"))
+    assert patterns.matches("field", pattern, "q_proj") == bool(re.fullmatch(pattern, "q_proj"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
 from uniproj.format import file
-from uniproj.format.compatibility import check_fit
+from uniproj.format.compatibility import check_layout
 from uniproj.format.header import Header
 from uniproj.format.keys import OF_P, OWN, THETA_D, plain
 from uniproj.format.patterns import of_modules, scale
@@ -88,7 +88,7 @@ class Adapter:
         if saved.header is not None:
             weights = None
             if model is not None:
-                names = check_fit(saved.header, layout_on(model, config), config.remap or [])
+                names = check_layout(saved.header, layout_on(model, config), config.remap or [])
                 weights = bases.weights_of(model, names) if needs_weights else None
             P = saved.header.build(weights, str(folder), on_base=model is not None)
         else:

@@ -13,7 +13,7 @@ from uniproj.errors import AdapterError
 from uniproj.exchange import bases
 from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields
 from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
-from uniproj.format.fields import Role, of
+from uniproj.format.fields import Role, fields_of
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 
@@ -66,7 +66,7 @@ def compress(
     with torch.no_grad():
         reached = P(found.theta_d.float().double())  # as it will be read: theta_d in float32
     factor = captured(target, reached)
-    fields = {name: value for name, value in lora_fields(adapter.config).items() if name not in of(Role.START)}
+    fields = {name: value for name, value in lora_fields(adapter.config).items() if name not in fields_of(Role.START)}
     config = UniProjConfig(
         projection=projection,
         d=d,

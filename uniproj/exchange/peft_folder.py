@@ -13,9 +13,9 @@ from torch import Tensor
 from uniproj.errors import AdapterError
 from uniproj.format import schema
 from uniproj.format.disk import exists, read_json, replace
-from uniproj.format.fields import Configuration, Places
+from uniproj.format.fields import CommonFields, Configuration
 from uniproj.format.file import CONFIG, UNSAFE, WEIGHTS, config_text
-from uniproj.format.tensors import check_finite, streamed, weights
+from uniproj.format.tensors import check_finite, open_weights, streamed
 
 
 def read_config(folder: Path, kind: str) -> PeftConfig:
@@ -23,7 +23,7 @@ def read_config(folder: Path, kind: str) -> PeftConfig:
     fields = _fields(folder)
     if (found := str(fields.get("peft_type"))) != kind:
         raise AdapterError(f"{folder}: must hold an adapter of PEFT type {kind}, got {found}. Take another.")
-    schema.check(Configuration if kind == "LORA" else Places, fields, f"{folder / CONFIG}: ")
+    schema.check(Configuration if kind == "LORA" else CommonFields, fields, f"{folder / CONFIG}: ")
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -39,7 +39,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).is_file():
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
         raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
-    with weights(folder / WEIGHTS) as file:
+    with open_weights(folder / WEIGHTS) as file:
         tensors = file.read()
     for tensor in tensors.values():
         check_finite(tensor, str(folder))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
-from uniproj.format.compatibility import check_fit, warn_of_another_base
+from uniproj.format.compatibility import check_layout, warn_of_another_base
 from uniproj.format.file import locate, read
 from uniproj.format.heads import check_heads, check_tokens
 from uniproj.format.places import layout_on
@@ -44,7 +44,7 @@ def verify(
         config = UniProjConfig.of_saved(saved, path)
         bare = bases.load(base, config, weights=False, trust_remote_code=trust_remote_code)
         check_tokens(config.trainable_token_indices, bare)
-        names = check_fit(header, layout_on(bare, config), config.remap or [])
+        names = check_layout(header, layout_on(bare, config), config.remap or [])
         heads = check_heads(heads_by_new_names(saved.tensors, renames), bare, config.modules_to_save)
         warn_of_another_base(header, base, bare.config)
         on_base.append(f"{base} has its {len(names)} modules, with their shapes and ranks")

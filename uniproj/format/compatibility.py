@@ -14,7 +14,7 @@ from uniproj.format.remap import Table, new_names, suggestion
 from uniproj.layout import LoRALayout
 
 
-def check_fit(header: Header, found: LoRALayout, table: Table = ()) -> dict[str, str]:
+def check_layout(header: Header, found: LoRALayout, table: Table = ()) -> dict[str, str]:
     """{module of the saved layout: module of this model}.
 
     found: the layout of the model's modules, under the model's names. Raises AdapterError with the first module that

@@ -16,7 +16,7 @@ from torch import Tensor
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import identity, schema
 from uniproj.format.disk import exists, opened, read_json, replace
-from uniproj.format.fields import FREE, PROJECTION, Configuration, check_fields
+from uniproj.format.fields import DEFAULT_PROJECTION, FREE, Configuration, check_fields
 from uniproj.format.header import PREFIX, Header
 from uniproj.format.heads import entitled
 from uniproj.format.keys import IDENTITY, OWN, THETA_D, in_this_format
@@ -25,9 +25,9 @@ from uniproj.format.tensors import (
     check_digest,
     check_numbers,
     check_shapes,
+    open_weights,
     serialise,
     shapes_without_P,
-    weights,
 )
 
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -200,7 +200,7 @@ def is_template(folder: Path) -> bool:
 def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     """Header and tensors of the weights, after every check that needs neither model nor configuration."""
     where = str(folder / WEIGHTS)
-    with weights(folder / WEIGHTS) as file:
+    with open_weights(folder / WEIGHTS) as file:
         header = Header.from_metadata(file.metadata, where)
         if header is not None:
             # everything that bounds the sizes, before any number is read
@@ -320,7 +320,7 @@ def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str
             f"{fields['format_version']}), got none. Another tool rewrote the file: take the original."
         )
     _check_fields(fields, folder)
-    projection, theta_d = fields.setdefault("projection", PROJECTION), tensors.get(THETA_D)
+    projection, theta_d = fields.setdefault("projection", DEFAULT_PROJECTION), tensors.get(THETA_D)
     size = fields.get("d") or (0 if theta_d is None else theta_d.numel())
     check_shapes(tensors, shapes_without_P(tensors, projection, size), projection)
     check_numbers(tensors, projection)

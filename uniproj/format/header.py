@@ -18,7 +18,7 @@ import uniproj
 from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
-from uniproj.format.fields import Configuration, Role, of
+from uniproj.format.fields import Configuration, Role, fields_of
 from uniproj.format.keys import OF_P, THETA_D
 from uniproj.format.patterns import of_modules, scale
 from uniproj.format.remap import new_names
@@ -75,7 +75,7 @@ class Header:
             base_model=config["base_model_name_or_path"] or getattr(base, "name_or_path", None) or None,
             base_revision=config["revision"] or getattr(of_base, "_commit_hash", None),
             base_quantisation=quantisation(of_base),
-            settings=settings(config),
+            settings=beyond_P(config),
         )
 
     @property
@@ -227,7 +227,7 @@ class Header:
 
     def _setting_of_the_scale(self, other: Header, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
         """The setting that makes two scales differ, and its two values; the scales themselves where several do it."""
-        for key in of(Role.SCALE):
+        for key in fields_of(Role.SCALE):
             if self.settings.get(key) != other.settings.get(key):
                 return key, self.settings.get(key), other.settings.get(key)
         return "scale", mine, theirs
@@ -238,9 +238,9 @@ def _at_start(projection: Projection) -> Projection:
     return projection.rebuild() if projection.learned else projection
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def beyond_P(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that decide what the model computes, beyond P, as JSON gives them back."""
-    kept_apart = of(Role.P, Role.BASE, Role.STATE)
+    kept_apart = fields_of(Role.P, Role.BASE, Role.STATE)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return json.loads(json.dumps({key: value for key, value in plain.items() if key not in kept_apart}))
 

@@ -42,8 +42,8 @@ def entitled(
         copy = _COPY_OF_BIAS.fullmatch(name) if bias == "all" else None
         if copy and _lies_in(f"{copy['head']}.bias", heads):
             continue
-        trained = _is_bias(name, bias, adapted) or _is_token(name, tokens) or _is_head(name, heads)
-        if not key.startswith(HEADS) or plain(key) != key or not trained:
+        allowed = _is_bias(name, bias, adapted) or _is_token(name, tokens) or _is_head(name, heads)
+        if not key.startswith(HEADS) or plain(key) != key or not allowed:
             raise AdapterError(
                 f"{where}: {key} must be what the configuration trains (modules_to_save = {heads or None}, "
                 f"bias = {bias!r}, trainable_token_indices), got a tensor of the base model or of none. Save "
@@ -73,8 +73,8 @@ def _is_head(name: str, heads: Iterable[str]) -> bool:
 
 def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
     """Raises AdapterError for a dtype that is not trained; counters of modules (BatchNorm) may be integers."""
-    trained = name.endswith(("weight", "bias", "delta")) or tensor.is_floating_point() or tensor.is_complex()
-    if trained and tensor.dtype not in FLOATS:
+    is_number = name.endswith(("weight", "bias", "delta")) or tensor.is_floating_point() or tensor.is_complex()
+    if is_number and tensor.dtype not in FLOATS:
         raise AdapterError(
             f"{where}: {name} must be of dtype float32 (or float64, bfloat16, float16), got {tensor.dtype}. Train the "
             "module unquantised, and save the adapter anew."
@@ -82,13 +82,13 @@ def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
 
 
 def check_heads(
-    tensors: Mapping[str, Tensor], model: nn.Module, trained: Iterable[str] | None, sizes: bool = True
+    tensors: Mapping[str, Tensor], model: nn.Module, modules_to_save: Iterable[str] | None, sizes: bool = True
 ) -> list[str]:
     """The names, in the model, of what these tensors of an adapter's file hold beside theta_d and P.
 
-    model: the base, with or without adapters. trained: the modules_to_save of the adapter. sizes: whether shapes must
-    agree, too. Raises AdapterError for a tensor that has no place in the model, one of another shape, and one that the
-    file lacks of a module that is trained.
+    model: the base, with or without adapters. modules_to_save: those of the adapter. sizes: whether shapes must agree,
+    too. Raises AdapterError for a tensor that has no place in the model or another shape there, and for one of
+    modules_to_save that the file lacks.
     """
     found, names = _shapes(model), []
     for key, tensor in sorted(tensors.items()):
@@ -110,18 +110,19 @@ def check_heads(
                 f"{_as_text(has, of_tokens)}. {_remedy(has, wants, getattr(model, 'config', None))}"
             )
         names.append(name)
-    if lacking := [name for name in found if _lies_in(name, trained or ()) and name not in names]:
+    heads = tuple(modules_to_save or ())
+    if lacking := [name for name in found if _lies_in(name, heads) and name not in names]:
         raise AdapterError(
-            f"{lacking[0]}: the adapter's file must hold every tensor of {'/'.join(trained or ())}, got none of this "
+            f"{lacking[0]}: the adapter's file must hold every tensor of {'/'.join(heads)}, got none of this "
             f"name, which this {type(model).__name__} has. Load the base model by the class that it was trained with."
         )
     return list(dict.fromkeys(names))
 
 
-def _lies_in(name: str, trained: Iterable[str]) -> bool:
-    """Whether a tensor belongs to a module of modules_to_save, which PEFT finds by the end of its name."""
+def _lies_in(name: str, heads: Iterable[str]) -> bool:
+    """Whether a tensor belongs to one of modules_to_save, which PEFT finds by the ends of their names."""
     modules = name.split(".")[:-1]
-    return any(".".join(modules[:i]).endswith(tuple(trained)) for i in range(1, len(modules) + 1))
+    return any(".".join(modules[:i]).endswith(tuple(heads)) for i in range(1, len(modules) + 1))
 
 
 def check_tokens(indices: Mapping[str, Iterable[int]] | Iterable[int] | None, model: nn.Module) -> None:

@@ -71,7 +71,7 @@ def targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], set[st
     return [name for name in names if name in found], left
 
 
-def fits(field: str, pattern: str, name: str) -> bool:
+def matches(field: str, pattern: str, name: str) -> bool:
     """Whether a pattern fits a name as a whole. Raises AdapterError as `of_modules` does."""
     return bool(_named(field, pattern, [name]))
 

@@ -91,7 +91,7 @@ def header_length(begin: bytes) -> int:
     return int.from_bytes(begin, "little")
 
 
-class Weights:
+class _WeightsFile:
     """A safetensors file of which only the header was read, so that it can be checked before any number is.
 
     metadata: its lines of text; index: every tensor on the meta device, which has a dtype and a shape and no numbers.
@@ -150,13 +150,13 @@ class Weights:
 
 
 @contextmanager
-def weights(path: Path) -> Iterator[Weights]:
+def open_weights(path: Path) -> Iterator[_WeightsFile]:
     """The file of this path, whose numbers may be read within the block.
 
     Raises AdapterError for what is no whole safetensors file, and beyond `limits`.
     """
     with opened(path) as file:
-        yield Weights(file, str(path))
+        yield _WeightsFile(file, str(path))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import file, identity
 from uniproj.format.header import Header
 from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, plain
-from uniproj.format.patterns import fits
+from uniproj.format.patterns import matches
 from uniproj.format.remap import renamed
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
@@ -87,7 +87,7 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
 
 def _matches_target(target_pattern: str, key: str) -> bool:
     # PEFT asks this on saving, for all methods; the answer is PEFT's own unless matching would take too long
-    return fits("target_modules", target_pattern, key)
+    return matches("target_modules", target_pattern, key)
 
 
 def _load_bin(source: Any, *args: Any, **kwargs: Any) -> Any:

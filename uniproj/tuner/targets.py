@@ -15,7 +15,7 @@ from torch import nn
 
 from uniproj.errors import AdapterError, shown
 from uniproj.format import patterns
-from uniproj.format.compatibility import check_fit
+from uniproj.format.compatibility import check_layout
 from uniproj.format.keys import plain
 from uniproj.format.places import layout_on, targets
 from uniproj.tuner.config import UniProjConfig
@@ -56,7 +56,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     given = configs[adapter_name]
     _maybe_include_all_linear_layers(given, model)
     if given.header is not None:
-        check_fit(given.header, layout_on(model, given), given.remap or [])
+        check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     modules, left = targets(model, given)
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)

@@ -24,7 +24,7 @@ from uniproj.exchange.adapter import Adapter, LoRAAdapter
 from uniproj.exchange.registry import Format
 from uniproj.format.compatibility import first_difference
 from uniproj.format.disk import exists
-from uniproj.format.fields import Role, of
+from uniproj.format.fields import Role, fields_of
 from uniproj.format.file import CONFIG
 from uniproj.format.heads import entitled
 from uniproj.format.places import linear_modules
@@ -37,7 +37,7 @@ from uniproj.tuner.config import UniProjConfig
 _FLOAT32 = 1e-6  # frozen numbers this close are the same draw at float32 precision
 _PASS_BASE = "Pass --base."
 # fields that say where an adapter belongs: on the layers that stand in for the base model they would have no meaning
-_OF_THE_MODEL = (*of(Role.BASE, Role.PLACE), "modules_to_save")
+_OF_THE_MODEL = (*fields_of(Role.BASE, Role.PLACE), "modules_to_save")
 
 # name, seed and hyperparameters of a projection
 Candidate = tuple[str, int, dict[str, Any]]
