@@ -99,7 +99,7 @@ class VBLoRA(Projection):
             if h * b <= D:
                 found.append(Budget(r, h * b + h * (D // b), None, extra))
         if not found:
-            raise ProjectionError(f"{cls.name}: no number and length of vectors fit these modules at r={r}, D={D}. Raise r.")
+            raise ProjectionError(f"{cls.name}: no vectors of any length fit these modules at r={r}, D={D}. Raise r.")
         # within the tolerance the most vectors, as few cannot mix; then the most logits, which outnumber the entries of
         # the vectors in the published sizes too
         near = [f for f in found if abs(f.error(budget)) <= TOLERANCE]
