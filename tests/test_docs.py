@@ -113,9 +113,9 @@ def test_an_example_passes_the_battery(name: str, ranks, d: int) -> None:
 @each_example
 @pytest.mark.parametrize("budget", [4, 20, 10_000])
 def test_an_example_says_what_it_trains_at_a_budget(name: str, budget: int) -> None:
-    plan = get(name).for_budget(SHAPES, budget, 2)
-    P = build(name, layout=LoRALayout.from_shapes(SHAPES, plan.r), d=plan.d, **plan.hyperparameters)
-    assert P.trained == plan.trained and (plan.trained == budget or budget == 10_000)
+    found = get(name).for_budget(SHAPES, budget, 2)
+    P = build(name, layout=LoRALayout.from_shapes(SHAPES, found.r), d=found.d, **found.hyperparameters)
+    assert P.trained == found.trained and (found.trained == budget or budget == 10_000)
 
 
 @example

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.mutants import MUTANTS, DetachedBank, LearnedInSecret
+from tests.mutants import MUTANTS, DetachedLogits, LearnedInSecret
 from uniproj import LoRALayout, Projection, ProjectionError, get, names, register
 from uniproj.testing import BatteryFailure, check_projection
 
@@ -45,7 +45,7 @@ def test_a_buffer_of_a_module_inside_is_named() -> None:
 
 def test_a_wrong_gradient_is_named() -> None:
     with pytest.raises(BatteryFailure, match="with respect to logits"):
-        check_projection(DetachedBank(LAYOUT), only=["gradcheck"])
+        check_projection(DetachedLogits(LAYOUT), only=["gradcheck"])
 
 
 @pytest.mark.parametrize("where", ["claims", "claims_if"])
