@@ -1,6 +1,6 @@
 """Foreign formats by name: every file of `formats/`, every entry point of `uniproj.formats`, and what plugins register.
 
-A file bears the name of its format, so names are known without an import: PEFT and Transformers take seconds.
+A file is named as its format, so that names are known without importing it, which would import PEFT and Transformers.
 """
 
 from __future__ import annotations

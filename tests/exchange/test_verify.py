@@ -1,4 +1,4 @@
-"""`python -m uniproj inspect` and `verify`."""
+"""`python -m uniproj verify`, and `inspect`."""
 
 from __future__ import annotations
 
