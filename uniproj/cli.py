@@ -93,10 +93,10 @@ def _scaffold(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from uniproj.exchange.inspect import describe, text  # PEFT and Transformers take seconds to import
+    from uniproj.exchange.inspect import describe, summary  # PEFT and Transformers take seconds to import
 
     found = describe(args.path)
-    print(json.dumps(found, indent=2) if args.json else text(found))
+    console.report(found if args.json else summary(found), args.json)
     return 0
 
 

@@ -86,7 +86,7 @@ def _architecture(base: str, found: PretrainedConfig) -> Any:
     )
 
 
-def bare(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
+def stand_in(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
     """Linear layers of these names and shapes (out, in), registered in this order; their weights take no memory."""
     root = nn.Module()
     for name, (out, in_) in shapes.items():

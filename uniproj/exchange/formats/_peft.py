@@ -334,7 +334,7 @@ def _known_order(adapter: Adapter) -> tuple[str, ...]:
 
 def _attached(config: PeftConfig, shapes: Mapping[str, tuple[int, int]]) -> PeftModel:
     config.target_modules = list(shapes)
-    return get_peft_model(bases.bare(shapes), config)
+    return get_peft_model(bases.stand_in(shapes), config)
 
 
 def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
