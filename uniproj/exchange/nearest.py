@@ -19,7 +19,6 @@ from uniproj.projection import Projection
 # LSMR stops at this relative residual; a learned P is trained by Adam for so many steps at this rate.
 ACCURACY, MOST_ITERATIONS = 1e-10, 1000
 STEPS, RATE = 300, 3e-2
-CLOSED_FORM, LEAST_SQUARES, DESCENT = "closed form", "LSMR", "gradient descent"
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,15 @@ def least_squares(P: Projection, theta_D: Tensor, weights: Tensor | None = None)
     first trained together with theta_d, in place; LSMR then solves for theta_d at the P so reached.
     """
     target = theta_D.double()
-    method = CLOSED_FORM
-    if P.learned and any(True for _ in P.parameters()):
+    if learns := P.learned and any(True for _ in P.parameters()):
         _descend(P, target, weights)
-        method = DESCENT
     c = P.offset
     with torch.no_grad():
         rest = target if c is None else target - c.double()
-        if method == CLOSED_FORM and weights is None and acts_as_isometry(P):
-            theta_d = P.rmatvec(rest)
+        if not learns and weights is None and acts_as_isometry(P):
+            theta_d, method = P.rmatvec(rest), "closed form"
         else:
-            theta_d = _solve(P, rest, weights)
-            method = method if method == DESCENT else LEAST_SQUARES
+            theta_d, method = _solve(P, rest, weights), "gradient descent" if learns else "LSMR"
         return _Nearest(theta_d, P(theta_d), method)
 
 
@@ -111,17 +107,21 @@ def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> 
 
 
 def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Tensor, reached: Tensor) -> float:
-    """The captured energy of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>.
+    """The captured energy of all delta W = s B A together, without forming them: <B A, C E> = <B^T C, A E^T>.
 
     Raises AdapterError where the target changes nothing.
     """
+
+    def inner(B: Tensor, A: Tensor, C: Tensor, E: Tensor) -> float:
+        return float(((B.T @ C) * (A @ E.T)).sum())
+
     wanted, found = layout.split(target.double()), layout.split(reached.double())
     lost = whole = 0.0
     for k, module in enumerate(b.module for b, _ in layout.pairs()):
         (B, A), (C, E) = wanted[2 * k : 2 * k + 2], found[2 * k : 2 * k + 2]
-        ww, wf, ff = (float(((X.T @ Y) * (U @ V.T)).sum()) for X, U, Y, V in ((B, A, B, A), (B, A, C, E), (C, E, C, E)))
-        lost += scales[module] ** 2 * (ww - 2 * wf + ff)
-        whole += scales[module] ** 2 * ww
+        of_target = inner(B, A, B, A)
+        lost += scales[module] ** 2 * (of_target - 2 * inner(B, A, C, E) + inner(C, E, C, E))
+        whole += scales[module] ** 2 * of_target
     if whole == 0:
         raise AdapterError("compress: a LoRA must change its base, got delta W = 0 in every module. Train it first.")
     return 1.0 - lost / whole

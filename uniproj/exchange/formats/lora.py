@@ -124,8 +124,8 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
             rest = adapter.scales[block.module] / written[block.module]
             if block.factor == "B" and rest != 1.0:
                 factor = factor.double() * rest
-            more = (size - now for size, now in zip(reversed(shapes[_name(block)]), reversed(block.shape), strict=True))
-            yield torch.nn.functional.pad(factor.float(), [n for size in more for n in (0, size)])
+            (rows, columns), (now, across) = shapes[_name(block)], block.shape
+            yield torch.nn.functional.pad(factor.float(), (0, columns - across, 0, rows - now))
         yield from adapter.other.values()
 
     peft_folder.write(folder, config.to_dict(), index, tensors())
