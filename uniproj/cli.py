@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ def _scaffold(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from uniproj.exchange.inspect import describe, text  # PEFT and Transformers take seconds to import
+    from uniproj.exchange.inspect import describe, summary  # PEFT and Transformers take seconds to import
 
     found = describe(args.path)
-    print(json.dumps(found, indent=2) if args.json else text(found))
+    console.report(found if args.json else summary(found), args.json)
     return 0
 
 
@@ -147,57 +148,47 @@ def _row(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _add_exchange(commands: Any) -> list[argparse.ArgumentParser]:
-    formats = ", ".join(registry.names())
-    out = commands.add_parser("export", help="a uniproj adapter in another format, with the same updates")
-    out.add_argument("path", help="folder of a uniproj adapter")
-    out.add_argument("out", help="folder to write")
-    out.add_argument("--to", default="lora", metavar="FORMAT", help=f"one of {formats}")
-    out.add_argument("--rank", type=int, help="pad every module to this rank (lora, vllm)")
-    out.set_defaults(run=_export)
-    into = commands.add_parser("import", help="an adapter of another format as a uniproj adapter, exact or compressed")
-    into.add_argument("path", help=f"folder of an adapter ({formats})")
-    into.add_argument("out", help="folder to write")
-    into.add_argument("--projection", metavar="NAME", help="compress into this one; without it nothing is lost")
-    into.add_argument("--d", type=int, help="length of theta_d, where the projection leaves it free")
-    into.add_argument("--seed", type=int, default=0, help="of P")
-    into.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
-    into.set_defaults(run=_import)
-    for command in (out, into):
-        command.add_argument("--base", help="the base model: a folder or a name on the hub")
-        plugins.add_trust(command)
-    return [out, into]
-
-
 @console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m uniproj", description="Projections of LoRA's parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="every projection: formula, d, claims, source")
-    listing.set_defaults(run=_list)
-    checking = commands.add_parser("check", help="run the battery on one projection and print what it measured")
-    checking.add_argument("name")
-    checking.add_argument("--seed", type=int, default=0)
-    checking.set_defaults(run=_check)
-    starting = commands.add_parser("scaffold", help="start the file of a projection of your own, with one that works")
-    starting.add_argument("name")
-    starting.set_defaults(run=_scaffold)
-    inspecting = commands.add_parser("inspect", help="everything known of a saved adapter, without a model")
-    inspecting.add_argument("path", type=Path)
-    inspecting.set_defaults(run=_inspect)
-    verifying = commands.add_parser("verify", help="rebuild a saved adapter's P, and say whether it fits a base model")
-    verifying.add_argument("path")
-    verifying.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
-    verifying.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
-    plugins.add_trust(verifying)
-    verifying.set_defaults(run=_verify)
-    restoring = commands.add_parser("restore", help="write adapter_config.json anew, from the header of the weights")
-    restoring.add_argument("path", type=Path)
-    restoring.set_defaults(run=_restore)
-    for command in (listing, checking, starting, inspecting, verifying, restoring, *_add_exchange(commands)):
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON")
         plugins.add_option(command)
+        return command
+
+    add("list", _list, "every projection: formula, d, claims, source")
+    check = add("check", _check, "run the battery on one projection and print what it measured")
+    check.add_argument("name")
+    check.add_argument("--seed", type=int, default=0)
+    add("scaffold", _scaffold, "start the file of a projection of your own, with one that works").add_argument("name")
+    add("inspect", _inspect, "everything known of a saved adapter, without a model").add_argument("path", type=Path)
+    verify = add("verify", _verify, "rebuild a saved adapter's P, and say whether it fits a base model")
+    verify.add_argument("path")
+    verify.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
+    verify.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
+    plugins.add_trust(verify)
+    restore = add("restore", _restore, "write adapter_config.json anew, from the header of the weights")
+    restore.add_argument("path", type=Path)
+    formats = ", ".join(registry.names())
+    out = add("export", _export, "a uniproj adapter in another format, with the same updates")
+    out.add_argument("path", help="folder of a uniproj adapter")
+    out.add_argument("--to", default="lora", metavar="FORMAT", help=f"one of {formats}")
+    out.add_argument("--rank", type=int, help="pad every module to this rank (lora, vllm)")
+    into = add("import", _import, "an adapter of another format as a uniproj adapter, exact or compressed")
+    into.add_argument("path", help=f"folder of an adapter ({formats})")
+    into.add_argument("--projection", metavar="NAME", help="compress into this one; without it nothing is lost")
+    into.add_argument("--d", type=int, help="length of theta_d, where the projection leaves it free")
+    into.add_argument("--seed", type=int, default=0, help="of P")
+    into.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
+    for command in (out, into):
+        command.add_argument("out", help="folder to write")
+        command.add_argument("--base", help="the base model: a folder or a name on the hub")
+        plugins.add_trust(command)
     args = parser.parse_args(argv)
     try:
         plugins.load(args.plugins)

@@ -22,15 +22,15 @@ DONE = "done"
 _Arguments = ParamSpec("_Arguments")
 
 
-def without_word_of_bitsandbytes() -> None:
+def quiet_bitsandbytes() -> None:
     """Drop the log message of bitsandbytes that it has no kernel for 4-bit products on the CPU.
 
     Call it before PEFT is imported, which imports bitsandbytes wherever it is installed, quantised model or not.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_useful)
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
@@ -74,7 +74,8 @@ def report(facts: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
         return
     for key, value in facts.items():
-        print(f"{key:20s} {f'{value:.6g}' if isinstance(value, float) else printable(value)}")
+        shown = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else printable(value)
+        print(f"{key:20s} {shown}")
 
 
 class Progress:
@@ -116,7 +117,7 @@ def command(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
 
     @functools.wraps(main)
     def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> int:
-        without_word_of_bitsandbytes()
+        quiet_bitsandbytes()
         try:
             with _bars_on_terminals_only(), _visible_output():
                 try:

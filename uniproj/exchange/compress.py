@@ -1,4 +1,4 @@
-"""Any LoRA as one vector: the nearest theta_d of a projection, and what of the LoRA is lost."""
+"""Compression of a LoRA into one vector: the nearest theta_d of a projection, and how much is lost."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 
 IDENTITY = "lora"
-# What P may lose of a theta_D in its image: the square of float32's rounding, over long sums.
+# A theta_D in the image of P loses at most this share: the square of float32's rounding, over long sums.
 _IN_IMAGE = 1e-10
-# A captured energy that moves by more than this with the gauge is marked.
+# A captured energy that changes by more than this with the gauge gets the note.
 GAUGE_LIMIT = 0.01
 GAUGE_NOTE = "depends on the gauge (A c, B / c)"
 

@@ -33,8 +33,8 @@ def read_config(folder: Path, kind: str) -> PeftConfig:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter by PEFT's names, on the CPU.
 
-    Raises AdapterError for a missing file, for adapter_model.bin alone, which stays closed, for a file that is cut off,
-    and for numbers that are not finite.
+    Raises AdapterError for a missing file, for adapter_model.bin, which is never opened, for a truncated file, and for
+    numbers that are not finite.
     """
     if not (folder / WEIGHTS).is_file():
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
@@ -66,6 +66,6 @@ def write(
 ) -> None:
     """Write both files, or none; `tensors` come one at a time, in the order of `index` (dtype and shape by name).
 
-    Raises AdapterError for numbers that are not finite, and where the disk refuses; what was there before stays.
+    Raises AdapterError for numbers that are not finite, and if the disk refuses; older files then stay as they were.
     """
     replace({folder / WEIGHTS: streamed(index, tensors), folder / CONFIG: config_text(config).encode()})

@@ -1,4 +1,4 @@
-"""Adapters out of uniproj and into it: `export` and `import_adapter`."""
+"""`export` to other formats, and `import_adapter` from them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _reader(folder: Path) -> registry.Format:
 
 
 def _refuse_in_place(source: object, out: str | Path) -> None:
-    """Raises AdapterError if `out`, under any path, is the folder that is read or shares a file with it."""
+    """Raises AdapterError if `out` is the folder that is read, by whatever path, or shares a file with it."""
     if not isinstance(source, str | Path) or not exists(Path(source)):
         return
     # folders on the way to `out` may not exist yet, so no `..` may stay in it
