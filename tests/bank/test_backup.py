@@ -1,9 +1,9 @@
 """`AdapterBank.backup`: a whole bank of one moment, also under writers and kills; and banks that nobody may write."""
 
+import ctypes
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -190,23 +190,34 @@ def test_threads_fork_while_a_backup_is_taken(filled: AdapterBank, tmp_path) -> 
 # ---- banks that this process may not write ------------------------------------------------------
 
 OTHER = 54321
+# of sched.h: a namespace of mounts of its own
+CLONE_NEWNS = 0x20000
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-def _as_other(work: Callable[[], object]) -> None:
-    """Do something as a user who owns nothing; what went wrong there goes wrong here."""
+def _in_child(work: Callable[[], object]) -> None:
+    """Do something in a forked process; what goes wrong there goes wrong here."""
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setgid(OTHER)
-            os.setuid(OTHER)
             work()
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def _as_other(work: Callable[[], object]) -> None:
+    """Do something as a user who owns nothing."""
+
+    def become_other() -> None:
+        os.setgroups([])
+        os.setgid(OTHER)
+        os.setuid(OTHER)
+        work()
+
+    _in_child(become_other)
 
 
 @pytest.fixture
@@ -346,25 +357,22 @@ def test_another_users_bank_is_backed_up_under_writers(public: AdapterBank, tmp_
             assert copy.get(name).isfinite().all()
 
 
-READ_ONLY = """
-import sys
-from pathlib import Path
-from tests.bank.test_backup import _reads
-_reads(Path(sys.argv[1])).backup(sys.argv[2])
-"""
-
-
 @needs_root
 @pytest.mark.parametrize("state", ["closed", "open"])
 def test_a_bank_on_a_read_only_file_system_is_read(state: str, filled: AdapterBank, tmp_path) -> None:
     filled.close()
     place = tmp_path / "mounted"
     place.mkdir()
-    mount = f"mount --bind '{filled.folder}' '{place}' && mount -o remount,bind,ro '{place}'"
+    mount = f"mount --make-rprivate / && mount --bind '{filled.folder}' '{place}' && mount -o remount,bind,ro '{place}'"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    script = f"{mount} && exec '{sys.executable}' -c \"$1\" '{place}' '{tmp_path / 'copy'}'"
+
+    def work() -> None:
+        # os.unshare comes with Python 3.12
+        assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+        subprocess.run(["sh", "-c", mount], check=True)
+        _reads(place).backup(tmp_path / "copy")
+
     with _open_elsewhere(filled) if state == "open" else nullcontext():
-        done = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", READ_ONLY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        _in_child(work)
     assert _same(AdapterBank(tmp_path / "copy"), filled)

@@ -7,6 +7,7 @@ from analysis.bank.soak import prepare, run, token_of, vector
 from uniproj.bank import AdapterBank
 
 
+@pytest.mark.system
 def test_a_short_soak(tmp_path) -> None:
     found = run(prepare(tmp_path, 800, d=1100, processes=4, seed=0), kills_per_second=120)
     # a write in which its process was killed may have happened and is done, or not and is done again
