@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.bank.models import D, vector
+from tests.bank.processes import die, dies_in_child, end, in_child
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
 from uniproj.bank.slots import Slots
@@ -127,28 +128,23 @@ def test_under_writers_every_backup_is_one_moment(bank: AdapterBank, tmp_path) -
         assert min(least.values()) > 0
     finally:
         for child in writers:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            end(child)
     bank.add("last", vector(0))
 
 
-def test_a_backup_that_is_killed_leaves_no_folder_and_the_next_clears_its_part(filled: AdapterBank, tmp_path) -> None:
-    places = tmp_path / "places"
-    for killed_after in range(0, 40, 4):
-        child = os.fork()
-        if child == 0:
-            read, calls = Slots.read, []
+def test_a_backup_that_is_killed_leaves_no_folder_and_the_next_clears_its_part(
+    filled: AdapterBank, tmp_path, monkeypatch
+) -> None:
+    places, read = tmp_path / "places", Slots.read
+    for killed_after in range(0, 40, 8):
+        calls = iter(range(killed_after))
 
-            def dies(self: Slots, slot: int):
-                calls.append(slot)  # noqa: B023
-                if len(calls) > killed_after:  # noqa: B023
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return read(self, slot)  # noqa: B023
+        def dies(self: Slots, slot: int):
+            return read(self, slot) if next(calls, None) is not None else die()  # noqa: B023
 
-            Slots.read = dies  # type: ignore[method-assign]
-            filled.backup(places / "copy")
-            os._exit(3)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        with monkeypatch.context() as patch:
+            patch.setattr(Slots, "read", dies)
+            dies_in_child(lambda: filled.backup(places / "copy"))
         assert len(os.listdir(places)) == 1 and not (places / "copy").exists()
     filled.backup(places / "copy")
     assert os.listdir(places) == ["copy"] and _same(AdapterBank(places / "copy"), filled)
@@ -170,10 +166,7 @@ def test_threads_fork_while_a_backup_is_taken(filled: AdapterBank, tmp_path) -> 
 
     def fork() -> None:
         while not done.is_set():
-            child = os.fork()
-            if child == 0:
-                os._exit(0)
-            os.waitpid(child, 0)
+            in_child(lambda: None)
 
     thread = threading.Thread(target=fork)
     thread.start()
@@ -195,19 +188,6 @@ CLONE_NEWNS = 0x20000
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
-def _in_child(work: Callable[[], object]) -> None:
-    """Do something in a forked process; what goes wrong there goes wrong here."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-
-
 def _as_other(work: Callable[[], object]) -> None:
     """Do something as a user who owns nothing."""
 
@@ -217,7 +197,7 @@ def _as_other(work: Callable[[], object]) -> None:
         os.setuid(OTHER)
         work()
 
-    _in_child(become_other)
+    in_child(become_other)
 
 
 @pytest.fixture
@@ -257,8 +237,7 @@ def _open_elsewhere(bank: AdapterBank) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        end(child)
 
 
 @needs_root
@@ -348,8 +327,7 @@ def test_another_users_bank_is_backed_up_under_writers(public: AdapterBank, tmp_
     try:
         _as_other(work)
     finally:
-        os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
+        end(writer)
     for k in range(5):
         copy = AdapterBank(target / f"copy {k}")
         assert len(copy) == 39
@@ -374,5 +352,5 @@ def test_a_bank_on_a_read_only_file_system_is_read(state: str, filled: AdapterBa
         _reads(place).backup(tmp_path / "copy")
 
     with _open_elsewhere(filled) if state == "open" else nullcontext():
-        _in_child(work)
+        in_child(work)
     assert _same(AdapterBank(tmp_path / "copy"), filled)
