@@ -55,12 +55,12 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
         Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
+        return resident_bytes("VmRSS")
 
     def read(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
+        return resident_bytes("VmHWM")
 
 
 def give_back_at_once(enabled: bool) -> None:
@@ -75,7 +75,8 @@ def give_back_at_once(enabled: bool) -> None:
     C.malloc_trim(0)
 
 
-def _status(key: str) -> int:
+def resident_bytes(key: str) -> int:
+    """Memory of this process by its key in /proc: VmRSS now, VmHWM at its peak, RssAnon without mapped files."""
     return _kilobytes("/proc/self/status", key)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import uniproj
 from analysis.overhead.memory import Peak, give_back_at_once, tensor_bytes
 from analysis.overhead.shapes import sub_vectors
-from analysis.overhead.workloads import WORKLOADS, Workload, load
+from analysis.overhead.workloads import WORKLOADS, Workload, greedy, load
 from experiments.timing import compare_steps, interleave, now, ratio, training_step
 from uniproj import LoRALayout
 from uniproj.tuner import UniProjConfig
@@ -206,12 +206,11 @@ def _inference(
 
 def _answer(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
     device = prompt["input_ids"].device
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def timed() -> float:
         started = now(device)
         with torch.no_grad(), _autocast(device):
-            model.generate(**prompt, **length) if new_tokens else model(**prompt)
+            model.generate(**prompt, **greedy(new_tokens)) if new_tokens else model(**prompt)
         return (now(device) - started) / (new_tokens or 1)
 
     return timed
