@@ -195,10 +195,7 @@ def _inference(
     model: PeftModel, reference: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int, pairs: int
 ) -> dict[str, float]:
     """Time per generated token (or of one forward pass of an encoder) relative to LoRA's, and in s."""
-    actions = []
-    for each in (model, reference):
-        each.eval()
-        actions.append(_answer(each, prompt, new_tokens))
+    actions = [_answer(each.eval(), prompt, new_tokens) for each in (model, reference)]
     seconds: np.ndarray = np.array(interleave(actions, pairs, WARM_UP))
     found = ratio("inference_ratio", seconds[:, 0], seconds[:, 1])
     return {**found, "inference_seconds": float(np.median(seconds[:, 0]))}
