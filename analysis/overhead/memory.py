@@ -64,9 +64,10 @@ class Peak:
 
 
 def give_back_at_once(enabled: bool) -> None:
-    """Make the C library return what is freed to the system at once, or keep up to 32 MiB blocks, as it comes to do.
+    """Whether the C library returns freed memory to the system at once, or keeps freed blocks of up to 32 MiB.
 
-    The first makes the resident set equal to what is in use, and allocations slow: not for timing.
+    At once, the resident set equals what is in use, and allocations are too slow for timing. Keeping them is what the
+    library does by itself after some use.
     """
     C = ctypes.CDLL(None)
     threshold = 2**12 if enabled else 2**25

@@ -107,8 +107,8 @@ def test_under_writers_every_backup_is_one_moment(bank: AdapterBank, tmp_path) -
         writers.append(child)
     try:
         least = dict.fromkeys(range(2), 0)
-        for k in range(12):
-            if k == 6:
+        for k in range(8):
+            if k == 4:
                 os.kill(writers[0], signal.SIGKILL)
             bank.backup(tmp_path / f"copy {k}")
             copy = AdapterBank(tmp_path / f"copy {k}")

@@ -31,7 +31,7 @@ def test_a_torn_vector_and_that_of_another_name_are_found() -> None:
 
 
 def test_a_lost_adapter_is_found(tmp_path, monkeypatch) -> None:
-    """Were replaced vectors written in place or kept in memory only, the soak would say so."""
+    """A deletion that takes another adapter with it is noticed."""
     delete = AdapterBank.delete
 
     def forget_another_too(self: AdapterBank, name: str) -> None:
