@@ -71,7 +71,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if config["family"] == "fastfood" and device.type == "cuda":
         family = (*family, methods.PACKAGE)
     if config["family"] == "unilora":
-        problem.draw_partition()
+        problem.draw("index", "scale")
     entrants, rows = [], {}
     for entry in (*FLOORS, *family):
         try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import uniproj
 from analysis.overhead.memory import Peak, give_back_at_once, tensor_bytes
 from analysis.overhead.shapes import sub_vectors
-from analysis.overhead.workloads import WORKLOADS, Workload, load
+from analysis.overhead.workloads import WORKLOADS, Workload, greedy, load
 from experiments.timing import compare_steps, interleave, now, ratio, training_step
 from uniproj import LoRALayout
 from uniproj.tuner import UniProjConfig
@@ -195,10 +195,7 @@ def _inference(
     model: PeftModel, reference: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int, pairs: int
 ) -> dict[str, float]:
     """Time per generated token (or of one forward pass of an encoder) relative to LoRA's, and in s."""
-    actions = []
-    for each in (model, reference):
-        each.eval()
-        actions.append(_answer(each, prompt, new_tokens))
+    actions = [_answer(each.eval(), prompt, new_tokens) for each in (model, reference)]
     seconds: np.ndarray = np.array(interleave(actions, pairs, WARM_UP))
     found = ratio("inference_ratio", seconds[:, 0], seconds[:, 1])
     return {**found, "inference_seconds": float(np.median(seconds[:, 0]))}
@@ -206,12 +203,11 @@ def _inference(
 
 def _answer(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
     device = prompt["input_ids"].device
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def timed() -> float:
         started = now(device)
         with torch.no_grad(), _autocast(device):
-            model.generate(**prompt, **length) if new_tokens else model(**prompt)
+            model.generate(**prompt, **greedy(new_tokens)) if new_tokens else model(**prompt)
         return (now(device) - started) / (new_tokens or 1)
 
     return timed

@@ -48,17 +48,10 @@ class Problem:
     def D(self) -> int:
         return self.layout.D
 
-    def draw(self) -> None:
-        """Draw x and y now, so that they count for no method."""
-        _ = self.x, self.y
-
-    def draw_partition(self) -> None:
-        """Draw index and scale now, so that they count for no method."""
-        _ = self.index, self.scale
-
-    def draw_base_weights(self) -> None:
-        """Draw the base weights now, so that they count for no method."""
-        _ = self.base_weights
+    def draw(self, *names: str) -> None:
+        """Draw these of the vectors below now, so that they count for no method."""
+        for name in names:
+            getattr(self, name)
 
     @cached_property
     def base_weights(self) -> dict[str, Tensor]:
@@ -134,7 +127,7 @@ def enter(candidate: Candidate, problem: Problem) -> Entrant:
     needed, limit = candidate.peak * problem.D, usable(problem.device)
     if needed > limit:
         raise TooLarge(f"needs about {needed / 1e9:.1f} GB, {limit / 1e9:.1f} GB are usable")
-    problem.draw()
+    problem.draw("x", "y")
     before = tensor_bytes(problem.device)
     started = now(problem.device)
     method = candidate.build(problem)

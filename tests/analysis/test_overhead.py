@@ -248,8 +248,14 @@ def test_every_adapter_attaches_to_the_tiny_base_and_every_parameter_gets_a_grad
 
 
 @pytest.mark.system
+def test_a_measurement_in_its_own_process(tmp_path) -> None:
+    runner.run_all([growth_job()], tmp_path)
+    (record,) = runner.load(tmp_path, [growth_job()])
+    assert record["status"] == "done", record["reason"]
+
+
+@pytest.mark.slow
 def test_the_command_itself(tmp_path) -> None:
-    """In a process of its own, which starts another for the measurement."""
     argv = [sys.executable, "-m", "analysis.overhead", "--parts", "model", "--models", "tiny", "--methods", "PEFT LORA"]
     done = subprocess.run([*argv, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -235,7 +235,13 @@ class AdapterBank:
         for slot, (name, row) in zip(free, chunk, strict=True):
             # only after the write: until the commit, others still read the slot that is freed here
             if change.remove(name) != replacing:
-                raise self._unknown(name) if replacing else self._held(name)
+                raise (
+                    self._unknown(name)
+                    if replacing
+                    else AdapterError(
+                        f"bank: {name!r} must be a new name, got one that {self.folder} holds. Use bank.replace."
+                    )
+                )
             change.put(name, slot, crc(row))
 
     def _vector(self, source: Source, name: str) -> np.ndarray:
@@ -265,9 +271,6 @@ class AdapterBank:
                     f"bank: {self.folder / INDEX} must have no more names than the {len(self._slots)} slots of "
                     f"{VECTORS}, got more. {RESTORE}"
                 )
-
-    def _held(self, name: str) -> AdapterError:
-        return AdapterError(f"bank: {name!r} must be a new name, got one that {self.folder} holds. Use bank.replace.")
 
     def _unknown(self, name: str) -> AdapterError:
         return AdapterError(

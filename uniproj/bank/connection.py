@@ -142,7 +142,7 @@ class Connection:
                 connection.execute(f"PRAGMA {pragma}")
             self._check(connection)
             # the first use may create the -wal and -shm files
-            self._seen = before if self._unchanging() else self._now()
+            self._seen = before if self._is_immutable() else self._now()
             self._check_file()
         except BaseException:
             connection.close()
@@ -154,19 +154,19 @@ class Connection:
         if self._file is not None and identity(self._path) != self._file:
             raise replaced(self._path)
 
-    def _unchanging(self) -> bool:
+    def _is_immutable(self) -> bool:
         return self._mode not in ("rw", "ro")
 
     def _stale(self) -> bool:
         """Whether a file that was opened as immutable has changed. Raises AdapterError if another one was replaced."""
         if self._now() == self._seen:
             return False
-        if self._unchanging():
+        if self._is_immutable():
             return True
         raise replaced(self._path)
 
     def _now(self) -> tuple[object, ...]:
-        if not self._unchanging():
+        if not self._is_immutable():
             return identity(self._path), identity(self._wal), identity(self._shm)
         try:
             found = os.stat(self._path)
