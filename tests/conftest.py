@@ -36,6 +36,8 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if torch.get_num_threads() != 1:  # a command that a test calls may take all cores
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before items are chosen by their markers
