@@ -9,7 +9,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from scipy.stats import t as student
 
-from analysis.columns import gram
+from analysis.columns import coherence, gram, singular_values
 from analysis.spaces import vectors
 from uniproj import Projection
 from uniproj.claims import TOLERANCE
@@ -63,9 +63,7 @@ def exact(P: Projection) -> Deviation:
     """Every entry of P^T P - I, from blocks of columns of P (or its sparse form): O(D d^2) time, O(d^2) memory."""
     G = gram(P)
     E = G - torch.eye(P.d, dtype=torch.float64)
-    lengths = G.diagonal().clamp_min(0.0).sqrt()
-    cosines = (E - torch.diag(E.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
-    sigma = torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt()
+    sigma = singular_values(G)
     return Deviation(
         method="exact",
         rms=float(E.norm() / P.d**0.5),
@@ -76,7 +74,7 @@ def exact(P: Projection) -> Deviation:
         sigma_max=float(sigma[-1]),
         converged=True,
         max_error=float(E.abs().max()),
-        coherence=float(cosines.max()),
+        coherence=coherence(G),
     )
 
 

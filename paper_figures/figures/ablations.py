@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from experiments import names
 from experiments.names import method
 from paper_figures.cells import score_head, task_heads
-from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
-from paper_figures.comparison import OURS, score
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep
+from paper_figures.comparison import OURS, Place, score_at
 from paper_figures.panels import LINE, MISSING, guide, lines_of, missing, panels, point
 from paper_figures.published import claims
 from paper_figures.registry import Product, register
@@ -37,9 +37,7 @@ def table(sweep: Sweep | None, differences: pd.DataFrame) -> Table:
         rows += [["ours", method(name), NOT_RUN] for name in every]
     else:
         for name in every:
-            chosen = sweep.cells[sweep.cells["projection"] == name]
-            cells = [one_cell(chosen[chosen["task"] == task], f"{name} on {task}") for task in tasks]
-            rows.append(["ours, score", method(name), *(score(cell).text for cell in cells)])
+            rows.append(["ours, score", method(name), *(score_at(sweep, Place(task), name).text for task in tasks)])
         for name in _ABLATIONS:
             own = differences[differences["projection"] == name].set_index("task")
             gaps = [_gap(own.loc[task]) if task in own.index else NOT_RUN for task in tasks]

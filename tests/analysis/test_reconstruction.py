@@ -17,7 +17,7 @@ from analysis.landscape.__main__ import main as landscape_main
 from analysis.reconstruction import measure, reconstruct
 from analysis.reconstruction.__main__ import main as reconstruction_main
 from analysis.spaces import build, defaults
-from analysis.subject import HEAD, Setting, Subject, factor_name
+from analysis.subject import HEAD, Setting, Subject, named_factors
 from analysis.training import train_lora
 from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
@@ -43,7 +43,7 @@ def lora(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
 def folder(subject: Subject, lora: tuple[Tensor, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same LoRA as PEFT saves it."""
     theta_D, head = lora
-    parts = dict(zip(map(factor_name, subject.layout.blocks), subject.layout.split(theta_D), strict=True))
+    parts = named_factors(subject.layout, theta_D)
     before = {name: value.clone() for name, value in subject.model.state_dict().items() if name in {**parts, **head}}
     subject.model.load_state_dict({**parts, **head}, strict=False)
     path = tmp_path_factory.mktemp("lora")

@@ -23,11 +23,6 @@ NO_RANK = "\u2013"
 METHODS = ["lora", "unilora", "vera", "nola"]
 
 
-@pytest.fixture(autouse=True)
-def _few_objects() -> None:
-    """No live tensor is counted here."""
-
-
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     found = made_up(TASKS, METHODS)
