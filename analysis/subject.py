@@ -1,4 +1,4 @@
-"""A model whose loss and score are functions of theta_D, so that any projection can be put before it."""
+"""A model whose loss and score are functions of theta_D, so that theta_D can come from any projection."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Head = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what: a text classifier, rank r, the rows of a task, rows per batch, tokens per row."""
+    """A text classifier and what it is trained on; rank: LoRA's; batch_size: in rows; max_length: in tokens per row."""
 
     model: str = "minilm"
     task: str = "vader"
@@ -80,8 +80,7 @@ def named_factors(layout: LoRALayout, theta_D: Tensor) -> dict[str, Tensor]:
 class Subject:
     """The base model of a setting with PEFT's LoRA layers, whose factors are views of a given theta_D.
 
-    adapter: a folder with a LoRA adapter of PEFT or one of uniproj, whose theta_D and head are then the start; rank and
-    modules are those of the adapter.
+    adapter: a folder with a LoRA adapter of PEFT or one of uniproj, whose rank, modules, theta_D and head are taken.
 
     Raises ExperimentError for a task that does not classify text.
     """
@@ -160,7 +159,7 @@ class Subject:
         return {n: p.detach().clone() for n, p in self.model.named_parameters() if HEAD in n}
 
     def logits(self, theta_D: Tensor, head: Head, batch: Batch) -> Tensor:
-        """What the model answers with these factors and this head; differentiable in both."""
+        """The model's logits with the factors in theta_D (D,) and this head; differentiable in both."""
         return self._call(theta_D, head, batch).logits
 
     def loss(self, theta_D: Tensor, head: Head, batch: Batch) -> Tensor:

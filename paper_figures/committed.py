@@ -1,4 +1,4 @@
-"""What has been run: committed sweeps and analysis tables, or the knowledge that one is not there."""
+"""The committed results: sweeps and the tables of analyses, None for one that was not made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.records.committed import RECORDS
 from experiments.records.gather import OVERHEAD, Records, read_sweep, table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
-# a check that a sweep runs, which shows nothing
+# a sweep that only checks that sweeps run
 _SMOKE = "smoke"
 
 

@@ -47,7 +47,7 @@ def run(
 def main(argv: list[str]) -> None:
     """Measure in this process, on every core."""
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
-    # an allocation that is refused has a message; a process that the system kills for memory may take others along
+    # a refused allocation has an error message; where memory runs out, the system may kill other processes too
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     started = time.perf_counter()

@@ -20,7 +20,7 @@ MOST_EXACT = 4096
 _PROBES = 4
 # Rebuilt P that an expectation is taken over, up to MOST_EXACT and beyond, where they scatter less.
 SEEDS, SEEDS_BEYOND = 12, 6
-# The chance to take a P that is isometric in expectation for one that is not.
+# The chance that a P which is isometric in expectation is called one that is not.
 LEVEL = 1e-3
 # Lanczos: relative accuracy of an extreme eigenvalue, vectors kept, restarts.
 ACCURACY, KEPT, RESTARTS = 1e-2, 8, 4
@@ -83,8 +83,8 @@ def probed(P: Projection, probes: int = _PROBES) -> Deviation:
     """From products with P and P^T alone, O(d + D) memory.
 
     E ||(P^T P - I) x||^2 = ||P^T P - I||_F^2 and E ||P x||^2 = trace(P^T P) for x uniform on the sphere of radius
-    sqrt(d) (Hutchinson's estimate; on the sphere a multiple of an isometry has no error). A P that every probe shows
-    to be isometric has singular values 1: only another's are sought. Needs d >= 3.
+    sqrt(d) (Hutchinson's estimate; on the sphere a multiple of an isometry has no error). Where every
+    probe finds P isometric its singular values are 1; otherwise Lanczos finds the extreme ones. Needs d >= 3.
     """
     squares, gains = np.empty(probes), np.empty(probes)
     for i in range(probes):
@@ -111,7 +111,7 @@ def probed(P: Projection, probes: int = _PROBES) -> Deviation:
 def _extremes(P: Projection) -> tuple[float, float, bool]:
     """(sigma_min, sigma_max, whether both are within 1 %) by Lanczos on P^T P, restarted at most 4 times. Needs d >= 3.
 
-    What a run that did not converge has seen are ||P x|| / ||x||, which lie inside the spectrum.
+    Where it does not converge, the least and largest ||P x|| / ||x|| on its way, which lie inside the spectrum.
     """
     A, seen, converged = P.to_scipy(), [], True
 
@@ -127,7 +127,7 @@ def _extremes(P: Projection) -> tuple[float, float, bool]:
         found = eigsh(G, k=2, which="BE", v0=start, tol=ACCURACY, ncv=kept, maxiter=RESTARTS, return_eigenvectors=False)
     except ArpackNoConvergence as error:
         found, converged = error.eigenvalues, False
-    # with all of P^T P alike ARPACK may name only what it saw
+    # where all eigenvalues are equal ARPACK may return none: what was seen on the way decides
     values = np.clip([*found, *seen], 0.0, None)
     return float(values.min() ** 0.5), float(values.max() ** 0.5), converged
 

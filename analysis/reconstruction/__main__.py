@@ -1,4 +1,4 @@
-"""`python -m analysis.reconstruction`: how much of a trained LoRA can a theta_d of each projection say?"""
+"""`python -m analysis.reconstruction`: how much of a trained LoRA can each projection represent?"""
 
 from __future__ import annotations
 
