@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.records import statistics
 from paper_figures import style
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
-from paper_figures.published import claims, of_table
+from paper_figures.published import notes, of_table
 from paper_figures.typesetting import Table
 
 OURS = "Ours: mean over n seeds after the last step, Student's 95 % interval, as far as the metric goes."
@@ -150,7 +150,5 @@ def table(spec: Comparison, found: Sequence[Row]) -> Table:
     """One line per method and block."""
     heads = ["block", "method", "trained", *(f"{column}, {spec.unit_of(column)}" for column in spec.columns)]
     lines = [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.columns)] for r in found]
-    sources = sorted(set(of_table(spec.name)["source"]))
-    cited = [f"Published: {source}." for source in sources] or ["Published: no value is known to us."]
-    said = [f"Published without numbers: {claim}." for claim in claims(spec.name)]
-    return Table(spec.title, heads, lines, [*cited, *said, OURS, *spec.notes])
+    unknown = ["Published: no value is known to us."] if of_table(spec.name).empty else []
+    return Table(spec.title, heads, lines, [*unknown, *notes(spec.name), OURS, *spec.notes])

@@ -32,14 +32,8 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
             low, high = 100 * cell.score_low, 100 * cell.score_high
             point(axes, cell.x, 100 * cell.score, name, low, high, upright=True)
         if own[key].is_unique:
-            axes.plot(
-                own["x"],
-                100 * own["score"],
-                color=style.colour(name),
-                linestyle=style.dash(name),
-                linewidth=0.8,
-                alpha=0.6,
-            )
+            look = {"color": style.colour(name), "linestyle": style.dash(name), "linewidth": 0.8, "alpha": 0.6}
+            axes.plot(own["x"], 100 * own["score"], **look)
     logarithmic(axes)
     axes.set_ylabel(unit(usable["metric"].iloc[0]))
     _name_lost(axes, cells[cells["status"] != COMPLETE])

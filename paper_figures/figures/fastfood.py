@@ -14,7 +14,7 @@ from paper_figures.cells import ratio, scaled, score_head, task_heads
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep
 from paper_figures.comparison import OURS, Place, score_at
 from paper_figures.panels import MISSING, guide, legend, panels, point, say
-from paper_figures.published import claims
+from paper_figures.published import notes
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
@@ -47,9 +47,8 @@ def table(sweep: Sweep | None, costs: pd.DataFrame | None) -> Table:
     heads = ["block", "projection", *(tasks.values() or [score_head(None)])]
     for base in [names.model(base) for base, _ in bases] or ["a model"]:
         heads += [f"step / LoRA, {base}", f"peak - LoRA's, {base}, B per coordinate"]
-    notes = [f"Published without numbers: {claim}." for claim in claims("fastfood")]
-    notes += [OURS, "Step time: median of paired ratios to PEFT's LoRA, with its 95 % interval."]
-    return Table("Fastfood beside Uni-LoRA: score, time, memory", heads, rows, notes)
+    below = [*notes("fastfood"), OURS, "Step time: median of paired ratios to PEFT's LoRA, with its 95 % interval."]
+    return Table("Fastfood beside Uni-LoRA: score, time, memory", heads, rows, below)
 
 
 def draw(sweep: Sweep | None, costs: pd.DataFrame | None) -> Figure:

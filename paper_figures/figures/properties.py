@@ -25,8 +25,8 @@ def make(_: Committed) -> Sequence[Table]:
     """From the registry of projections alone."""
     rows = []
     for name in uniproj.names():
-        card, verdicts = cards.describe(name), cards.verdicts(cards.instance(name))
-        measured = {verdict["claim"]: verdict for verdict in verdicts.to_dict("records")}
+        card = cards.describe(name)
+        measured = {verdict["claim"]: verdict for verdict in cards.verdicts(cards.instance(name))}
         expected = "yes" if "isometric_in_expectation" in measured else "no"
         rows.append([method(name), name, f"${card['formula']}$", f"${card['d_formula']}$", card["kind"],
                      *(_verdict(measured[claim]) for claim in WORDS), expected, card["source"]])  # fmt: skip
@@ -36,16 +36,8 @@ def make(_: Committed) -> Sequence[Table]:
         "coordinates that stay within one module are local at any ratio. "
         f"{_PROOFS} The paper's own table of properties is not available to us.",
     ]
-    heads = [
-        "projection",
-        "name",
-        "$theta_D$",
-        "$d$",
-        "$P$",
-        *WORDS.values(),
-        "isometric in expectation (claimed)",
-        "source",
-    ]
+    heads = ["projection", "name", "$theta_D$", "$d$", "$P$", *WORDS.values(), "isometric in expectation (claimed)",
+             "source"]  # fmt: skip
     return [Table("Properties of each projection", heads, rows, notes)]
 
 

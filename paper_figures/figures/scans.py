@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,7 +13,7 @@ from paper_figures.cells import score_head, whole
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, complete, one_task
 from paper_figures.comparison import OURS, score
 from paper_figures.panels import PUBLISHED, legend, missing, panels, say
-from paper_figures.published import of_table
+from paper_figures.published import notes, of_table
 from paper_figures.registry import Product, register
 from paper_figures.sizes import against, logarithmic, only_at
 from paper_figures.typesetting import Table
@@ -31,7 +30,7 @@ def against_d(committed: Committed) -> Sequence[Product]:
     axes[0].set_xlabel("d (n = 1 seed, no interval published)")
     axes[0].set_ylabel("GSM8K accuracy, %")
     _ours(figure, axes[1], sweep, "trained", "trained numbers")
-    return _table("Score against d", "trained", "trained numbers", published, sweep), figure
+    return _table("score_against_d", "Score against d", "trained", "trained numbers", sweep), figure
 
 
 @register("score_against_r")
@@ -50,15 +49,15 @@ def against_r(committed: Committed) -> Sequence[Product]:
     _ours(figure, axes[1], sweep, "r", "rank r")
     if sweep is not None:
         only_at(axes[1], sweep.cells["r"])
-    return _table("Score against the rank", "r", "r", published, sweep), figure
+    return _table("score_against_r", "Score against the rank", "r", "r", sweep), figure
 
 
 @register("score_against_rows")
 def against_rows(committed: Committed) -> Sequence[Product]:
     """Score against the number of training rows, every method at one budget; nothing is published of it."""
     sweep = committed.sweep("score_against_rows")
-    title, published = "Score against the number of training rows", of_table("score_against_rows")
-    table = _table(title, "train_size", "training rows", published, sweep)
+    title = "Score against the number of training rows"
+    table = _table("score_against_rows", title, "train_size", "training rows", sweep)
     if sweep is None:
         return table, missing(f"score against training rows: {NOT_RUN}")
     figure, (panel,) = panels(1, 1, 2.6, style.COLUMN)
@@ -83,12 +82,12 @@ def _ours(figure: Figure, axes: Axes, sweep: Sweep | None, key: str, label: str)
     legend(figure, set(sweep.cells["projection"]))
 
 
-def _table(title: str, key: str, head: str, published: pd.DataFrame, sweep: Sweep | None) -> Table:
+def _table(name: str, title: str, key: str, head: str, sweep: Sweep | None) -> Table:
     """Published points, then every cell of ours."""
     rows = [
         ["published", value["method"], whole(value["d" if key == "trained" else key]), value["column"],
          f"{value['value']:g}"]
-        for value in published.to_dict("records")
+        for value in of_table(name).to_dict("records")
     ] or [["published", "all", *[NOT_AVAILABLE] * 3]]  # fmt: skip
     if sweep is None:
         rows.append(["ours", "all", NOT_RUN, NOT_RUN, NOT_RUN])
@@ -99,5 +98,4 @@ def _table(title: str, key: str, head: str, published: pd.DataFrame, sweep: Swee
                 [f"ours, {model(cell['model'])}", method(cell["projection"]), whole(cell[key]), task(cell["task"]),
                  score(cell).text]
             )  # fmt: skip
-    notes = [f"Published: {source}." for source in sorted(set(published["source"]))] + [OURS]
-    return Table(title, ["block", "method", head, "task", score_head(sweep)], rows, notes)
+    return Table(title, ["block", "method", head, "task", score_head(sweep)], rows, [*notes(name), OURS])
