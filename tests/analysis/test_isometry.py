@@ -144,8 +144,5 @@ def test_the_command_shows_a_plugin_without_being_told_of_it(
         "cyclic": "isometric",
         "lora_xs": "isometric",
     }
-    assert {"isometry.png", "isometry.pdf", "isometry.json", "isometry-verdicts.csv"} <= set(
-        path.name for path in tmp_path.iterdir()
-    )
     assert main(["--projections", "cyclc", *asked]) == 2
     assert "Did you mean" in capsys.readouterr().err

@@ -184,12 +184,12 @@ def test_energies_that_are_none_above_zero_have_an_edge() -> None:
     assert edge(pd.Series([-1.0, 0.0])) == 0.1 and edge(pd.Series([-1.0, 0.02, 0.5])) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch-size", "--test-size"])
 @pytest.mark.parametrize("main", [landscape_main, reconstruction_main])
-def test_counts_are_positive(main, option: str, capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([option, "0"])
-    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+def test_counts_are_positive(main, capsys) -> None:
+    for option in ("--steps", "--batch-size", "--test-size"):
+        with pytest.raises(SystemExit, match="2"):
+            main([option, "0"])
+        assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_missing_adapter_is_a_sentence(tmp_path: Path, capsys) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from analysis.spaces import build, layout
 from analysis.spectrum import of_projection, of_updates, spectrum
-from analysis.spectrum.__main__ import main
 from analysis.spectrum.measure import factor_pairs, stable_rank
 from tests.analysis.conftest import SMALL
 from uniproj import Projection
@@ -63,9 +60,3 @@ def test_delta_W_has_the_stable_rank_of_the_product() -> None:
         torch.testing.assert_close(small, torch.linalg.svdvals(B @ A)[:2])
     facts = of_updates(P)
     assert 1.0 <= facts["delta_W_stable_rank"] <= 2.0 and 1.0 <= facts["A_stable_rank"] <= 2.0
-
-
-def test_the_command_writes_its_files(tmp_path: Path) -> None:
-    asked = ["--layout", "eight-64", "--d", "64", "--projections", "unilora", "gaussian", "--out", str(tmp_path)]
-    assert main(asked) == 0
-    assert (tmp_path / "spectrum-values.csv").read_text().count("\n") > 64
