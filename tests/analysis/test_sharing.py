@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import uniproj
 from analysis import cards
 from analysis.columns import loads
 from analysis.sharing import describe, heat_map, sharing
 from analysis.sharing.measure import layer_of
 from analysis.spaces import build, defaults, layout
-from tests.analysis.conftest import SMALL
-from uniproj import LoRALayout, Projection
+from tests.analysis.small import SMALL, small
+from uniproj import LoRALayout
 
 
 def _facts(name: str, **variant: object) -> dict[str, float]:
@@ -45,8 +46,10 @@ def test_known_methods() -> None:
     assert (_facts("vera")["n_min"], _facts("vera")["n_max"]) == (4, 64)
 
 
-def test_every_fraction_is_counted_on_the_dense_matrix(every_P: Projection) -> None:
-    P, found = every_P, describe(loads(every_P), SMALL)
+@pytest.mark.parametrize("name", uniproj.names())
+def test_every_fraction_is_counted_on_the_dense_matrix(name: str) -> None:
+    P = small(name)
+    found = describe(loads(P), SMALL)
     hit = P.to_dense().detach() != 0
     modules = torch.stack([part.any(0) for part in hit.split([2 * (12 + 8)] * 6)])
     assert found["several_modules"] == pytest.approx(float((modules.sum(0) > 1).double().mean()))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import uniproj
 from analysis.spaces import build, layout
 from analysis.spectrum import of_projection, of_updates, spectrum
 from analysis.spectrum.measure import factor_pairs, stable_rank
-from tests.analysis.conftest import SMALL
-from uniproj import Projection
+from tests.analysis.small import SMALL, small
 
 
 def test_stable_rank_of_known_values() -> None:
@@ -18,8 +18,10 @@ def test_stable_rank_of_known_values() -> None:
     assert stable_rank(torch.zeros(2)) == 0.0
 
 
-def test_values_and_coherence_are_the_dense_ones(every_P: Projection) -> None:
-    P, (values, facts) = every_P, of_projection(every_P)
+@pytest.mark.parametrize("name", uniproj.names())
+def test_values_and_coherence_are_the_dense_ones(name: str) -> None:
+    P = small(name)
+    values, facts = of_projection(P)
     M = P.to_dense().detach()
     dense = torch.linalg.svdvals(M)
     torch.testing.assert_close(values, dense, rtol=1e-6, atol=1e-6 * float(dense[0]))
