@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 import uniproj
@@ -40,8 +41,8 @@ def instance(name: str) -> Projection:
     return sample(name, LAYOUT, _D_SMALL)
 
 
-def verdicts(P: Projection) -> list[dict[str, Any]]:
-    """For each claim, and each of `_ALWAYS`: claim, claimed, holds, value, what the value is."""
+def verdicts(P: Projection) -> pd.DataFrame:
+    """One row per claim and for each of `_ALWAYS`: claim, claimed, holds, value, what the value is."""
     rows = []
     within_one_module = CHECKS["local"](P).holds
     for claim, decide in CHECKS.items():
@@ -55,7 +56,7 @@ def verdicts(P: Projection) -> list[dict[str, Any]]:
                     "value": shown(measured.value), "what": measured.what,
                 }
             )  # fmt: skip
-    return rows
+    return pd.DataFrame(rows)
 
 
 def shown(value: float) -> float:
@@ -79,7 +80,7 @@ def card(name: str) -> dict[str, Any]:
     """All of it for one projection, matrices too; `failed` says why nothing was measured of one that raised."""
     try:
         P = instance(name)
-        matrices = {"verdicts": verdicts(P), "gram": gram(P), "sharing": sharing(P)}
+        matrices = {"verdicts": verdicts(P).to_dict("records"), "gram": gram(P), "sharing": sharing(P)}
         return {**describe(name), "D": P.D, "d": P.d, "trained": P.trained, **matrices}
     except Exception as error:  # a projection may be anybody's, and costs the page nothing
         return {**describe(name), "failed": f"{type(error).__name__}: {error}"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from analysis.isometry.verdict import UNDECIDED, row
+from analysis.isometry.measure import UNDECIDED, verdict
 from analysis.spaces import Entry, build, layout
 from experiments import models
 from experiments.orphans import end_with
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     plugins.load(own)
     models.trust_remote_code(trusts)
-    measured = row(build(name, variant, layout(space, rank), d, seed))
+    measured = verdict(build(name, variant, layout(space, rank), d, seed))
     measured |= {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time(),

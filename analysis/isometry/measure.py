@@ -1,8 +1,9 @@
-"""How far P^T P is from I: all of it where d allows, else extreme singular values and random probes."""
+"""How far P^T P is from I, whole where d allows, else by random probes and extreme singular values; and the verdict."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from scipy.stats import t as student
 
 from analysis.columns import coherence, gram, singular_values
-from analysis.spaces import vectors
+from analysis.spaces import Entry, vectors
 from uniproj import Projection
 from uniproj.claims import TOLERANCE
 
+UNDECIDED = "not measured"
 # P^T P is held whole up to this d: 128 MiB in float64, 10 s for its eigenvalues on one core.
 MOST_EXACT = 4096
 # Random x that P^T P is tried on beyond it: with d terms in each estimate, few are enough.
@@ -132,19 +134,11 @@ def _extremes(P: Projection) -> tuple[float, float, bool]:
     return float(values.min() ** 0.5), float(values.max() ** 0.5), converged
 
 
-@dataclass(frozen=True)
-class _Expectation:
-    """Whether E P^T P = I over seeds: mean of ||P v||^2 for fixed unit v, the one that is furthest from 1."""
-
-    holds: bool
-    gain: float
-    statistic: float
-    limit: float
-
-
 @torch.no_grad()
-def expectation(P: Projection) -> _Expectation:
-    """Student's test of E ||P v||^2 = 1 over rebuilt P, for v = 1 / sqrt(d) and a random direction.
+def _expectation(P: Projection) -> tuple[bool, float]:
+    """(whether E P^T P = I over seeds, the mean of ||P v||^2 that is furthest from 1).
+
+    Student's test of E ||P v||^2 = 1 over rebuilt P, for v = 1 / sqrt(d) and a random direction.
 
     A quadratic form that is 1 on the sphere is I; a random direction shows any other with probability 1, given
     enough seeds. Family-wise level 0.1 %.
@@ -157,4 +151,25 @@ def expectation(P: Projection) -> _Expectation:
     statistic = (gains.mean(0) - 1.0).abs() / error
     worst = int(statistic.argmax())
     limit = float(student.ppf(1.0 - LEVEL / (2 * len(v)), seeds - 1))
-    return _Expectation(bool(statistic[worst] <= limit), float(gains.mean(0)[worst]), float(statistic[worst]), limit)
+    return bool(statistic[worst] <= limit), float(gains.mean(0)[worst])
+
+
+def verdict(entry: Entry) -> dict[str, Any]:
+    """Isometric, isometric in expectation, or not, with the number that decides it.
+
+    A projection that cannot be built on this layout, or fails, has only a note.
+    """
+    entry, found = entry.attempt(_decided)
+    return {**entry.row(), **(found or {"verdict": UNDECIDED})}
+
+
+def _decided(P: Projection) -> dict[str, Any]:
+    found = deviation(P)
+    is_exact = found.method == "exact"
+    word, number = ("isometric" if found.is_isometric else "not"), (found.max_error if is_exact else found.rms)
+    what = "max|P^T P - I|" if is_exact else "||P^T P - I||_F / sqrt(d)"
+    if not found.is_isometric:
+        holds, gain = _expectation(P)
+        if holds:
+            word, number, what = "in expectation", gain, "mean of ||P v||^2 over seeds"
+    return {"verdict": word, "number": number, "what": what, **asdict(found)}

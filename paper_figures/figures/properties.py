@@ -25,8 +25,8 @@ def make(_: Committed) -> Sequence[Table]:
     """From the registry of projections alone."""
     rows = []
     for name in uniproj.names():
-        card = cards.describe(name)
-        measured = {verdict["claim"]: verdict for verdict in cards.verdicts(cards.instance(name))}
+        card, verdicts = cards.describe(name), cards.verdicts(cards.instance(name))
+        measured = {verdict["claim"]: verdict for verdict in verdicts.to_dict("records")}
         expected = "yes" if "isometric_in_expectation" in measured else "no"
         rows.append([method(name), name, f"${card['formula']}$", f"${card['d_formula']}$", card["kind"],
                      *(_verdict(measured[claim]) for claim in WORDS), expected, card["source"]])  # fmt: skip

@@ -74,5 +74,5 @@ def test_a_method_that_cannot_be_built_is_a_note() -> None:
 
 @pytest.mark.parametrize(("projection", "holds"), [("lora", False), ("sparse", False), ("unilora", True)])
 def test_a_coordinate_within_one_module_is_not_called_global(projection: str, holds: bool) -> None:
-    verdicts = {verdict["claim"]: verdict for verdict in cards.verdicts(cards.instance(projection))}
-    assert verdicts["global_sharing"]["holds"] is holds
+    verdicts = cards.verdicts(cards.instance(projection)).set_index("claim")
+    assert bool(verdicts.loc["global_sharing", "holds"]) is holds
