@@ -452,29 +452,16 @@ def test_nothing_is_computed_where_figures_are_drawn() -> None:
         assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & banned, path
 
 
-NEW = """
-import matplotlib.pyplot as plt
-
-from paper_figures import Table, register
-
-
-@register("mine")
-def make(committed):
-    figure, axes = plt.subplots()
-    axes.plot([1, 2], [3, 4])
-    return figure, Table("My table", ["sweep"], [[sweep.name] for sweep in committed.sweeps])
-"""
-
-
 @pytest.mark.parametrize("where", ["figures", "plugin", "entry point"])
 def test_one_new_file_is_a_new_figure_and_a_new_table(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among ours, in a file that the command names, and in a package of somebody else."""
+    """That of the page on figures: among ours, in a file that the command names, and in somebody else's package."""
     monkeypatch.setattr(registry, "_makers", dict(registry._makers))
+    (new,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "figures.md").read_text(), re.DOTALL)
     home, options = tmp_path / "home", []
     home.mkdir()
-    (home / "a_figure_of_mine.py").write_text(NEW)
+    (home / "a_figure_of_mine.py").write_text(new)
     if where == "figures":
         monkeypatch.setattr(paper_figures.figures, "__path__", [*paper_figures.figures.__path__, str(home)])
     elif where == "plugin":
@@ -482,21 +469,21 @@ def test_one_new_file_is_a_new_figure_and_a_new_table(
     else:
         monkeypatch.syspath_prepend(home)
         (home / "somebodys-1.0.dist-info").mkdir()
-        named = "[uniproj.figures]\nmine = a_figure_of_mine:make\nbroken = no_such_module:make\n"
+        named = "[uniproj.figures]\nsizes_of_sweeps = a_figure_of_mine:make\nbroken = no_such_module:make\n"
         (home / "somebodys-1.0.dist-info" / "entry_points.txt").write_text(named)
     write_sweep(tmp_path / "sweeps" / "little", made_up(TASKS[:1], ["lora"]))
-    asked = ["--results", str(tmp_path), "--only", "mine", "--out", str(tmp_path / "out"), *options]
+    asked = ["--results", str(tmp_path), "--only", "sizes_of_sweeps", "--out", str(tmp_path / "out"), *options]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert main(asked) == 0
     broken = "uniproj.figures: 'broken' of no_such_module:make cannot be loaded"
     assert any(broken in str(each.message) for each in said) == (where == "entry point")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"mine.{kind}" for kind in ("pdf", "png", "md", "tex")
+        f"sizes_of_sweeps.{kind}" for kind in ("pdf", "png", "md", "tex")
     }
-    assert "| little |" in (tmp_path / "out" / "mine.md").read_text()
-    assert (tmp_path / "out" / "mine.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ExperimentError, match=r"the name 'mine' must be free, got that of .*a_figure_of_mine"):
-        register("mine")(test_one_new_file_is_a_new_figure_and_a_new_table)
+    assert "| little | 3 |" in (tmp_path / "out" / "sizes_of_sweeps.md").read_text()
+    assert (tmp_path / "out" / "sizes_of_sweeps.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ExperimentError, match=r"'sizes_of_sweeps' must be free, got that of .*a_figure_of_mine"):
+        register("sizes_of_sweeps")(test_one_new_file_is_a_new_figure_and_a_new_table)
     for name in [name for name in sys.modules if "a_figure_of_mine" in name]:
         del sys.modules[name]
