@@ -1,4 +1,4 @@
-"""A short training of theta_d behind any projection, with the adapters and gradients that it passed through."""
+"""A short training of theta_d through any projection, and the adapters and gradients on its way."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PROBED = 4
 
 @dataclass
 class Trajectory:
-    """What a training left behind: theta_d, the head, the loss on the first four batches before and after.
+    """A finished training: theta_d, the head, the loss on the first four batches before and after.
 
-    steps, thetas (n, d), gradients (n, d) of the loss by theta_d: along the way, the start first and the end last;
+    steps, thetas (n, d), gradients (n, d) of the loss by theta_d: the snapshots, the start first and the end last;
     learned: P's own Parameters at the same steps, empty for a fixed P.
     """
 
@@ -44,9 +44,9 @@ class Trajectory:
 def train(
     subject: Subject, P: Projection, steps: int, lr: float, snapshots: int = 0, start: Tensor | None = None
 ) -> Trajectory:
-    """AdamW with a linear decay on theta_d, a learned P and the head; `snapshots` evenly spread, besides the start.
+    """AdamW with a linear decay on theta_d, a learned P (in place) and the head.
 
-    P is trained in place. start: theta_d (d,), the projection's own by default.
+    snapshots: how many to keep, evenly spread, besides that of the start. start: theta_d (d,), by default P's own.
     """
     theta_d = nn.Parameter((P.init_theta(subject.setting.seed) if start is None else start.clone()).float())
     head = {name: nn.Parameter(value) for name, value in subject.head.items()}

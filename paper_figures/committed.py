@@ -1,4 +1,4 @@
-"""What has been run: committed sweeps and analysis tables, or the knowledge that one is not there."""
+"""The committed results: sweeps and the tables of analyses, None for one that was not made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.records.committed import RECORDS
 from experiments.records.gather import OVERHEAD, Records, read_sweep, read_table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
-# a check that a sweep runs, which shows nothing
+# a sweep that only checks that sweeps run
 _SMOKE = "smoke"
 
 
@@ -74,13 +74,20 @@ class Committed:
     def sweep(self, name: str) -> Sweep | None:
         """The sweep of this name, or None if it was not run."""
         place = self.folder / "sweeps" / name
-        return Sweep(name, read_sweep(place)) if place.is_dir() else None
+        if name not in self._known and place.is_dir():
+            self._known[name] = Sweep(name, read_sweep(place))
+        return self._known.get(name)
 
     @cached_property
+    def _known(self) -> dict[str, Sweep]:
+        """Those that were read: a sweep is in many figures."""
+        return {}
+
+    @property
     def sweeps(self) -> list[Sweep]:
         """Every study at hand, by name."""
-        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir() and path.name != _SMOKE)
-        return [Sweep(place.name, read_sweep(place)) for place in places]
+        names = sorted(path.name for path in (self.folder / "sweeps").iterdir())
+        return [sweep for name in names if name != _SMOKE and (sweep := self.sweep(name))]
 
     @cached_property
     def costs(self) -> pd.DataFrame | None:

@@ -63,7 +63,7 @@ def point(
 
 
 def heading(axes: Axes, text: str) -> None:
-    """A heading that may be wider than its panel: the space above is kept, the width of the panels is not touched."""
+    """A heading that may be wider than its panel: the layout makes room for its height, and ignores its width."""
     axes.set_title(" ", loc="left")
     axes.annotate(
         text, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8

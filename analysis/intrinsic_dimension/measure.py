@@ -23,8 +23,8 @@ _FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
 GROUP = ["task", "model"]
 NEEDED = {"score_on", "score", "metric", "trained", "D", "did_not_train", *GROUP, *SEEDS}
-# What all runs of one task and model must share, or their scores are of different things, and what those of one method
-# and size: the rest counts as seeds.
+# Settings that all runs of one task and model must share for their scores to be comparable, and those that all runs of
+# one method and size must: runs that agree in both are seeds of one another.
 SHARED = ["metric", *(key for key in SETTINGS if key not in ("sweep", *GROUP, *OF_A_METHOD))]
 _OF_A_SIZE = ["D", *OF_A_METHOD]
 

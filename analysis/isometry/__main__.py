@@ -15,16 +15,6 @@ from paper_figures import style
 from paper_figures.figures.isometry import draw
 
 
-def parse() -> argparse.ArgumentParser:
-    """The command line."""
-    options = command.parser("isometry", (__doc__ or "").split(": ")[1])
-    options.add_argument("--layout", default="eight-64", help="of the verdicts: a name in analysis.spaces or a model")
-    options.add_argument("--d", type=int, default=1024, help="length of theta_d where a method leaves it free")
-    add_training(options, 30, " for real pairs; 0 for the verdicts alone", "theta_d", least=0)
-    add_options(options)
-    return options
-
-
 def measure(args: argparse.Namespace) -> command.Tables:
     """Verdicts on every choice of hyperparameters; trainings with the defaults."""
     names = command.chosen(args)
@@ -36,7 +26,12 @@ def measure(args: argparse.Namespace) -> command.Tables:
     return tables
 
 
-main = partial(command.run, "isometry", parse(), measure, style.picture(draw))
+options = command.parser("isometry", __doc__)
+options.add_argument("--layout", default="eight-64", help="of the verdicts: a name in analysis.spaces or a model")
+options.add_argument("--d", type=int, default=1024, help="length of theta_d where a method leaves it free")
+add_training(options, 30, " for real pairs; 0 for the verdicts alone", "theta_d", least=0)
+add_options(options)
+main = partial(command.run, "isometry", options, measure, style.picture(draw))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,11 +30,6 @@ def distortion(P: Projection, x: Tensor, y: Tensor) -> Tensor:
     return P.matvec(difference[kept].to(P.device)).norm(dim=1).cpu() / length[kept]
 
 
-def _random_pairs(P: Projection) -> tuple[Tensor, Tensor]:
-    """64 pairs of normal vectors."""
-    return vectors("isometry.x", _RANDOM_PAIRS, P.d), vectors("isometry.y", _RANDOM_PAIRS, P.d)
-
-
 def _all_pairs(points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Every pair of these vectors."""
     first, second = zip(*combinations(points, 2), strict=True)
@@ -65,7 +60,7 @@ def _of_training(P: Projection, trajectory: Trajectory) -> tuple[list[dict[str, 
 
 def _ratios(P: Projection, trajectory: Trajectory) -> list[dict[str, Any]]:
     kinds = {
-        "random": _random_pairs(P),
+        "random": (vectors("isometry.x", _RANDOM_PAIRS, P.d), vectors("isometry.y", _RANDOM_PAIRS, P.d)),
         "adapters": _all_pairs(trajectory.thetas),
         "gradients": _all_pairs(trajectory.gradients),
     }

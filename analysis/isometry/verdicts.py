@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.command import bar
 from analysis.isometry import isolated
-from analysis.isometry.verdict import row
+from analysis.isometry.measure import verdict
 from analysis.spaces import Choice, build, layout
 
 # Entries of a dense P beyond which each projection has a process of its own, with a limit on its time.
@@ -32,7 +32,7 @@ def verdicts(
     rows = []
     for name, variant in bar(chosen, "isometry"):
         if together:
-            rows.append(row(build(name, variant, layout(space, rank), d, seed)))
+            rows.append(verdict(build(name, variant, layout(space, rank), d, seed)))
         else:
             rows.append(isolated.run(name, variant, space, rank, d, seed, plugins))
     return pd.DataFrame(rows)

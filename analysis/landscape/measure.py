@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis.command import bar
 from analysis.spaces import Choice, entries, vectors
 from analysis.subject import Batch, Head, Subject
-from analysis.training import Trajectory, train
+from analysis.training import train
 from uniproj import Projection
 from uniproj.claims import acts_as_isometry
 
@@ -75,21 +75,16 @@ def _of_training(
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     before = gradient_norms(subject, P, P.init_theta(subject.setting.seed), subject.head, unseen)
     trajectory = train(subject, P, steps, lr)
-    points = along(subject, P, trajectory.theta_d, trajectory.head, unseen[:LOSS_BATCHES])
-    return _norms(subject, P, before, trajectory, unseen), points
-
-
-def _norms(
-    subject: Subject, P: Projection, before: Tensor, trajectory: Trajectory, batches: Sequence[Batch]
-) -> dict[str, Any]:
-    ratio = gradient_norms(subject, P, trajectory.theta_d, trajectory.head, batches)
-    return {
+    theta_d, head = trajectory.theta_d, trajectory.head
+    after = gradient_norms(subject, P, theta_d, head, unseen)
+    facts = {
         "isometric": acts_as_isometry(P),
         "random": (P.d / P.D) ** 0.5,
         "start": float(before.mean()),
-        "mean": float(ratio.mean()),
-        "least": float(ratio.min()),
-        "largest": float(ratio.max()),
-        "n": len(ratio),
+        "mean": float(after.mean()),
+        "least": float(after.min()),
+        "largest": float(after.max()),
+        "n": len(after),
         "did_train": trajectory.did_train,
     }
+    return facts, along(subject, P, theta_d, head, unseen[:LOSS_BATCHES])

@@ -1,4 +1,4 @@
-"""How much of a trained LoRA each projection can say, against the d / D that a random subspace gives."""
+"""How much of a trained LoRA each projection can represent, against d / D, the share of a random subspace."""
 
 from __future__ import annotations
 

@@ -87,13 +87,8 @@ def sharing(chosen: Sequence[Choice], space: LoRALayout, d: int, seed: int = 0) 
     """(a row per projection and choice of hyperparameters as in `describe`, the heat maps as in `heat_map`)."""
     rows, maps = [], []
     for entry in bar(entries(chosen, space, d, seed), "sharing", len(chosen)):
-        entry, found = entry.attempt(lambda P: _described(loads(P), space))
-        facts, heat = found or ({}, None)
-        rows.append({**entry.row(), **facts})
-        if heat is not None:
-            maps.append(heat.assign(projection=entry.name, variant=entry.label))
+        entry, found = entry.attempt(loads)
+        rows.append({**entry.row(), **(describe(found, space) if found else {})})
+        if found:
+            maps.append(heat_map(found, space).assign(projection=entry.name, variant=entry.label))
     return pd.DataFrame(rows), pd.concat(maps, ignore_index=True) if maps else pd.DataFrame()
-
-
-def _described(found: Loads, space: LoRALayout) -> tuple[dict[str, Any], pd.DataFrame]:
-    return describe(found, space), heat_map(found, space)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.columns import csr, gram, loads
+from analysis.columns import coherence, csr, gram, loads, singular_values
 from analysis.command import bar
 from analysis.isometry.measure import MOST_EXACT
 from analysis.spaces import Choice, entries, vectors
@@ -41,9 +41,7 @@ def _singular_values(P: Projection) -> tuple[Tensor, float]:
     if P.d > MOST_EXACT:
         raise ExperimentError(f"spectrum: d must be at most {MOST_EXACT} where columns overlap, got {P.d}. Lower --d.")
     G = gram(P)
-    lengths = G.diagonal().clamp_min(0.0).sqrt()
-    cosines = (G - torch.diag(G.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
-    return torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt().flip(0), float(cosines.max())
+    return singular_values(G).flip(0), coherence(G)
 
 
 def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
@@ -53,7 +51,7 @@ def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
     column_coherence: largest |cosine| of two columns; row_coherence: D max_i ||row i||^2 / ||P||_F^2, 1 where all rows
     are equally long and D where one row has everything.
     """
-    values, coherence = _singular_values(P)
+    values, largest_cosine = _singular_values(P)
     row_energy = loads(P).row_energy
     largest, least = float(values[0]), float(values[-1])
     return values, {
@@ -62,7 +60,7 @@ def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
         "kappa": largest / least if least > 1e-7 * largest else float("inf"),
         "rank": int((values > 1e-7 * largest).sum()),
         "stable_rank": stable_rank(values),
-        "column_coherence": coherence,
+        "column_coherence": largest_cosine,
         "row_coherence": float(P.D * row_energy.max() / row_energy.sum()),
     }
 

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from experiments import names
 from experiments.names import method
 from paper_figures.cells import score_head, task_heads
-from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
-from paper_figures.comparison import OURS, score
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep
+from paper_figures.comparison import OURS, Place, score_at
 from paper_figures.panels import LINE, MISSING, guide, lines_of, missing, panels, point
-from paper_figures.published import claims
+from paper_figures.published import notes
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
@@ -37,17 +37,14 @@ def table(sweep: Sweep | None, differences: pd.DataFrame) -> Table:
         rows += [["ours", method(name), NOT_RUN] for name in every]
     else:
         for name in every:
-            chosen = sweep.cells[sweep.cells["projection"] == name]
-            cells = [one_cell(chosen[chosen["task"] == task], f"{name} on {task}") for task in tasks]
-            rows.append(["ours, score", method(name), *(score(cell).text for cell in cells)])
+            rows.append(["ours, score", method(name), *(score_at(sweep, Place(task), name).text for task in tasks)])
         for name in _ABLATIONS:
             own = differences[differences["projection"] == name].set_index("task")
             gaps = [_gap(own.loc[task]) if task in own.index else NOT_RUN for task in tasks]
             rows.append([f"ours, difference to {method(REFERENCE)}", method(name), *gaps])
-    notes = [f"Published without numbers: {claim}." for claim in claims("ablations")]
-    notes += [OURS, "Differences are paired by seed, x 100, with Student's 95 % interval."]
+    below = [*notes("ablations"), OURS, "Differences are paired by seed, x 100, with Student's 95 % interval."]
     heads = ["block", "projection", *(tasks.values() or [score_head(None)])]
-    return Table("Local, non-uniform and unnormalised partitions", heads, rows, notes)
+    return Table("Local, non-uniform and unnormalised partitions", heads, rows, below)
 
 
 def _gap(row: pd.Series) -> str:

@@ -34,14 +34,8 @@ def make(committed: Committed) -> Sequence[Figure]:
         lines_of(panel, [method(name) for name in methods])
         own = timed[timed["case"] == case]
         for row in own.itertuples():
-            point(
-                panel,
-                row.both_per_copy,
-                methods.index(row.method),
-                row.method,
-                row.both_per_copy_low,
-                row.both_per_copy_high,
-            )
+            low, high = row.both_per_copy_low, row.both_per_copy_high
+            point(panel, row.both_per_copy, methods.index(row.method), row.method, low, high)
         guide(panel, 1)
         panel.set_xscale("log")
         panel.set_title(f"{case}\nD = {own['D'].iloc[0]:,}", fontsize=6)

@@ -1,4 +1,4 @@
-"""How much of a trained LoRA each projection can say, beside d / D."""
+"""How much of a trained LoRA each projection can represent, beside d / D."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from experiments.names import method
 from paper_figures.cells import NOT_MEASURED, ratio, scaled, whole
 from paper_figures.committed import NOT_RUN, Committed
 from paper_figures.panels import LINE, MISSING, guide, lines_of, panels, point, say
-from paper_figures.published import of_table
+from paper_figures.published import notes, of_table
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
@@ -40,13 +40,12 @@ def table(published: pd.DataFrame, costs: pd.DataFrame | None) -> Table:
             rows.append([f"ours, {names.model(row.base)}, CPU", method(row.method), whole(row.trained), NOT_RUN,
                          ratio(row, "step_ratio"), scaled(row.peak_bytes, 2**30),
                          scaled(row.file_bytes, 1e6)])  # fmt: skip
-    notes = [
-        *(f"Published: {source}." for source in sorted(set(published["source"]))),
+    ours = (
         "Ours: median of paired ratios with its 95 % interval; peak memory of a training step beyond the bare base. "
-        "The published memory is all that the process reserved. n is in results/overhead.",
-    ]
+        "The published memory is all that the process reserved. n is in results/overhead."
+    )
     heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in columns)]
-    return Table("Cost of training", heads, rows, notes)
+    return Table("Cost of training", heads, rows, [*notes("training_cost"), ours])
 
 
 def draw(published: pd.DataFrame, costs: pd.DataFrame | None) -> Figure:

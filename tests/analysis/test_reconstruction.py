@@ -17,7 +17,7 @@ from analysis.landscape.__main__ import main as landscape_main
 from analysis.reconstruction import measure, reconstruct
 from analysis.reconstruction.__main__ import main as reconstruction_main
 from analysis.spaces import build, defaults
-from analysis.subject import HEAD, Setting, Subject, factor_name
+from analysis.subject import HEAD, Setting, Subject, named_factors
 from analysis.training import train_lora
 from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
@@ -43,7 +43,7 @@ def lora(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
 def folder(subject: Subject, lora: tuple[Tensor, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same LoRA as PEFT saves it."""
     theta_D, head = lora
-    parts = dict(zip(map(factor_name, subject.layout.blocks), subject.layout.split(theta_D), strict=True))
+    parts = named_factors(subject.layout, theta_D)
     before = {name: value.clone() for name, value in subject.model.state_dict().items() if name in {**parts, **head}}
     subject.model.load_state_dict({**parts, **head}, strict=False)
     path = tmp_path_factory.mktemp("lora")
@@ -185,12 +185,12 @@ def test_energies_that_are_none_above_zero_have_an_edge() -> None:
     assert edge(pd.Series([-1.0, 0.0])) == 0.1 and edge(pd.Series([-1.0, 0.02, 0.5])) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch-size", "--test-size"])
 @pytest.mark.parametrize("main", [landscape_main, reconstruction_main])
-def test_counts_are_positive(main, option: str, capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([option, "0"])
-    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+def test_counts_are_positive(main, capsys) -> None:
+    for option in ("--steps", "--batch-size", "--test-size"):
+        with pytest.raises(SystemExit, match="2"):
+            main([option, "0"])
+        assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_missing_adapter_is_a_sentence(tmp_path: Path, capsys) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+import uniproj
 from analysis import cards
 from analysis.columns import loads
 from analysis.sharing import describe, heat_map, sharing
-from analysis.sharing.__main__ import main
 from analysis.sharing.measure import layer_of
 from analysis.spaces import build, defaults, layout
-from tests.analysis.conftest import SMALL
-from uniproj import LoRALayout, Projection
+from tests.analysis.small import SMALL, small
+from uniproj import LoRALayout
 
 
 def _facts(name: str, **variant: object) -> dict[str, float]:
@@ -48,8 +46,10 @@ def test_known_methods() -> None:
     assert (_facts("vera")["n_min"], _facts("vera")["n_max"]) == (4, 64)
 
 
-def test_every_fraction_is_counted_on_the_dense_matrix(every_P: Projection) -> None:
-    P, found = every_P, describe(loads(every_P), SMALL)
+@pytest.mark.parametrize("name", uniproj.names())
+def test_every_fraction_is_counted_on_the_dense_matrix(name: str) -> None:
+    P = small(name)
+    found = describe(loads(P), SMALL)
     hit = P.to_dense().detach() != 0
     modules = torch.stack([part.any(0) for part in hit.split([2 * (12 + 8)] * 6)])
     assert found["several_modules"] == pytest.approx(float((modules.sum(0) > 1).double().mean()))
@@ -70,15 +70,6 @@ def test_the_picture_shares_out_every_column() -> None:
 def test_a_method_that_cannot_be_built_is_a_note() -> None:
     rows, maps = sharing(defaults(["unilora_nonuniform"]), LoRALayout.flat(64), 8)
     assert "no modules" in rows["note"].iloc[0] and maps.empty
-
-
-def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--layout", "eight-64", "--d", "64", "--projections", "unilora", "vera", "--out", str(tmp_path)]
-    assert main(asked) == 0
-    first = (tmp_path / "sharing.png").read_bytes()
-    assert main(asked) == 0
-    assert (tmp_path / "sharing.png").read_bytes() == first
-    assert "several_modules" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("projection", "holds"), [("lora", False), ("sparse", False), ("unilora", True)])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
+import uniproj
 from analysis.spaces import build, layout
 from analysis.spectrum import of_projection, of_updates, spectrum
-from analysis.spectrum.__main__ import main
 from analysis.spectrum.measure import factor_pairs, stable_rank
-from tests.analysis.conftest import SMALL
-from uniproj import Projection
+from tests.analysis.small import SMALL, small
 
 
 def test_stable_rank_of_known_values() -> None:
@@ -21,8 +18,10 @@ def test_stable_rank_of_known_values() -> None:
     assert stable_rank(torch.zeros(2)) == 0.0
 
 
-def test_values_and_coherence_are_the_dense_ones(every_P: Projection) -> None:
-    P, (values, facts) = every_P, of_projection(every_P)
+@pytest.mark.parametrize("name", uniproj.names())
+def test_values_and_coherence_are_the_dense_ones(name: str) -> None:
+    P = small(name)
+    values, facts = of_projection(P)
     M = P.to_dense().detach()
     dense = torch.linalg.svdvals(M)
     torch.testing.assert_close(values, dense, rtol=1e-6, atol=1e-6 * float(dense[0]))
@@ -63,9 +62,3 @@ def test_delta_W_has_the_stable_rank_of_the_product() -> None:
         torch.testing.assert_close(small, torch.linalg.svdvals(B @ A)[:2])
     facts = of_updates(P)
     assert 1.0 <= facts["delta_W_stable_rank"] <= 2.0 and 1.0 <= facts["A_stable_rank"] <= 2.0
-
-
-def test_the_command_writes_its_files(tmp_path: Path) -> None:
-    asked = ["--layout", "eight-64", "--d", "64", "--projections", "unilora", "gaussian", "--out", str(tmp_path)]
-    assert main(asked) == 0
-    assert (tmp_path / "spectrum-values.csv").read_text().count("\n") > 64
