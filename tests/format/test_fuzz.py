@@ -161,8 +161,8 @@ def _fuzz(folder: Path, rounds: int) -> dict[str, int]:
 
 
 def test_a_mutated_file_is_refused_or_exact(tmp_path: Path) -> None:
-    counts = _fuzz(tmp_path, rounds=1_000)
-    assert counts["refused"] > 500 and counts["exact"] > 25  # neither answer is given to everything
+    counts = _fuzz(tmp_path, rounds=500)
+    assert counts["refused"] > 250 and counts["exact"] > 12  # neither answer is given to everything
 
 
 @pytest.mark.slow
