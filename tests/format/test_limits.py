@@ -250,7 +250,7 @@ def test_tensors_are_read_where_the_header_says_and_nowhere_else(tmp_path: Path)
     text = json.dumps(header)
     twice = f'{text[:-1]}, "{one}": {json.dumps(header[one])}}}'.encode()
     path.write_bytes(len(twice).to_bytes(8, "little") + twice + numbers)
-    with pytest.raises(AdapterError, match="a name that stands twice"):
+    with pytest.raises(AdapterError, match="a key that stands twice"):
         file.read(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_a_pipe_in_place_of_a_configuration_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / file.CONFIG)
     with pytest.raises(AdapterError, match="must be a regular file"):
         file.read(tmp_path)
-    assert not file.says_ours(tmp_path)
+    assert not file.has_our_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
 from uniproj.format.fields import Configuration, Role, fields_of
 from uniproj.format.keys import OF_P, THETA_D
-from uniproj.format.patterns import of_modules, scale
+from uniproj.format.patterns import of_modules
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import shapes_without_P
 from uniproj.layout import LoRALayout
@@ -243,6 +243,11 @@ def beyond_P(config: Mapping[str, Any]) -> dict[str, Any]:
     kept_apart = fields_of(Role.P, Role.BASE, Role.STATE)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return json.loads(json.dumps({key: value for key, value in plain.items() if key not in kept_apart}))
+
+
+def scale(alpha: float, r: int, use_rslora: bool | None) -> float:
+    """s of delta W = s B A: alpha / r, or alpha / sqrt(r) under use_rslora."""
+    return alpha / (r**0.5 if use_rslora else r)
 
 
 def quantisation(config: Any) -> str | None:

@@ -76,11 +76,6 @@ def matches(field: str, pattern: str, name: str) -> bool:
     return bool(_named(field, pattern, [name]))
 
 
-def scale(alpha: float, r: int, use_rslora: bool | None) -> float:
-    """s of delta W = s B A: alpha / r, or alpha / sqrt(r) under use_rslora."""
-    return alpha / (r**0.5 if use_rslora else r)
-
-
 def _fitting(field: str, patterns: Iterable[str], modules: Iterable[str]) -> dict[str, list[int]]:
     """{module: the places of all patterns that fit its name}."""
     modules = list(modules)

@@ -20,6 +20,7 @@ from uniproj import limits
 from uniproj.errors import AdapterError
 from uniproj.format.disk import opened
 from uniproj.format.keys import IDENTITY, OF_P, OWN, THETA_D
+from uniproj.format.schema import unique_keys
 from uniproj.projection import Projection
 from uniproj.registry import get
 
@@ -107,7 +108,7 @@ class _WeightsFile:
             if length > self._size - LENGTH:
                 raise ValueError(f"a header of {length} bytes")
             limits.check("header_bytes", length, "the bytes of its header", where)
-            entries = json.loads(file.read(length).decode(), object_pairs_hook=_once)
+            entries = json.loads(file.read(length).decode(), object_pairs_hook=unique_keys)
             self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
             if not all(isinstance(line, str) for line in self.metadata.values()):
                 raise ValueError("metadata that is no text")
@@ -157,13 +158,6 @@ def open_weights(path: Path) -> Iterator[_WeightsFile]:
     """
     with opened(path) as file:
         yield _WeightsFile(file, str(path))
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name that stands twice")
-    return found
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[int, int, torch.dtype, list[int]]:
