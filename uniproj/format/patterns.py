@@ -61,14 +61,14 @@ def targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], set[st
     Raises AdapterError as `of_modules` does.
     """
     names, wanted = list(names), config.target_modules
-    left = _named("exclude_modules", getattr(config, "exclude_modules", None), names)
+    excluded = _named("exclude_modules", getattr(config, "exclude_modules", None), names)
     matching = _Matching("modules_to_save", len(names))
     for head in getattr(config, "modules_to_save", None) or ():
-        left |= set(filter(matching.by(head, *_HEAD), names))
-    found = _named("target_modules", wanted, names) - left
+        excluded |= set(filter(matching.by(head, *_HEAD), names))
+    found = _named("target_modules", wanted, names) - excluded
     if not isinstance(wanted, str):
         found = _in_layers(config, found, set(wanted or ()))
-    return [name for name in names if name in found], left
+    return [name for name in names if name in found], excluded
 
 
 def matches(field: str, pattern: str, name: str) -> bool:
