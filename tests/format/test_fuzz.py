@@ -19,25 +19,8 @@ from uniproj.format import file
 from uniproj.format.fields import FREE
 
 ODD = [None, True, False, 0, -1, 1, 2**31, 2**64, 10**30, 1.5, float("nan"), "", "x", "0", "unilora", "../x", "\ud800"]
-ODD += [
-    [],
-    [0],
-    [-1],
-    [[]],
-    {},
-    {"a": 1},
-    "F64",
-    "F16",
-    "I32",
-    "BOOL",
-    "F8_E4M3",
-    "F4",
-    "C64",
-    [2, 3],
-    [6],
-    [0, 24],
-    [0, 160],
-]
+ODD += [[], [0], [-1], [[]], [2, 3], [6], [0, 24], [0, 160], {}, {"a": 1}]
+ODD += ["F64", "F16", "I32", "BOOL", "F8_E4M3", "F4", "C64"]
 
 
 def _flip(r: random.Random, data: bytes) -> bytes:
