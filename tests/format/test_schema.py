@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,7 +17,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.format.fixtures import base
-from tests.format.saved import LAYOUT, reconfigure, relabel, save
+from tests.format.saved import LAYOUT, packed_by_zlib, reconfigure, relabel, save
 from uniproj import AdapterError, ProjectionError, build, get, names
 from uniproj.cli import main
 from uniproj.errors import shown
@@ -213,13 +211,9 @@ def test_the_name_of_an_adapter_is_that_of_a_folder(name: str) -> None:
 def test_a_flat_layout_of_three_thousand_million_is_a_sentence(tmp_path: Path, capsys) -> None:
     save(tmp_path)
     rows = f'[["",1,{3 * 10**9},1]]'
-    relabel(tmp_path, lambda lines: {**lines, "uniproj.layout": _packed(rows)})
+    relabel(tmp_path, lambda lines: {**lines, "uniproj.layout": packed_by_zlib(rows)})
     assert main(["verify", str(tmp_path)]) == 2
     assert _is_a_sentence(capsys.readouterr().err.removesuffix("\n"))
-
-
-def _packed(text: str) -> str:
-    return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
 # ---- a LoRA from elsewhere --------------------------------------------------------------------------
