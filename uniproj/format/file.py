@@ -85,7 +85,7 @@ def read(folder: str | Path) -> SavedAdapter:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Within the block a folder is read once, however often it is asked for, so that all parts are of one moment."""
+    """Within the block `read` opens a folder once and then repeats its answer, so that all parts are of one moment."""
     known = _known.get()
     token = _known.set({} if known is None else known)
     try:

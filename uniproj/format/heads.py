@@ -1,4 +1,5 @@
-"""What is trained beside theta_d (heads, embeddings, tokens, biases): may the file hold it, has the model a place?"""
+"""What is trained beside theta_d (heads, embeddings, tokens, biases): whether the configuration allows it in the file,
+and whether it fits the model."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ _COPY_OF_BIAS = re.compile(r"(?P<head>.+)\.(?:original_module|modules_to_save)\.
 def entitled(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], modules: Iterable[str] | None, where: str
 ) -> dict[str, Tensor]:
-    """What an adapter's file holds beside the numbers of its method, if its configuration entitles it to all of it.
+    """The tensors beside those of the method, of which the configuration must allow each.
 
-    These are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
+    Allowed are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
     keys; of the copies that PEFT makes of a head's biases one is kept. config: the fields of any method of PEFT;
     modules: the adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the
-    base, and for a dtype that is not trained.
+    base, and for integers or 8-bit floats where numbers are trained.
     """
     adapted, kept = None if modules is None else set(modules), {}
     heads, bias = config.get("modules_to_save") or (), config.get("bias", "none")
