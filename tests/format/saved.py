@@ -67,6 +67,11 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any], bytes], tuple[A
     path.write_bytes(joined(*change(*parts(path.read_bytes()))))
 
 
+def drop_header(folder: Path) -> None:
+    """As a tool does that keeps tensors alone, and as files had none before format 1."""
+    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+
+
 def _same(given: dict[str, Any]) -> dict[str, Any]:
     return given
 

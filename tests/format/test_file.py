@@ -11,7 +11,18 @@ import pytest
 import torch
 
 import uniproj
-from tests.format.saved import HEAD, LAYOUT, edit_weights, packed_by_zlib, parts, reconfigure, relabel, rewrite, save
+from tests.format.saved import (
+    HEAD,
+    LAYOUT,
+    drop_header,
+    edit_weights,
+    packed_by_zlib,
+    parts,
+    reconfigure,
+    relabel,
+    rewrite,
+    save,
+)
 from uniproj import AdapterError, LoRALayout, names
 from uniproj.format import file
 from uniproj.format.fields import FREE
@@ -248,13 +259,13 @@ def test_the_place_of_the_base_may_be_changed_by_hand(folder: Path) -> None:
 
 
 def test_a_header_that_another_tool_dropped_is_missed(folder: Path) -> None:
-    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+    drop_header(folder)
     with pytest.raises(AdapterError, match=r"must hold a header in its metadata, as adapter_config.json says"):
         file.read(folder)
 
 
 def test_files_from_before_the_header_load(folder: Path) -> None:
-    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+    drop_header(folder)
     fields = json.loads((folder / file.CONFIG).read_text())
     for key in ("format_version", "remap"):
         del fields[key]

@@ -64,6 +64,9 @@ class Header:
         base: its name, revision and quantisation are noted where the configuration has none.
         """
         of_base = getattr(base, "config", None)
+        checksum = config["projection_checksum"]
+        if not checksum:  # of P before its Parameters are trained
+            checksum = (projection.rebuild() if projection.learned else projection).checksum()
         return cls(
             projection=config["projection"],
             projection_version=projection.version,
@@ -71,7 +74,7 @@ class Header:
             d=projection.d,
             projection_seed=config["projection_seed"],
             layout=projection.layout,
-            checksum=config["projection_checksum"] or _at_start(projection).checksum(),
+            checksum=checksum,
             base_model=config["base_model_name_or_path"] or getattr(base, "name_or_path", None) or None,
             base_revision=config["revision"] or getattr(of_base, "_commit_hash", None),
             base_quantisation=quantisation(of_base),
@@ -231,11 +234,6 @@ class Header:
             if self.settings.get(key) != other.settings.get(key):
                 return key, self.settings.get(key), other.settings.get(key)
         return "scale", mine, theirs
-
-
-def _at_start(projection: Projection) -> Projection:
-    """P before its Parameters were trained."""
-    return projection.rebuild() if projection.learned else projection
 
 
 def beyond_P(config: Mapping[str, Any]) -> dict[str, Any]:

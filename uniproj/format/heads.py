@@ -43,7 +43,8 @@ def entitled(
         copy = _COPY_OF_BIAS.fullmatch(name) if bias == "all" else None
         if copy and _lies_in(f"{copy['head']}.bias", heads):
             continue
-        allowed = _is_bias(name, bias, adapted) or _is_token(name, tokens) or _is_head(name, heads)
+        is_head = _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
+        allowed = is_head or _is_bias(name, bias, adapted) or _is_token(name, tokens)
         if not key.startswith(HEADS) or plain(key) != key or not allowed:
             raise AdapterError(
                 f"{where}: {key} must be what the configuration trains (modules_to_save = {heads or None}, "
@@ -66,10 +67,6 @@ def _is_token(name: str, tokens: Any) -> bool:
     embedding = f".{name}".removesuffix(f".{_DELTA}")
     named = not isinstance(tokens, Mapping) or embedding.endswith(tuple(tokens))
     return tokens is not None and name.endswith(_DELTA) and named and not _INSIDE_PEFT.search(f"{embedding}.")
-
-
-def _is_head(name: str, heads: Iterable[str]) -> bool:
-    return _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
 
 
 def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
