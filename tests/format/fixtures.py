@@ -8,10 +8,12 @@ Nothing that is there is ever written again; manifest.json holds the digest of e
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,6 +35,11 @@ SIZES = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 
 def base() -> LlamaForCausalLM:
     """The base model: its sizes from base.json, its weights from the library's own streams."""
+    return copy.deepcopy(_base())
+
+
+@cache
+def _base() -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**json.loads(BASE.read_text())))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -17,9 +17,9 @@ from uniproj.errors import AdapterError
 from uniproj.exchange import bases
 from uniproj.format import file
 from uniproj.format.compatibility import check_layout
-from uniproj.format.header import Header
+from uniproj.format.header import Header, scale
 from uniproj.format.keys import OF_P, OWN, THETA_D, plain
-from uniproj.format.patterns import of_modules, scale
+from uniproj.format.patterns import of_modules
 from uniproj.format.places import layout_on, linear_modules
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import check_numbers, check_shapes, shapes_of

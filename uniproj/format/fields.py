@@ -36,7 +36,7 @@ REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
 
 @dataclass(frozen=True)
 class Field:
-    """holds: the type of its values (Any: PEFT checks them); absent: the values that mean that it is not used."""
+    """holds: the type of its values (Any: PEFT checks them); absent: the values by which the field is not in use."""
 
     role: Role
     holds: Any = Any

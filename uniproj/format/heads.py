@@ -1,4 +1,5 @@
-"""What is trained beside theta_d (heads, embeddings, tokens, biases): may the file hold it, has the model a place?"""
+"""What is trained beside theta_d (heads, embeddings, tokens, biases): whether the configuration allows it in the file,
+and whether it fits the model."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ _COPY_OF_BIAS = re.compile(r"(?P<head>.+)\.(?:original_module|modules_to_save)\.
 def entitled(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], modules: Iterable[str] | None, where: str
 ) -> dict[str, Tensor]:
-    """What an adapter's file holds beside the numbers of its method, if its configuration entitles it to all of it.
+    """The tensors beside those of the method, of which the configuration must allow each.
 
-    These are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
+    Allowed are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
     keys; of the copies that PEFT makes of a head's biases one is kept. config: the fields of any method of PEFT;
     modules: the adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the
-    base, and for a dtype that is not trained.
+    base, and for integers or 8-bit floats where numbers are trained.
     """
     adapted, kept = None if modules is None else set(modules), {}
     heads, bias = config.get("modules_to_save") or (), config.get("bias", "none")
@@ -42,7 +43,8 @@ def entitled(
         copy = _COPY_OF_BIAS.fullmatch(name) if bias == "all" else None
         if copy and _lies_in(f"{copy['head']}.bias", heads):
             continue
-        allowed = _is_bias(name, bias, adapted) or _is_token(name, tokens) or _is_head(name, heads)
+        is_head = _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
+        allowed = is_head or _is_bias(name, bias, adapted) or _is_token(name, tokens)
         if not key.startswith(HEADS) or plain(key) != key or not allowed:
             raise AdapterError(
                 f"{where}: {key} must be what the configuration trains (modules_to_save = {heads or None}, "
@@ -65,10 +67,6 @@ def _is_token(name: str, tokens: Any) -> bool:
     embedding = f".{name}".removesuffix(f".{_DELTA}")
     named = not isinstance(tokens, Mapping) or embedding.endswith(tuple(tokens))
     return tokens is not None and name.endswith(_DELTA) and named and not _INSIDE_PEFT.search(f"{embedding}.")
-
-
-def _is_head(name: str, heads: Iterable[str]) -> bool:
-    return _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
 
 
 def _check_dtype(name: str, tensor: Tensor, where: str) -> None:

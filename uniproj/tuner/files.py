@@ -62,13 +62,13 @@ def _save_file(tensors: dict[str, Tensor], filename: str, metadata: dict[str, st
 
 def _get_peft_type(model_id: Any, **hub: Any) -> str:
     folder = Path(model_id, hub.get("subfolder") or "")
-    if not file.says_ours(folder) and file.is_ours(folder):
+    if not file.has_our_config(folder) and file.has_our_weights(folder):
         file.read(folder)  # raises: the weights are ours, the configuration is not
     return str(_theirs_type(model_id, **hub))
 
 
 def _is_ours(folder: Path) -> bool:
-    return file.says_ours(folder) or file.is_ours(folder)
+    return file.has_our_config(folder) or file.has_our_weights(folder)
 
 
 def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
