@@ -24,6 +24,7 @@ from trl import (
     SFTTrainer,
 )
 
+from tests.compatibility.quantised import quantised
 from tests.compatibility.subjects import (
     Refuses,
     Remark,
@@ -31,13 +32,12 @@ from tests.compatibility.subjects import (
     config,
     llama,
     logits,
-    make,
     same,
     theta_d,
     trained_model,
 )
-from tests.compatibility.test_quantised import quantised
 from tests.compatibility.texts import labelled, plain, preferences, prompts, tokenizer
+from tests.tuner.models import make
 
 capability = partial(pytest.mark.capability, "TRL")
 

@@ -334,9 +334,7 @@ def test_an_interrupt_leaves_no_watch_behind() -> None:
 
 
 def test_copies_threads_and_compiled_blocks() -> None:
-    base = base_model("llama")
-    base.model.layers = base.model.layers[:1]
-    model = get_peft_model(base, config("llama")).eval()
+    model = get_peft_model(base_model("llama", num_hidden_layers=1), config("llama")).eval()
     twin, outputs = copy.deepcopy(model), []
     for block in twin.get_base_model().model.layers:
         block.compile(backend="eager")

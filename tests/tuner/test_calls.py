@@ -464,9 +464,7 @@ def test_everything_works_under_inference_mode(tmp_path) -> None:
 
 
 def test_compiled_whole_and_in_part_after_eager_calls() -> None:
-    base = base_model("llama")
-    base.model.layers = base.model.layers[:1]
-    model = get_peft_model(base, config("llama"))
+    model = get_peft_model(base_model("llama", num_hidden_layers=1), config("llama"))
     theta_d = adapter_of(model).theta_d
     with torch.no_grad():
         model(IDS)

@@ -109,19 +109,14 @@ def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, remap, message:
         UniProjConfig.from_pretrained(tmp_path, remap=remap)
 
 
-def _resized(**sizes) -> nn.Module:
-    fields = base_model("llama").config.to_dict() | sizes
-    return type(base_model("llama"))(type(base_model("llama").config).from_dict(fields))
-
-
 def test_the_first_difference_of_another_architecture_is_named(tmp_path: Path) -> None:
     get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj is missing in this model"):
-        PeftModel.from_pretrained(_resized(num_hidden_layers=1), tmp_path)
+        PeftModel.from_pretrained(base_model("llama", num_hidden_layers=1), tmp_path)
     with pytest.raises(
         AdapterError, match=r"layers\.0\.mlp\.down_proj must have \(out, in\) = \(32, 48\), got \(32, 40\)"
     ):
-        PeftModel.from_pretrained(_resized(intermediate_size=40), tmp_path)
+        PeftModel.from_pretrained(base_model("llama", intermediate_size=40), tmp_path)
 
 
 def test_another_rank_is_named(tmp_path: Path) -> None:
@@ -204,7 +199,7 @@ def test_files_from_before_the_header_load_on_a_model(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="remap needs a file with the list of its modules"):
         UniProjConfig.from_pretrained(tmp_path, remap={"self_attn": "attention"})
     with pytest.raises(AdapterError, match=r"modules, shapes or ranks"):
-        PeftModel.from_pretrained(_resized(num_hidden_layers=1), tmp_path)
+        PeftModel.from_pretrained(base_model("llama", num_hidden_layers=1), tmp_path)
 
 
 def test_a_configuration_without_weights_is_a_template(tmp_path: Path) -> None:
