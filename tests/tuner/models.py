@@ -67,3 +67,8 @@ def train_steps(model: torch.nn.Module, kind: str, steps: int = 3, lr: float = 0
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, kind: str = "llama") -> torch.Tensor:
+    return model(**batch(kind)).logits

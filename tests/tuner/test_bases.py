@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.compatibility.quantised import KINDS, ordinary, quantised
 from tests.compatibility.subjects import saved_llama
-from tests.tuner.models import SIZES, base_model, batch, config, train_steps
+from tests.tuner.models import SIZES, base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.tuner import UniProjConfig, adapter_of
 from uniproj.tuner.quantised import dequantised
@@ -23,11 +23,6 @@ from uniproj.tuner.quantised import dequantised
 def folder(tmp_path_factory) -> Path:
     """Of the base model that `quantised` reads."""
     return tmp_path_factory.mktemp("base")
-
-
-def _logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(batch("llama")["input_ids"]).logits
 
 
 def _scaled(base: nn.Module, by: float, **fields) -> PeftModel:
@@ -47,7 +42,7 @@ def _gradient(model: PeftModel) -> torch.Tensor:
 def test_evaluation_leaves_a_quantised_base_trainable(kind: str, folder: Path) -> None:
     model = get_peft_model(quantised(folder, kind), config("llama"))
     before = _gradient(model.train())
-    _logits(model.eval())
+    logits(model.eval())
     assert torch.equal(_gradient(model.train()), before)
 
 
