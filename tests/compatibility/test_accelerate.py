@@ -119,7 +119,7 @@ def _train_what_one_process_trains(found: dict[str, Any]) -> None:
 
 
 @capability("DDP: two processes (gloo)")
-@pytest.mark.slow
+@pytest.mark.system
 def test_ddp_two_processes_gloo(seen: list[dict[str, Any]]) -> None:
     for found in _that_train(seen, "ddp"):
         _train_what_one_process_trains(found)
@@ -127,7 +127,7 @@ def test_ddp_two_processes_gloo(seen: list[dict[str, Any]]) -> None:
 
 
 @capability("FSDP2: two processes, `uniproj.tuner.shard_base`")
-@pytest.mark.slow
+@pytest.mark.system
 def test_fsdp2_two_processes_uniproj_tuner_shard_base(seen: list[dict[str, Any]]) -> None:
     whole = ("uniproj_theta_d", "projections", "modules_to_save", "original_module")
     for found in _that_train(seen, "fsdp2"):
@@ -136,7 +136,7 @@ def test_fsdp2_two_processes_uniproj_tuner_shard_base(seen: list[dict[str, Any]]
         assert all(any(part in name for part in whole) for name in found["whole"])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_reentrant_checkpointing_is_refused_with_several_processes(seen: list[dict[str, Any]]) -> None:
     for found in (process[" ".join(map(str, case))] for case in CASES if case[-1] == "reentrant" for process in seen):
         assert "need the non-reentrant kind, got use_reentrant=True" in found["refused"]

@@ -33,7 +33,6 @@ from transformers import (
 from tests.compatibility.subjects import (
     IDS,
     ROUNDING,
-    SIZES,
     TARGETS,
     D,
     Refuses,
@@ -46,7 +45,6 @@ from tests.compatibility.subjects import (
     life,
     llama,
     logits,
-    make,
     modules,
     moved,
     projection,
@@ -58,6 +56,7 @@ from tests.compatibility.subjects import (
     theta_d,
     trained_model,
 )
+from tests.tuner.models import SIZES, make
 from uniproj.errors import AdapterError
 from uniproj.tuner import UniProjConfig
 

@@ -24,6 +24,7 @@ from trl import (
     SFTTrainer,
 )
 
+from tests.compatibility.quantised import quantised
 from tests.compatibility.subjects import (
     Refuses,
     Remark,
@@ -31,13 +32,12 @@ from tests.compatibility.subjects import (
     config,
     llama,
     logits,
-    make,
     same,
     theta_d,
     trained_model,
 )
-from tests.compatibility.test_quantised import quantised
 from tests.compatibility.texts import labelled, plain, preferences, prompts, tokenizer
+from tests.tuner.models import make
 
 capability = partial(pytest.mark.capability, "TRL")
 
@@ -123,13 +123,13 @@ def _reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(text.split()))) for text in completions]
 
 
-@capability("`GRPOTrainer(peft_config=...)`")
-def test_grpotrainer_peft_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"),
+    [
+        pytest.param(GRPOTrainer, GRPOConfig, marks=capability("`GRPOTrainer(peft_config=...)`")),
+        pytest.param(RLOOTrainer, RLOOConfig, marks=capability("`RLOOTrainer(peft_config=...)`")),
+    ],
+)
+def test_trainers_that_generate(trainer_class: type, config_class: type, tmp_path: Path) -> None:
     options = {"num_generations": 4, "max_completion_length": 6, "reward_funcs": _reward, "beta": 0.1}
-    _trains(GRPOTrainer, GRPOConfig, llama(), prompts(), tmp_path, peft_config=config(), **options)
-
-
-@capability("`RLOOTrainer(peft_config=...)`")
-def test_rlootrainer_peft_config(tmp_path: Path) -> None:
-    options = {"num_generations": 4, "max_completion_length": 6, "reward_funcs": _reward, "beta": 0.1}
-    _trains(RLOOTrainer, RLOOConfig, llama(), prompts(), tmp_path, peft_config=config(), **options)
+    _trains(trainer_class, config_class, llama(), prompts(), tmp_path, peft_config=config(), **options)

@@ -23,9 +23,13 @@ from uniproj.tuner import shard_base
 ROWS, STEPS = 4, 3
 CASES = [
     (kind, wrapped, projection, checkpointing)
-    for kind, projection in (("bert", "unilora"), ("llama", "unilora"), ("bert", "lora_xs"), ("llama", "vblora"))
+    for kind, projection, checkpointing in (
+        ("bert", "unilora", None),  # with a head
+        ("bert", "lora_xs", "non-reentrant"),  # a P of base weights
+        ("llama", "vblora", "non-reentrant"),  # a learned P
+        ("llama", "unilora", "reentrant"),
+    )
     for wrapped in ("ddp", "fsdp2")
-    for checkpointing in (None, "non-reentrant", "reentrant")
 ]
 
 

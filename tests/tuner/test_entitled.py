@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.format.saved import rewrite
-from tests.tuner.models import base_model, batch, config, train_steps
+from tests.tuner.models import base_model, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.exchange import export, import_adapter, inspect
 from uniproj.exchange.verify import verify
@@ -60,20 +60,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[PeftM
     return of
 
 
-def _logits(model: nn.Module, kind: str = "llama") -> Tensor:
-    with torch.no_grad():
-        return model(**batch(kind)).logits
-
-
 def _all_outputs(model: PeftModel) -> list[Tensor]:
     """What every adapter gives, and the base under disable_adapter()."""
     active, found = model.active_adapter, []
     for name in model.peft_config:
         model.set_adapter(name)
-        found.append(_logits(model))
+        found.append(logits(model))
     model.set_adapter(active)
     with model.disable_adapter():
-        found.append(_logits(model))
+        found.append(logits(model))
     return found
 
 
@@ -263,25 +258,25 @@ def test_what_is_trained_comes_back_exactly_under_the_keys_of_LORA(case: str, sa
     now = again.state_dict()
     assert now.keys() == state.keys()
     assert all(torch.equal(now[key], state[key]) for key in trainable if ".original_module." not in key)
-    assert torch.equal(_logits(again, kind), _logits(model, kind))
+    assert torch.equal(logits(again, kind), logits(model, kind))
     verify(folder)
     other = get_peft_model(base_model(kind), copy.deepcopy(model.peft_config["default"])).eval()
     set_peft_model_state_dict(other, get_peft_model_state_dict(model, save_embedding_layers=False))
-    assert torch.equal(_logits(other, kind), _logits(model, kind))
+    assert torch.equal(logits(other, kind), logits(model, kind))
     if "trainable_token_indices" not in fields:
         export(folder, tmp_path / "lora")
         theirs = PeftModel.from_pretrained(base_model(kind), tmp_path / "lora").eval()
-        assert torch.allclose(_logits(theirs, kind), _logits(model, kind), atol=1e-4)
+        assert torch.allclose(logits(theirs, kind), logits(model, kind), atol=1e-4)
 
 
 def test_a_head_beside_another_adapters_head(tmp_path: Path) -> None:
     first, second = _trained_model(**HEAD), _trained_model(**HEAD, projection_seed=3)
     second.save_pretrained(tmp_path)
-    before = _logits(first)
+    before = logits(first)
     first.load_adapter(tmp_path, "second")
-    assert torch.equal(_logits(first), before)
+    assert torch.equal(logits(first), before)
     first.set_adapter("second")
-    assert torch.equal(_logits(first), _logits(second))
+    assert torch.equal(logits(first), logits(second))
 
 
 def test_copies_of_biases_in_earlier_files_are_passed_over(tmp_path: Path) -> None:
@@ -294,7 +289,7 @@ def test_copies_of_biases_in_earlier_files_are_passed_over(tmp_path: Path) -> No
     }
     rewrite(tmp_path, lambda tensors: {**tensors, **copies})
     again = PeftModel.from_pretrained(base_model("bert"), tmp_path).eval()
-    assert torch.equal(_logits(again, "bert"), _logits(model, "bert"))
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
     assert not torch.equal(again.base_model.model.classifier.original_module.bias, torch.full((3,), 9.0))
     assert not copies.keys() & file.read(tmp_path).tensors.keys()
 
@@ -307,11 +302,11 @@ def test_biases_are_found_whatever_adapters_wrap_their_layers(tmp_path: Path) ->
     keys = {key for key in file.read(tmp_path).tensors if key.endswith("0.attention.self.value.base_layer.bias")}
     assert len(keys) == 1
     again = PeftModel.from_pretrained(base_model("bert"), tmp_path).eval()
-    assert torch.equal(_logits(again, "bert"), _logits(model, "bert"))
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
     one = get_peft_model(base_model("bert"), config("bert", bias="all", target_modules=["query"]))
     one.save_pretrained(tmp_path / "one")
     model.load_adapter(tmp_path / "one", "default")
-    assert torch.equal(_logits(model, "bert"), _logits(one.eval(), "bert"))
+    assert torch.equal(logits(model, "bert"), logits(one.eval(), "bert"))
 
 
 # ---- embeddings, which PEFT adds ------------------------------------------------------------------------
@@ -331,7 +326,7 @@ def test_embeddings_of_the_base_are_not_saved_with_an_adapter(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "ours")
     assert not _beside(file.read(tmp_path / "ours").tensors)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path / "ours").eval()
-    assert torch.equal(_logits(again), _logits(model))
+    assert torch.equal(logits(again), logits(model))
     with pytest.raises(AdapterError, match=r"not embeddings of the base, got save_embedding_layers=True"):
         model.save_pretrained(tmp_path / "new", save_embedding_layers=True)
     wider = get_peft_model(_base_with_more_tokens(tmp_path / "base"), config("llama"))
@@ -370,7 +365,7 @@ def test_base_weights_among_numbers_in_memory_must_be_the_models_own() -> None:
     assert key in numbers  # PEFT adds it
     other = get_peft_model(base_model("llama"), config("llama", target_modules=["q_proj", "lm_head"])).eval()
     set_peft_model_state_dict(other, numbers)
-    assert torch.equal(_logits(other), _logits(model))
+    assert torch.equal(logits(other), logits(model))
     before = _of(other)
     with pytest.raises(AdapterError, match=r"lm_head\.base_layer\.weight: must be what 'default' trains"):
         set_peft_model_state_dict(other, {**numbers, key: numbers[key] + 1})
@@ -407,10 +402,10 @@ def test_heads_and_biases_of_a_LORA_come_along_and_back(tmp_path: Path) -> None:
     lora.eval().save_pretrained(tmp_path / "theirs")
     import_adapter(tmp_path / "theirs", tmp_path / "ours")
     ours = PeftModel.from_pretrained(base_model("bert"), tmp_path / "ours").eval()
-    assert torch.allclose(_logits(ours, "bert"), _logits(lora, "bert"), atol=1e-5)
+    assert torch.allclose(logits(ours, "bert"), logits(lora, "bert"), atol=1e-5)
     export(tmp_path / "ours", tmp_path / "back")
     back = PeftModel.from_pretrained(base_model("bert"), tmp_path / "back").eval()
-    assert torch.equal(_logits(back, "bert"), _logits(lora, "bert"))
+    assert torch.equal(logits(back, "bert"), logits(lora, "bert"))
 
 
 def test_a_configuration_that_would_train_everything_trains_copies(tmp_path: Path) -> None:
@@ -421,4 +416,4 @@ def test_a_configuration_that_would_train_everything_trains_copies(tmp_path: Pat
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path).eval()
     with again.disable_adapter():
-        assert torch.equal(_logits(again), _logits(base_model("llama")))
+        assert torch.equal(logits(again), logits(base_model("llama")))

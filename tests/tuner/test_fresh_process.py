@@ -71,6 +71,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("adapter")
     assert "equal" in _run(code + EQUAL, saved)
 
 
+@pytest.mark.system
 def test_the_model_card_shows_code_that_loads_the_adapter(saved: Path) -> None:
     """In a process that has imported PEFT first."""
     card = (saved / "adapter" / "README.md").read_text()

@@ -68,8 +68,9 @@ def _transformer(projection: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("projection", "make", "gradients", "strict"),
-    [(name, _two_layers, strict, strict) for name in PROJECTIONS for strict in (False, True)]
-    + [("unilora", _transformer, True, False), ("unilora", _two_layers, False, True)],
+    [(name, _two_layers, False, False) for name in PROJECTIONS]
+    + [("unilora", _two_layers, gradients, True) for gradients in (False, True)]
+    + [("vblora", _two_layers, True, True), ("unilora", _transformer, True, False)],
 )
 def test_exported_and_traced_models_are_the_model(projection: str, make, gradients: bool, strict: bool) -> None:
     model = make(projection)

@@ -41,7 +41,7 @@ _belongs_to: Any = WeakTensorKeyDictionary()
 
 
 def note(theta_d: Tensor, header: Header | None, config: Any) -> None:
-    """Let theta_d carry what it belongs to from one function of PEFT to the next."""
+    """Note the header and the configuration that theta_d belongs to, for the function of PEFT that gets it next."""
     _belongs_to[theta_d] = header, config
 
 
