@@ -29,6 +29,7 @@ from experiments.runs.resolve import resolve
 from experiments.sweeps.file import read
 from paper_figures.__main__ import main as figures_main
 from paper_figures.report.__main__ import main as report_main
+from uniproj import registry
 
 ROOT = Path(__file__).parents[2]
 CYCLIC = (ROOT / "examples" / "cyclic.py").read_text()
@@ -122,10 +123,13 @@ def test_a_launcher_hands_on_the_plugins_of_its_sweep(
     (tmp_path / "s.yaml").write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
     words = ["s.yaml", f"+settings.plugins=[{plugin}]", "--runs", str(runs)]
-    monkeypatch.setattr(sys, "argv", ["python -m experiments.sweep", *words])
-    with pytest.raises(SystemExit) as ended:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["python -m experiments.sweep", *words])
+        patch.setattr(registry, "_classes", dict(registry._classes))
         runpy.run_module("experiments.sweep", run_name="__main__")
     assert ended.value.code == 0
+    for module in [name for name in sys.modules if name.startswith("uniproj_plugin_planted")]:
+        del sys.modules[module]  # as in a new process
     assert load(runs)["projection"].tolist() == ["mine"]
     # the folder alone is not enough to train it anew
     folder = Path(load(runs)["folder"].item())

@@ -298,6 +298,8 @@ def test_endless_epochs_are_refused(runs: Path, capsys) -> None:
         (["--task", "glue/x"], "unknown task 'glue/x'. Known: vader"),
         (["--lr", "fast"], "--lr must be table, auto or a positive number, got 'fast'"),
         (["--lr", "nan"], "--lr must be table, auto or a positive number, got 'nan'"),
+        (["--lr", "0"], "--lr must be table, auto or a positive number, got '0'"),
+        (["--projections", "lora", "gaussian"], "got none for gaussian. Known: lora, unilora"),
         (["--seeds", "1", "1"], "--seeds must hold each value once, got 1 twice"),
         (["--projections", "lora", "lora"], "--projections must hold each value once"),
         (["--budget", "0"], "--budget must be at least 1"),
