@@ -11,7 +11,7 @@ import pytest
 from experiments import harness, train
 from experiments.evaluate.harness import FILE
 from experiments.records.reading import load
-from experiments.runs.folder import RESULT, prepare
+from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
 from uniproj import plugins
 
@@ -87,13 +87,14 @@ def test_a_task_of_ones_own_needs_tasks_by_name(tmp_path: Path, monkeypatch, cap
 
 
 @pytest.mark.system
-def test_what_cannot_be_scored_is_said(tmp_path: Path, solver: Path, swept: tuple[Path, Path], capsys) -> None:
+def test_what_cannot_be_scored_is_said(tmp_path: Path, runs: Path, solver: Path, config, capsys) -> None:
     assert harness.main([str(tmp_path)]) == 2
     assert "finished run" in capsys.readouterr().err
     for unknown in ("no_such_task", "hellaswag"):  # the second one's rows lie on a hub out of reach
         assert harness.main([str(solver), "--tasks", unknown]) == 2
         assert f"'{unknown}' must be a task of lm-evaluation-harness" in capsys.readouterr().err
     assert not (solver / FILE).exists()
-    encoder = next(swept[1].rglob(RESULT)).parent
+    encoder = prepare(runs, config.to_json())
+    assert train.main([str(encoder)]) == 0
     assert harness.main([str(encoder), "--tasks", "gsm8k"]) == 2
     assert "causal model" in capsys.readouterr().err
