@@ -67,13 +67,12 @@ def read(folder: Path) -> Records:
             f"records: {folder} must hold runs scored on a test split, or exported sweeps, got neither. "
             "Train something first: `make compare`."
         )
+    models = folder / OVERHEAD
     together = Records(
         _marked(pd.concat([part.runs for part in found], ignore_index=True)),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
-        _attempt(str(OVERHEAD), damaged, read_table, path, ("base", "method"))
-        if (path := folder / OVERHEAD).exists()
-        else None,
+        _attempt(str(OVERHEAD), damaged, read_table, models, ("base", "method")) if models.exists() else None,
         damaged,
     )
     check(together.runs, str(folder))
