@@ -23,7 +23,7 @@ from uniproj.errors import AdapterError, ProjectionError
 Tables = Mapping[str, pd.DataFrame]
 T = TypeVar("T")
 INTERRUPTED = 130
-DIGITS = 15
+_DIGITS = 15
 # Rows of a table that is printed, and repeated in the JSON file.
 _MOST_PRINTED = 120
 
@@ -118,7 +118,7 @@ def asked(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON has them: NaN is null."""
-    return json.loads(table.to_json(orient="records", double_precision=DIGITS))
+    return json.loads(table.to_json(orient="records", double_precision=_DIGITS))
 
 
 def as_text(tables: Tables) -> str:

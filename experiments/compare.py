@@ -20,7 +20,7 @@ import torch
 
 from experiments import tasks
 from experiments.checks import check_distinct
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, status
 from experiments.files import digest
 from experiments.models import adapted_shapes, trust
 from experiments.records import is_done
@@ -28,11 +28,10 @@ from experiments.runs import DEVICES, RUNS, RunConfig, run_folder, shapes_of
 from experiments.sweeps import CONF, Sweep, comparison, preflight, protocol, read, trainer
 from experiments.tasks import METRICS
 from uniproj import console
-from uniproj.errors import ProjectionError, printable
+from uniproj.errors import printable
 from uniproj.layout import LoRALayout
 from uniproj.registry import get
 
-INTERRUPTED = 130
 # VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
 _VERA_RANK = 11
 TABLE, AUTO = "table", "auto"
@@ -209,14 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
     torch.set_num_threads(1)
     args = parse(argv)
-    try:
-        return compare(args)
-    except (ExperimentError, ProjectionError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; finished runs and checkpoints are in {args.runs}. The same command resumes.")
-        return INTERRUPTED
+    return status(lambda: compare(args), args.runs)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.errors import ExperimentError
+from experiments.errors import status
 from experiments.evaluate import ANSWERS, answers, load_finished
 from experiments.files import write_text
 from experiments.models import trust
 from experiments.tasks import mt_bench
-from uniproj import AdapterError, ProjectionError, console
+from uniproj import console
 
 
 @console.command
@@ -26,16 +26,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, help="only the first so many of the 80")
     trust.add_options(parser)
     args = parser.parse_args(argv)
-    try:
+
+    def ask() -> int:
         trust.apply(args)
         run = load_finished(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
-    except (ExperimentError, ProjectionError, AdapterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    write_text(args.folder / ANSWERS, "".join(json.dumps(answer) + "\n" for answer in found))
-    print(f"{len(found)} answers: {args.folder / ANSWERS}")
-    return 0
+        write_text(args.folder / ANSWERS, "".join(json.dumps(answer) + "\n" for answer in found))
+        print(f"{len(found)} answers: {args.folder / ANSWERS}")
+        return 0
+
+    return status(ask)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from experiments.orphans import end_with
 from experiments.records import is_done, result
 from experiments.runs import BUSY, CONFIG, FAILED, TORCHRUN, asked_of_accelerate, lock, train
 from uniproj import console
-from uniproj.errors import AdapterError, ProjectionError, printable
+from uniproj.errors import OneLineError, printable
 
 
 @console.command
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             score = f"{found['metric']} {found['score']} on {found['config']['score_on']}"
             print(f"{folder} done: {printable(score if found['score'] is not None else found['did_not_train'])}")
         return 0
-    except (ExperimentError, ProjectionError, AdapterError) as error:
+    except OneLineError as error:
         print(f"{FAILED}{error}")
         return 1
 

@@ -20,23 +20,7 @@ from experiments.models.pretrained import (
 from experiments.models.trust import trust_remote_code, trusts_remote_code
 
 __all__ = [
-    "PACKAGED",
-    "QUANTIZED",
-    "BaseModel",
-    "CausalModel",
-    "Family",
-    "adapted_shapes",
-    "family_of",
-    "load_causal",
-    "load_classifier",
-    "load_image_classifier",
-    "load_image_processor",
-    "load_tokenizer",
-    "location",
-    "model_config",
-    "target_modules",
-    "trust",
-    "trust_remote_code",
-    "trusts_remote_code",
-    "unloaded",
+    "PACKAGED", "QUANTIZED", "BaseModel", "CausalModel", "Family", "adapted_shapes", "family_of", "load_causal",
+    "load_classifier", "load_image_classifier", "load_image_processor", "load_tokenizer", "location", "model_config",
+    "target_modules", "trust", "trust_remote_code", "trusts_remote_code", "unloaded",
 ]  # fmt: skip

@@ -2,9 +2,9 @@
 
 from experiments.records import baseline, gather, statistics
 from experiments.records.committed import OUT, RECORDS, export
-from experiments.records.reading import CHOICE, damage, is_done, load, load_runs, losses, result, row
+from experiments.records.reading import CHOICE, damage, is_done, load, losses, result, row
 
 __all__ = [
-    "CHOICE", "OUT", "RECORDS", "baseline", "damage", "export", "gather", "is_done", "load", "load_runs", "losses",
+    "CHOICE", "OUT", "RECORDS", "baseline", "damage", "export", "gather", "is_done", "load", "losses",
     "result", "row", "statistics",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
 )
 OUT = Path("results/sweeps")
 # of a logged loss: its noise is far above the rest
-DIGITS = 5
+_DIGITS = 5
 
 
 def export(name: str, runs: Path, out: Path) -> Path:
@@ -85,15 +85,11 @@ def _compact(records: pd.DataFrame) -> pd.DataFrame:
 def curves(runs: Path, folders: Iterable[str]) -> pd.DataFrame:
     """Every logged training loss: run (see `short`), step, loss (NaN where it was not finite)."""
     lines = [
-        {"folder": short(folder), "step": line["step"], "loss": _rounded(line["loss"])}
+        {"folder": short(folder), "step": line["step"], "loss": line["loss"] and float(f"{line['loss']:.{_DIGITS}g}")}
         for folder in dict.fromkeys(folders)
         for line in losses(runs / short(folder))
     ]
     return pd.DataFrame(lines, columns=["folder", "step", "loss"])
-
-
-def _rounded(loss: float | None) -> float | None:
-    return None if loss is None else float(f"{loss:.{DIGITS}g}")
 
 
 def origin_of(runs: int, failed: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

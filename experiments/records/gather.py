@@ -50,15 +50,15 @@ class Records:
 def read(folder: Path) -> Records:
     """All records below a folder: those of `python -m experiments.sweep` or `compare`, or of `experiments.export`.
 
-    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials. What is
-    damaged is told beside the rest. Raises ExperimentError for a folder without records, or with damaged ones alone,
+    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials. Damaged
+    files are listed beside the rest. Raises ExperimentError for a folder without records, or with damaged ones alone,
     and for runs of one task that differ in metric.
     """
     if not folder.is_dir():
         raise ExperimentError(f"records: {folder} must be a folder, got none. Train something first: `make compare`.")
     exported = sorted(path.parent for path in folder.rglob(RECORDS) if (path.parent / CURVES).exists())
     damaged: list[tuple[str, str]] = []
-    parts = [told(path.name, damaged, _sweep, path) for path in exported] if exported else _single(folder, damaged)
+    parts = [_attempt(path.name, damaged, _sweep, path) for path in exported] if exported else _single(folder, damaged)
     found = [part for part in parts if part is not None]
     if not found and damaged:
         raise ExperimentError(damaged[0][1])
@@ -67,20 +67,19 @@ def read(folder: Path) -> Records:
             f"records: {folder} must hold runs scored on a test split, or exported sweeps, got neither. "
             "Train something first: `make compare`."
         )
+    models = folder / OVERHEAD
     together = Records(
         _marked(pd.concat([part.runs for part in found], ignore_index=True)),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
-        told(str(OVERHEAD), damaged, read_table, path, ("base", "method"))
-        if (path := folder / OVERHEAD).exists()
-        else None,
+        _attempt(str(OVERHEAD), damaged, read_table, models, ("base", "method")) if models.exists() else None,
         damaged,
     )
     check(together.runs, str(folder))
     return together
 
 
-def told(place: str, damaged: list[tuple[str, str]], read: Callable[..., T], *arguments: Any) -> T | None:
+def _attempt(place: str, damaged: list[tuple[str, str]], read: Callable[..., T], *arguments: Any) -> T | None:
     """What is read, or None where it cannot be: then `damaged` says why."""
     try:
         return read(*arguments)
@@ -162,8 +161,8 @@ def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
     rows, curves = [], []
     for place in sorted(place for place in found if place.name != "adapter"):
         known: list[tuple[str, str]] = []
-        values = told(short(str(place)), known, _run, place)
-        if known and (config := told("", [], _config, place)) and config.get("score_on") != "validation":
+        values = _attempt(short(str(place)), known, _run, place)
+        if known and (config := _attempt("", [], _config, place)) and config.get("score_on") != "validation":
             values = {**config, "folder": short(str(place)), "failed": DAMAGED + known[0][1]}
         elif known:
             damaged += known
@@ -179,7 +178,7 @@ def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
     origins = {name: _origin([r for r in rows if r["folder"] in set(own)]) for name, own in folders}
     for name, origin in origins.items():
         if (choice := folder / "sweeps" / name / CHOICE).exists():
-            origin |= told(f"sweeps/{name}/{CHOICE}", damaged, trials, choice) or {}
+            origin |= _attempt(f"sweeps/{name}/{CHOICE}", damaged, trials, choice) or {}
     return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), origins)]
 
 
@@ -187,7 +186,7 @@ def _members(folder: Path, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """folder, sweep and the columns of the cell: a row per run and cell that the tables of a finished sweep name."""
     found = [pd.DataFrame(columns=["folder", "sweep"])]
     for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
-        listed = told(str(path.relative_to(folder)), damaged, read_table, path, ("folder",))
+        listed = _attempt(str(path.relative_to(folder)), damaged, read_table, path, ("folder",))
         if listed is None:
             continue
         listed = listed.filter(regex=r"^(folder|cell(\..*)?)$")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,7 @@ def load(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     if not folder.is_dir():
         raise ExperimentError(f"results: {folder} must be a folder, got none. Run `make compare` first.")
-    return load_runs(path.parent for path in sorted(folder.rglob(RESULT)))
-
-
-def load_runs(folders: Iterable[Path]) -> pd.DataFrame:
-    """The rows of these finished runs, as in `load`."""
-    return pd.DataFrame([row(folder) for folder in folders])
+    return pd.DataFrame([row(path.parent) for path in sorted(folder.rglob(RESULT))])
 
 
 def row(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from experiments.tasks import RANGES, is_score
 
 
 @dataclass(frozen=True)
-class Cost:
+class _Cost:
     """What a run took."""
 
     seconds: float
@@ -71,7 +71,7 @@ class _Record:
     step_ratio_low: float | None = None
     step_ratio_high: float | None = None
     adapter_sha256: str | None = None
-    cost: Cost | None = None
+    cost: _Cost | None = None
     provenance: _Origin | None = None
 
 

@@ -58,10 +58,10 @@ def check_rows(task: Task, config: RunConfig) -> None:
 
 
 def _check_metric(task: Task, train: pd.DataFrame) -> None:
-    kind, fitting = "generated text", {"accuracy"}
+    kind, known = "generated text", {"accuracy"}
     if task.family != "causal":
         labels = train["label"]
-        kind, fitting = ("float labels", {*OF_NUMBERS}) if labels.dtype.kind == "f" else ("classes", {*OF_CLASSES})
+        kind, known = ("float labels", {*OF_NUMBERS}) if labels.dtype.kind == "f" else ("classes", {*OF_CLASSES})
         if labels.nunique() < 2:
             alone = task.classes[labels.iloc[0]] if task.classes else labels.iloc[0]
             raise ExperimentError(
@@ -69,9 +69,9 @@ def _check_metric(task: Task, train: pd.DataFrame) -> None:
             )
         if task.metric == "F1" and labels.nunique() > 2:
             raise ExperimentError(f"{task.name}: F1 is of two classes, got {labels.nunique()}. Choose macro F1.")
-    if task.metric not in fitting:
+    if task.metric not in known:
         raise ExperimentError(
-            f"{task.name}: the metric of {kind} must be one of {', '.join(sorted(fitting))}, got {task.metric}. Choose "
+            f"{task.name}: the metric of {kind} must be one of {', '.join(sorted(known))}, got {task.metric}. Choose "
             "one, or write the labels as integers or text (classes) or floats (regression)."
         )
 

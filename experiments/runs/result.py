@@ -49,7 +49,7 @@ def evaluate(run: Run, before: float) -> dict[str, Any]:
         **_sizes(run, saved),
         "adapter_sha256": saved and hashlib.sha256(saved.read_bytes()).hexdigest(),
         "incomplete_data": _data_rows(run),
-        **(_isometry(run) | step_times(run) if run.config.timing and not diverged else {}),
+        **(_timed(run) if run.config.timing and not diverged else {}),
     }
 
 
@@ -196,10 +196,11 @@ def _held_tensors(P: Projection) -> Iterator[Tensor]:
             waiting += vars(value).values() if hasattr(value, "__dict__") else ()
 
 
-def _isometry(run: Run) -> dict[str, Any]:
-    """max|P^T P - I| of the P that was trained, where it is cheap to know."""
+def _timed(run: Run) -> dict[str, Any]:
+    """max|P^T P - I| of the P that was trained, where it is cheap to know, and the times of training steps."""
     P = run.projection
-    return {"isometry_error": isometry_error(P) if P.sparse or P.D * P.d <= _CHECKED_ENTRIES else None}
+    cheap = P.sparse or P.D * P.d <= _CHECKED_ENTRIES
+    return {"isometry_error": isometry_error(P) if cheap else None, **step_times(run)}
 
 
 def peak_bytes(device: str) -> int:
@@ -216,15 +217,10 @@ def _finite(value: float) -> float | None:
 
 def _data_rows(run: Run) -> dict[str, dict[str, int]]:
     """Rows at hand against those published, for splits where they differ: scores are then not comparable."""
-    read = {"test": ("test",), "train": ("train", "validation")}
-    found = {name: sum(len(run.task.split(s)) for s in splits) for name, splits in read.items() if _may_read(run, name)}
-    published = run.task.published
-    return {
-        name: {"rows": found[name], "published": published[name]}
-        for name in found
-        if name in published and found[name] != published[name]
-    }
-
-
-def _may_read(run: Run, split: str) -> bool:
-    return split != "test" or run.config.score_on == "test"
+    published, found = run.task.published, {}
+    for name, splits in {"test": ("test",), "train": ("train", "validation")}.items():
+        if name in published and (name != "test" or run.config.score_on == "test"):
+            rows = sum(len(run.task.split(split)) for split in splits)
+            if rows != published[name]:
+                found[name] = {"rows": rows, "published": published[name]}
+    return found

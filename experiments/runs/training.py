@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from experiments.errors import ExperimentError
+from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import write_json
 from experiments.runs.callbacks import checkpoints
 from experiments.runs.folder import RESULT
@@ -18,7 +18,6 @@ from experiments.runs.result import evaluate, peak_bytes
 from experiments.runs.run import Run
 from uniproj.format import read
 
-INTERRUPTED = 130
 STATE = "trainer_state.json"
 # without one of these Trainer would go on from other numbers, and say nothing
 _STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,19 +69,14 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
 
 
 def check(sweep: Sweep, here: bool = True) -> None:
-    """`_check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
-    configs = [config for configs in runs_of(sweep).values() for config in configs]
+    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, modules, projection or device.
+
+    The test rows are checked for tuning runs too: a choice that they cannot confirm is in vain. here: whether the runs
+    train on this machine, which then needs their devices.
+    """
+    configs = [replace(config, score_on="test") for configs in runs_of(sweep).values() for config in configs]
     for device in sorted({config.device for config in configs}) if here else ():
         check_device(device)
-    _check_runs(configs)
-
-
-def _check_runs(configs: Iterable[RunConfig]) -> None:
-    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, its modules or its projection.
-
-    The test rows are looked at too, whatever these runs are scored on: a choice that they cannot confirm is in vain.
-    """
-    configs = [replace(config, score_on="test") for config in configs]
     for config in _one_each(configs, ROWS):
         check_rows(tasks.get(config.task, config.data, config.metric), config)
     for config in _one_each(configs, OF_P):
@@ -221,7 +216,8 @@ def _examine(config: RunConfig) -> dict[str, Any]:
 def _check_saved(run: Run, folder: Path) -> None:
     """The saved adapter on a fresh base, and the merged model, give the outputs of the trained one."""
     rows = draw(run.task.split("validation"), _SCORED_ROWS, 0)
-    batch = run.family.collate(list(_without_length(run.family.encode(rows))))
+    encoded = [{k: v for k, v in feature.items() if k != "length"} for feature in run.family.encode(rows)]
+    batch = run.family.collate(encoded)
     expected = _logits(run.model, batch)
     base = run.family.load(run.task.split("train"))
     loaded = PeftModel.from_pretrained(base, folder / ADAPTER)
@@ -233,10 +229,6 @@ def _check_saved(run: Run, folder: Path) -> None:
             raise ExperimentError(
                 f"the {what} adapter must give the trained outputs, got a difference of {difference:.1e}"
             )
-
-
-def _without_length(data: Any) -> Iterator[dict[str, Any]]:
-    return ({k: v for k, v in feature.items() if k != "length"} for feature in data)
 
 
 @torch.inference_mode()

@@ -65,9 +65,9 @@ def folders(runs: Path, configs: Iterable[RunConfig]) -> list[Path]:
 
 
 def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, Any]]:
-    """The chosen settings of every cell, by its digest; as locked where a choice is, else trials are trained.
+    """The chosen settings of every cell, by its digest: those of choice.json, which is made here where there is none.
 
-    Raises ExperimentError if a trial fails, or the choice that is locked is that of other trials.
+    Raises ExperimentError if a trial fails, or if choice.json is not what the trials of this sweep say.
     """
     if sweep.tune is None:
         return {digest(cell): {} for cell in sweep.cells()}

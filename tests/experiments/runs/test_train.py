@@ -49,42 +49,38 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, c
     assert row["projection"] == "unilora" and row["trained"] == 200 and row["folder"] == str(folder)
 
 
-@pytest.mark.parametrize("step", [5, 9])  # within the first epoch and within the second
-def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, config: RunConfig, monkeypatch) -> None:
-    whole = prepare(runs / "whole", config.to_json())
-    assert train.main([str(whole)]) == 0
-    folder = prepare(runs / "cut", config.to_json())
+def _until(step: int, folder: Path) -> int:
+    """Train until Ctrl-C in this step."""
     plain = StopOnSignal.on_step_end
 
     def ctrl_c(self, args, state, control, **kwargs):
         self.requested = state.global_step == step
         return plain(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-    assert train.main([str(folder)]) == INTERRUPTED
-    assert not (folder / RESULT).exists() and (folder / f"checkpoint-{step}").is_dir()
-    monkeypatch.setattr(StopOnSignal, "on_step_end", plain)
-    assert train.main([str(folder)]) == 0
-    assert torch.equal(_theta(folder), _theta(whole))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
+        return train.main([str(folder)])
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, model: str, task: str) -> tuple[Path, Path]:
     """A run that ended after step 10 of 12, with the checkpoints of steps 6 and 10, and the same run to its end."""
     settings = {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.05}
-    config, plain = resolve({**settings, "evaluations": 2}).to_json(), StopOnSignal.on_step_end
+    config = resolve({**settings, "evaluations": 2}).to_json()
     cut, whole = (prepare(tmp_path_factory.mktemp(name), config) for name in ("cut", "whole"))
-
-    def ctrl_c(self, args, state, control, **kwargs):
-        self.requested = state.global_step == 10
-        return plain(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-        assert train.main([str(cut)]) == INTERRUPTED
+    assert _until(10, cut) == INTERRUPTED
     assert train.main([str(whole)]) == 0
     assert sorted(checkpoints(cut)) == [6, 10] and len(losses(whole)) == 1
     return cut, whole
+
+
+@pytest.mark.parametrize("step", [5, 9])  # within the first epoch and within the second
+def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, interrupted: tuple[Path, Path]) -> None:
+    folder = prepare(runs, read_json(interrupted[1] / "config.json"))
+    assert _until(step, folder) == INTERRUPTED
+    assert not (folder / RESULT).exists() and (folder / f"checkpoint-{step}").is_dir()
+    assert train.main([str(folder)]) == 0
+    assert torch.equal(_theta(folder), _theta(interrupted[1]))
 
 
 def _truncated(path: Path) -> None:
@@ -158,8 +154,7 @@ def test_copies_of_checkpoints_and_a_damaged_log_are_no_hindrance(
     assert list(checkpoints(folder)) == [1] and all((folder / name[:200]).is_dir() for name in copies)
 
 
-@pytest.mark.parametrize("score_on", ["validation", "test"])
-@pytest.mark.parametrize("labels", ["classes", "numbers"])
+@pytest.mark.parametrize(("score_on", "labels"), [("validation", "classes"), ("test", "numbers")])
 def test_a_run_that_diverges_did_not_train(
     score_on: str, labels: str, runs: Path, config: RunConfig, task: str, tmp_path: Path, capsys
 ) -> None:
@@ -186,7 +181,7 @@ def test_a_run_that_diverges_did_not_train(
     ]
 
 
-def test_a_comparison_shows_what_diverged_without_a_rank(runs: Path, model: str, task: str, capsys) -> None:
+def test_a_comparison_shows_what_diverged_without_a_rank(runs: Path, model: str, task: str, here, capsys) -> None:
     command = ["--model", model, "--task", task, "--projections", "lora", "unilora", "--budget", "200"]
     assert compare.main([*command, "--lr", "1e30", "--runs", str(runs)]) == 0
     said = capsys.readouterr().out
@@ -228,7 +223,7 @@ def test_tuning_never_reads_the_test_split(runs: Path, config: RunConfig, monkey
         train.main([str(prepare(runs, config.to_json()))])
 
 
-def test_the_command_compares_skips_and_draws(runs: Path, model: str, task: str, capsys) -> None:
+def test_the_command_compares_skips_and_draws(runs: Path, model: str, task: str, here, capsys) -> None:
     command = ["--model", model, "--task", task, "--projections", "lora", "unilora", "--budget", "200"]
     command += ["--lr", "0.02", "--runs", str(runs)]
     assert compare.main(command) == 0
@@ -303,13 +298,18 @@ def test_endless_epochs_are_refused(runs: Path, capsys) -> None:
         (["--task", "glue/x"], "unknown task 'glue/x'. Known: vader"),
         (["--lr", "fast"], "--lr must be table, auto or a positive number, got 'fast'"),
         (["--lr", "nan"], "--lr must be table, auto or a positive number, got 'nan'"),
+        (["--lr", "0"], "--lr must be table, auto or a positive number, got '0'"),
+        (["--projections", "lora", "gaussian"], "got none for gaussian. Known: lora, unilora"),
         (["--seeds", "1", "1"], "--seeds must hold each value once, got 1 twice"),
         (["--projections", "lora", "lora"], "--projections must hold each value once"),
         (["--budget", "0"], "--budget must be at least 1"),
         (["--model", "no/such-model"], "must be one of minilm, smollm2"),
     ],
 )
-def test_a_bad_name_ends_the_command_before_anything_is_trained(runs: Path, extra, message: str, capsys) -> None:
+def test_a_bad_name_ends_the_command_before_anything_is_trained(
+    runs: Path, extra, message: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a hub out of reach is asked again and again
     assert compare.main([*extra, "--runs", str(runs)]) == 2
     assert message in capsys.readouterr().err and not runs.exists()
 

@@ -3,8 +3,7 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,22 +73,26 @@ def test_own_data_that_a_run_would_fail_on(
         lambda: sweep.main([str(file), *own, "--runs", str(runs)]),
         lambda: compare.main(["--model", model, "--task", str(folder), "--lr", "auto", "--runs", str(runs)]),
     ]
-    for command in commands:
+    # one way leads to the check from everywhere
+    for command in commands if spoilt == "no test" else commands[:1]:
         assert command() == 2
         said = capsys.readouterr().err
         assert re.search(message, said), said
         assert not runs.exists()
 
 
-@pytest.mark.parametrize(("pattern", "status"), [(rf"{HANGS_RE}|.*\.(query|value)", 0), (HANGS_BOTH, 2)])
-def test_target_modules_that_re_would_not_end_on(pattern: str, status: int, file: Path, runs: Path) -> None:
-    plan = yaml.safe_load(file.read_text())
-    plan["settings"]["target_modules"] = pattern
-    file.write_text(yaml.safe_dump(plan))
-    command = [sys.executable, "-m", "experiments.sweep", str(file), "--dry-run", "--runs", str(runs)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == status, run.stderr
-    assert ("target_modules: all patterns must be matched within" in run.stderr) == (status == 2)
+def test_target_modules_that_re_would_not_end_on(file: Path, runs: Path, capsys) -> None:
+    content = yaml.safe_load(file.read_text())
+    signal.alarm(300)  # ends these tests where `re` is asked
+    try:
+        for pattern, status in (rf"{HANGS_RE}|.*\.(query|value)", 0), (HANGS_BOTH, 2):
+            content["settings"]["target_modules"] = pattern
+            file.write_text(yaml.safe_dump(content))
+            assert sweep.main([str(file), "--dry-run", "--runs", str(runs)]) == status, pattern
+            said = capsys.readouterr().err
+            assert ("target_modules: all patterns must be matched within" in said) == (status == 2), said
+    finally:
+        signal.alarm(0)
 
 
 def test_rows_in_order_are_counted_with_their_classes(folder: Path, file: Path, runs: Path, capsys) -> None:

@@ -43,7 +43,9 @@ def _write(rows: pd.DataFrame, path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("columns", [("text",), ("sentence",), ("sentence1", "sentence2"), ("question", "sentence")])
+@pytest.mark.parametrize(
+    "columns", [("text",), ("premise", "hypothesis"), ("question", "sentence"), ("prompt", "completion")]
+)
 def test_texts_that_look_like_something_else_stay_texts(suffix: str, columns: tuple, tmp_path: Path) -> None:
     for value in (LOOKALIKES, ["1", "2"], ["True", "False"], ["1.0", "2.5"]):
         rows = {column: value for column in columns} | {"label": [0, 1] * (len(value) // 2) + [0] * (len(value) % 2)}
@@ -453,7 +455,7 @@ def test_a_text_that_a_tokenizer_would_read_for_minutes(column: str, tmp_path: P
             [0, 1_000_000],
             "glue/rte/test: class labels must count from 0 and lie below 10,000, got 1000000 in row 2",
         ),
-        ("rte", [0, -1], "glue/rte/test: class labels must count from 0, got -1"),
+        ("rte", [0, -1], "glue/rte/test: class labels must count from 0, got -1. -1 marks hidden labels"),
         ("rte", [0, 10**400], "glue/rte/test: labels must be integers .classes. or floats .regression., got"),
         ("stsb", [0.5, float("inf")], "glue/stsb/test: labels to regress must be finite in single precision, got inf"),
         ("stsb", [0.5, 1e300], "glue/stsb/test: labels to regress must be finite in single precision, got 1e"),
