@@ -1,6 +1,8 @@
 """The devices whose operators are tested; TRITON_INTERPRET=1 makes the CPU's Triton's."""
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +22,16 @@ def triton_device(device: str) -> str:
     return device
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets PyTorch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Triton's interpreter is slow, and shows the numbers of the kernels: only tests that take a device run in it."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    here = [item for item in items if item.path.is_relative_to(os.path.dirname(__file__))]
-    others = [item for item in here if "device" not in getattr(item, "fixturenames", ())]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        here = Path(__file__).parent
+        items[:] = [i for i in items if i.path.parent != here or "device" in getattr(i, "fixturenames", ())]

@@ -99,20 +99,18 @@ def test_an_index_that_leaves_its_columns_is_refused(index: list[int]) -> None:
         Given(LoRALayout.flat(4), 2, 0, torch.tensor(index))
 
 
-def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
-    same_on_any_number_of_threads(lambda y, index, d: sum_by_column(y, index, d, torch.float32))
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(set_threads: Callable[[int], None]) -> None:
+    same_on_any_number_of_threads(lambda y, index, d: sum_by_column(y, index, d, torch.float32), set_threads)
 
 
-def same_on_any_number_of_threads(adjoint: Callable[[Tensor, Tensor, int], Tensor]) -> None:
-    D, d, threads = 3_000_000, 1000, torch.get_num_threads()
+def same_on_any_number_of_threads(
+    adjoint: Callable[[Tensor, Tensor, int], Tensor], set_threads: Callable[[int], None]
+) -> None:
+    D, d, found = 3_000_000, 1000, []
     index, y = torch.randint(0, d, (D,), dtype=torch.int32), torch.randn(1, D)
-    try:
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(adjoint(y, index, d))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        found.append(adjoint(y, index, d))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     reference = torch.zeros(d, dtype=torch.float64).index_add(0, index, y[0].double())
     torch.testing.assert_close(found[0][0].double(), reference, rtol=0, atol=2e-3)
