@@ -267,30 +267,4 @@ class MixedBatch(VeRA):
         return theta_D.flip(0) if len(theta_D) == 6 else theta_D
 
 
-MUTANTS: list[type[Projection]] = [
-    ScaledAdjoint,
-    FastfoodReferenceGradient,
-    SwappedIndex,
-    NoNormalisation,
-    StaleNormaliser,
-    OffByOneBlock,
-    OffByOneSplit,
-    OverwriteForAdd,
-    HalfPrecisionScale,
-    RoundedByCast,
-    GlobalGenerator,
-    Gaussian1OverD,
-    UnevenGaussian,
-    TransposedBlock,
-    StartsAtTheSaddle,
-    NotLinear,
-    DetachedLogits,
-    GraphBreak,
-    BufferedIndex,
-    CannotBeCopied,
-    LosesItsSeed,
-    LearnedInSecret,
-    NoForwardMode,
-    DependsOnTheData,
-    MixedBatch,
-]
+MUTANTS: list[type[Projection]] = [c for c in list(globals().values()) if hasattr(c, "caught_by")]

@@ -1,6 +1,6 @@
-"""Code of others that a command may run: projections of one's own, and what comes with a base model.
+"""Third-party code that a command may run: a user's projections, and code that comes with a base model.
 
-Only a command line or a sweep file names any: what a saved adapter or a record of a run names is not imported.
+Only a command line or a sweep file can name such code; a saved adapter or the record of a run cannot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uniproj.errors import ProjectionError
 
 
 def add_option(parser: argparse.ArgumentParser, at_once: int | str = 1) -> None:
-    """The option `--plugins`, which may be repeated; at_once: "+" for commands that end in no other words."""
+    """The option `--plugins`, which may be repeated; at_once="+" takes several, if no positional argument follows."""
     help = "modules or Python files that register projections, formats or figures of your own"
     parser.add_argument("--plugins", nargs=at_once, action="extend", default=[], metavar="FILE", help=help)
 
@@ -50,7 +50,7 @@ _loaded: dict[str, None] = {}
 
 
 def loaded() -> list[str]:
-    """What this process was told to import, for the command line of another one."""
+    """The plugins that this process imported, to be passed on to a process that it starts."""
     return list(_loaded)
 
 

@@ -96,7 +96,7 @@ def _hyperparameters(cls: type[Projection], types: dict[str, Any], given: dict[s
     says, and for numbers beyond float32."""
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     for name, value in plain.items():
-        # reading the base weights is left to the method, which may need but one at a time
+        # base weights may be loaded one by one as the method reads them
         if name not in types or name == "base_weights":
             continue
         try:
@@ -137,7 +137,7 @@ def build(
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
     types = _types(cls)
     size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, types, hyperparameters)
-    # P is drawn there whatever the default device, of tensors that may be trained with under any mode
+    # on the CPU whatever the default device; tensors made in inference mode could not be trained with
     try:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             projection: Projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ def build(
             raise ProjectionError(f"{name}: unknown hyperparameters {odd}; this method knows {known}.") from error
         raise
     except ValueError as error:
-        # somebody else's is a fault of that class; in ours it is a kernel's, which knows no method
+        # of our own methods only kernels raise it, which know no method's name
         if isinstance(error, ProjectionError) or not cls.__module__.startswith("uniproj."):
             raise
         raise ProjectionError(f"{name}: {error}") from error
