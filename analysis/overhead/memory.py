@@ -24,11 +24,17 @@ def tensor_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     storages = {}
     for held in gc.get_objects():
-        if issubclass(type(held), Tensor) and held.device.type == "cpu":
+        if _has_memory(held) and held.device.type == "cpu":
             for part in _dense_parts(held):
                 storage = part.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _has_memory(held: object) -> bool:
+    """Whether it is a tensor with a storage of its own: what a compiler traced with, and left behind, has none."""
+    kind = type(held)
+    return issubclass(kind, Tensor) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:

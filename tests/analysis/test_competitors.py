@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis.overhead import kernel, memory, methods
 from analysis.overhead.problem import SEED, Candidate, Entrant, Method, Problem
 from analysis.overhead.shapes import Llama
 from uniproj import LoRALayout
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 LAYOUT = LoRALayout.from_shapes(Llama(layers=2, hidden=16, intermediate=24, heads=4, kv_heads=2).all_linear(), 2)
 D, d = LAYOUT.D, 29
 
@@ -126,6 +126,9 @@ def test_memory_counts_each_storage_once() -> None:
     kept = torch.zeros(1000)
     views = [kept[:10], kept.view(10, 100)]
     assert memory.tensor_bytes(device) - before == 4000 and views
+    with FakeTensorMode():
+        traced = torch.zeros(1000)
+    assert memory.tensor_bytes(device) - before == 4000 and traced.shape == (1000,)
     csr = torch.sparse_csr_tensor([0, 1, 2], [0, 1], [1.0, 1.0])
     assert memory.tensor_bytes(device) - before == 4000 + 3 * 8 + 2 * 8 + 2 * 4 and csr.shape == (2, 2)
 

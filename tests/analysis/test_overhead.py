@@ -17,7 +17,6 @@ from analysis.overhead.__main__ import jobs, main, parse
 from analysis.overhead.shapes import Llama
 from analysis.overhead.workloads import WORKLOADS
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 SMALL = Llama(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2)
 KERNEL_ROWS = {"unilora": 2 + 6, "fastfood": 2 + 2, "vblora": 2 + 2}
 METHODS = ("PEFT LORA", "unilora")

@@ -15,8 +15,6 @@ from analysis.overhead.shapes import (
 )
 from uniproj import LoRALayout
 
-pytestmark = pytest.mark.usefixtures("few_objects")
-
 # per module r (out + in), summed over the modules of one layer, times the layers
 BY_HAND = {
     ("RoBERTa-large q,v", 4): 24 * 2 * 4 * (1024 + 1024),

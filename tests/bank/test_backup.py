@@ -6,6 +6,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -106,6 +107,10 @@ def test_under_writers_every_backup_is_one_moment(bank: AdapterBank, tmp_path) -
                     bank.delete(f"{worker}/{turn - 3}/a")
         writers.append(child)
     try:
+        for _ in range(3000):  # both have begun
+            if {"0/1/b", "1/1/b"} <= set(bank.names()):
+                break
+            time.sleep(0.01)
         least = dict.fromkeys(range(2), 0)
         for k in range(8):
             if k == 4:

@@ -6,7 +6,6 @@ the test passes, "refuses" where it passes and something in it `refuses()`, "no"
 
 from __future__ import annotations
 
-import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,14 +24,6 @@ LIBRARIES = {"peft": "PEFT", "transformers": "Transformers", "trl": "TRL", "acce
 LONGEST = 400
 # Transformers repeats other errors with all their lines, which name the folders of a machine
 _TRACE = ": Traceback (most recent call last)"
-
-
-@pytest.fixture(autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Every training by Accelerate ends with gc.collect(), which need not walk all imported libraries each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """A tiny BERT and a tiny Llama with real tokenizers, and a few rows of the real packaged data, as folders of a user."""
 
-import gc
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -20,12 +19,6 @@ from experiments.sweeps import launchers, protocol
 # a package that carries NLTK's sentence splitter, which is otherwise downloaded
 NLTK = importlib.metadata.distribution("llama-index-core").locate_file("llama_index/core/_static/nltk_cache")
 nltk.data.path.append(str(NLTK))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _libraries_are_no_garbage() -> None:
-    """Every training collects garbage, which otherwise takes longer than the rest: all libraries are searched."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
