@@ -16,7 +16,7 @@ import uniproj
 from experiments.errors import ExperimentError
 from experiments.files import write_json, write_text
 from experiments.models import trust
-from experiments.runs.provenance import provenance
+from experiments.provenance import provenance
 from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 

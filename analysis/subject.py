@@ -22,8 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from analysis.command import at_least, positive
 from experiments import models, tasks
 from experiments.errors import ExperimentError
-from experiments.tasks import HUB
-from experiments.tasks.rows import text_columns
+from experiments.tasks import HUB, text_columns
 from uniproj import LoRALayout
 from uniproj.tuner import UniProjConfig, adapter_of
 

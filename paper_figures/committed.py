@@ -10,8 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.records import statistics
-from experiments.records.committed import RECORDS
+from experiments.records import RECORDS, statistics
 from experiments.records.gather import OVERHEAD, Records, read_sweep, read_table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"

@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import uniproj
 from uniproj import names
 from uniproj.projections import __path__ as projections_path
 from uniproj.registry import get
@@ -31,7 +32,14 @@ FLOORS: list[set[str]] = [
     {"uniproj.exchange", "uniproj.bank"},
     {"uniproj.cli"},
     {"uniproj.__main__"},
-    {"experiments.errors", "experiments.names", "experiments.orphans", "experiments.processes", "experiments.timing"},
+    {
+        "experiments.errors",
+        "experiments.names",
+        "experiments.orphans",
+        "experiments.processes",
+        "experiments.provenance",
+        "experiments.timing",
+    },
     {"experiments.checks", "experiments.files", "experiments.packaged", "experiments"},
     {"experiments.tasks"},
     {"experiments.models"},
@@ -125,6 +133,22 @@ def test_who_draws_and_who_computes() -> None:
         assert part != "analysis" or "matplotlib" not in {m.split(".")[0] for m in imported}, path
         # drawn from records and analysis tables: the library is asked for the names of its projections alone
         assert part != "paper_figures" or {m for m in imported if m.startswith("uniproj.")} <= {"uniproj.console"}, path
+
+
+def test_what_runs_beside_the_library_imports_what_packages_export() -> None:
+    """A file of another folder takes what `__init__` of a package names, or a module that `uniproj.__doc__` lists."""
+    listed = re.findall(r"^ +(uniproj\.[\w.]+)  ", uniproj.__doc__ or "", re.M)
+    packages = {_names(path) for path in SOURCES if path.name == "__init__.py"} - set(FOLDERS)
+    inside = [
+        f"{path.relative_to(ROOT)}: {node.module}"
+        for path in SOURCES
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("uniproj", "experiments")
+        for package, _, name in [node.module.rpartition(".")]
+        if package in packages and path.relative_to(ROOT).parts[0] != package.split(".")[0]
+        if node.module not in listed and name not in getattr(importlib.import_module(package), "__all__", ())
+    ]
+    assert inside == []
 
 
 def test_what_no_other_file_uses_is_private() -> None:

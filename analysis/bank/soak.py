@@ -26,8 +26,7 @@ from torch import nn
 from analysis.bank.journal import Journal
 from experiments.orphans import end_with
 from uniproj import AdapterError
-from uniproj.bank import AdapterBank
-from uniproj.bank.bank import INDEX, VECTORS
+from uniproj.bank import INDEX, VECTORS, AdapterBank
 from uniproj.tuner import UniProjConfig
 
 OWN = 50

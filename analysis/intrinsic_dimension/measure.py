@@ -13,11 +13,10 @@ import pandas as pd
 
 from analysis.command import Tables
 from experiments.errors import ExperimentError
-from experiments.records.committed import RECORDS
+from experiments.records import RECORDS, load
 from experiments.records.gather import read_sweep
-from experiments.records.reading import load
 from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean, means
-from experiments.runs.config import SEEDS
+from experiments.runs import SEEDS
 
 _FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95

@@ -18,7 +18,7 @@ from analysis.overhead import growth, kernel, model, report, runner, summary
 from analysis.overhead.problem import SEED
 from analysis.overhead.workloads import DEFAULT, WORKLOADS
 from experiments.errors import ExperimentError
-from experiments.runs.provenance import device_name, versions
+from experiments.provenance import device_name, versions
 from paper_figures.figures.overhead import draw
 from uniproj import console
 

@@ -25,7 +25,7 @@ import torch
 from experiments.errors import ExperimentError
 from experiments.files import digest, disk_errors, read_json, write_json
 from experiments.orphans import end_with
-from experiments.runs.provenance import provenance
+from experiments.provenance import provenance
 from uniproj import console
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,8 +13,7 @@ from analysis.command import bar
 from analysis.spaces import Choice, build
 from analysis.subject import Head, Subject
 from uniproj import Projection
-from uniproj.exchange.compress import GAUGE_LIMIT, GAUGE_NOTE
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, gauge_note, least_squares
 
 # Rows whose own gradients make the Fisher information.
 FISHER_ROWS = 64
@@ -73,7 +72,7 @@ def _measured(
     plain, weighted = least_squares(P.rebuild(), target), least_squares(P.rebuild(), target, weights)
     as_trained = captured(theta_D.double(), least_squares(P.rebuild(), theta_D).theta_D)
     factor = captured(target, plain.theta_D)
-    depends = abs(factor - as_trained) > GAUGE_LIMIT
+    note = gauge_note(factor, as_trained)
     return {
         "method": plain.method,
         "random": P.d / P.D,
@@ -83,5 +82,5 @@ def _measured(
         "fisher": captured(target, weighted.theta_D, weights),
         "score": subject.score(plain.theta_D, head),
         "score_fisher": subject.score(weighted.theta_D, head),
-        **({"note": GAUGE_NOTE} if depends else {}),
+        **({"note": note} if note else {}),
     }

@@ -11,8 +11,8 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.evaluate.finished import load_finished
 from experiments.files import read_json, write_json
+from experiments.provenance import provenance
 from experiments.runs import Run
-from experiments.runs.provenance import provenance
 from experiments.tasks import HUB, Splits
 
 FILE = "harness.json"

@@ -11,9 +11,9 @@ from zipfile import ZipFile
 
 from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import write_json
+from experiments.provenance import provenance
 from experiments.runs.callbacks import checkpoints
 from experiments.runs.folder import RESULT
-from experiments.runs.provenance import provenance
 from experiments.runs.result import evaluate, peak_bytes
 from experiments.runs.run import Run
 from uniproj.format import read

@@ -15,8 +15,9 @@ import pandas as pd
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json, write_json
+from experiments.provenance import versions
 from experiments.records import CHOICE, is_done, row, statistics
-from experiments.runs import RunConfig, prepare, run_folder, versions
+from experiments.runs import RunConfig, prepare, run_folder
 from experiments.sweeps.sweep import Cell, Sweep
 from uniproj.errors import shown
 

@@ -12,7 +12,7 @@ from torch import nn
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
 from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, gauge_note, least_squares
 from uniproj.format.fields import Role, fields_of
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
@@ -21,8 +21,6 @@ IDENTITY = "lora"
 # A theta_D in the image of P loses at most this share: the square of float32's rounding, over long sums.
 _IN_IMAGE = 1e-10
 # A captured energy that changes by more than this with the gauge gets the note.
-GAUGE_LIMIT = 0.01
-GAUGE_NOTE = "depends on the gauge (A c, B / c)"
 
 
 def compress(
@@ -84,5 +82,5 @@ def compress(
         "captured_factor": factor,
         "captured_as_trained": unbalanced,
         "captured_delta_W": captured_delta_W(adapter.layout, adapter.scales, target, reached),
-        "note": GAUGE_NOTE if abs(factor - unbalanced) > GAUGE_LIMIT else "",
+        "note": gauge_note(factor, unbalanced),
     }

@@ -18,6 +18,7 @@ from uniproj.projection import Projection
 
 # LSMR stops at this relative residual; a learned P is trained by Adam for so many steps at this rate.
 ACCURACY, MOST_ITERATIONS = 1e-10, 1000
+_GAUGE = 0.01
 STEPS, RATE = 300, 3e-2
 
 
@@ -104,6 +105,11 @@ def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> 
     """
     w = torch.ones_like(target) if weights is None else weights
     return 1.0 - float((w * (target - reached) ** 2).sum() / (w * target**2).sum())
+
+
+def gauge_note(balanced: float, as_trained: float) -> str:
+    """What to say of two captured energies of a LoRA, its factors brought to equal length or not; "" if they agree."""
+    return "depends on the gauge (A c, B / c)" if abs(balanced - as_trained) > _GAUGE else ""
 
 
 def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Tensor, reached: Tensor) -> float:
