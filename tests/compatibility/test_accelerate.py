@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from tests.compatibility import two_processes
@@ -149,3 +152,21 @@ def test_shard_base_without_a_process_group(refuses: Refuses) -> None:
     lora = get_peft_model(llama(), LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"))
     with pytest.raises(AdapterError, match="must hold a uniproj adapter, got a LoraModel"):
         shard_base(lora)
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_shard_base_takes_the_model_inside_a_peft_model() -> None:
+    """As `adapter_of` does: what is trained beside theta_d stays whole too."""
+    model = adapted(modules_to_save=["lm_head"])
+    shard_base(model.base_model)
+    whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    assert any("theta_d" in name for name in whole) and any("lm_head" in name for name in whole)
+    assert all("theta_d" in name or "lm_head" in name for name in whole)

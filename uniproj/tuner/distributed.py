@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from uniproj.errors import AdapterError
 from uniproj.tuner.attached import tuner_of
+from uniproj.tuner.model import UniProjModel
 
 
 def shard_base(model: PeftModel, **options: Any) -> None:
@@ -33,7 +34,7 @@ def shard_base(model: PeftModel, **options: Any) -> None:
         raise AdapterError(
             f"shard_base: the base must not be quantised, got packed weights such as {packed[0]}. Use DDP instead."
         )
-    whole = _kept_whole(model)
+    whole = _kept_whole(tuner)
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_mean_over(dist.get_world_size()))
@@ -41,10 +42,9 @@ def shard_base(model: PeftModel, **options: Any) -> None:
         fully_shard(part, ignored_params=set(whole), **options)
 
 
-def _kept_whole(model: PeftModel) -> list[nn.Parameter]:
+def _kept_whole(tuner: UniProjModel) -> list[nn.Parameter]:
     """theta_d, the Parameters of P, and modules that are trained beside the adapter."""
-    tuner = model.base_model
-    beside = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    beside = [module for module in tuner.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     modules: Iterable[nn.Module] = [tuner.uniproj_theta_d, tuner.projections, *beside]
     return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
