@@ -23,7 +23,7 @@ _COLUMNS = 64
 
 
 @dataclass(frozen=True)
-class _Measurement:
+class Measurement:
     """One claim decided: the figure that was measured, what it is, and whether the claim holds."""
 
     holds: bool
@@ -31,8 +31,8 @@ class _Measurement:
     what: str
 
 
-def _at_most(value: Tensor | float, limit: float, what: str) -> _Measurement:
-    return _Measurement(bool(value <= limit), float(value), what)
+def _at_most(value: Tensor | float, limit: float, what: str) -> Measurement:
+    return Measurement(bool(value <= limit), float(value), what)
 
 
 def _gram(P: Projection) -> Tensor:
@@ -40,41 +40,41 @@ def _gram(P: Projection) -> Tensor:
     return M.T @ M
 
 
-def linear(P: Projection) -> _Measurement:
+def linear(P: Projection) -> Measurement:
     """P(2 x - 3 y) = 2 P(x) - 3 P(y), and P(0) = 0."""
     return _additive(P, torch.zeros(P.D, dtype=torch.float64, device=P.device))
 
 
-def affine(P: Projection) -> _Measurement:
+def affine(P: Projection) -> Measurement:
     """P(x) - c is linear, and c is not 0."""
     c = P.offset
     if c is None or not c.any():
-        return _Measurement(False, 0.0, "norm of c")
+        return Measurement(False, 0.0, "norm of c")
     return _additive(P, c.double())
 
 
 @torch.no_grad()
-def _additive(P: Projection, c: Tensor) -> _Measurement:
+def _additive(P: Projection, c: Tensor) -> Measurement:
     x, y = uniform(1, "claims", P.d).to(P.device), uniform(2, "claims", P.d).to(P.device)
     gap = (P(2 * x - 3 * y) - c) - 2 * (P(x) - c) + 3 * (P(y) - c)
     size = (P(x) - c).norm() + (P(y) - c).norm() + c.norm()
     return _at_most(gap.norm() / size.clamp_min(1e-300), TOLERANCE, "relative deviation from linearity")
 
 
-def isometric(P: Projection) -> _Measurement:
+def isometric(P: Projection) -> Measurement:
     """P^T P = I_d."""
     G = _gram(P)
     return _at_most((G - torch.eye(P.d).to(G)).abs().max(), TOLERANCE, "max|P^T P - I|")
 
 
-def orthogonal(P: Projection) -> _Measurement:
+def orthogonal(P: Projection) -> Measurement:
     """P^T P is diagonal: the columns are orthogonal, of any length."""
     G = _gram(P)
     off = (G - torch.diag(G.diagonal())).abs().max()
     return _at_most(off / G.diagonal().max().clamp_min(1e-300), TOLERANCE, "max off-diagonal / max diagonal")
 
 
-def isometric_in_expectation(P: Projection) -> _Measurement:
+def isometric_in_expectation(P: Projection) -> Measurement:
     """E P^T P = I: the mean over 32 seeds of every entry lies within 10 standard errors of that of I.
 
     Ten, because the largest of up to 10^5 entries is looked at, each with 31 degrees of freedom.
@@ -90,7 +90,7 @@ def _support(P: Projection) -> Tensor:
     return (P.to_dense().detach() != 0).cpu()
 
 
-def _uniform_load(P: Projection) -> _Measurement:
+def uniform_load(P: Projection) -> Measurement:
     """Every column serves the same number of rows: max n_j - min n_j <= 1."""
     n = _support(P).sum(0)
     return _at_most(n.max() - n.min(), 1, "max n_j - min n_j")
@@ -102,12 +102,12 @@ def _modules_touched(P: Projection) -> Tensor:
     return (touched > 0).sum(0)
 
 
-def local(P: Projection) -> _Measurement:
+def local(P: Projection) -> Measurement:
     """Every column touches at most one module."""
     return _at_most(_modules_touched(P).max(), 1, "max mu_j")
 
 
-def global_sharing(P: Projection) -> _Measurement:
+def global_sharing(P: Projection) -> Measurement:
     """Columns reach at least half of the modules that n_j rows drawn without regard to modules would reach.
 
     E mu_j = sum over modules of 1 - (1 - D_m / D)^n_j (METHODS of Uni-LoRA: E[mu_j] for the random partition).
@@ -116,10 +116,10 @@ def global_sharing(P: Projection) -> _Measurement:
     n = _support(P).sum(0).double()
     expected = (1.0 - (1.0 - sizes / P.D).unsqueeze(1) ** n).sum(0)
     ratio = _modules_touched(P).double().mean() / expected.mean().clamp_min(1e-300)
-    return _Measurement(bool(ratio >= 0.5), float(ratio), "mean mu_j / expected mu_j of a random assignment")
+    return Measurement(bool(ratio >= 0.5), float(ratio), "mean mu_j / expected mu_j of a random assignment")
 
 
-def separates_factors(P: Projection) -> _Measurement:
+def separates_factors(P: Projection) -> Measurement:
     """No column touches both an A and a B."""
     hits = _support(P)
     in_B = torch.cat([torch.full((b.numel,), b.factor == "B") for b in P.layout.blocks])
@@ -127,13 +127,13 @@ def separates_factors(P: Projection) -> _Measurement:
     return _at_most(mixed, 0.0, "share of columns in both A and B")
 
 
-CHECKS: dict[str, Callable[[Projection], _Measurement]] = {
+CHECKS: dict[str, Callable[[Projection], Measurement]] = {
     "linear": linear,
     "affine": affine,
     "isometric": isometric,
     "orthogonal": orthogonal,
     "isometric_in_expectation": isometric_in_expectation,
-    "uniform": _uniform_load,
+    "uniform": uniform_load,
     "local": local,
     "global_sharing": global_sharing,
     "separates_factors": separates_factors,

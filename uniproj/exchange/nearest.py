@@ -23,7 +23,7 @@ STEPS, RATE = 300, 3e-2
 
 
 @dataclass(frozen=True)
-class _Nearest:
+class Nearest:
     """theta_d (d,) float64, the theta_D = P theta_d + c (D,) that it gives, and the name of the method."""
 
     theta_d: Tensor
@@ -31,7 +31,7 @@ class _Nearest:
     method: str
 
 
-def least_squares(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> _Nearest:
+def least_squares(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> Nearest:
     """The theta_d that minimises sum_i w_i (theta_D - P theta_d - c)_i^2; weights: w (D,) >= 0, all 1 if None.
 
     Without weights and for an isometric P it is P^T (theta_D - c); for any other fixed P LSMR finds it. A learned P is
@@ -47,7 +47,7 @@ def least_squares(P: Projection, theta_D: Tensor, weights: Tensor | None = None)
             theta_d, method = P.rmatvec(rest), "closed form"
         else:
             theta_d, method = _solve(P, rest, weights), "gradient descent" if learns else "LSMR"
-        return _Nearest(theta_d, P(theta_d), method)
+        return Nearest(theta_d, P(theta_d), method)
 
 
 def _solve(P: Projection, rest: Tensor, weights: Tensor | None) -> Tensor:

@@ -93,12 +93,13 @@ def import_adapter(
     else:
         adapter, P = found, found.projection
         report = {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
+    before = _size(path)
     adapter.save(out)
-    return {**report, "bytes_before": _size(path), "bytes": _size(Path(out))}
+    return {**report, "bytes_before": before, "bytes": _size(Path(out))}
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
+    return sum(path.stat().st_size for path in folder.glob("adapter_model.*") if path.exists())
 
 
 def _reader(folder: Path) -> registry.Format:

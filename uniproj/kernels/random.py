@@ -22,7 +22,7 @@ from torch import Tensor
 from uniproj.kernels.dispatch import implementation
 from uniproj.kernels.threads import cut, in_parallel
 
-_VERSION = 1
+VERSION = 1
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
