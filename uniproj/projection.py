@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from uniproj.budget import Budget
 from uniproj.errors import ProjectionError
+from uniproj.kernels.forms import is_plain
 from uniproj.kernels.random import uniform
 from uniproj.layout import LoRALayout
 
@@ -57,6 +58,19 @@ class _LinearMap(torch.autograd.Function):
         return _apply_map(P, x.movedim(in_dims[1] or 0, 0), *rest), 0
 
 
+class _PlainMap(torch.autograd.Function):
+    """`_LinearMap` where nothing but autograd looks on: without `setup_context`, whose binding of arguments takes as
+    long as a small product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.P, ctx.transposed, ctx.dtype_in = P, transposed, x.dtype
+        return _product(P, x, transposed, dtype)
+
+    backward = _LinearMap.backward
+
+
 class _EagerMap(_LinearMap):
     """The same with what torch.compile cannot trace: forward-mode derivatives (jvp, jacfwd, hessian), `vectorize`."""
 
@@ -77,8 +91,13 @@ def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | 
     # autograd goes through the maps of a learned P; torch.jit.trace records no Function that holds a module
     if P.learned or torch.jit._trace.is_tracing():
         return _product(P, x, transposed, dtype)
-    way = _LinearMap if torch.compiler.is_compiling() else _EagerMap
-    return way.apply(P, x, transposed, dtype or x.dtype)
+    if torch.compiler.is_compiling():
+        return _LinearMap.apply(P, x, transposed, dtype or x.dtype)
+    if is_plain(x):
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _product(P, x, transposed, dtype)
+        return _PlainMap.apply(P, x, transposed, dtype or x.dtype)
+    return _EagerMap.apply(P, x, transposed, dtype or x.dtype)
 
 
 class _Maker(ABCMeta):
@@ -295,11 +314,14 @@ class Projection(nn.Module, metaclass=_Maker):
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        with torch.autocast(x.device.type, enabled=False):
-            if self.casts:
-                y = raw(rows, dtype)
-            else:
-                y = raw(rows.to(torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32))
+        more = (dtype,) if self.casts else ()
+        if not self.casts:
+            rows = rows.to(torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                y = raw(rows, *more)
+        else:
+            y = raw(rows, *more)
         return y.to(dtype).reshape(*x.shape[:-1], m)
 
     def to_dense(self) -> Tensor:

@@ -22,11 +22,12 @@ def call(loop: Any, *arguments: Tensor | int) -> None:
     """Call a compiled loop; tensors go in as the arrays of their memory."""
     largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
     allowed = torch.get_num_threads()
+    threads = min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN))
     with ONE_CALLER:
-        if forked():
+        if threads == 1 or forked():
             loop = _serial(loop)
         else:
-            numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
+            numba.set_num_threads(threads)
         loop(*(_array(value) if isinstance(value, Tensor) else value for value in arguments))
     if torch.get_num_threads() != allowed:
         # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch

@@ -48,7 +48,12 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 def implementation(operator: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """What computes an operator on a device: its namesake in the file of a backend that runs there, or else itself."""
-    for name in _preferred(device.type):
+    return _implementation(operator, device.type, os.environ.get("TRITON_INTERPRET"))
+
+
+@cache
+def _implementation(operator: Callable[..., Any], kind: str, _: str | None) -> Callable[..., Any]:
+    for name in _preferred(kind):
         file = _file(operator.__module__, name.removesuffix("-interpreter"))
         if file and _installed(name) and (found := _namesake(operator, file)):
             return found

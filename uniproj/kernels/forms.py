@@ -52,7 +52,7 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
         op.register_autograd(_backward(registered, i), setup_context=_setup(len(registered)))
         op.register_vmap(_vmap(op, len(registered)))
     ops: list[_Operator] = []
-    ops.extend(_differentiable(op, ops, i) for i, op in enumerate(registered))
+    ops.extend(_differentiable(op, raw, ops, i) for i, (op, raw) in enumerate(zip(registered, operators, strict=True)))
     return ops
 
 
@@ -160,8 +160,12 @@ class _Differentiable(torch.autograd.Function):
         return _tangent(ctx, ctx.call.ops, ctx.call.i, tangents)
 
 
-def _differentiable(registered: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
+def _differentiable(registered: _Operator, own: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
     def operator(*inputs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            if is_plain(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+                return implementation(own, inputs[0].device)(*inputs)
         if torch.jit._trace.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
             return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
         torch._dynamo.graph_break("uniproj: torch.compile cannot trace torch.func's derivatives of this operator.")
@@ -169,6 +173,20 @@ def _differentiable(registered: _Operator, ops: Sequence[_Operator], i: int) -> 
         return _Differentiable.apply(call, *[x for x in inputs if isinstance(x, Tensor)])
 
     return operator
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors of PyTorch's own, and nothing but its autograd looks at what is done with them."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.jit._trace.is_tracing()
+        and all(type(x) in _OWN and not torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+    )
+
+
+_OWN = (Tensor, torch.nn.Parameter)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
