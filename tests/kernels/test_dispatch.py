@@ -5,12 +5,15 @@ import importlib.metadata
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import uniproj
 import uniproj.kernels
+from uniproj.kernels import dispatch
 from uniproj.kernels.dispatch import HAS_NUMBA, HAS_TRITON, _warn_once, backend
 
 needs_numba = pytest.mark.skipif(backend() != "numba", reason="Triton's interpreter runs everything")
@@ -144,3 +147,18 @@ def test_a_backend_is_added_by_one_file(tmp_path) -> None:
     (tmp_path / "partition_sevens.py").write_text(SEVENS)
     found = subprocess.run([sys.executable, "-c", WITH_SEVENS, tmp_path], capture_output=True, text=True)
     assert found.stdout.split() == ["sevens", uniproj.kernels.backend("meta")], found.stderr
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: elsewhere it would read the memory of another."""
+    current = [0]
+
+    @contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    assert dispatch.run(lambda: current[-1], torch.device("cuda:1")) == 1 and current == [0]
+    assert dispatch.run(lambda: current[-1], torch.device("cpu")) == 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import implementation
+from uniproj.kernels.dispatch import run
 
 Shape = Callable[..., Sequence[int]]
 _Operator = Callable[..., Tensor]
@@ -57,7 +57,7 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
 
 
 def _by_device(operator: _Operator) -> _Operator:
-    return lambda x, *rest: implementation(operator, x.device)(x, *rest)
+    return lambda x, *rest: run(operator, x.device, x, *rest)
 
 
 def _fake(shape: Shape) -> Callable[..., Tensor]:
@@ -165,7 +165,7 @@ def _differentiable(registered: _Operator, own: _Operator, ops: Sequence[_Operat
         if not torch.compiler.is_compiling():
             tensors = [x for x in inputs if isinstance(x, Tensor)]
             if is_plain(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-                return implementation(own, inputs[0].device)(*inputs)
+                return run(own, inputs[0].device, *inputs)
         if torch.jit._trace.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
             return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
         torch._dynamo.graph_break("uniproj: torch.compile cannot trace torch.func's derivatives of this operator.")
