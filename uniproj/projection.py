@@ -271,7 +271,8 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
-        self._refuse_undeclared()
+        if self._parameters or self._modules or self._buffers:
+            self._refuse_undeclared()
         c = self.offset
         first = dtype if c is None else None  # a sum with c is rounded once, at the end
         theta_D = _apply_map(self, theta_d, False, first)
@@ -279,7 +280,8 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
-        self._refuse_undeclared()
+        if self._parameters or self._modules or self._buffers:
+            self._refuse_undeclared()
         return _apply_map(self, theta_D, True, dtype)
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:

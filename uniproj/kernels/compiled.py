@@ -20,8 +20,8 @@ _GRAIN = 2**17  # numbers for which one more thread is worth waking
 
 def call(loop: Any, *arguments: Tensor | int) -> None:
     """Call a compiled loop; tensors go in as the arrays of their memory."""
-    largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
     allowed = torch.get_num_threads()
+    largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
     threads = min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN))
     with ONE_CALLER:
         if threads == 1 or forked():

@@ -177,13 +177,17 @@ def _differentiable(registered: _Operator, own: _Operator, ops: Sequence[_Operat
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors of PyTorch's own, and nothing but its autograd looks at what is done with them."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.jit._trace.is_tracing()
-        and all(type(x) in _OWN and not torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
-    )
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:
+        if type(x) not in _OWN or torch._C._functorch.is_legacy_batchedtensor(x):
+            return False
+    return True
 
 
 _OWN = (Tensor, torch.nn.Parameter)

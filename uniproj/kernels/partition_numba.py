@@ -42,21 +42,20 @@ def sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) 
 def deal_out(
     x: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
-    deal = Deal(by_row, by_position, groups, tables)
-    return _copy(x, *_tiles_of(tables, deal.index, size), size, dtype)
+    return _copy(x, *_tiles_of(tables, lambda: Deal(by_row, by_position, groups, tables).index(), size), size, dtype)
 
 
 def gather_in(
     y: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
-    deal = Deal(by_row, by_position, groups, tables)
-    return _sum(y, *_tiles_of(tables, deal.index, size), size, dtype)
+    return _sum(y, *_tiles_of(tables, lambda: Deal(by_row, by_position, groups, tables).index(), size), size, dtype)
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
-    if key not in _tiles:
-        _tiles[key] = tile(index(), size[1])
-    return _tiles[key]
+    found = _tiles.get(key)
+    if found is None:
+        found = _tiles[key] = tile(index(), size[1])
+    return found
 
 
 def tile(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
