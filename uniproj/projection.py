@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uniproj.budget import Budget
 from uniproj.errors import ProjectionError
-from uniproj.kernels.forms import is_plain
+from uniproj.kernels.forms import is_plain, widest
 from uniproj.kernels.random import uniform
 from uniproj.layout import LoRALayout
 
@@ -167,6 +167,7 @@ class Projection(nn.Module, metaclass=_Maker):
         if self.needs_modules and layout.is_flat:
             raise ProjectionError(f"{self.name}: this method needs module structure. Pass layout= instead of D=.")
         self.layout, self.d, self.seed = layout, d, seed
+        self._exact: dict[str, Tensor] = {}  # the float64 numbers of a P on a device that has none
 
     @classmethod
     def check_d(cls, layout: LoRALayout, d: int) -> None:
@@ -394,12 +395,30 @@ class Projection(nn.Module, metaclass=_Maker):
         object.__setattr__(self, name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
-        """Move P without rounding it: `.to(bfloat16)` and `.half()` leave the dtype of its constants alone."""
+        """Move P without rounding it: `.to(bfloat16)` and `.half()` leave the dtype of its constants alone.
+
+        On a device without float64 they are rounded once to float32; moved back, P has its own bits again.
+        """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, constant in self.constants().items():
-            moved = fn(constant)
-            object.__setattr__(self, name, moved if moved.dtype == constant.dtype else constant.to(moved.device))
+            object.__setattr__(self, name, self._moved(fn, name, constant))
         return self
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], name: str, constant: Tensor) -> Tensor:
+        exact = self._exact.pop(name, constant)
+        device = fn(torch.empty(0, device=constant.device)).device
+        if exact.dtype == torch.float64 and widest(device) != torch.float64:
+            self._exact[name] = exact
+            return exact.float().to(device)
+        if exact is not constant:
+            return exact.to(device)
+        moved = fn(constant)
+        return moved if moved.dtype == constant.dtype else constant.to(moved.device)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """float64, or float32 where P lies on a device that has none."""
+        return widest(self.device)
 
     def extra_repr(self) -> str:
         return f"{self.name}, D={self.D}, d={self.d}, seed={self.seed}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from uniproj.kernels.dispatch import run
 
 Shape = Callable[..., Sequence[int]]
 _Operator = Callable[..., Tensor]
+
+
+@cache
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that computes with none, as Apple's GPUs."""
+    try:
+        _ = torch.ones((), dtype=torch.float64, device=device) * 2
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
