@@ -195,10 +195,7 @@ def is_plain(*tensors: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    for x in tensors:
-        if type(x) not in _OWN or torch._C._functorch.is_legacy_batchedtensor(x):
-            return False
-    return True
+    return all(type(x) in _OWN and not torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 _OWN = (Tensor, torch.nn.Parameter)
