@@ -2,4 +2,4 @@
 
 from uniproj import console
 
-console.without_word_of_bitsandbytes()
+console.quiet_bitsandbytes()

@@ -79,18 +79,8 @@ def sharing(P: Projection) -> np.ndarray:
 def card(name: str) -> dict[str, Any]:
     """All of it for one projection, matrices too; `failed` says why nothing was measured of one that raised."""
     try:
-        measured = _measured(instance(name))
+        P = instance(name)
+        matrices = {"verdicts": verdicts(P).to_dict("records"), "gram": gram(P), "sharing": sharing(P)}
+        return {**describe(name), "D": P.D, "d": P.d, "trained": P.trained, **matrices}
     except Exception as error:  # a projection may be anybody's, and costs the page nothing
-        measured = {"failed": f"{type(error).__name__}: {error}"}
-    return {**describe(name), **measured}
-
-
-def _measured(P: Projection) -> dict[str, Any]:
-    return {
-        "D": P.D,
-        "d": P.d,
-        "trained": P.trained,
-        "verdicts": verdicts(P).to_dict("records"),
-        "gram": gram(P),
-        "sharing": sharing(P),
-    }
+        return {**describe(name), "failed": f"{type(error).__name__}: {error}"}

@@ -45,6 +45,18 @@ def gram(P: Projection) -> Tensor:
     return G
 
 
+def coherence(G: Tensor) -> float:
+    """The largest |cosine| of two columns of P, from G = P^T P."""
+    lengths = G.diagonal().clamp_min(0.0).sqrt()
+    cosines = (G - torch.diag(G.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
+    return float(cosines.max())
+
+
+def singular_values(G: Tensor) -> Tensor:
+    """Those of P, the least first, from G = P^T P."""
+    return torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt()
+
+
 @dataclass(frozen=True)
 class Loads:
     """Where P's entries are: non-zeros per row (D,), per column (d,), and the squared entries of each column summed

@@ -16,14 +16,14 @@ import uniproj
 from experiments.errors import ExperimentError
 from experiments.files import write_json, write_text
 from experiments.models import trust
-from experiments.runs.provenance import provenance
+from experiments.provenance import provenance
 from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 
 Tables = Mapping[str, pd.DataFrame]
 T = TypeVar("T")
 INTERRUPTED = 130
-DIGITS = 15
+_DIGITS = 15
 # Rows of a table that is printed, and repeated in the JSON file.
 _MOST_PRINTED = 120
 
@@ -42,9 +42,9 @@ def at_least(least: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
-def parser(name: str, summary: str) -> argparse.ArgumentParser:
-    """A parser with the options that every command has."""
-    options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=summary)
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every command has; doc: `the command`: what it measures."""
+    options = argparse.ArgumentParser(prog=f"python -m analysis.{name}", description=(doc or "").split(": ")[1])
     options.add_argument("--projections", nargs="+", metavar="NAME", help="names of `python -m uniproj list` (all)")
     trust.add_options(options)
     options.add_argument("--out", type=Path, default=Path("results") / name, help="folder of tables and picture")
@@ -52,11 +52,11 @@ def parser(name: str, summary: str) -> argparse.ArgumentParser:
     return options
 
 
-def add_space(options: argparse.ArgumentParser, d: int) -> None:
+def add_space(options: argparse.ArgumentParser) -> None:
     """The options of a space theta_D that needs no weights."""
     options.add_argument("--layout", default="minilm", help="what is adapted: `analysis.spaces.LAYOUTS` (minilm)")
     options.add_argument("--rank", type=int, default=4)
-    options.add_argument("--d", type=int, default=d, help="length of theta_d where a method leaves it free")
+    options.add_argument("--d", type=int, default=1024, help="length of theta_d where a method leaves it free")
     options.add_argument("--seed", type=int, default=0, help="of P")
 
 
@@ -118,7 +118,7 @@ def asked(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON has them: NaN is null."""
-    return json.loads(table.to_json(orient="records", double_precision=DIGITS))
+    return json.loads(table.to_json(orient="records", double_precision=_DIGITS))
 
 
 def as_text(tables: Tables) -> str:

@@ -1,7 +1,6 @@
 """Any LoRA folder in, one vector out: `python -m analysis.compress FOLDER OUT --projection NAME --d N`.
 
-`python -m uniproj import` does the same; here base models have the names of the experiments, and projections may come
-from files of your own.
+`python -m uniproj import` does the same; here base models have the names of the experiments.
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -19,9 +16,7 @@ from experiments import models
 from experiments.errors import ExperimentError
 from experiments.models import trust
 from uniproj import AdapterError, ProjectionError, console
-from uniproj.errors import printable
-from uniproj.exchange import LoRAAdapter
-from uniproj.exchange.compress import compress
+from uniproj.exchange import LoRAAdapter, import_adapter
 from uniproj.exchange.formats.lora import read
 
 
@@ -54,25 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         trust.apply(args)
-        adapter = read(args.folder)
-        base = _load_base(args.base, adapter) if args.base else None
-        trained, quality = compress(adapter, args.projection, args.d, args.seed, args.options, base)
-        trained.save(args.out)
+        base = _load_base(args.base, read(args.folder)) if args.base else None
+        quality = import_adapter(args.folder, args.out, args.projection, args.d, args.seed, args.options, base)
     except (AdapterError, ProjectionError, ExperimentError) as error:
         print(error, file=sys.stderr)
         return 2
-    quality |= {"bytes_before": _bytes(args.folder), "bytes": _bytes(args.out)}
-    print(json.dumps(quality, indent=2) if args.json else _text(quality, args.out))
+    console.report({**quality, "folder": str(args.out)}, args.json)
     return 0
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
-
-
-def _text(quality: Mapping[str, Any], out: Path) -> str:
-    lines = [f"{k:20s} {f'{v:.4g}' if isinstance(v, float) else printable(v)}" for k, v in quality.items()]
-    return "\n".join([*lines, f"Adapter: {out}"])
 
 
 if __name__ == "__main__":

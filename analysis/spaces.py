@@ -20,6 +20,8 @@ from uniproj.testing import sample
 
 # 10 million rows as in the layouts whose growth is measured: all linear layers of a Llama-like model
 _MILLIONS = 1e7
+# the name of a projection, and hyperparameters for it
+Choice = tuple[str, Mapping[str, Any]]
 T = TypeVar("T")
 
 
@@ -83,12 +85,12 @@ class Entry:
             return replace(self, note=_note(error)), None
 
 
-def variants(names: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+def variants(names: Sequence[str]) -> list[Choice]:
     """Each projection with each choice of hyperparameters that its class lists, the default first."""
     return [(name, variant) for name in names for variant in uniproj.get(name).variants]
 
 
-def defaults(names: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
+def defaults(names: Sequence[str]) -> list[Choice]:
     """Each projection with the first choice of hyperparameters that its class lists."""
     return [(name, uniproj.get(name).variants[0]) for name in names]
 
@@ -120,7 +122,7 @@ def _note(error: Exception) -> str:
 
 
 def entries(
-    chosen: Sequence[tuple[str, Mapping[str, Any]]],
+    chosen: Sequence[Choice],
     space: LoRALayout,
     d: int,
     seed: int = 0,

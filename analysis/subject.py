@@ -1,4 +1,4 @@
-"""A model whose loss and score are functions of theta_D, so that any projection can be put before it."""
+"""A model whose loss and score are functions of theta_D, so that theta_D can come from any projection."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from analysis.command import at_least, positive
 from experiments import models, tasks
 from experiments.errors import ExperimentError
-from experiments.tasks.rows import text_columns
-from experiments.tasks.sources import HUB
-from uniproj import Block, LoRALayout
+from experiments.tasks import HUB, text_columns
+from uniproj import LoRALayout
 from uniproj.tuner import UniProjConfig, adapter_of
 
 ADAPTER = "default"
@@ -36,7 +35,7 @@ Head = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what: a text classifier, rank r, the rows of a task, rows per batch, tokens per row."""
+    """A text classifier and what it is trained on; rank: LoRA's; batch_size: in rows; max_length: in tokens per row."""
 
     model: str = "minilm"
     task: str = "vader"
@@ -60,10 +59,10 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=int, default=Setting.seed, help="of P, the head and the order of rows")
 
 
-def add_training(options: argparse.ArgumentParser, steps: int, what: str, trained: str, least: int = 1) -> None:
-    """The options of a short training: how many steps (and at least), of what use, at which rate of what."""
-    options.add_argument("--steps", type=at_least(least), default=steps, help=f"of training{what}")
-    options.add_argument("--lr", type=float, default=1e-2, help=f"of {trained}, AdamW")
+def add_training(options: argparse.ArgumentParser, steps: int, purpose: str, vector: str, least: int = 1) -> None:
+    """The options of a short training: steps (and at least), what for, and the rate of which vector."""
+    options.add_argument("--steps", type=at_least(least), default=steps, help=f"of training{purpose}")
+    options.add_argument("--lr", type=float, default=1e-2, help=f"of {vector}, AdamW")
 
 
 def from_options(args: argparse.Namespace) -> Setting:
@@ -71,16 +70,16 @@ def from_options(args: argparse.Namespace) -> Setting:
     return Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
 
 
-def factor_name(block: Block) -> str:
-    """The parameter of PEFT's LoRA that this block of theta_D is."""
-    return f"base_model.model.{block.module}.lora_{block.factor}.{ADAPTER}.weight"
+def named_factors(layout: LoRALayout, theta_D: Tensor) -> dict[str, Tensor]:
+    """The factors A and B that theta_D (D,) holds, each under the name of its parameter in PEFT's LoRA."""
+    names = [f"base_model.model.{block.module}.lora_{block.factor}.{ADAPTER}.weight" for block in layout.blocks]
+    return dict(zip(names, layout.split(theta_D), strict=True))
 
 
 class Subject:
     """The base model of a setting with PEFT's LoRA layers, whose factors are views of a given theta_D.
 
-    adapter: a folder with a LoRA adapter of PEFT or one of uniproj, whose theta_D and head are then the start; rank and
-    modules are those of the adapter.
+    adapter: a folder with a LoRA adapter of PEFT or one of uniproj, whose rank, modules, theta_D and head are taken.
 
     Raises ExperimentError for a task that does not classify text.
     """
@@ -123,8 +122,7 @@ class Subject:
         options = {key: getattr(config, key) for key in shared}
         model = get_peft_model(self._base(), LoraConfig(**options, task_type=_TASK))
         P, theta_d = adapter_of(loaded, ADAPTER)
-        theta_D = P(theta_d).detach()
-        factors = dict(zip(map(factor_name, P.layout.blocks), P.layout.split(theta_D), strict=True))
+        factors = named_factors(P.layout, P(theta_d).detach())
         head = {name: p.detach() for name, p in loaded.named_parameters() if HEAD in name}
         model.load_state_dict({**factors, **head}, strict=False)
         return model
@@ -151,18 +149,16 @@ class Subject:
     def theta_D(self) -> Tensor:
         """LoRA's own start or what was loaded, (D,) float32."""
         parameters = dict(self.model.named_parameters())
-        return torch.cat([parameters[name].detach().flatten() for name in self._factor_names()])
+        names = named_factors(self.layout, torch.empty(self.layout.D))
+        return torch.cat([parameters[name].detach().flatten() for name in names])
 
     @property
     def head(self) -> dict[str, Tensor]:
         """The parameters that are trained whole beside the adapter."""
         return {n: p.detach().clone() for n, p in self.model.named_parameters() if HEAD in n}
 
-    def _factor_names(self) -> list[str]:
-        return [factor_name(block) for block in self.layout.blocks]
-
     def logits(self, theta_D: Tensor, head: Head, batch: Batch) -> Tensor:
-        """What the model answers with these factors and this head; differentiable in both."""
+        """The model's logits with the factors in theta_D (D,) and this head; differentiable in both."""
         return self._call(theta_D, head, batch).logits
 
     def loss(self, theta_D: Tensor, head: Head, batch: Batch) -> Tensor:
@@ -170,8 +166,8 @@ class Subject:
         return self._call(theta_D, head, batch).loss
 
     def _call(self, theta_D: Tensor, head: Head, batch: Batch) -> Any:
-        factors = dict(zip(self._factor_names(), self.layout.split(theta_D.float()), strict=True))
-        return functional_call(self.model, {**factors, **head}, args=(), kwargs=dict(batch))
+        parameters = {**named_factors(self.layout, theta_D.float()), **head}
+        return functional_call(self.model, parameters, args=(), kwargs=dict(batch))
 
     def batch(self, rows: pd.DataFrame) -> Batch:
         """The rows as the model reads them, padded to the longest."""

@@ -1,4 +1,4 @@
-"""A short training of theta_d behind any projection, with the adapters and gradients that it passed through."""
+"""A short training of theta_d through any projection, and the adapters and gradients on its way."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PROBED = 4
 
 @dataclass
 class Trajectory:
-    """What a training left behind: theta_d, the head, the loss on the first four batches before and after.
+    """A finished training: theta_d, the head, the loss on the first four batches before and after.
 
-    steps, thetas (n, d), gradients (n, d) of the loss by theta_d: along the way, the start first and the end last;
+    steps, thetas (n, d), gradients (n, d) of the loss by theta_d: the snapshots, the start first and the end last;
     learned: P's own Parameters at the same steps, empty for a fixed P.
     """
 
@@ -44,9 +44,9 @@ class Trajectory:
 def train(
     subject: Subject, P: Projection, steps: int, lr: float, snapshots: int = 0, start: Tensor | None = None
 ) -> Trajectory:
-    """AdamW with a linear decay on theta_d, a learned P and the head; `snapshots` evenly spread, besides the start.
+    """AdamW with a linear decay on theta_d, a learned P (in place) and the head.
 
-    P is trained in place. start: theta_d (d,), the projection's own by default.
+    snapshots: how many to keep, evenly spread, besides that of the start. start: theta_d (d,), by default P's own.
     """
     theta_d = nn.Parameter((P.init_theta(subject.setting.seed) if start is None else start.clone()).float())
     head = {name: nn.Parameter(value) for name, value in subject.head.items()}
@@ -56,38 +56,38 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    trained = Trajectory(theta_d.data, head, _probe(subject, P, theta_d, head), float("nan"))
+    trajectory = Trajectory(theta_d.data, head, _probe(subject, P, theta_d, head), float("nan"))
     kept = {round(i * steps / snapshots) for i in range(1, snapshots + 1)} if snapshots else set()
     for step, batch in enumerate(bar(subject.batches(steps), P.name)):
         loss = subject.loss(P(theta_d), head, batch)
         loss.backward()
         if snapshots and (step == 0 or step in kept):
-            _keep(trained, P, step, theta_d)
+            _keep(trajectory, P, step, theta_d)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     if snapshots:
         subject.loss(P(theta_d), head, subject.batches(1, skip=steps)[0]).backward()
-        _keep(trained, P, steps, theta_d)
-    trained.theta_d = theta_d.detach().clone()
-    trained.head = {name: value.detach().clone() for name, value in head.items()}
-    trained.loss_after = _probe(subject, P, theta_d, head)
-    return trained
+        _keep(trajectory, P, steps, theta_d)
+    trajectory.theta_d = theta_d.detach().clone()
+    trajectory.head = {name: value.detach().clone() for name, value in head.items()}
+    trajectory.loss_after = _probe(subject, P, theta_d, head)
+    return trajectory
 
 
 def train_lora(subject: Subject, steps: int, lr: float) -> tuple[Tensor, Head]:
     """(theta_D (D,), head) of LoRA itself, from where the subject stands."""
     every = Select(subject.layout, torch.arange(subject.layout.D))
-    trained = train(subject, every, steps, lr, start=subject.theta_D)
-    return trained.theta_d, trained.head
+    trajectory = train(subject, every, steps, lr, start=subject.theta_D)
+    return trajectory.theta_d, trajectory.head
 
 
-def _keep(trained: Trajectory, P: Projection, step: int, theta_d: nn.Parameter) -> None:
+def _keep(trajectory: Trajectory, P: Projection, step: int, theta_d: nn.Parameter) -> None:
     assert theta_d.grad is not None
-    trained.steps.append(step)
-    trained.thetas.append(theta_d.detach().double().clone())
-    trained.gradients.append(theta_d.grad.double().clone())
-    trained.learned.append({name: p.detach().clone() for name, p in P.named_parameters()})
+    trajectory.steps.append(step)
+    trajectory.thetas.append(theta_d.detach().double().clone())
+    trajectory.gradients.append(theta_d.grad.double().clone())
+    trajectory.learned.append({name: p.detach().clone() for name, p in P.named_parameters()})
 
 
 @torch.no_grad()

@@ -7,4 +7,4 @@ one file), `evaluate` (finished runs on the tests of others). The files beside t
 
 from uniproj import console
 
-console.without_word_of_bitsandbytes()
+console.quiet_bitsandbytes()

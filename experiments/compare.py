@@ -20,24 +20,18 @@ import torch
 
 from experiments import tasks
 from experiments.checks import check_distinct
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, status
 from experiments.files import digest
 from experiments.models import adapted_shapes, trust
-from experiments.records.reading import is_done
-from experiments.runs.folder import RUNS, run_folder
-from experiments.runs.resolve import DEVICES, shapes_of
-from experiments.runs.settings import RunConfig
-from experiments.sweeps import comparison, preflight, protocol
-from experiments.sweeps.file import CONF, read
-from experiments.sweeps.launchers import trainer
-from experiments.sweeps.sweep import Sweep
-from experiments.tasks.task import METRICS
+from experiments.records import is_done
+from experiments.runs import DEVICES, RUNS, RunConfig, run_folder, shapes_of
+from experiments.sweeps import CONF, Sweep, comparison, preflight, protocol, read, trainer
+from experiments.tasks import METRICS
 from uniproj import console
-from uniproj.errors import ProjectionError, printable
+from uniproj.errors import printable
 from uniproj.layout import LoRALayout
 from uniproj.registry import get
 
-INTERRUPTED = 130
 # VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
 _VERA_RANK = 11
 TABLE, AUTO = "table", "auto"
@@ -166,13 +160,13 @@ def _announced(sweep: Sweep, runs: Path) -> str:
             "projection": run.projection,
             "lr": "tuned first" if sweep.tune else run.lr,
             "r": run.r,
-            "trained": trained(run),
+            "trained": _trained_numbers(run),
             "hyperparameters": ", ".join(f"{key}={value}" for key, value in run.hyperparameters.items()),
         }
         for run in configs[:: len(sweep.seeds)]
     ]
     rows_at_hand = len(tasks.get(sweep.settings["task"]).split("train"))
-    steps = preflight.steps(replace(configs[0], train_size=min(sweep.settings["train_size"], rows_at_hand)))
+    steps = preflight.optimizer_steps(replace(configs[0], train_size=min(sweep.settings["train_size"], rows_at_hand)))
     missing = [run for run in configs if not is_done(run_folder(runs, run.to_json()))]
     tuning = f", after {len(_GRID)} or more of each to tune its rate" if sweep.tune else ""
     return (
@@ -181,7 +175,7 @@ def _announced(sweep: Sweep, runs: Path) -> str:
     )
 
 
-def trained(run: RunConfig) -> int:
+def _trained_numbers(run: RunConfig) -> int:
     """How many numbers a run trains besides its head; all of theta_D for the reference."""
     shapes = shapes_of(run.task, run.data, run.model, run.target_modules)
     if run.budget is None:
@@ -214,14 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
     torch.set_num_threads(1)
     args = parse(argv)
-    try:
-        return compare(args)
-    except (ExperimentError, ProjectionError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; finished runs and checkpoints are in {args.runs}. The same command resumes.")
-        return INTERRUPTED
+    return status(lambda: compare(args), args.runs)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.errors import ExperimentError
-from experiments.records.committed import OUT, export
-from experiments.runs.folder import RUNS
+from experiments.errors import status
+from experiments.records import OUT, export
+from experiments.runs import RUNS
 from uniproj import console
 
 
@@ -29,12 +29,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
     args = parse(argv)
-    try:
+
+    def run() -> int:
         print(f"Records to commit: {export(args.sweep, args.runs, args.out)}")
-    except ExperimentError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return status(run)
 
 
 if __name__ == "__main__":

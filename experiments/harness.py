@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.errors import ExperimentError
-from experiments.evaluate.harness import record, scores
+from experiments.errors import status
+from experiments.evaluate import record, scores
 from experiments.models import trust
-from uniproj import AdapterError, ProjectionError, console
+from uniproj import console
 
 
 @console.command
@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit must be at least 1, got {args.limit}")
-    try:
+
+    def run() -> int:
         trust.apply(args)
         found = [scores(folder, record(folder, args.tasks, args.limit)) for folder in args.folders]
-    except (ExperimentError, ProjectionError, AdapterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(pd.concat(found).to_string(index=False, float_format="%.4f"))
-    return 0
+        print(pd.concat(found).to_string(index=False, float_format="%.4f"))
+        return 0
+
+    return status(run)
 
 
 if __name__ == "__main__":

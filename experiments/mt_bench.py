@@ -10,13 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.errors import ExperimentError
-from experiments.evaluate.mt_bench import FILE, answers
-from experiments.evaluate.trained import load_trained
+from experiments.errors import status
+from experiments.evaluate import ANSWERS, answers, load_finished
 from experiments.files import write_text
 from experiments.models import trust
-from experiments.tasks.instruction import mt_bench
-from uniproj import AdapterError, ProjectionError, console
+from experiments.tasks import mt_bench
+from uniproj import console
 
 
 @console.command
@@ -27,16 +26,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, help="only the first so many of the 80")
     trust.add_options(parser)
     args = parser.parse_args(argv)
-    try:
+
+    def ask() -> int:
         trust.apply(args)
-        run = load_trained(args.folder, "mt_bench")
+        run = load_finished(args.folder, "mt_bench")
         found = answers(run, mt_bench(run.config.data).head(args.questions or 80))
-    except (ExperimentError, ProjectionError, AdapterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    write_text(args.folder / FILE, "".join(json.dumps(answer) + "\n" for answer in found))
-    print(f"{len(found)} answers: {args.folder / FILE}")
-    return 0
+        write_text(args.folder / ANSWERS, "".join(json.dumps(answer) + "\n" for answer in found))
+        print(f"{len(found)} answers: {args.folder / ANSWERS}")
+        return 0
+
+    return status(ask)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.errors import ExperimentError
+from experiments.errors import status
 from experiments.models import trust
-from experiments.runs.folder import RUNS
-from experiments.sweeps import preflight, protocol, report
-from experiments.sweeps.file import read
-from experiments.sweeps.launchers import LAUNCHERS, at_once, check_launchers, trainer
+from experiments.runs import RUNS
+from experiments.sweeps import LAUNCHERS, at_once, check_launchers, preflight, protocol, read, report, trainer
 from uniproj import console, plugins
-from uniproj.errors import AdapterError, ProjectionError, printable
-
-INTERRUPTED = 130
+from uniproj.errors import printable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,14 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some run failed, 2 bad input, 130 interrupted."""
     args = parse(argv)
-    try:
-        return run(args)
-    except (ExperimentError, ProjectionError, AdapterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; finished runs and checkpoints are in {args.runs}. The same command resumes.")
-        return INTERRUPTED
+    return status(lambda: run(args), args.runs)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ from experiments.errors import ExperimentError
 from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
-from experiments.records.reading import is_done, result
-from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
-from experiments.runs.folder import BUSY, CONFIG, FAILED, lock
-from experiments.runs.training import train
+from experiments.records import is_done, result
+from experiments.runs import BUSY, CONFIG, FAILED, TORCHRUN, asked_of_accelerate, lock, train
 from uniproj import console
-from uniproj.errors import AdapterError, ProjectionError, printable
+from uniproj.errors import OneLineError, printable
 
 
 @console.command
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             score = f"{found['metric']} {found['score']} on {found['config']['score_on']}"
             print(f"{folder} done: {printable(score if found['score'] is not None else found['did_not_train'])}")
         return 0
-    except (ExperimentError, ProjectionError, AdapterError) as error:
+    except OneLineError as error:
         print(f"{FAILED}{error}")
         return 1
 

@@ -15,7 +15,7 @@ from paper_figures import published, style
 from paper_figures.committed import Committed
 from paper_figures.registry import Maker, makers
 from paper_figures.typesetting import Table
-from uniproj import console
+from uniproj import ProjectionError, console, plugins
 
 OUT = Path(__file__).with_name("out")
 
@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of committed results")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="tables and figures by name")
+    plugins.add_option(parser, "+")
     args = parser.parse_args(argv)
     try:
+        plugins.load(args.plugins)
         committed, known = Committed(args.results), makers()
         names = args.only or list(known)
         if unknown := sorted(set(names) - set(known)):
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             said = "".join(f"- {claim}\n" for claim in published.claims())
             heading = "## What is reported of the paper without numbers\n\n"
             write_text(args.out / "tables.md", "\n".join(["# Tables\n", *pages, heading + said]))
-    except ExperimentError as error:
+    except (ExperimentError, ProjectionError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"Tables and figures: {args.out}")

@@ -1,4 +1,4 @@
-"""What has been run: committed sweeps and analysis tables, or the knowledge that one is not there."""
+"""The committed results: sweeps and the tables of analyses, None for one that was not made."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.records import statistics
-from experiments.records.committed import RECORDS
-from experiments.records.gather import OVERHEAD, Records, read_sweep, table
+from experiments.records import RECORDS, statistics
+from experiments.records.gather import OVERHEAD, Records, read_sweep, read_table
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
-# a check that a sweep runs, which shows nothing
+# a sweep that only checks that sweeps run
 _SMOKE = "smoke"
 
 
@@ -74,30 +73,37 @@ class Committed:
     def sweep(self, name: str) -> Sweep | None:
         """The sweep of this name, or None if it was not run."""
         place = self.folder / "sweeps" / name
-        return Sweep(name, read_sweep(place)) if place.is_dir() else None
+        if name not in self._known and place.is_dir():
+            self._known[name] = Sweep(name, read_sweep(place))
+        return self._known.get(name)
 
     @cached_property
+    def _known(self) -> dict[str, Sweep]:
+        """Those that were read: a sweep is in many figures."""
+        return {}
+
+    @property
     def sweeps(self) -> list[Sweep]:
         """Every study at hand, by name."""
-        places = sorted(path for path in (self.folder / "sweeps").glob("*") if path.is_dir() and path.name != _SMOKE)
-        return [Sweep(place.name, read_sweep(place)) for place in places]
+        names = sorted(path.name for path in (self.folder / "sweeps").iterdir())
+        return [sweep for name in names if name != _SMOKE and (sweep := self.sweep(name))]
 
     @cached_property
     def costs(self) -> pd.DataFrame | None:
         """What `analysis.overhead` measured of each method on each base."""
-        return self.table(
+        return self.read(
             str(OVERHEAD), *("base", "method", "trained", "step_ratio", "step_ratio_low", "step_ratio_high"),
             *("step_pairs", "peak_bytes", "peak_bytes_per_coordinate_beyond_lora", "file_bytes"),
         )  # fmt: skip
 
-    def table(self, path: str, *columns: str) -> pd.DataFrame | None:
+    def read(self, path: str, *columns: str) -> pd.DataFrame | None:
         """An analysis table, or None if it was not made. Raises ExperimentError where it lacks one of these columns."""
         file = self.folder / path
-        return table(file, columns) if file.exists() else None
+        return read_table(file, columns) if file.exists() else None
 
-    def tables(self, name: str, needed: Mapping[str, Sequence[str]]) -> dict[str, pd.DataFrame] | None:
+    def read_analysis(self, name: str, needed: Mapping[str, Sequence[str]]) -> dict[str, pd.DataFrame] | None:
         """The tables of an analysis with their columns, or None if one of them was not made."""
-        found = {key: self.table(f"{name}/{name}-{key}.csv", *columns) for key, columns in needed.items()}
+        found = {key: self.read(f"{name}/{name}-{key}.csv", *columns) for key, columns in needed.items()}
         made = {key: table for key, table in found.items() if table is not None}
         return made if len(made) == len(needed) else None
 

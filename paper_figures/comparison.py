@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from experiments.records import statistics
+from paper_figures import style
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
-from paper_figures.published import claims, of_table
+from paper_figures.published import notes, of_table
 from paper_figures.typesetting import Table
 
 OURS = "Ours: mean over n seeds after the last step, Student's 95 % interval, as far as the metric goes."
@@ -110,32 +111,27 @@ def _ours(spec: Comparison, ours: Ours, sweep: Sweep | None) -> list[Row]:
         if sweep is None:
             found.append(Row(block, label, name, NOT_RUN, {c: Score(NOT_RUN) for c in spec.columns}))
             continue
-        cells = {c: _cell(sweep, ours.places.get(c), name) for c in spec.columns}
-        trained = sweep.cells.loc[sweep.cells["projection"] == name, "trained"].dropna().unique()
-        sizes = " to ".join(f"{int(n):,}" for n in sorted({min(trained), max(trained)})) if len(trained) else NOT_RUN
-        found.append(Row(block, label, name, sizes, cells))
+        cells = {c: score_at(sweep, ours.places.get(c), name) for c in spec.columns}
+        trained = sweep.cells.loc[sweep.cells["projection"] == name, "trained"].dropna()
+        found.append(Row(block, label, name, style.span(trained) if len(trained) else NOT_RUN, cells))
     return found
 
 
-def _cell(sweep: Sweep, place: Place | Mean | None, projection: str) -> Score:
+def score_at(sweep: Sweep, place: Place | Mean | None, projection: str) -> Score:
+    """Our score of a projection there, or why there is none."""
     if place is None:
         return Score(NOT_RUN)
     if isinstance(place, Mean):
-        return _mean(sweep, place.tasks, projection)
+        each = [score_at(sweep, Place(task), projection) for task in place.tasks]
+        if lost := [score for score in each if score.value is None]:
+            return lost[0]
+        runs = sweep.finished
+        return score(statistics.over_tasks(runs[(runs["projection"] == projection) & runs["task"].isin(place.tasks)]))
     cells = sweep.part(place.group) if place.group else sweep.cells
     chosen = cells[(cells["projection"] == projection) & (cells["task"] == place.task)]
     if place.model:
         chosen = chosen[chosen["model"] == place.model]
     return score(one_cell(chosen, f"{projection} on {place.task} in the sweep {sweep.name}"))
-
-
-def _mean(sweep: Sweep, tasks: Sequence[str], projection: str) -> Score:
-    """The mean over tasks, or why one of them has no score."""
-    each = [_cell(sweep, Place(task), projection) for task in tasks]
-    if lost := [score for score in each if score.value is None]:
-        return lost[0]
-    runs = sweep.finished
-    return score(statistics.over_tasks(runs[(runs["projection"] == projection) & runs["task"].isin(tasks)]))
 
 
 def score(cell: pd.Series | None) -> Score:
@@ -154,7 +150,5 @@ def table(spec: Comparison, found: Sequence[Row]) -> Table:
     """One line per method and block."""
     heads = ["block", "method", "trained", *(f"{column}, {spec.unit_of(column)}" for column in spec.columns)]
     lines = [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.columns)] for r in found]
-    sources = sorted(set(of_table(spec.name)["source"]))
-    cited = [f"Published: {source}." for source in sources] or ["Published: no value is known to us."]
-    said = [f"Published without numbers: {claim}." for claim in claims(spec.name)]
-    return Table(spec.title, heads, lines, [*cited, *said, OURS, *spec.notes])
+    unknown = ["Published: no value is known to us."] if of_table(spec.name).empty else []
+    return Table(spec.title, heads, lines, [*unknown, *notes(spec.name), OURS, *spec.notes])

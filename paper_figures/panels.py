@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from paper_figures import style
 
-PUBLISHED = "#555555"
+FACTS = PUBLISHED = "#555555"
 MISSING = "#777777"
 LINE = 0.155
 
@@ -42,6 +42,11 @@ def say(axes: Axes, text: str) -> None:
     axes.grid(False)
 
 
+def guide(axes: Axes, at: float, upright: bool = True) -> None:
+    """A dashed line at the value with which the others are compared."""
+    (axes.axvline if upright else axes.axhline)(at, color=FACTS, linewidth=0.8, linestyle="--")
+
+
 def point(
     axes: Axes, x: float, y: float, name: str | None, low: float | None = None, high: float | None = None,
     upright: bool = False, label: str | None = None,
@@ -58,7 +63,7 @@ def point(
 
 
 def heading(axes: Axes, text: str) -> None:
-    """A heading that may be wider than its panel: the space above is kept, the width of the panels is not touched."""
+    """A heading that may be wider than its panel: the layout makes room for its height, and ignores its width."""
     axes.set_title(" ", loc="left")
     axes.annotate(
         text, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8

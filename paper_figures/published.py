@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -15,9 +17,14 @@ NEEDED = ("table", "method", "projection", "column", "value", "unit", "source")
 _OPTIONAL = ("trained", "d", "r")
 
 
+@cache
+def _parsed(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text)
+
+
 def read(file: Path = FILE) -> pd.DataFrame:
     """One row per value; `source` is the text of the source. Raises ExperimentError for a value that lacks one."""
-    content = yaml.safe_load(file.read_text())
+    content = _parsed(file.read_text())
     sources = content["sources"]
     rows = []
     for number, value in enumerate(content["values"], start=1):
@@ -38,8 +45,14 @@ def of_table(name: str) -> pd.DataFrame:
     return values[values["table"] == name]
 
 
-def claims(table: str | None = None, file: Path = FILE) -> list[str]:
+def notes(table: str) -> list[str]:
+    """What stands below a table: the sources of its published values, and what is reported without numbers."""
+    cited = [f"Published: {source}." for source in sorted(set(of_table(table)["source"]))]
+    return cited + [f"Published without numbers: {claim}." for claim in claims(table)]
+
+
+def claims(table: str | None = None) -> list[str]:
     """What is reported of the paper without numbers, of all tables or of one."""
-    content = yaml.safe_load(file.read_text())
+    content = _parsed(FILE.read_text())
     chosen = [claim for claim in content["claims"] if table in (None, *claim["tables"])]
     return [f"{claim['text']} ({content['sources'][claim['source']]})" for claim in chosen]

@@ -1,9 +1,7 @@
-"""Tables and figures by the name of their files: every file of `figures/` registers what it makes."""
+"""Tables and figures by name: those of every file of `figures/`, of entry points `uniproj.figures`, and of plugins."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
@@ -11,7 +9,9 @@ from matplotlib.figure import Figure
 from experiments.errors import ExperimentError
 from paper_figures.committed import Committed
 from paper_figures.typesetting import Table
+from uniproj import plugins
 
+ENTRY_POINTS = "uniproj.figures"
 Product = Table | Figure
 Maker = Callable[[Committed], Sequence[Product]]
 _makers: dict[str, Maker] = {}
@@ -35,7 +35,5 @@ def register(name: str) -> Callable[[Maker], Maker]:
 
 def makers() -> dict[str, Maker]:
     """Everything that can be made, in the order of the names."""
-    folder = importlib.import_module("paper_figures.figures")
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
+    plugins.discover("paper_figures.figures", ENTRY_POINTS, register)
     return dict(sorted(_makers.items()))

@@ -1,20 +1,16 @@
-"""Score against a size or a setting: one panel of cells, and the table of a scan."""
+"""A panel of scores against a size or a setting, on a logarithmic axis."""
 
 from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from experiments.names import method, model, task
+from experiments.names import method
 from experiments.records.statistics import COMPLETE, unit
 from paper_figures import style
-from paper_figures.cells import score_head, whole
-from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Sweep, complete, one_task
-from paper_figures.comparison import OURS, score
-from paper_figures.panels import MISSING, legend, point, say
-from paper_figures.typesetting import Table
+from paper_figures.committed import complete, one_task
+from paper_figures.panels import MISSING, point, say
 
 # on a logarithmic axis, in decades: points nearer than this are set side by side
 APART = 0.035
@@ -36,20 +32,12 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
             low, high = 100 * cell.score_low, 100 * cell.score_high
             point(axes, cell.x, 100 * cell.score, name, low, high, upright=True)
         if own[key].is_unique:
-            axes.plot(
-                own["x"],
-                100 * own["score"],
-                color=style.colour(name),
-                linestyle=style.dash(name),
-                linewidth=0.8,
-                alpha=0.6,
-            )
+            look = {"color": style.colour(name), "linestyle": style.dash(name), "linewidth": 0.8, "alpha": 0.6}
+            axes.plot(own["x"], 100 * own["score"], **look)
     logarithmic(axes)
-    counts = sorted(set(usable["n"]))
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     axes.set_ylabel(unit(usable["metric"].iloc[0]))
     _name_lost(axes, cells[cells["status"] != COMPLETE])
-    axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {seeds} seeds, 95 % t interval)")
+    axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {style.span(usable['n'])} seeds, 95 % t interval)")
 
 
 def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:
@@ -98,38 +86,3 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
-
-
-def where(sweep: Sweep) -> str:
-    """The model and the task of a sweep that has one of each."""
-    return f"{model(sweep.cells['model'].iloc[0])}, {task(one_task(sweep.cells, sweep.name))}"
-
-
-def ours(figure: Figure, axes: Axes, sweep: Sweep | None, key: str, label: str) -> None:
-    """A panel with the cells of our sweep beside a published one, with its legend."""
-    if sweep is None:
-        say(axes, f"ours: {NOT_RUN}")
-        return
-    against(axes, sweep.cells, key, label)
-    axes.set_title(f"ours: {where(sweep)}")
-    legend(figure, set(sweep.cells["projection"]))
-
-
-def scan(title: str, key: str, head: str, published: pd.DataFrame, sweep: Sweep | None) -> Table:
-    """Score against a setting or size: published points, then every cell of ours."""
-    rows = [
-        ["published", value["method"], whole(value["d" if key == "trained" else key]), value["column"],
-         f"{value['value']:g}"]
-        for value in published.to_dict("records")
-    ] or [["published", "all", *[NOT_AVAILABLE] * 3]]  # fmt: skip
-    if sweep is None:
-        rows.append(["ours", "all", NOT_RUN, NOT_RUN, NOT_RUN])
-    else:
-        complete(sweep.cells, key)
-        for _, cell in sweep.cells.sort_values(["projection", key], kind="stable").iterrows():
-            rows.append(
-                [f"ours, {model(cell['model'])}", method(cell["projection"]), whole(cell[key]), task(cell["task"]),
-                 score(cell).text]
-            )  # fmt: skip
-    notes = [f"Published: {source}." for source in sorted(set(published["source"]))] + [OURS]
-    return Table(title, ["block", "method", head, "task", score_head(sweep)], rows, notes)

@@ -28,9 +28,9 @@ _PALETTE = (
     *("#882255", "#332288", "#CC6677", "#661100", "#999933", "#AA4499", "#7D8597", "#117733", "#8B5CF6", "#A6761D"),
     *("#1B9E9E", "#C2185B", "#4D7C0F", "#6699CC"),
 )
-# As many as share no divisor with the colours: no two of 210 projections look alike, in grey print neither.
+# Ten, which has no divisor in common with the 21 colours: 210 projections differ in colour or marker.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-# of lines: another one for each seven colours
+# the next one after every seven projections
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
 UNKNOWN = "#888888"
 # Inches: one column of a two-column page, and the whole page.
@@ -85,7 +85,7 @@ def _position(name: str) -> int | None:
 
 
 def look(position: int) -> tuple[str, str, Any]:
-    """Colour, marker and dash of the projection at this place; the first two together are its own."""
+    """Colour, marker and dash of the projection at this place; no two have the same colour and marker."""
     return _PALETTE[position % len(_PALETTE)], MARKERS[position % len(MARKERS)], _DASHES[position // 7 % len(_DASHES)]
 
 
@@ -110,10 +110,10 @@ def line(name: str) -> dict[str, Any]:
     return {"color": colour(name), "marker": marker(name), "linestyle": dash(name), "label": method(name)}
 
 
-def span(sizes: pd.Series) -> str:
-    """The least and the largest of these counts, as a title has them."""
-    low, high = int(sizes.min()), int(sizes.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def span(counts: Iterable[float]) -> str:
+    """The least and the largest of these counts, as titles and axes have them: 3, or 1 to 3."""
+    found = sorted(map(int, counts))
+    return f"{found[0]:,}" if found[0] == found[-1] else f"{found[0]:,} to {found[-1]:,}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A table as Markdown and as LaTeX (booktabs, array). Formulas, written $in plain letters$, are code and math there."""
+"""A table as Markdown and as LaTeX (booktabs, array): $a formula$ in plain letters is code there and math here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """One thread, quiet libraries, our projections alone, and Hypothesis profiles (`thorough` draws more, and anew)."""
 
+import gc
 import importlib.metadata
 import os
 import signal
@@ -36,6 +37,14 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if torch.get_num_threads() != 1:  # a command that a test calls may take all cores
+        torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Every training and every count of live tensors walks over all objects: those of the libraries are set aside."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before items are chosen by their markers

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.runs.config import SEEDS, RunConfig
 from experiments.runs.folder import run_folder
-from experiments.runs.settings import SEEDS, RunConfig
 
 ORIGIN = {
     "hardware": [{"device": "a processor", "cores": 2, "threads": 1}],

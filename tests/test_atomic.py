@@ -6,10 +6,8 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,27 @@ from experiments.files import write_bytes
 from uniproj import atomic
 from uniproj.format.disk import replace
 
-ROOT = Path(__file__).parent.parent
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-WRITERS = {
-    "adapter": "from uniproj.format.disk import replace; write = lambda p: replace({p: b'new' * 9999})",
-    "result": "from experiments.files import write_bytes; write = lambda p: write_bytes(p, b'new' * 9999)",
-}
-
 
 def _by_adapter(path: Path, content: bytes) -> None:
     replace({path: content})
 
 
-BOTH = pytest.mark.parametrize("write", [_by_adapter, write_bytes], ids=["adapter", "result"])
+WRITERS = {"adapter": _by_adapter, "result": write_bytes}
+BOTH = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def _forked(work: Callable[[], Any]) -> int:
+    """The id of another process, which ends with `work`."""
+    if (pid := os.fork()) == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
 
 
 @BOTH
@@ -44,9 +46,13 @@ def _names(folder: Path) -> set[str]:
 def test_nothing_stays_of_a_killed_writer(writer: str, moment: str, write: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write(path, b"old")
-    kill = f"import os, signal, pathlib; {WRITERS[writer]}; os.{moment} = lambda *_: {KILL};"
-    done = subprocess.run([sys.executable, "-c", f"{kill} write(pathlib.Path({str(path)!r}))"], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+
+    def killed() -> None:
+        setattr(os, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        WRITERS[writer](path, b"new" * 9999)
+
+    _, status = os.waitpid(_forked(killed), 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL and path.read_bytes() == b"old"
     assert len(_names(tmp_path)) == 2
     write(tmp_path / "other", b"x")
     assert _names(tmp_path) == {"a.bin", "other"}
@@ -54,7 +60,15 @@ def test_nothing_stays_of_a_killed_writer(writer: str, moment: str, write: Any, 
 
 @BOTH
 def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
-    """Of this process in another thread, and of another process, whose id means nothing here."""
+    """Of this process in another thread, and of another process."""
+    (other_begun, say_begun), (may_end, let_end) = os.pipe(), os.pipe()
+
+    def theirs() -> Iterator[bytes]:
+        os.write(say_begun, b"x")
+        os.read(may_end, 1)
+        yield b"theirs"
+
+    other = _forked(lambda: replace({tmp_path / "theirs": theirs()}))
     begun, go_on = threading.Event(), threading.Event()
 
     def slow() -> Iterator[bytes]:
@@ -65,20 +79,15 @@ def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=lambda: replace({tmp_path / "mine": slow()}))
     thread.start()
-    code = (
-        "import os, sys, pathlib; from uniproj.format.disk import replace; original = os.fsync;"
-        "os.fsync = lambda *_: (print('begun', flush=True), sys.stdin.read(1), setattr(os, 'fsync', original));"
-        f"replace({{pathlib.Path({str(tmp_path / 'theirs')!r}): b'theirs'}})"
-    )
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"begun\n" and begun.wait(60)
-        write(tmp_path / "now", b"now")
-        assert len(_names(tmp_path)) == 3
-        go_on.set()
-        thread.join()
-        other.communicate(b"x")
-    assert other.returncode == 0
+    assert os.read(other_begun, 1) == b"x" and begun.wait(60)
+    write(tmp_path / "now", b"now")
+    assert len(_names(tmp_path)) == 3
+    go_on.set()
+    thread.join()
+    os.write(let_end, b"x")
+    os.waitpid(other, 0)
+    for descriptor in (other_begun, say_begun, may_end, let_end):
+        os.close(descriptor)
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert found == {"mine": b"ab", "theirs": b"theirs", "now": b"now"}
 

@@ -81,11 +81,11 @@ def test_the_page_on_projections_shows_the_example_as_it_is() -> None:
     assert len((ROOT / "examples" / "cyclic.py").read_text().splitlines()) <= 40
 
 
-@pytest.mark.parametrize("name", names())
-def test_the_table_of_methods_is_complete(name: str) -> None:
-    (row,) = re.findall(rf"^\| `{name}` \|.*$", METHODS, flags=re.MULTILINE)
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert get(name).d_formula in cells[2] and get(name).source in cells[-1]
+def test_the_table_of_methods_is_complete() -> None:
+    for name in names():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", METHODS, flags=re.MULTILINE)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert get(name).d_formula in cells[2] and get(name).source in cells[-1], name
 
 
 def test_the_table_of_claims_is_complete() -> None:
@@ -113,9 +113,9 @@ def test_an_example_passes_the_battery(name: str, ranks, d: int) -> None:
 @each_example
 @pytest.mark.parametrize("budget", [4, 20, 10_000])
 def test_an_example_says_what_it_trains_at_a_budget(name: str, budget: int) -> None:
-    plan = get(name).for_budget(SHAPES, budget, 2)
-    P = build(name, layout=LoRALayout.from_shapes(SHAPES, plan.r), d=plan.d, **plan.hyperparameters)
-    assert P.trained == plan.trained and (plan.trained == budget or budget == 10_000)
+    found = get(name).for_budget(SHAPES, budget, 2)
+    P = build(name, layout=LoRALayout.from_shapes(SHAPES, found.r), d=found.d, **found.hyperparameters)
+    assert P.trained == found.trained and (found.trained == budget or budget == 10_000)
 
 
 @example

@@ -7,10 +7,10 @@ import importlib
 import json
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
-import pytest
-
+import uniproj
 from uniproj import names
 from uniproj.projections import __path__ as projections_path
 from uniproj.registry import get
@@ -32,7 +32,14 @@ FLOORS: list[set[str]] = [
     {"uniproj.exchange", "uniproj.bank"},
     {"uniproj.cli"},
     {"uniproj.__main__"},
-    {"experiments.errors", "experiments.names", "experiments.orphans", "experiments.processes", "experiments.timing"},
+    {
+        "experiments.errors",
+        "experiments.names",
+        "experiments.orphans",
+        "experiments.processes",
+        "experiments.provenance",
+        "experiments.timing",
+    },
     {"experiments.checks", "experiments.files", "experiments.packaged", "experiments"},
     {"experiments.tasks"},
     {"experiments.models"},
@@ -54,9 +61,14 @@ def _part(module: str) -> str:
     return names[0] if names[0] == "paper_figures" else ".".join(names[:2])
 
 
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         # `from experiments import models` imports a module by its name alone
         modules += [f"{m}.{alias.name}" for m in modules if m in FOLDERS[1:] for alias in node.names]
@@ -70,13 +82,14 @@ def _names(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
 def _graph() -> dict[str, set[str]]:
     """{module: the modules of the checkout that it imports}, whether at its beginning, in a function or for types."""
     modules = {_names(path): path for path in SOURCES}
     graph = {}
     for name, path in modules.items():
         found = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 whole = {f"{node.module}.{alias.name}" for alias in node.names}
                 found |= {module if module in modules else node.module for module in whole}
@@ -114,13 +127,28 @@ def test_imports_point_down() -> None:
     assert up == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_who_draws_and_who_computes(path: Path) -> None:
-    part = _part(_names(path))
-    roots = {m.split(".")[0] for m in _imports(path)}
-    assert part != "analysis" or "matplotlib" not in roots
-    # drawn from records and analysis tables: the library is asked for the names of its projections alone
-    assert part != "paper_figures" or {m for m in _imports(path) if m.startswith("uniproj.")} <= {"uniproj.console"}
+def test_who_draws_and_who_computes() -> None:
+    for path in SOURCES:
+        part, imported = _part(_names(path)), _imports(path)
+        assert part != "analysis" or "matplotlib" not in {m.split(".")[0] for m in imported}, path
+        # drawn from records and analysis tables: the library is asked for the names of its projections alone
+        assert part != "paper_figures" or {m for m in imported if m.startswith("uniproj.")} <= {"uniproj.console"}, path
+
+
+def test_what_runs_beside_the_library_imports_what_packages_export() -> None:
+    """A file of another folder takes what `__init__` of a package names, or a module that `uniproj.__doc__` lists."""
+    listed = re.findall(r"^ +(uniproj\.[\w.]+)  ", uniproj.__doc__ or "", re.M)
+    packages = {_names(path) for path in SOURCES if path.name == "__init__.py"} - set(FOLDERS)
+    inside = [
+        f"{path.relative_to(ROOT)}: {node.module}"
+        for path in SOURCES
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("uniproj", "experiments")
+        for package, _, name in [node.module.rpartition(".")]
+        if package in packages and path.relative_to(ROOT).parts[0] != package.split(".")[0]
+        if node.module not in listed and name not in getattr(importlib.import_module(package), "__all__", ())
+    ]
+    assert inside == []
 
 
 def test_what_no_other_file_uses_is_private() -> None:
@@ -133,7 +161,7 @@ def test_what_no_other_file_uses_is_private() -> None:
     for path in SOURCES:
         if path.stem in ("__init__", "testing") or path.stem.endswith(("_numba", "_triton")):
             continue
-        for node in ast.parse(path.read_text()).body:
+        for node in _tree(path).body:
             names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list:
                 names = [node.name]
@@ -167,7 +195,7 @@ def test_analyses_take_every_projection_from_the_registry_and_name_none() -> Non
     beside = {"overhead", "bank"}
     own = [p for p in SOURCES if p.is_relative_to(ROOT / "analysis") and not beside & set(p.parts)]
     for path in own:
-        constants = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        constants = {n.value for n in ast.walk(_tree(path)) if isinstance(n, ast.Constant)}
         assert not (constants & set(names())) - {"lora"}, path
 
 
@@ -177,13 +205,14 @@ LOADERS = ("from_pretrained", "from_config", "load_dataset", "pipeline", "HFLM")
 ADAPTERS = ("PeftModel.", "PeftConfig.", "UniProjConfig.", "super().")
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *BESIDE], ids=lambda p: str(p.relative_to(ROOT)))
-def test_what_loads_a_model_says_whether_its_code_may_run(path: Path) -> None:
-    text = path.read_text()
-    if path.suffix == ".ipynb":
-        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-        text = "\n".join(line for lines in cells for line in lines if not line.startswith("%"))
-    for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
-        called = ast.unparse(call.func)
-        if called.split(".")[-1] in LOADERS and not called.startswith(ADAPTERS):
-            assert "trust_remote_code" in {keyword.arg for keyword in call.keywords}, f"line {call.lineno}: {called}"
+def test_what_loads_a_model_says_whether_its_code_may_run() -> None:
+    for path in (*SOURCES, *BESIDE):
+        text = path.read_text()
+        if path.suffix == ".ipynb":
+            cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+            text = "\n".join(line for lines in cells for line in lines if not line.startswith("%"))
+        for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            if called.split(".")[-1] in LOADERS and not called.startswith(ADAPTERS):
+                says = "trust_remote_code" in {keyword.arg for keyword in call.keywords}
+                assert says, f"{path.relative_to(ROOT)}, line {call.lineno}: {called}"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.mutants import MUTANTS, DetachedBank, LearnedInSecret
+from tests.mutants import MUTANTS, DetachedLogits, LearnedInSecret
 from uniproj import LoRALayout, Projection, ProjectionError, get, names, register
-from uniproj.testing import BatteryFailure, check_projection
+from uniproj.testing import BATTERY, BatteryFailure, check_projection
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (6, 4) for i in range(2) for m in ("q", "v")}, r=2)
 
@@ -20,8 +20,9 @@ def _build(mutant: type[Projection]) -> Projection:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_caught(mutant: type[Projection]) -> None:
+    only = BATTERY.keys() - ({"compiles", "exports"} - mutant.caught_by)  # the longest, where they say nothing
     with pytest.raises(BatteryFailure) as failure:
-        check_projection(_build(mutant))
+        check_projection(_build(mutant), only=only)
     assert mutant.caught_by <= {c.name for c in failure.value.checks if not c.passed}
     assert mutant.name in str(failure.value)
 
@@ -45,7 +46,7 @@ def test_a_buffer_of_a_module_inside_is_named() -> None:
 
 def test_a_wrong_gradient_is_named() -> None:
     with pytest.raises(BatteryFailure, match="with respect to logits"):
-        check_projection(DetachedBank(LAYOUT), only=["gradcheck"])
+        check_projection(DetachedLogits(LAYOUT), only=["gradcheck"])
 
 
 @pytest.mark.parametrize("where", ["claims", "claims_if"])

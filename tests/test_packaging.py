@@ -87,6 +87,7 @@ UniProjConfig(projection=5)  # type: ignore[arg-type]
 """
 
 
+@pytest.mark.system  # mypy reads all of PyTorch
 def test_a_user_sees_the_types(built, tmp_path: Path) -> None:
     """Under --strict an `ignore` that silences nothing is an error, as it would be if the package had no types."""
     python = _install(built["wheel"], tmp_path / "venv")

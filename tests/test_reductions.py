@@ -16,7 +16,7 @@ from uniproj.projections.nola import NOLA
 from uniproj.projections.tied_lora import TiedLoRA
 from uniproj.projections.tinylora import TinyLoRA
 
-SEEDS = pytest.mark.parametrize("seed", range(3))
+SEEDS = pytest.mark.parametrize("seed", range(2))
 SHAPES = {"h.1.q": (12, 9), "h.0.q": (12, 9), "h.0.v": (10, 14)}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -4,6 +4,8 @@ The whole interface is what this package exports, and
 
     uniproj.tuner       UniProjConfig: the PEFT method; adapter_of: P and theta_d of a model
     uniproj.exchange    export, import_adapter: foreign formats; from_peft, to_peft: PEFT's own methods
+    uniproj.exchange.nearest  least_squares, captured: what a projection keeps of a LoRA
+    uniproj.exchange.formats.lora  read, write: PEFT's LoRA folders
     uniproj.algebra     projections made of projections
     uniproj.claims      what a projection may claim, each decided from its matrix
     uniproj.testing     check_projection: the tests of a projection of one's own; sample: one to test

@@ -1,4 +1,4 @@
-"""Files that take their place as a whole and last through a loss of power. Everything raises OSError."""
+"""Files that replace others atomically and survive a loss of power. Every function may raise OSError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# nobody else calls a file so, hence whoever writes may remove it once its writer is gone
+# only these writers use such names, so any of them may remove a file whose writer is gone
 _TEMPORARY = re.compile(r"\.uniproj-[0-9a-f]{16}\.part")
 # how file systems say that a folder cannot be flushed, or not by this user
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -22,7 +22,7 @@ _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCE
 def written(path: Path, content: bytes | Iterable[bytes | memoryview]) -> Iterator[Path]:
     """A temporary file beside `path` that holds the content, flushed to the disk, and is gone at the end.
 
-    Its permissions are those of the file at `path`, or of any new file. What killed writers left there is removed.
+    Its permissions are those of the file at `path`, or of any new file. Temporary files of killed writers are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path.parent)
@@ -47,7 +47,7 @@ def install(parts: Mapping[Path, Path]) -> None:
 
 
 def flush_names(folder: Path) -> None:
-    """Flush to the disk, where that can be, the names in a folder, its own and those above, of whom any may be new."""
+    """Flush a folder and those above it, any of which may be new, so that the names in them survive a loss of power."""
     here = folder.resolve()
     for each in (here, *here.parents):
         try:
@@ -80,7 +80,7 @@ def _temporary(path: Path) -> tuple[Path, int]:
                 with suppress(OSError):  # some file systems have one mode for all
                     os.fchmod(descriptor, mode)
             return part, descriptor
-        os.close(descriptor)  # before it was locked, another writer took it for a dead one's
+        os.close(descriptor)  # another writer removed it before it was locked
 
 
 def _clear(folder: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def _list(as_json: bool) -> int:
+def _list(args: argparse.Namespace) -> int:
     rows = [describe(name) for name in names()]
-    if as_json:
+    if args.json:
         print(json.dumps(rows, indent=2))
         return 0
     for row in rows:
@@ -53,8 +53,9 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _check(name: str, seed: int, as_json: bool) -> int:
+def _check(args: argparse.Namespace) -> int:
     """Run the battery on every variant of a projection. Exit status 1 if a check fails."""
+    name, seed = args.name, args.seed
     report: list[dict[str, Any]] = []
     for variant in get(name).variants:
         D, d = None, None
@@ -67,10 +68,10 @@ def _check(name: str, seed: int, as_json: bool) -> int:
         except Exception as error:  # a projection may be anybody's; its other variants are still checked
             checks = [Check("builds", float("inf"), 0.0, False, f"raised {type(error).__name__}: {error}")]
         report.append({"variant": dict(variant), "D": D, "d": d, "checks": [vars(c) for c in checks]})
-        if not as_json:
+        if not args.json:
             _print(name, variant, (D, d), checks)
     failed = sum(not c["passed"] for entry in report for c in entry["checks"])
-    if as_json:
+    if args.json:
         # JSON has no NaN: a claim that is decided by its own rule has no limit
         rows = json.loads(json.dumps(report), parse_constant=lambda _: None)
         print(json.dumps({"name": name, "seed": seed, "failed": failed, "variants": rows}, indent=2))
@@ -84,17 +85,18 @@ def _print(name: str, variant: Any, shape: tuple[int | None, int | None], checks
         print(f"  {'ok  ' if c.passed else 'FAIL'} {c.name:32s} {c.value:<12.3e} {limit:16s} {c.note}")
 
 
-def _scaffold(name: str, as_json: bool) -> int:
-    path = str(scaffold(name))
-    print(json.dumps({"written": path}) if as_json else f"{path}: change it, then run `python -m uniproj check {name}`")
+def _scaffold(args: argparse.Namespace) -> int:
+    path = str(scaffold(args.name))
+    said = f"{path}: change it, then run `python -m uniproj check {args.name}`"
+    print(json.dumps({"written": path}) if args.json else said)
     return 0
 
 
-def _inspect(path: Path, as_json: bool) -> int:
-    from uniproj.exchange.inspect import describe, text  # PEFT and Transformers take seconds to import
+def _inspect(args: argparse.Namespace) -> int:
+    from uniproj.exchange.inspect import describe, summary  # PEFT and Transformers take seconds to import
 
-    found = describe(path)
-    print(json.dumps(found, indent=2) if as_json else text(found))
+    found = describe(args.path)
+    console.report(found if args.json else summary(found), args.json)
     return 0
 
 
@@ -112,13 +114,13 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _restore(path: Path, as_json: bool) -> int:
+def _restore(args: argparse.Namespace) -> int:
     from uniproj.exchange.restore import restore
     from uniproj.format.file import CONFIG
 
-    config = restore(path)
-    said = {"written": str(path / CONFIG), "projection": config.projection, "d": config.d}
-    print(json.dumps(said, indent=2) if as_json else f"{path / CONFIG}: {config.projection}, d = {config.d}")
+    config, written = restore(args.path), args.path / CONFIG
+    said = {"written": str(written), "projection": config.projection, "d": config.d}
+    print(json.dumps(said, indent=2) if args.json else f"{written}: {config.projection}, d = {config.d}")
     return 0
 
 
@@ -126,7 +128,8 @@ def _export(args: argparse.Namespace) -> int:
     from uniproj.exchange import export
 
     export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
-    _report({"format": args.to, "bytes": _bytes(args.out), "folder": args.out}, args.json)
+    size = sum(path.stat().st_size for path in Path(args.out).glob("adapter_model.*"))
+    console.report({"format": args.to, "bytes": size, "folder": args.out}, args.json)
     return 0
 
 
@@ -134,21 +137,8 @@ def _import(args: argparse.Namespace) -> int:
     from uniproj.exchange import import_adapter
 
     given = (args.projection, args.d, args.seed, args.options, args.base, args.trust_remote_code)
-    report = import_adapter(args.path, args.out, *given)
-    _report({**report, "bytes_before": _bytes(args.path), "bytes": _bytes(args.out), "folder": args.out}, args.json)
+    console.report({**import_adapter(args.path, args.out, *given), "folder": args.out}, args.json)
     return 0
-
-
-def _bytes(folder: str) -> int:
-    return sum(path.stat().st_size for path in Path(folder).glob("adapter_model.*"))
-
-
-def _report(report: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        for key, value in report.items():
-            print(f"{key:20s} {f'{value:.6g}' if isinstance(value, float) else printable(value)}")
 
 
 def _row(text: str) -> tuple[str, str]:
@@ -158,57 +148,47 @@ def _row(text: str) -> tuple[str, str]:
     return old, new
 
 
-def _add_exchange(commands: Any) -> list[argparse.ArgumentParser]:
-    formats = ", ".join(registry.names())
-    out = commands.add_parser("export", help="a uniproj adapter in another format, with the same updates")
-    out.add_argument("path", help="folder of a uniproj adapter")
-    out.add_argument("out", help="folder to write")
-    out.add_argument("--to", default="lora", metavar="FORMAT", help=f"one of {formats}")
-    out.add_argument("--rank", type=int, help="pad every module to this rank (lora, vllm)")
-    out.set_defaults(run=_export)
-    into = commands.add_parser("import", help="an adapter of another format as a uniproj adapter, exact or compressed")
-    into.add_argument("path", help=f"folder of an adapter ({formats})")
-    into.add_argument("out", help="folder to write")
-    into.add_argument("--projection", metavar="NAME", help="compress into this one; without it nothing is lost")
-    into.add_argument("--d", type=int, help="length of theta_d, where the projection leaves it free")
-    into.add_argument("--seed", type=int, default=0, help="of P")
-    into.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
-    into.set_defaults(run=_import)
-    for command in (out, into):
-        command.add_argument("--base", help="the base model: a folder or a name on the hub")
-        plugins.add_trust(command)
-    return [out, into]
-
-
 @console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m uniproj", description="Projections of LoRA's parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="every projection: formula, d, claims, source")
-    listing.set_defaults(run=lambda args: _list(args.json))
-    checking = commands.add_parser("check", help="run the battery on one projection and print what it measured")
-    checking.add_argument("name")
-    checking.add_argument("--seed", type=int, default=0)
-    checking.set_defaults(run=lambda args: _check(args.name, args.seed, args.json))
-    starting = commands.add_parser("scaffold", help="start the file of a projection of your own, with one that works")
-    starting.add_argument("name")
-    starting.set_defaults(run=lambda args: _scaffold(args.name, args.json))
-    inspecting = commands.add_parser("inspect", help="everything known of a saved adapter, without a model")
-    inspecting.add_argument("path", type=Path)
-    inspecting.set_defaults(run=lambda args: _inspect(args.path, args.json))
-    verifying = commands.add_parser("verify", help="rebuild a saved adapter's P, and say whether it fits a base model")
-    verifying.add_argument("path")
-    verifying.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
-    verifying.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
-    plugins.add_trust(verifying)
-    verifying.set_defaults(run=_verify)
-    restoring = commands.add_parser("restore", help="write adapter_config.json anew, from the header of the weights")
-    restoring.add_argument("path", type=Path)
-    restoring.set_defaults(run=lambda args: _restore(args.path, args.json))
-    for command in (listing, checking, starting, inspecting, verifying, restoring, *_add_exchange(commands)):
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON")
         plugins.add_option(command)
+        return command
+
+    add("list", _list, "every projection: formula, d, claims, source")
+    check = add("check", _check, "run the battery on one projection and print what it measured")
+    check.add_argument("name")
+    check.add_argument("--seed", type=int, default=0)
+    add("scaffold", _scaffold, "start the file of a projection of your own, with one that works").add_argument("name")
+    add("inspect", _inspect, "everything known of a saved adapter, without a model").add_argument("path", type=Path)
+    verify = add("verify", _verify, "rebuild a saved adapter's P, and say whether it fits a base model")
+    verify.add_argument("path")
+    verify.add_argument("--base", help="name or folder of a model; only its configuration is loaded")
+    verify.add_argument("--remap", type=_row, action="append", default=[], metavar="OLD=NEW", help="renamed modules")
+    plugins.add_trust(verify)
+    restore = add("restore", _restore, "write adapter_config.json anew, from the header of the weights")
+    restore.add_argument("path", type=Path)
+    formats = ", ".join(registry.names())
+    out = add("export", _export, "a uniproj adapter in another format, with the same updates")
+    out.add_argument("path", help="folder of a uniproj adapter")
+    out.add_argument("--to", default="lora", metavar="FORMAT", help=f"one of {formats}")
+    out.add_argument("--rank", type=int, help="pad every module to this rank (lora, vllm)")
+    into = add("import", _import, "an adapter of another format as a uniproj adapter, exact or compressed")
+    into.add_argument("path", help=f"folder of an adapter ({formats})")
+    into.add_argument("--projection", metavar="NAME", help="compress into this one; without it nothing is lost")
+    into.add_argument("--d", type=int, help="length of theta_d, where the projection leaves it free")
+    into.add_argument("--seed", type=int, default=0, help="of P")
+    into.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
+    for command in (out, into):
+        command.add_argument("out", help="folder to write")
+        command.add_argument("--base", help="the base model: a folder or a name on the hub")
+        plugins.add_trust(command)
     args = parser.parse_args(argv)
     try:
         plugins.load(args.plugins)

@@ -1,14 +1,15 @@
-"""What all commands share, `python -m uniproj` and those of the checkout: quiet libraries, and a reader who leaves."""
+"""What all commands share: quiet libraries, progress, how facts are printed, and a reader who leaves."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec
 
@@ -21,21 +22,21 @@ DONE = "done"
 _Arguments = ParamSpec("_Arguments")
 
 
-def without_word_of_bitsandbytes() -> None:
-    """Keep back that bitsandbytes found no kernel for 4-bit products on the CPU.
+def quiet_bitsandbytes() -> None:
+    """Drop the log message of bitsandbytes that it has no kernel for 4-bit products on the CPU.
 
-    PEFT imports bitsandbytes wherever it is installed, also for models that are not quantised: to be called before.
+    Call it before PEFT is imported, which imports bitsandbytes wherever it is installed, quantised model or not.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_useful)
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    """No progress bar of any library where standard error is a pipe or a file, whatever the library asks for."""
+    """Where standard error is a pipe or a file, no library draws a progress bar, even if it asks for one."""
     plain = tqdm.__init__
 
     def init(self: tqdm, *args: Any, **options: Any) -> None:
@@ -51,7 +52,7 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 @contextmanager
 def _visible_output() -> Iterator[None]:
-    """Standard output in lines of visible characters, those that its encoding lacks by their escapes."""
+    """Write invisible characters, and those that the encoding of standard output lacks, by their escapes."""
     stream = sys.stdout
     plain, encoding = stream.write, getattr(stream, "encoding", None) or "utf-8"
 
@@ -67,8 +68,18 @@ def _visible_output() -> Iterator[None]:
         stream.write = plain  # type: ignore[method-assign]
 
 
+def report(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print facts as JSON, or each on a line of its own."""
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        shown = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else printable(value)
+        print(f"{key:20s} {shown}")
+
+
 class Progress:
-    """How many of some things are done: a bar on a terminal, elsewhere a line for each of them."""
+    """How many of `total` things are done: a bar on a terminal; elsewhere one line for each thing."""
 
     def __init__(self, what: str, total: int, done: int):
         self.what = what
@@ -80,20 +91,20 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def ended(self, name: str, outcome: str = DONE) -> None:
-        """One more has come to its end."""
-        name, outcome = printable(name), printable(outcome)
+    def ended(self, name: str, status: str = DONE) -> None:
+        """Count one more, which ended so."""
+        name, status = printable(name), printable(status)
         if self.bar.disable:
             self.bar.n += 1
-            print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {outcome}", file=sys.stderr, flush=True)
+            print(f"{self.bar.n} of {self.bar.total} {self.what}s: {name} {status}", file=sys.stderr, flush=True)
             return
         self.bar.update()
-        if outcome != DONE:
-            tqdm.write(f"{name} {outcome}", file=sys.stderr)
+        if status != DONE:
+            tqdm.write(f"{name} {status}", file=sys.stderr)
 
 
 def _reader_left() -> bool:
-    """Whether standard output has been closed at its other end."""
+    """Whether the reader of standard output has closed it."""
     watched = select.poll()
     # a pipe without a reader is reported whatever events are asked for
     watched.register(sys.stdout.fileno(), 0)
@@ -101,12 +112,12 @@ def _reader_left() -> bool:
 
 
 def command(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
-    """The `main` of a command: bars on terminals only, visible characters alone on standard output, and status 141
-    without a word where `| head` has had enough."""
+    """Decorator for the `main` of a command: progress bars on terminals only, visible characters only on standard
+    output, and exit status 141 without a message when the reader of a pipe has left, as `| head` does."""
 
     @functools.wraps(main)
     def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> int:
-        without_word_of_bitsandbytes()
+        quiet_bitsandbytes()
         try:
             with _bars_on_terminals_only(), _visible_output():
                 try:

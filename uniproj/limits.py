@@ -1,5 +1,5 @@
-"""What a file from elsewhere may cost. Whoever trusts it raises a limit, here (`uniproj.limits.rows = 2**34`) or by a
-variable of the environment that is read on import (`UNIPROJ_MAX_ROWS=17179869184`).
+"""How large an adapter file of unknown origin may be. If you trust the file, raise a limit in Python
+(`uniproj.limits.rows = 2**34`) or by an environment variable, read on import (`UNIPROJ_MAX_ROWS=17179869184`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ def _from_environment(name: str, default: int) -> int:
     return int(text)
 
 
-# D of a layout, where no base model tells a larger one: theta_D takes 512 MiB in float32, and what P holds and what
-# checks it a few times that. Llama-2-7B has D = 80e6 with all linear layers at r = 32
+# the largest D, unless the base model's own D is larger: theta_D then takes 512 MiB in float32, P and its checks a few
+# times as much. Llama-2-7B has D = 80e6 with all linear layers at r = 32
 rows = _from_environment("rows", 2**27)
-# of a layout: three times the experts' layers of the largest mixtures
+# modules of a layout: three times as many as the largest mixtures of experts have
 modules = _from_environment("modules", 2**17)
-# random numbers that P takes beyond D + d, as a dense one does: minutes on a CPU
+# random numbers drawn for P, D d for a dense one (`Projection.draws`): minutes on a CPU
 draws = _from_environment("draws", 2**34)
-# of a file of weights, which is held in memory: the embedding and head of a large model in float16 have 4 GiB
+# bytes of a weights file, which is read into memory: embedding and head of a large model take 4 GiB in float16
 file_bytes = _from_environment("file_bytes", 2**33)
-# of the JSON at its beginning: 40,000 modules of a LoRA take 14 MB. Python holds JSON in up to 30 times its bytes
+# bytes of the JSON header of a weights file: 14 MB for a LoRA of 40,000 modules. Parsed, it takes up to 30 times that
 header_bytes = _from_environment("header_bytes", 2**24)
-# of a configuration, and of a line of the header: 40,000 target modules by their whole names take 3 MB
+# bytes of a configuration, and of one entry of the header: the full names of 40,000 target modules take 3 MB
 config_bytes = _from_environment("config_bytes", 2**22)
 
 

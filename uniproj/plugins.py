@@ -1,6 +1,6 @@
-"""Code of others that a command may run: projections of one's own, and what comes with a base model.
+"""Third-party code that a command may run: a user's projections, and code that comes with a base model.
 
-Only a command line or a sweep file names any: what a saved adapter or a record of a run names is not imported.
+Only a command line or a sweep file can name such code; a saved adapter or the record of a run cannot.
 """
 
 from __future__ import annotations
@@ -8,18 +8,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from uniproj.errors import ProjectionError
 
 
 def add_option(parser: argparse.ArgumentParser, at_once: int | str = 1) -> None:
-    """The option `--plugins`, which may be repeated; at_once: "+" for commands that end in no other words."""
-    help = "modules or Python files that register projections or formats of your own"
+    """The option `--plugins`, which may be repeated; at_once="+" takes several, if no positional argument follows."""
+    help = "modules or Python files that register projections, formats or figures of your own"
     parser.add_argument("--plugins", nargs=at_once, action="extend", default=[], metavar="FILE", help=help)
 
 
@@ -29,18 +33,31 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=help)
 
 
+def discover(package: str, group: str, register: Callable[[str], Callable[[Any], object]]) -> None:
+    """Import every file of a package without a leading underscore, which register themselves, and register what the
+    entry points of a group name; of one that cannot be loaded a warning."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package}.{module.name}")
+    for entry in importlib.metadata.entry_points(group=group):
+        try:
+            register(entry.name)(entry.load())
+        except Exception as error:  # somebody else's package must not take ours down
+            warnings.warn(f"{group}: {entry.name!r} of {entry.value} cannot be loaded: {error!r}", stacklevel=2)
+
+
 _loaded: dict[str, None] = {}
 
 
 def loaded() -> list[str]:
-    """What this process was told to import, for the command line of another one."""
+    """The plugins that this process imported, to be passed on to a process that it starts."""
     return list(_loaded)
 
 
 def load(plugins: Iterable[str]) -> None:
     """Import each plugin, a .py file or the name of an installed module, once per process.
 
-    It registers its projections with `uniproj.register`. Raises ProjectionError if it cannot be imported.
+    It registers its projections, formats or figures. Raises ProjectionError if it cannot be imported.
     """
     for plugin in plugins:
         try:

@@ -77,7 +77,7 @@ class _EagerMap(_LinearMap):
     @staticmethod
     def forward(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
         if isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x):
-            # torch.autograd's `vectorize=True` has rules for few operators, and loops over those of a library
+            # `vectorize=True` of torch.autograd can batch few operators; those of torch.library it calls one by one
             _alive[id(P)] = P
             return _by_id(x, id(P), transposed, dtype)
         return _LinearMap.forward(P, x, transposed, dtype)
@@ -101,7 +101,7 @@ def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | 
 
 
 class _Maker(ABCMeta):
-    """Notes on every new P, whatever its `__init__` does, what it was made of and which conditional claims it meets."""
+    """Records on every new P its hyperparameters and the conditional claims it meets, whatever its `__init__` does."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         P = super().__call__(*args, **kwargs)
@@ -117,8 +117,8 @@ class Projection(nn.Module, metaclass=_Maker):
     A new linear method writes `__init__`, `_matvec`, `_rmatvec` and either `to_dense` or `entries`, these
     last two from the definition of P and not from `_matvec`. Shapes inside these methods: theta_d (n, d) and
     theta_D (n, D), float32 or float64, contiguous. P's own numbers are tensors among its attributes (`constants`):
-    `.to` moves and never rounds them, copies of P hold copies of them, and what walks the parameters and buffers of a
-    model, to average or to save them, does not meet them; `register_buffer` makes such an attribute too.
+    `.to` moves and never rounds them, and copies of P hold copies of them. They are neither parameters nor buffers, so
+    averages of weights (SWA, EMA) and state dicts leave them out; `register_buffer` makes such an attribute too.
     Half-precision inputs are computed in float32. Maps that read and write any dtype themselves set `casts = True` and
     take a second argument, the dtype of the result. A learned method holds Parameters, sets `learned = True`, and
     writes `_matvec` in differentiable torch code.
@@ -232,7 +232,7 @@ class Projection(nn.Module, metaclass=_Maker):
 
     @classmethod
     def draws(cls, layout: LoRALayout, d: int, **hyperparameters: Any) -> int:
-        """How many random numbers P takes, 0 where they are no more than a multiple of D + d and its Parameters.
+        """How many random numbers are drawn for P; 0 where it is a small multiple of D + d and the Parameters of P.
 
         A file that asks for more than `limits.draws` is refused before P is made.
         """

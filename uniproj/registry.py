@@ -3,11 +3,7 @@ group `uniproj.projections`."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import operator
-import pkgutil
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -19,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from uniproj.claims import refuse_unknown
 from uniproj.errors import ProjectionError, shown, unknown
 from uniproj.layout import LoRALayout
+from uniproj.plugins import discover
 from uniproj.projection import Projection
 
 ENTRY_POINTS = "uniproj.projections"
@@ -53,14 +50,7 @@ def register(name: str) -> Callable[[P], P]:
 
 @cache
 def _load() -> None:
-    folder = importlib.import_module("uniproj.projections")
-    for module in (m for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            register(entry.name)(entry.load())
-        except Exception as error:  # somebody else's package must not take ours down
-            warnings.warn(f"projection {entry.name!r} of {entry.value} cannot be loaded: {error!r}", stacklevel=2)
+    discover("uniproj.projections", ENTRY_POINTS, register)
 
 
 def names() -> list[str]:
@@ -106,7 +96,7 @@ def _hyperparameters(cls: type[Projection], types: dict[str, Any], given: dict[s
     says, and for numbers beyond float32."""
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     for name, value in plain.items():
-        # reading the base weights is left to the method, which may need but one at a time
+        # base weights may be loaded one by one as the method reads them
         if name not in types or name == "base_weights":
             continue
         try:
@@ -147,7 +137,7 @@ def build(
         raise ProjectionError(f"{name}: d is free for this method, pass d= (1 <= d <= D = {layout.D}).")
     types = _types(cls)
     size, options = {"d": d} if cls.free_d else {}, _hyperparameters(cls, types, hyperparameters)
-    # P is drawn there whatever the default device, of tensors that may be trained with under any mode
+    # on the CPU whatever the default device; tensors made in inference mode could not be trained with
     try:
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             projection: Projection = cls(layout, **size, seed=seed, **options)  # type: ignore[arg-type]
@@ -157,7 +147,7 @@ def build(
             raise ProjectionError(f"{name}: unknown hyperparameters {odd}; this method knows {known}.") from error
         raise
     except ValueError as error:
-        # somebody else's is a fault of that class; in ours it is a kernel's, which knows no method
+        # of our own methods only kernels raise it, which know no method's name
         if isinstance(error, ProjectionError) or not cls.__module__.startswith("uniproj."):
             raise
         raise ProjectionError(f"{name}: {error}") from error

@@ -156,12 +156,12 @@ def autograd_equals_adjoint(P: Projection) -> list[Check]:
 def gradcheck(P: Projection) -> list[Check]:
     """torch.autograd.gradcheck in theta_d and P's Parameters, both modes, gradgradcheck for linear P."""
     x = _vector(P, P.d, "x").requires_grad_()
-    trained = {name: p.detach().double().requires_grad_() for name, p in P.named_parameters() if p.requires_grad}
+    numbers = {name: p.detach().double().requires_grad_() for name, p in P.named_parameters() if p.requires_grad}
 
     def forward(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(P, dict(zip(trained, parameters, strict=True)), (x,))
+        return torch.func.functional_call(P, dict(zip(numbers, parameters, strict=True)), (x,))
 
-    inputs = {"theta_d": x, **trained}
+    inputs = {"theta_d": x, **numbers}
     both = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
     checks = [_derivative("gradcheck", torch.autograd.gradcheck, forward, inputs, **both)]
     if not P.learned:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from analysis.overhead.workloads import greedy
 from experiments.timing import of_turns, ratio_of_turns, take_turns
 from uniproj.bank import AdapterBank, mixed
 
@@ -29,7 +30,7 @@ def measure(
     def generate(each: PeftModel, **more: Any) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
-                each.generate(**inputs, **_settings(new_tokens), **more)
+                each.generate(**inputs, **greedy(new_tokens), **more)
 
         return run
 
@@ -37,7 +38,7 @@ def measure(
         with mixed(model, *bank.batch(users)):
             generate(model)()
 
-    def base() -> None:
+    def bare() -> None:
         with model.disable_adapter():
             generate(model)()
 
@@ -45,7 +46,7 @@ def measure(
         {
             "bank: mixed": ours,
             "LoRA: adapter_names": generate(peer, adapter_names=users),
-            "base": base,
+            "base": bare,
             "bank: one adapter": generate(model),
         },
         rounds,
@@ -73,7 +74,3 @@ def _prompt(rows: int, model: PeftModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _settings(new_tokens: int) -> dict[str, Any]:
-    return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}

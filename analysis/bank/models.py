@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, UniLoraConfig, get_peft_model
@@ -28,7 +27,6 @@ class Shape:
     base: BaseModel
     targets: str
     d: int
-    rank: int = RANK
 
     @property
     def modules(self) -> list[str]:
@@ -37,13 +35,13 @@ class Shape:
 
 def ours(shape: Shape) -> PeftModel:
     """Uni-LoRA through uniproj on a base of its own."""
-    config = UniProjConfig(d=shape.d, r=shape.rank, target_modules=shape.modules, task_type="CAUSAL_LM")
+    config = UniProjConfig(d=shape.d, r=RANK, target_modules=shape.modules, task_type="CAUSAL_LM")
     return get_peft_model(load_causal(shape.base), config).eval()
 
 
 def lora(shape: Shape, names: Sequence[str]) -> PeftModel:
     """PEFT's LoRA, one adapter per name, all of them away from zero."""
-    config = LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=shape.modules, task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=shape.modules, task_type="CAUSAL_LM")
     model = get_peft_model(load_causal(shape.base), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
@@ -56,16 +54,10 @@ def lora(shape: Shape, names: Sequence[str]) -> PeftModel:
 
 def unilora(shape: Shape) -> PeftModel:
     """PEFT's UNILORA with as many numbers as ours."""
-    config = UniLoraConfig(r=shape.rank, theta_d_length=shape.d, target_modules=shape.modules, task_type="CAUSAL_LM")
+    config = UniLoraConfig(r=RANK, theta_d_length=shape.d, target_modules=shape.modules, task_type="CAUSAL_LM")
     return get_peft_model(load_causal(shape.base), config).eval()
 
 
 def theta(seed: int, d: int) -> Tensor:
     """Numbers as large as those of a trained adapter."""
     return (0.02 * uniform(seed, "bank", d)).float()
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder: of their blocks on the disk, or their lengths where these are more (holes)."""
-    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return sum(max(512 * each.st_blocks, each.st_size) for each in found)

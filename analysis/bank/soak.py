@@ -26,14 +26,15 @@ from torch import nn
 from analysis.bank.journal import Journal
 from experiments.orphans import end_with
 from uniproj import AdapterError
-from uniproj.bank import AdapterBank
-from uniproj.bank.bank import INDEX, VECTORS
+from uniproj.bank import INDEX, VECTORS, AdapterBank
 from uniproj.tuner import UniProjConfig
 
-OWN, SHARED = 50, 8
+OWN = 50
+# every process replaces these names and none deletes them
+SHARED = [f"shared/{k}" for k in range(8)]
 # what an operation is, and in how many of 100 cases
 _ODDS = {"get": 66, "names": 4, "replace": 10, "shared": 6, "add": 7, "delete": 7}
-_BASE = 2**20
+_RADIX = 2**20
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,15 @@ def prepare(folder: Path, operations: int, d: int, processes: int, seed: int) ->
 def vector(name: str, token: int, d: int) -> torch.Tensor:
     """The numbers that belong to a name and a token."""
     numbers = np.random.Generator(np.random.Philox(key=[zlib.crc32(name.encode()), token])).random(d, np.float32)
-    numbers[:2] = token // _BASE, token % _BASE
+    numbers[:2] = token // _RADIX, token % _RADIX
     return torch.from_numpy(numbers)
 
 
 def token_of(name: str, theta: torch.Tensor) -> int:
     """The token of a vector. Raises AssertionError for a torn one, and for that of another name."""
-    token = int(theta[0]) * _BASE + int(theta[1])
+    token = int(theta[0]) * _RADIX + int(theta[1])
     assert torch.equal(theta, vector(name, token, len(theta))), f"{name}: torn, or another name's (token {token})"
     return token
-
-
-def _shared_names() -> list[str]:
-    """The names that every process replaces and none deletes."""
-    return [f"shared/{k}" for k in range(SHARED)]
 
 
 def run(soak: _Soak, kills_per_second: float) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def run(soak: _Soak, kills_per_second: float) -> dict[str, Any]:
     """
     soak.journals.mkdir(parents=True)
     bank = AdapterBank(soak.bank)
-    bank.add_many((name, vector(name, 0, soak.d)) for name in _shared_names())
+    bank.add_many((name, vector(name, 0, soak.d)) for name in SHARED)
     bank.close()
     context, chance, started = multiprocessing.get_context("fork"), random.Random(soak.seed), time.perf_counter()
     alive: dict[int, Any] = {}
@@ -117,13 +113,13 @@ def _found(soak: _Soak) -> dict[str, Any]:
     for worker in workers:
         _settle(bank, soak, worker)
     pasts = [soak.journal(worker).past() for worker in workers]
-    for name in _shared_names():
+    for name in SHARED:
         written = {0}.union(*(past.shared.get(name, ()) for past in pasts))
         assert token_of(name, bank.get(name)) in written, f"{name}: a token that nobody wrote"
     held = len(bank)
-    assert held == SHARED + sum(len(past.tokens) for past in pasts), "an adapter is lost, or nobody's"
+    assert held == len(SHARED) + sum(len(past.tokens) for past in pasts), "an adapter is lost, or nobody's"
     # a crash between the growth of the file and its header is healed by the next write
-    bank.replace(_shared_names()[0], vector(_shared_names()[0], 0, soak.d))
+    bank.replace(SHARED[0], vector(SHARED[0], 0, soak.d))
     bank.close()
     with sqlite3.connect(soak.bank / INDEX) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -173,22 +169,25 @@ def _operate(soak: _Soak, worker: int) -> None:
     for _ in range(past.done, soak.operations // soak.processes):
         kind = chance.choices(list(_ODDS), list(_ODDS.values()))[0]
         own = [f"{worker}/{k}" for k in range(OWN)]
-        fitting = _shared_names() if kind == "shared" else [n for n in own if (n in tokens) == (kind != "add")]
-        if kind == "get" or not fitting:
+        possible = SHARED if kind == "shared" else [n for n in own if (n in tokens) == (kind != "add")]
+        if kind == "get" or not possible:
             anyone = f"{chance.randrange(soak.processes)}/{chance.randrange(OWN)}"
-            _get(bank, journal, chance.choice([anyone, chance.choice(_shared_names())]))
+            _get(bank, journal, chance.choice([anyone, chance.choice(SHARED)]))
         elif kind == "names":
             with journal.reading():
                 names = bank.names()
-            assert set(_shared_names()) <= set(names), "a shared name is lost"
+            assert set(SHARED) <= set(names), "a shared name is lost"
         else:
-            name, begun = chance.choice(fitting), begun + 1
+            name, begun = chance.choice(possible), begun + 1
             token = begun * soak.processes + worker
             journal.begin(kind, name, token)
-            _write(bank, kind, name, vector(name, token, soak.d))
-            tokens.pop(name, None)
-            if kind in ("add", "replace"):
-                tokens[name] = token
+            if kind == "delete":
+                bank.delete(name)
+                del tokens[name]
+            else:
+                (bank.add if kind == "add" else bank.replace)(name, vector(name, token, soak.d))
+                if kind != "shared":
+                    tokens[name] = token
         journal.finish()
     bank.close()
 
@@ -201,15 +200,6 @@ def _get(bank: AdapterBank, journal: Journal, name: str) -> None:
         assert "must hold the name" in str(error) and not name.startswith("shared"), error
     else:
         token_of(name, theta)
-
-
-def _write(bank: AdapterBank, kind: str, name: str, theta: torch.Tensor) -> None:
-    if kind == "add":
-        bank.add(name, theta)
-    elif kind == "delete":
-        bank.delete(name)
-    else:
-        bank.replace(name, theta)
 
 
 def _settle(bank: AdapterBank, soak: _Soak, worker: int) -> None:

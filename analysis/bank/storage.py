@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.bank.models import folder_bytes, theta
+from analysis.bank.models import theta
+from analysis.overhead.memory import resident_bytes
 from uniproj.bank import AdapterBank
 
 OPENINGS, READ = 20, 200
@@ -30,7 +30,7 @@ def measure(bank: AdapterBank, peers: Mapping[str, Path]) -> list[dict[str, Any]
     """
     count = len(bank)
     numbers = 4 * bank.header.d * count
-    added = folder_bytes(bank.folder)
+    added = _folder_bytes(bank.folder)
     for k in range(count // 50):
         bank.replace(f"user-{k}", theta(k, bank.header.d))
     bank.close()
@@ -39,15 +39,18 @@ def measure(bank: AdapterBank, peers: Mapping[str, Path]) -> list[dict[str, Any]
         "adapters": count,
         "bytes": added,
         "ratio_to_numbers": added / numbers,
-        "ratio_after_replacing_2_percent": folder_bytes(bank.folder) / numbers,
+        "ratio_after_replacing_2_percent": _folder_bytes(bank.folder) / numbers,
         **_open(bank.folder, count),
     }
     return [ours, *(_of_folder(name, folder, count, numbers) for name, folder in peers.items())]
 
 
 def _open(folder: Path, count: int) -> dict[str, float]:
-    """Seconds to open and read one adapter, and bytes of its own that the process takes to open and read."""
-    seconds, before = [], _own_bytes()
+    """Seconds to open and read one adapter, and bytes that the process takes for it.
+
+    Memory of the process's own: mapped files, which the system may drop, are not counted.
+    """
+    seconds, before = [], resident_bytes("RssAnon")
     for k in range(OPENINGS):
         started = time.perf_counter()
         bank = AdapterBank(folder)
@@ -59,16 +62,16 @@ def _open(folder: Path, count: int) -> dict[str, float]:
     return {
         "open_and_get_seconds": float(np.median(seconds)),
         "open_and_get_most_seconds": max(seconds),
-        "own_bytes": _own_bytes() - before,
+        "own_bytes": resident_bytes("RssAnon") - before,
     }
 
 
-def _own_bytes() -> int:
-    """Resident memory of this process without mapped files, which the system may drop."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
-
-
 def _of_folder(name: str, folder: Path, count: int, numbers: int) -> dict[str, Any]:
-    size = folder_bytes(folder) * count
+    size = _folder_bytes(folder) * count
     return {"method": name, "adapters": count, "bytes": size, "ratio_to_numbers": size / numbers}
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder: of their blocks on the disk, or their lengths where these are more (holes)."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(max(512 * each.st_blocks, each.st_size) for each in found)

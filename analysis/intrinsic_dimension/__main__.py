@@ -13,13 +13,6 @@ from paper_figures import style
 from paper_figures.figures.intrinsic_dimension import draw
 
 
-def parse() -> argparse.ArgumentParser:
-    """The command line."""
-    options = command.parser("intrinsic_dimension", (__doc__ or "").split(": ")[1])
-    options.add_argument("runs", type=Path, help="a folder of runs, or an exported sweep such as results/sweeps/NAME")
-    return options
-
-
 def measure(args: argparse.Namespace) -> command.Tables:
     """The tables of a folder of runs; `--projections` leaves out others, never LoRA itself."""
     records = read(args.runs)
@@ -29,7 +22,9 @@ def measure(args: argparse.Namespace) -> command.Tables:
     return summary(records)
 
 
-main = partial(command.run, "intrinsic_dimension", parse(), measure, style.picture(draw))
+options = command.parser("intrinsic_dimension", __doc__)
+options.add_argument("runs", type=Path, help="a folder of runs, or an exported sweep such as results/sweeps/NAME")
+main = partial(command.run, "intrinsic_dimension", options, measure, style.picture(draw))
 
 if __name__ == "__main__":
     sys.exit(main())

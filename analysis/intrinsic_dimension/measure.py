@@ -13,18 +13,17 @@ import pandas as pd
 
 from analysis.command import Tables
 from experiments.errors import ExperimentError
-from experiments.records.committed import RECORDS
+from experiments.records import RECORDS, load
 from experiments.records.gather import read_sweep
-from experiments.records.reading import load
 from experiments.records.statistics import OF_A_METHOD, SETTINGS, mean, means
-from experiments.runs.settings import SEEDS
+from experiments.runs import SEEDS
 
 _FRACTION = 0.9
 RESAMPLES, LEVEL = 2000, 0.95
 GROUP = ["task", "model"]
 NEEDED = {"score_on", "score", "metric", "trained", "D", "did_not_train", *GROUP, *SEEDS}
-# What all runs of one task and model must share, or their scores are of different things, and what those of one method
-# and size: the rest counts as seeds.
+# Settings that all runs of one task and model must share for their scores to be comparable, and those that all runs of
+# one method and size must: runs that agree in both are seeds of one another.
 SHARED = ["metric", *(key for key in SETTINGS if key not in ("sweep", *GROUP, *OF_A_METHOD))]
 _OF_A_SIZE = ["D", *OF_A_METHOD]
 
@@ -124,11 +123,11 @@ def d90(records: pd.DataFrame, fraction: float = _FRACTION) -> pd.DataFrame:
     found = []
     for where, group in usable(records).groupby(GROUP):
         whole = reference(group)
-        base, best = mean(group["majority"], None)["score"], mean(whole["score"], None)["score"]
+        baseline, lora = mean(group["majority"], None)["score"], mean(whole["score"], None)["score"]
         for name, rows in group.groupby("projection"):
-            drawn = _drawn(rows, whole, base, fraction)
+            drawn = _drawn(rows, whole, baseline, fraction)
             low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="closest_observation")
-            threshold = base + fraction * (best - base)
+            threshold = baseline + fraction * (lora - baseline)
             scores = means(rows, "trained", "score").sort_index()
             value = crossing(scores.index.to_numpy(float), scores.to_numpy(float), threshold)
             numbers = {"d90": value, "low": low, "high": high}
@@ -138,8 +137,8 @@ def d90(records: pd.DataFrame, fraction: float = _FRACTION) -> pd.DataFrame:
                 **{key: number if np.isfinite(number) else None for key, number in numbers.items()},
                 "reached": float(np.isfinite(drawn).mean()),
                 "smallest": bool(value == scores.index[0]),
-                "lora": float(best),
-                "baseline": float(base),
+                "lora": float(lora),
+                "baseline": float(baseline),
                 "threshold": threshold,
                 "sizes": len(scores),
                 "seeds": int(rows.groupby("trained").size().min()),
@@ -147,7 +146,7 @@ def d90(records: pd.DataFrame, fraction: float = _FRACTION) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, base: float, fraction: float) -> np.ndarray:
+def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, baseline: float, fraction: float) -> np.ndarray:
     """d90 of each draw with replacement of the runs at every size, and of those of LoRA."""
     rng = np.random.default_rng(0)
 
@@ -157,7 +156,7 @@ def _drawn(rows: pd.DataFrame, whole: pd.DataFrame, base: float, fraction: float
 
     parts = [(size, redrawn(part["score"])) for size, part in rows.groupby("trained")]
     sizes, scores = np.array([size for size, _ in parts], dtype=float), np.stack([each for _, each in parts], axis=1)
-    thresholds = base + fraction * (redrawn(whole["score"]) - base)
+    thresholds = baseline + fraction * (redrawn(whole["score"]) - baseline)
     return np.array([crossing(sizes, drawn, threshold) for drawn, threshold in zip(scores, thresholds, strict=True)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analysis.command import bar
 from analysis.isometry.measure import deviation
-from analysis.spaces import entries, vectors
+from analysis.spaces import Choice, entries, vectors
 from analysis.subject import Subject
 from analysis.training import Trajectory, train
 from uniproj import Projection
@@ -30,11 +30,6 @@ def distortion(P: Projection, x: Tensor, y: Tensor) -> Tensor:
     return P.matvec(difference[kept].to(P.device)).norm(dim=1).cpu() / length[kept]
 
 
-def _random_pairs(P: Projection) -> tuple[Tensor, Tensor]:
-    """64 pairs of normal vectors."""
-    return vectors("isometry.x", _RANDOM_PAIRS, P.d), vectors("isometry.y", _RANDOM_PAIRS, P.d)
-
-
 def _all_pairs(points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Every pair of these vectors."""
     first, second = zip(*combinations(points, 2), strict=True)
@@ -42,7 +37,7 @@ def _all_pairs(points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def measured(
-    subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
+    subject: Subject, chosen: Sequence[Choice], d: int, steps: int, lr: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the subject behind each projection, and measure: (distortions, P along the training).
 
@@ -59,35 +54,35 @@ def measured(
     return pd.DataFrame(pairs), pd.DataFrame(path)
 
 
-def _of_training(P: Projection, trained: Trajectory) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    return _ratios(P, trained), _along(P, trained)
+def _of_training(P: Projection, trajectory: Trajectory) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return _ratios(P, trajectory), _along(P, trajectory)
 
 
-def _ratios(P: Projection, trained: Trajectory) -> list[dict[str, Any]]:
+def _ratios(P: Projection, trajectory: Trajectory) -> list[dict[str, Any]]:
     kinds = {
-        "random": _random_pairs(P),
-        "adapters": _all_pairs(trained.thetas),
-        "gradients": _all_pairs(trained.gradients),
+        "random": (vectors("isometry.x", _RANDOM_PAIRS, P.d), vectors("isometry.y", _RANDOM_PAIRS, P.d)),
+        "adapters": _all_pairs(trajectory.thetas),
+        "gradients": _all_pairs(trajectory.gradients),
     }
     found = []
     for kind, (x, y) in kinds.items():
         ratio = distortion(P, x, y)
         spread = {"mean": ratio.mean(), "sd": ratio.std(), "least": ratio.min(), "largest": ratio.max()}
         numbers = {key: float(value) for key, value in spread.items()}
-        found.append({"pairs": kind, "n": len(ratio), **numbers, "did_train": trained.did_train})
+        found.append({"pairs": kind, "n": len(ratio), **numbers, "did_train": trajectory.did_train})
     return found
 
 
 @torch.no_grad()
-def _along(P: Projection, trained: Trajectory) -> list[dict[str, Any]]:
+def _along(P: Projection, trajectory: Trajectory) -> list[dict[str, Any]]:
     """A fixed P is the same at every step: it is measured once, at the start and the end."""
-    steps = range(len(trained.steps)) if any(trained.learned) else (0, len(trained.steps) - 1)
+    steps = range(len(trajectory.steps)) if any(trajectory.learned) else (0, len(trajectory.steps) - 1)
     found, seen = [], None
     for i in steps:
         for name, parameter in P.named_parameters():
-            parameter.copy_(trained.learned[i][name])
-        if seen is None or any(trained.learned):
+            parameter.copy_(trajectory.learned[i][name])
+        if seen is None or any(trajectory.learned):
             seen = deviation(P)
         kept = {key: getattr(seen, key) for key in ("max_error", "rms", "gain", "sigma_min", "sigma_max")}
-        found.append({"step": trained.steps[i], "learned": any(map(bool, trained.learned)), **kept})
+        found.append({"step": trajectory.steps[i], "learned": any(map(bool, trajectory.learned)), **kept})
     return found

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from analysis.isometry.verdict import UNDECIDED, row
+from analysis.isometry.measure import UNDECIDED, verdict
 from analysis.spaces import Entry, build, layout
 from experiments import models
 from experiments.orphans import end_with
@@ -47,7 +47,7 @@ def run(
 def main(argv: list[str]) -> None:
     """Measure in this process, on every core."""
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
-    # an allocation that is refused has a message; a process that the system kills for memory may take others along
+    # a refused allocation has an error message; where memory runs out, the system may kill other processes too
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     resource.setrlimit(resource.RLIMIT_DATA, (half, half))
     started = time.perf_counter()
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     plugins.load(own)
     models.trust_remote_code(trusts)
-    measured = row(build(name, variant, layout(space, rank), d, seed))
+    measured = verdict(build(name, variant, layout(space, rank), d, seed))
     measured |= {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time(),

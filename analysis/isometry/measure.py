@@ -1,26 +1,28 @@
-"""How far P^T P is from I: all of it where d allows, else extreme singular values and random probes."""
+"""How far P^T P is from I, whole where d allows, else by random probes and extreme singular values; and the verdict."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from scipy.stats import t as student
 
-from analysis.columns import gram
-from analysis.spaces import vectors
+from analysis.columns import coherence, gram, singular_values
+from analysis.spaces import Entry, vectors
 from uniproj import Projection
 from uniproj.claims import TOLERANCE
 
+UNDECIDED = "not measured"
 # P^T P is held whole up to this d: 128 MiB in float64, 10 s for its eigenvalues on one core.
 MOST_EXACT = 4096
 # Random x that P^T P is tried on beyond it: with d terms in each estimate, few are enough.
 _PROBES = 4
 # Rebuilt P that an expectation is taken over, up to MOST_EXACT and beyond, where they scatter less.
 SEEDS, SEEDS_BEYOND = 12, 6
-# The chance to take a P that is isometric in expectation for one that is not.
+# The chance that a P which is isometric in expectation is called one that is not.
 LEVEL = 1e-3
 # Lanczos: relative accuracy of an extreme eigenvalue, vectors kept, restarts.
 ACCURACY, KEPT, RESTARTS = 1e-2, 8, 4
@@ -63,9 +65,7 @@ def exact(P: Projection) -> Deviation:
     """Every entry of P^T P - I, from blocks of columns of P (or its sparse form): O(D d^2) time, O(d^2) memory."""
     G = gram(P)
     E = G - torch.eye(P.d, dtype=torch.float64)
-    lengths = G.diagonal().clamp_min(0.0).sqrt()
-    cosines = (E - torch.diag(E.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
-    sigma = torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt()
+    sigma = singular_values(G)
     return Deviation(
         method="exact",
         rms=float(E.norm() / P.d**0.5),
@@ -76,7 +76,7 @@ def exact(P: Projection) -> Deviation:
         sigma_max=float(sigma[-1]),
         converged=True,
         max_error=float(E.abs().max()),
-        coherence=float(cosines.max()),
+        coherence=coherence(G),
     )
 
 
@@ -85,8 +85,8 @@ def probed(P: Projection, probes: int = _PROBES) -> Deviation:
     """From products with P and P^T alone, O(d + D) memory.
 
     E ||(P^T P - I) x||^2 = ||P^T P - I||_F^2 and E ||P x||^2 = trace(P^T P) for x uniform on the sphere of radius
-    sqrt(d) (Hutchinson's estimate; on the sphere a multiple of an isometry has no error). A P that every probe shows
-    to be isometric has singular values 1: only another's are sought. Needs d >= 3.
+    sqrt(d) (Hutchinson's estimate; on the sphere a multiple of an isometry has no error). Where every
+    probe finds P isometric its singular values are 1; otherwise Lanczos finds the extreme ones. Needs d >= 3.
     """
     squares, gains = np.empty(probes), np.empty(probes)
     for i in range(probes):
@@ -113,7 +113,7 @@ def probed(P: Projection, probes: int = _PROBES) -> Deviation:
 def _extremes(P: Projection) -> tuple[float, float, bool]:
     """(sigma_min, sigma_max, whether both are within 1 %) by Lanczos on P^T P, restarted at most 4 times. Needs d >= 3.
 
-    What a run that did not converge has seen are ||P x|| / ||x||, which lie inside the spectrum.
+    Where it does not converge, the least and largest ||P x|| / ||x|| on its way, which lie inside the spectrum.
     """
     A, seen, converged = P.to_scipy(), [], True
 
@@ -129,24 +129,16 @@ def _extremes(P: Projection) -> tuple[float, float, bool]:
         found = eigsh(G, k=2, which="BE", v0=start, tol=ACCURACY, ncv=kept, maxiter=RESTARTS, return_eigenvectors=False)
     except ArpackNoConvergence as error:
         found, converged = error.eigenvalues, False
-    # with all of P^T P alike ARPACK may name only what it saw
+    # where all eigenvalues are equal ARPACK may return none: what was seen on the way decides
     values = np.clip([*found, *seen], 0.0, None)
     return float(values.min() ** 0.5), float(values.max() ** 0.5), converged
 
 
-@dataclass(frozen=True)
-class _Expectation:
-    """Whether E P^T P = I over seeds: mean of ||P v||^2 for fixed unit v, the one that is furthest from 1."""
-
-    holds: bool
-    gain: float
-    statistic: float
-    limit: float
-
-
 @torch.no_grad()
-def expectation(P: Projection) -> _Expectation:
-    """Student's test of E ||P v||^2 = 1 over rebuilt P, for v = 1 / sqrt(d) and a random direction.
+def _expectation(P: Projection) -> tuple[bool, float]:
+    """(whether E P^T P = I over seeds, the mean of ||P v||^2 that is furthest from 1).
+
+    Student's test of E ||P v||^2 = 1 over rebuilt P, for v = 1 / sqrt(d) and a random direction.
 
     A quadratic form that is 1 on the sphere is I; a random direction shows any other with probability 1, given
     enough seeds. Family-wise level 0.1 %.
@@ -159,4 +151,25 @@ def expectation(P: Projection) -> _Expectation:
     statistic = (gains.mean(0) - 1.0).abs() / error
     worst = int(statistic.argmax())
     limit = float(student.ppf(1.0 - LEVEL / (2 * len(v)), seeds - 1))
-    return _Expectation(bool(statistic[worst] <= limit), float(gains.mean(0)[worst]), float(statistic[worst]), limit)
+    return bool(statistic[worst] <= limit), float(gains.mean(0)[worst])
+
+
+def verdict(entry: Entry) -> dict[str, Any]:
+    """Isometric, isometric in expectation, or not, with the number that decides it.
+
+    A projection that cannot be built on this layout, or fails, has only a note.
+    """
+    entry, found = entry.attempt(_decided)
+    return {**entry.row(), **(found or {"verdict": UNDECIDED})}
+
+
+def _decided(P: Projection) -> dict[str, Any]:
+    found = deviation(P)
+    is_exact = found.method == "exact"
+    word, number = ("isometric" if found.is_isometric else "not"), (found.max_error if is_exact else found.rms)
+    what = "max|P^T P - I|" if is_exact else "||P^T P - I||_F / sqrt(d)"
+    if not found.is_isometric:
+        holds, gain = _expectation(P)
+        if holds:
+            word, number, what = "in expectation", gain, "mean of ||P v||^2 over seeds"
+    return {"verdict": word, "number": number, "what": what, **asdict(found)}

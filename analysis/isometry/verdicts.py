@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
 from analysis.command import bar
 from analysis.isometry import isolated
-from analysis.isometry.verdict import row
-from analysis.spaces import build, layout
+from analysis.isometry.measure import verdict
+from analysis.spaces import Choice, build, layout
 
 # Entries of a dense P beyond which each projection has a process of its own, with a limit on its time.
 _MOST_TOGETHER = 2**31
 
 
 def verdicts(
-    chosen: Sequence[tuple[str, Mapping[str, Any]]],
+    chosen: Sequence[Choice],
     space: str,
     rank: int,
     d: int,
@@ -33,7 +32,7 @@ def verdicts(
     rows = []
     for name, variant in bar(chosen, "isometry"):
         if together:
-            rows.append(row(build(name, variant, layout(space, rank), d, seed)))
+            rows.append(verdict(build(name, variant, layout(space, rank), d, seed)))
         else:
             rows.append(isolated.run(name, variant, space, rank, d, seed, plugins))
     return pd.DataFrame(rows)

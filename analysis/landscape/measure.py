@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from analysis.command import bar
-from analysis.spaces import entries, vectors
+from analysis.spaces import Choice, entries, vectors
 from analysis.subject import Batch, Head, Subject
-from analysis.training import Trajectory, train
+from analysis.training import train
 from uniproj import Projection
 from uniproj.claims import acts_as_isometry
 
@@ -53,7 +53,7 @@ def along(
 
 
 def landscape(
-    subject: Subject, chosen: Sequence[tuple[str, Mapping[str, Any]]], d: int, steps: int, lr: float
+    subject: Subject, chosen: Sequence[Choice], d: int, steps: int, lr: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train the subject behind each projection, then measure where it arrived, on 4 batches it did not see (losses: 2).
 
@@ -74,22 +74,17 @@ def _of_training(
     subject: Subject, P: Projection, steps: int, lr: float, unseen: Sequence[Batch]
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     before = gradient_norms(subject, P, P.init_theta(subject.setting.seed), subject.head, unseen)
-    trained = train(subject, P, steps, lr)
-    points = along(subject, P, trained.theta_d, trained.head, unseen[:LOSS_BATCHES])
-    return _norms(subject, P, before, trained, unseen), points
-
-
-def _norms(
-    subject: Subject, P: Projection, before: Tensor, trained: Trajectory, batches: Sequence[Batch]
-) -> dict[str, Any]:
-    ratio = gradient_norms(subject, P, trained.theta_d, trained.head, batches)
-    return {
+    trajectory = train(subject, P, steps, lr)
+    theta_d, head = trajectory.theta_d, trajectory.head
+    after = gradient_norms(subject, P, theta_d, head, unseen)
+    facts = {
         "isometric": acts_as_isometry(P),
         "random": (P.d / P.D) ** 0.5,
         "start": float(before.mean()),
-        "mean": float(ratio.mean()),
-        "least": float(ratio.min()),
-        "largest": float(ratio.max()),
-        "n": len(ratio),
-        "did_train": trained.did_train,
+        "mean": float(after.mean()),
+        "least": float(after.min()),
+        "largest": float(after.max()),
+        "n": len(after),
+        "did_train": trajectory.did_train,
     }
+    return facts, along(subject, P, theta_d, head, unseen[:LOSS_BATCHES])

@@ -18,7 +18,7 @@ from analysis.overhead import growth, kernel, model, report, runner, summary
 from analysis.overhead.problem import SEED
 from analysis.overhead.workloads import DEFAULT, WORKLOADS
 from experiments.errors import ExperimentError
-from experiments.runs.provenance import device_name, versions
+from experiments.provenance import device_name, versions
 from paper_figures.figures.overhead import draw
 from uniproj import console
 
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
+def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The configuration of every measurement of all parts; another machine, version or count of threads is another."""
     models = model.jobs(args.models or DEFAULT[args.device], args.methods or model.names(), args.device)
     surroundings = {
@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         _check_machine(args.device)
-        jobs = plan(args)
-        asked = [job for job in jobs if job["part"] in args.parts]
+        everything = jobs(args)
+        asked = [job for job in everything if job["part"] in args.parts]
         runner.run_all(asked, args.out)
-        report.write(args.out, runner.load(args.out, jobs), args.json, draw)
+        report.write(args.out, runner.load(args.out, everything), args.json, draw)
         failed = summary.failures(runner.load(args.out, asked))
     except ExperimentError as error:
         print(error, file=sys.stderr)

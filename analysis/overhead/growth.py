@@ -24,7 +24,7 @@ _FIXED_D_DENSE = 1e4
 
 ALONG_D = ("unilora", "unilora_local", "fastfood", "vera", "tied_lora", "vblora", "lora_xs", "gaussian")
 ALONG_d = ("unilora", "unilora_local", "fastfood", "gaussian")
-DENSE = "gaussian"
+_DENSE = "gaussian"
 
 _REPEATS = 5
 # Seconds that one size may take, with building; the next size is left out where it is expected to take longer.
@@ -36,21 +36,13 @@ LEAST_SIZES = 3
 
 def jobs() -> list[dict[str, Any]]:
     """The configuration of every measurement of this part."""
-    along_D = [
-        {"part": "growth", "method": name, "axis": "D", "sizes": list(SIZES_D), "per_column": PER_COLUMN}
-        for name in ALONG_D
+    along_D = {"part": "growth", "axis": "D", "sizes": list(SIZES_D), "per_column": PER_COLUMN}
+    along_d = {"part": "growth", "axis": "d", "sizes": list(SIZES_d), "D": _FIXED_D}
+    along_d_dense = {**along_d, "sizes": list(SIZES_d_DENSE), "D": _FIXED_D_DENSE}
+    return [
+        *({**along_D, "method": name} for name in ALONG_D),
+        *({**(along_d_dense if name == _DENSE else along_d), "method": name} for name in ALONG_d),
     ]
-    along_d = [
-        {
-            "part": "growth",
-            "method": name,
-            "axis": "d",
-            "sizes": list(SIZES_d_DENSE if name == DENSE else SIZES_d),
-            "D": _FIXED_D_DENSE if name == DENSE else _FIXED_D,
-        }
-        for name in ALONG_d
-    ]
-    return along_D + along_d
 
 
 def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -68,9 +60,9 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             break
         layout = growing(size if config["axis"] == "D" else config["D"])
         problem = Problem(layout, layout.D // config["per_column"] if config["axis"] == "D" else size, device)
-        problem.draw()
+        problem.draw("x", "y")
         if uniproj.get(config["method"]).needs_base_weights:
-            problem.draw_base_weights()
+            problem.draw("base_weights")
         # what the size before freed and the C library kept would hide this one's peak
         give_back_at_once(False)
         before = peak.reset()
@@ -88,7 +80,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "axis": config["axis"],
                 "size": size,
                 "D": layout.D,
-                "trained": sum(tensor.numel() for tensor in entrant.method.trained),
+                "trained": sum(tensor.numel() for tensor in entrant.method.parameters),
                 "forward_seconds": float(np.median(times[:, 0])),
                 "adjoint_seconds": float(np.median(times[:, 1])),
                 "both_seconds": float(np.median(times.sum(1))),

@@ -71,7 +71,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if config["family"] == "fastfood" and device.type == "cuda":
         family = (*family, methods.PACKAGE)
     if config["family"] == "unilora":
-        problem.draw_partition()
+        problem.draw("index", "scale")
     entrants, rows = [], {}
     for entry in (*FLOORS, *family):
         try:
@@ -106,7 +106,7 @@ def reason(error: Exception) -> str:
 
 
 def _built(entrant: Entrant, problem: Problem) -> dict[str, Any]:
-    trained = sum(tensor.numel() for tensor in entrant.method.trained)
+    trained = sum(tensor.numel() for tensor in entrant.method.parameters)
     return {
         "trained": trained or problem.d,
         "bytes_per_coordinate": entrant.resident / problem.D,

@@ -24,11 +24,17 @@ def tensor_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     storages = {}
     for held in gc.get_objects():
-        if issubclass(type(held), Tensor) and held.device.type == "cpu":
+        if _has_memory(held) and held.device.type == "cpu":
             for part in _dense_parts(held):
                 storage = part.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _has_memory(held: object) -> bool:
+    """Whether it is a tensor with a storage of its own: what a compiler traced with, and left behind, has none."""
+    kind = type(held)
+    return issubclass(kind, Tensor) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -55,18 +61,19 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
         Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
+        return resident_bytes("VmRSS")
 
     def read(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
+        return resident_bytes("VmHWM")
 
 
 def give_back_at_once(enabled: bool) -> None:
-    """Make the C library return what is freed to the system at once, or keep up to 32 MiB blocks, as it comes to do.
+    """Whether the C library returns freed memory to the system at once, or keeps freed blocks of up to 32 MiB.
 
-    The first makes the resident set equal to what is in use, and allocations slow: not for timing.
+    At once, the resident set equals what is in use, and allocations are too slow for timing. Keeping them is what the
+    library does by itself after some use.
     """
     C = ctypes.CDLL(None)
     threshold = 2**12 if enabled else 2**25
@@ -75,7 +82,8 @@ def give_back_at_once(enabled: bool) -> None:
     C.malloc_trim(0)
 
 
-def _status(key: str) -> int:
+def resident_bytes(key: str) -> int:
+    """Memory of this process by its key in /proc: VmRSS now, VmHWM at its peak, RssAnon without mapped files."""
     return _kilobytes("/proc/self/status", key)
 
 

@@ -40,8 +40,8 @@ def build(problem: Problem, name: str) -> Projection:
 
 def _as_method(P: Projection, problem: Problem) -> Method:
     """theta_D = P theta_d + c and autograd back into theta_d and P's Parameters: what a training step calls."""
-    trained = [P.init_theta().to(problem.device).requires_grad_(), *P.parameters()]
-    return Method(lambda: P(trained[0]), lambda theta_D: backward([theta_D], trained, [problem.y]), trained)
+    parameters = [P.init_theta().to(problem.device).requires_grad_(), *P.parameters()]
+    return Method(lambda: P(parameters[0]), lambda theta_D: backward([theta_D], parameters, [problem.y]), parameters)
 
 
 def candidate(name: str, peak: float) -> Candidate:
@@ -72,8 +72,8 @@ def _peft_unilora(problem: Problem) -> Method:
     model = get_peft_model(
         _Stack(problem), UniLoraConfig(r=r, theta_d_length=problem.d, target_modules=r"linears\.\d+")
     ).to(problem.device)
-    trained = [model.base_model.unilora_theta_d[ADAPTER]]
-    return _of_layers([m for m in model.modules() if isinstance(m, UniLoraLayer)], trained, problem.y)
+    parameters = [model.base_model.unilora_theta_d[ADAPTER]]
+    return _of_layers([m for m in model.modules() if isinstance(m, UniLoraLayer)], parameters, problem.y)
 
 
 def _peft_vblora(problem: Problem) -> Method:
@@ -86,14 +86,14 @@ def _peft_vblora(problem: Problem) -> Method:
     return _of_layers(layers, [model.base_model.vblora_vector_bank[ADAPTER], *logits], problem.y)
 
 
-def _of_layers(layers: list[Any], trained: list[Tensor], y: Tensor) -> Method:
+def _of_layers(layers: list[Any], parameters: list[Tensor], y: Tensor) -> Method:
     def forward() -> list[Tensor]:
         return [factor for layer in layers for factor in layer._get_lora_matrices(ADAPTER)]
 
     shapes = [factor.shape for factor in forward()]
     pieces = y.split([shape.numel() for shape in shapes])
     gradients = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    return Method(forward, lambda outputs: backward(outputs, trained, gradients), trained)
+    return Method(forward, lambda outputs: backward(outputs, parameters, gradients), parameters)
 
 
 PEFT_UNILORA = Candidate("PEFT UNILORA", _peft_unilora, 48)
@@ -103,17 +103,13 @@ PEFT_VBLORA = Candidate("PEFT VBLORA", _peft_vblora, 48)
 def copy(problem: Problem) -> Method:
     """Copy D floats into memory that is there: what moving theta_D once must cost."""
     source, target = problem.y, torch.empty_like(problem.y)
-    return Method(lambda: target.copy_(source), _nothing)
+    return Method(lambda: target.copy_(source), lambda _: None)
 
 
 def clone(problem: Problem) -> Method:
     """The same into fresh memory, which every operator that returns a new theta_D must ask for."""
     source = problem.y
-    return Method(lambda: source.clone(), _nothing)
-
-
-def _nothing(_: Any) -> None:
-    return None
+    return Method(lambda: source.clone(), lambda _: None)
 
 
 def _index_autograd(problem: Problem) -> Method:
@@ -141,18 +137,13 @@ def sparse_csr(problem: Problem) -> Method:
     values = problem.scale.cpu().numpy()[columns]
     rows = np.arange(problem.D + 1, dtype=np.int32)
     P = sparse.csr_matrix((values, columns, rows), shape=(problem.D, problem.d))
-    T = P.tocsc()
-    forth = _to_torch(P.indptr, P.indices, P.data, (problem.D, problem.d), problem.device)
-    # the columns of P are the rows of P^T, so its CSC arrays are the CSR arrays of P^T
-    back = _to_torch(T.indptr, T.indices, T.data, (problem.d, problem.D), problem.device)
+    forth, back = (_to_torch(matrix, problem.device) for matrix in (P, P.T.tocsr()))
     return Method(lambda: forth @ x, lambda _: back @ y)
 
 
-def _to_torch(
-    pointers: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int], device: torch.device
-) -> Tensor:
-    parts = [torch.from_numpy(array).to(device) for array in (pointers, indices, values)]
-    return torch.sparse_csr_tensor(parts[0], parts[1], parts[2], shape, check_invariants=False)
+def _to_torch(matrix: sparse.csr_matrix, device: torch.device) -> Tensor:
+    pointers, indices, values = (torch.from_numpy(a).to(device) for a in (matrix.indptr, matrix.indices, matrix.data))
+    return torch.sparse_csr_tensor(pointers, indices, values, matrix.shape, check_invariants=False)
 
 
 def embedding_bag(problem: Problem) -> Method:

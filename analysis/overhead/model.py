@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import uniproj
 from analysis.overhead.memory import Peak, give_back_at_once, tensor_bytes
 from analysis.overhead.shapes import sub_vectors
-from analysis.overhead.workloads import WORKLOADS, Workload, load
+from analysis.overhead.workloads import WORKLOADS, Workload, greedy, load
 from experiments.timing import compare_steps, interleave, now, ratio, training_step
 from uniproj import LoRALayout
 from uniproj.tuner import UniProjConfig
@@ -28,7 +28,7 @@ RANK = 4
 REFERENCE = "PEFT LORA"
 PEFT = (REFERENCE, "PEFT UNILORA", "PEFT VERA", "PEFT VBLORA")
 # Methods that hold a dense P get the largest d at which it has at most this many entries.
-DENSE = ("gaussian", "gaussian_orthonormal", "nola")
+_DENSE = ("gaussian", "gaussian_orthonormal", "nola")
 _MOST_ENTRIES = 2**26
 HEAD = "modules_to_save"
 # Turns of training steps and of generations, and of steps with checkpointing.
@@ -47,7 +47,7 @@ def size(name: str, layout: LoRALayout, work: Workload) -> int | None:
     cls = uniproj.get(name)
     if not cls.free_d:
         return None
-    wanted = _MOST_ENTRIES // layout.D if name in DENSE else work.d
+    wanted = _MOST_ENTRIES // layout.D if name in _DENSE else work.d
     return min(max(wanted, cls.min_d(layout)), layout.D)
 
 
@@ -70,7 +70,7 @@ def attach(model: nn.Module, work: Workload, name: str) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def trained(model: nn.Module) -> list[Tensor]:
+def parameters(model: nn.Module) -> list[Tensor]:
     """The trained numbers of the adapter, without the classification head."""
     return [p for name, p in model.named_parameters() if p.requires_grad and HEAD not in name]
 
@@ -161,7 +161,7 @@ def _sizes(model: PeftModel, prompt: Mapping[str, Tensor], device: torch.device,
     model.eval()
     with torch.no_grad(), _autocast(device):
         model(**prompt)
-    own = trained(model)
+    own = parameters(model)
     head = sum(p.nbytes for name, p in model.named_parameters() if HEAD in name)
     trained_bytes = sum(p.nbytes for p in own)
     return {
@@ -195,10 +195,7 @@ def _inference(
     model: PeftModel, reference: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int, pairs: int
 ) -> dict[str, float]:
     """Time per generated token (or of one forward pass of an encoder) relative to LoRA's, and in s."""
-    actions = []
-    for each in (model, reference):
-        each.eval()
-        actions.append(_answer(each, prompt, new_tokens))
+    actions = [_answer(each.eval(), prompt, new_tokens) for each in (model, reference)]
     seconds: np.ndarray = np.array(interleave(actions, pairs, WARM_UP))
     found = ratio("inference_ratio", seconds[:, 0], seconds[:, 1])
     return {**found, "inference_seconds": float(np.median(seconds[:, 0]))}
@@ -206,12 +203,11 @@ def _inference(
 
 def _answer(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
     device = prompt["input_ids"].device
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def timed() -> float:
         started = now(device)
         with torch.no_grad(), _autocast(device):
-            model.generate(**prompt, **length) if new_tokens else model(**prompt)
+            model.generate(**prompt, **greedy(new_tokens)) if new_tokens else model(**prompt)
         return (now(device) - started) / (new_tokens or 1)
 
     return timed

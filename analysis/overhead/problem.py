@@ -27,12 +27,12 @@ SLOW = 10.0
 class Method:
     """P as two functions. `adjoint` is given what `forward` returned, which holds the graph where autograd is used.
 
-    trained: the trained numbers that the method holds itself; they are not counted as its state.
+    parameters: the trained numbers that the method holds itself; they are not counted as its state.
     """
 
     forward: Callable[[], Any]
     adjoint: Callable[[Any], Any]
-    trained: Sequence[Tensor] = ()
+    parameters: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,10 @@ class Problem:
     def D(self) -> int:
         return self.layout.D
 
-    def draw(self) -> None:
-        """Draw x and y now, so that they count for no method."""
-        _ = self.x, self.y
-
-    def draw_partition(self) -> None:
-        """Draw index and scale now, so that they count for no method."""
-        _ = self.index, self.scale
-
-    def draw_base_weights(self) -> None:
-        """Draw the base weights now, so that they count for no method."""
-        _ = self.base_weights
+    def draw(self, *names: str) -> None:
+        """Draw these of the vectors below now, so that they count for no method."""
+        for name in names:
+            getattr(self, name)
 
     @cached_property
     def base_weights(self) -> dict[str, Tensor]:
@@ -134,13 +127,13 @@ def enter(candidate: Candidate, problem: Problem) -> Entrant:
     needed, limit = candidate.peak * problem.D, usable(problem.device)
     if needed > limit:
         raise TooLarge(f"needs about {needed / 1e9:.1f} GB, {limit / 1e9:.1f} GB are usable")
-    problem.draw()
+    problem.draw("x", "y")
     before = tensor_bytes(problem.device)
     started = now(problem.device)
     method = candidate.build(problem)
     build_seconds = now(problem.device) - started
     first = _time_both(method, problem.device, 1, 1)
-    trained = sum(tensor.nbytes for tensor in method.trained)
+    trained = sum(tensor.nbytes for tensor in method.parameters)
     # after a first call, which may have kept something
     resident = tensor_bytes(problem.device) - before - trained
     entrant = Entrant(candidate.name, method, problem.device, build_seconds, resident, first)

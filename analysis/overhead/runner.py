@@ -25,7 +25,7 @@ import torch
 from experiments.errors import ExperimentError
 from experiments.files import digest, disk_errors, read_json, write_json
 from experiments.orphans import end_with
-from experiments.runs.provenance import provenance
+from experiments.provenance import provenance
 from uniproj import console
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,11 +60,6 @@ def save(out: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     _write(out, config, {"status": DONE, "rows": list(rows)})
 
 
-def _save_failure(out: Path, config: Mapping[str, Any], reason: str) -> None:
-    """What a measurement that did not finish said last."""
-    _write(out, config, {"status": FAILED, "reason": reason, "rows": []})
-
-
 def _write(out: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     where_from = provenance(config["device"])
     where_from["hardware"]["threads"] = config["threads"]
@@ -92,7 +87,7 @@ def run_all(configs: Sequence[Mapping[str, Any]], out: Path) -> None:
             progress.bar.set_postfix_str(describe(config))
             reason = _run(config, out, scratch)
             if reason is not None:
-                _save_failure(out, config, reason)
+                _write(out, config, {"status": FAILED, "reason": reason, "rows": []})
             progress.ended(describe(config), console.DONE if reason is None else f"failed: {reason}")
 
 

@@ -39,7 +39,7 @@ def failures(records: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def origin(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Hardware and versions, which all records of one plan share, and the commits and the days they are from."""
+    """Hardware and versions, which all records of one command share, and the commits and the days they are from."""
     found = [record["provenance"] for record in records]
     return {
         "hardware": found[0]["hardware"],

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ class Workload:
             if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in self.targets:
                 found[name] = (module.out_features, module.in_features)
         return found
+
+
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """What `generate` must be told to decode exactly so many tokens."""
+    return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
 
 def _random(shape: Llama, vocabulary: int, tied: bool) -> Callable[[], PreTrainedModel]:

@@ -1,4 +1,4 @@
-"""`python -m analysis.reconstruction`: how much of a trained LoRA can a theta_d of each projection say?"""
+"""`python -m analysis.reconstruction`: how much of a trained LoRA can each projection represent?"""
 
 from __future__ import annotations
 
@@ -7,36 +7,32 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from analysis import command, subject
+from analysis import command
 from analysis.reconstruction.measure import reconstruct
 from analysis.spaces import defaults
+from analysis.subject import Subject, add_options, add_training, from_options
 from analysis.training import train_lora
 from paper_figures import style
 from paper_figures.figures.reconstruction import draw
 
 
-def parse() -> argparse.ArgumentParser:
-    """The command line."""
-    options = command.parser("reconstruction", (__doc__ or "").split(": ")[1])
-    options.add_argument("--adapter", type=Path, help="a folder with a LoRA adapter (default: train one)")
-    subject.add_training(options, 100, ", without --adapter", "theta_D")
-    options.add_argument("--d", type=int, nargs="+", default=[64, 512, 4096], help="lengths of theta_d where free")
-    subject.add_options(options)
-    return options
-
-
 def measure(args: argparse.Namespace) -> command.Tables:
     """Train or load a LoRA, and reconstruct it."""
     names = command.chosen(args)
-    trained = subject.Subject(subject.from_options(args), args.adapter)
+    subject = Subject(from_options(args), args.adapter)
     if args.adapter is None:
-        theta_D, head = train_lora(trained, args.steps, args.lr)
+        theta_D, head = train_lora(subject, args.steps, args.lr)
     else:
-        theta_D, head = trained.theta_D, trained.head
-    return {"energy": reconstruct(trained, theta_D, head, defaults(names), args.d)}
+        theta_D, head = subject.theta_D, subject.head
+    return {"energy": reconstruct(subject, theta_D, head, defaults(names), args.d)}
 
 
-main = partial(command.run, "reconstruction", parse(), measure, style.picture(draw))
+options = command.parser("reconstruction", __doc__)
+options.add_argument("--adapter", type=Path, help="a folder with a LoRA adapter (default: train one)")
+add_training(options, 100, ", without --adapter", "theta_D")
+options.add_argument("--d", type=int, nargs="+", default=[64, 512, 4096], help="lengths of theta_d where free")
+add_options(options)
+main = partial(command.run, "reconstruction", options, measure, style.picture(draw))
 
 if __name__ == "__main__":
     sys.exit(main())

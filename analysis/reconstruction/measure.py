@@ -1,4 +1,4 @@
-"""How much of a trained LoRA each projection can say, against the d / D that a random subspace gives."""
+"""How much of a trained LoRA each projection can represent, against d / D, the share of a random subspace."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from analysis.command import bar
-from analysis.spaces import build
+from analysis.spaces import Choice, build
 from analysis.subject import Head, Subject
 from uniproj import Projection
-from uniproj.exchange.compress import GAUGE_LIMIT, GAUGE_NOTE
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, gauge_note, least_squares
 
 # Rows whose own gradients make the Fisher information.
 FISHER_ROWS = 64
@@ -29,7 +28,7 @@ def fisher(subject: Subject, theta_D: Tensor, head: Head) -> Tensor:
 
 
 def reconstruct(
-    subject: Subject, theta_D: Tensor, head: Head, chosen: Sequence[tuple[str, Mapping[str, Any]]], sizes: Sequence[int]
+    subject: Subject, theta_D: Tensor, head: Head, chosen: Sequence[Choice], sizes: Sequence[int]
 ) -> pd.DataFrame:
     """A row per projection and d: captured energies of theta_D (D,) and the task score of what was reconstructed.
 
@@ -70,10 +69,10 @@ def _measured(
     scales: Mapping[str, float],
 ) -> dict[str, Any]:
     # a learned P is moved by its fit: each fit has its own
-    plain, weighted = fit(P.rebuild(), target), fit(P.rebuild(), target, weights)
-    as_trained = captured(theta_D.double(), fit(P.rebuild(), theta_D).theta_D)
+    plain, weighted = least_squares(P.rebuild(), target), least_squares(P.rebuild(), target, weights)
+    as_trained = captured(theta_D.double(), least_squares(P.rebuild(), theta_D).theta_D)
     factor = captured(target, plain.theta_D)
-    depends = abs(factor - as_trained) > GAUGE_LIMIT
+    note = gauge_note(factor, as_trained)
     return {
         "method": plain.method,
         "random": P.d / P.D,
@@ -83,5 +82,5 @@ def _measured(
         "fisher": captured(target, weighted.theta_D, weights),
         "score": subject.score(plain.theta_D, head),
         "score_fisher": subject.score(weighted.theta_D, head),
-        **({"note": GAUGE_NOTE} if depends else {}),
+        **({"note": note} if note else {}),
     }

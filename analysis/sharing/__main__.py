@@ -13,13 +13,6 @@ from paper_figures import style
 from paper_figures.figures.sharing import draw
 
 
-def parse() -> argparse.ArgumentParser:
-    """The command line."""
-    options = command.parser("sharing", (__doc__ or "").split(": ")[1])
-    command.add_space(options, d=1024)
-    return options
-
-
 def measure(args: argparse.Namespace) -> command.Tables:
     """The tables of one space."""
     space = layout(args.layout, args.rank)
@@ -27,7 +20,9 @@ def measure(args: argparse.Namespace) -> command.Tables:
     return {"columns": columns, "map": heat}
 
 
-main = partial(command.run, "sharing", parse(), measure, style.picture(draw))
+options = command.parser("sharing", __doc__)
+command.add_space(options)
+main = partial(command.run, "sharing", options, measure, style.picture(draw))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.columns import Loads, loads
 from analysis.command import bar
-from analysis.spaces import entries
+from analysis.spaces import Choice, entries
 from uniproj import LoRALayout
 
 # Columns of the heat map: coordinates of theta_d in groups of equal size.
@@ -83,19 +83,12 @@ def heat_map(found: Loads, space: LoRALayout) -> pd.DataFrame:
     return long.assign(coordinate=long["coordinate"].astype(int))
 
 
-def sharing(
-    chosen: Sequence[tuple[str, Mapping[str, Any]]], space: LoRALayout, d: int, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def sharing(chosen: Sequence[Choice], space: LoRALayout, d: int, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per projection and choice of hyperparameters as in `describe`, the heat maps as in `heat_map`)."""
     rows, maps = [], []
     for entry in bar(entries(chosen, space, d, seed), "sharing", len(chosen)):
-        entry, found = entry.attempt(lambda P: _described(loads(P), space))
-        facts, heat = found or ({}, None)
-        rows.append({**entry.row(), **facts})
-        if heat is not None:
-            maps.append(heat.assign(projection=entry.name, variant=entry.label))
+        entry, found = entry.attempt(loads)
+        rows.append({**entry.row(), **(describe(found, space) if found else {})})
+        if found:
+            maps.append(heat_map(found, space).assign(projection=entry.name, variant=entry.label))
     return pd.DataFrame(rows), pd.concat(maps, ignore_index=True) if maps else pd.DataFrame()
-
-
-def _described(found: Loads, space: LoRALayout) -> tuple[dict[str, Any], pd.DataFrame]:
-    return describe(found, space), heat_map(found, space)

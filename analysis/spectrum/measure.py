@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.columns import csr, gram, loads
+from analysis.columns import coherence, csr, gram, loads, singular_values
 from analysis.command import bar
 from analysis.isometry.measure import MOST_EXACT
-from analysis.spaces import entries, vectors
+from analysis.spaces import Choice, entries, vectors
 from experiments.errors import ExperimentError
 from uniproj import LoRALayout, Projection
 
@@ -42,9 +41,7 @@ def _singular_values(P: Projection) -> tuple[Tensor, float]:
     if P.d > MOST_EXACT:
         raise ExperimentError(f"spectrum: d must be at most {MOST_EXACT} where columns overlap, got {P.d}. Lower --d.")
     G = gram(P)
-    lengths = G.diagonal().clamp_min(0.0).sqrt()
-    cosines = (G - torch.diag(G.diagonal())).abs() / torch.outer(lengths, lengths).clamp_min(1e-300)
-    return torch.linalg.eigvalsh(G).clamp_min(0.0).sqrt().flip(0), float(cosines.max())
+    return singular_values(G).flip(0), coherence(G)
 
 
 def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
@@ -54,7 +51,7 @@ def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
     column_coherence: largest |cosine| of two columns; row_coherence: D max_i ||row i||^2 / ||P||_F^2, 1 where all rows
     are equally long and D where one row has everything.
     """
-    values, coherence = _singular_values(P)
+    values, largest_cosine = _singular_values(P)
     row_energy = loads(P).row_energy
     largest, least = float(values[0]), float(values[-1])
     return values, {
@@ -63,20 +60,20 @@ def of_projection(P: Projection) -> tuple[Tensor, dict[str, float]]:
         "kappa": largest / least if least > 1e-7 * largest else float("inf"),
         "rank": int((values > 1e-7 * largest).sum()),
         "stable_rank": stable_rank(values),
-        "column_coherence": coherence,
+        "column_coherence": largest_cosine,
         "row_coherence": float(P.D * row_energy.max() / row_energy.sum()),
     }
 
 
 @torch.no_grad()
-def factors(P: Projection, theta_d: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def factor_pairs(P: Projection, theta_d: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(B, A) of every module at theta_d (d,)."""
     parts = dict(zip(((b.module, b.factor) for b in P.layout.blocks), P.layout.split(P(theta_d)), strict=True))
     for module in P.layout.modules:
         yield parts[module, "B"], parts[module, "A"]
 
 
-def of_factors(P: Projection) -> dict[str, float]:
+def of_updates(P: Projection) -> dict[str, float]:
     """Means over the modules and 4 random theta_d ~ N(0, I / D), around the method's start where c is not 0.
 
     For A, B and delta W: stable rank; sigma_k / sigma_1, the least of its r singular values over the largest; and the
@@ -85,7 +82,7 @@ def of_factors(P: Projection) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     start = P.init_theta(0).double() if P.offset is not None else torch.zeros(P.d, dtype=torch.float64)
     for noise in vectors("spectrum.theta", _DRAWS, P.d) / P.D**0.5:
-        for B, A in factors(P, (start + noise).to(P.device)):
+        for B, A in factor_pairs(P, (start + noise).to(P.device)):
             r = A.shape[0]
             # delta W's singular values from r x r: those of R_B R_A^T with B = Q_B R_B, A^T = Q_A R_A
             small = torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T
@@ -97,13 +94,11 @@ def of_factors(P: Projection) -> dict[str, float]:
     return {key: float(np.mean(found)) for key, found in sums.items()}
 
 
-def spectrum(
-    chosen: Sequence[tuple[str, Mapping[str, Any]]], space: LoRALayout, d: int, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def spectrum(chosen: Sequence[Choice], space: LoRALayout, d: int, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row per projection and choice of hyperparameters, its singular values at up to 33 places of their order)."""
     rows, curves = [], []
     for entry in bar(entries(chosen, space, d, seed), "spectrum", len(chosen)):
-        entry, found = entry.attempt(lambda P: (*of_projection(P), {} if space.is_flat else of_factors(P)))
+        entry, found = entry.attempt(lambda P: (*of_projection(P), {} if space.is_flat else of_updates(P)))
         if found is None:
             rows.append(entry.row())
             continue

@@ -1,9 +1,9 @@
 """Finished runs on the tests of others: lm-evaluation-harness and MT-Bench."""
 
+from experiments.evaluate.finished import load_finished
 from experiments.evaluate.harness import record, scores
-from experiments.evaluate.mt_bench import answers
-from experiments.evaluate.trained import load_trained
+from experiments.evaluate.mt_bench import ANSWERS, answers
 
 __all__ = [
-    "answers", "load_trained", "record", "scores",
+    "ANSWERS", "answers", "load_finished", "record", "scores",
 ]  # fmt: skip

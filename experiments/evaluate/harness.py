@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.evaluate.trained import load_trained
+from experiments.evaluate.finished import load_finished
 from experiments.files import read_json, write_json
-from experiments.runs.provenance import provenance
-from experiments.runs.run import Run
-from experiments.tasks.sources import HUB, Source
+from experiments.provenance import provenance
+from experiments.runs import Run
+from experiments.tasks import HUB, Splits
 
 FILE = "harness.json"
 
@@ -60,19 +60,19 @@ def evaluate(run: Run, name: str, limit: int | None = None) -> dict[str, Any]:
 
 def _task(run: Run, name: str) -> str | dict[str, Any]:
     """The harness's task, on rows of the run's data folder where it has them."""
-    source = run.task.harness.get(name)
-    if source is None or run.config.data == HUB:
+    published = run.task.harness.get(name)
+    if published is None or run.config.data == HUB:
         return name
     # of a dict, the harness overrides its own task by what a group says of a member
-    return {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: _rows(source, run.config.data)}]}
+    return {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: _rows(published, run.config.data)}]}
 
 
-def _rows(source: Source, data: str) -> Any:
+def _rows(published: Splits, data: str) -> Any:
     from datasets import Dataset, DatasetDict
 
     # the harness asks for the splits under the names that they have on the hub
-    names = {split: split if "test" in source.rows else "test" for split in source.rows}
-    splits = {split: source.read(stored, data) for split, stored in names.items()}
+    names = {split: split if "test" in published.rows else "test" for split in published.rows}
+    splits = {split: published.read(stored, data) for split, stored in names.items()}
     return DatasetDict({split: Dataset.from_pandas(rows) for split, rows in splits.items()})
 
 
@@ -85,7 +85,7 @@ def record(folder: Path, tasks: list[str] | None, limit: int | None) -> dict[str
     found = read_json(path) if path.exists() else {}
     run: Run | None = None
     if not tasks:
-        run = load_trained(folder, "harness")
+        run = load_finished(folder, "harness")
         tasks = list(run.task.harness)
     if run is not None and not tasks:
         raise ExperimentError(
@@ -94,7 +94,7 @@ def record(folder: Path, tasks: list[str] | None, limit: int | None) -> dict[str
         )
     for name in tasks:
         if name not in found or found[name]["limit"] != limit:
-            run = run or load_trained(folder, "harness")
+            run = run or load_finished(folder, "harness")
             found[name] = evaluate(run, name, limit)
             write_json(path, found)
     return found

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.models.causal import CausalModel
-from experiments.runs.run import Run
+from experiments.models import CausalModel
+from experiments.runs import Run
 
-FILE = "mt_bench.jsonl"
+ANSWERS = "mt_bench.jsonl"
 
 
 def answers(run: Run, questions: pd.DataFrame) -> list[dict[str, Any]]:

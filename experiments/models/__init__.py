@@ -12,8 +12,8 @@ from experiments.models.pretrained import (
     load_image_classifier,
     load_image_processor,
     load_tokenizer,
+    location,
     model_config,
-    source,
     target_modules,
     unloaded,
 )
@@ -21,6 +21,6 @@ from experiments.models.trust import trust_remote_code, trusts_remote_code
 
 __all__ = [
     "PACKAGED", "QUANTIZED", "BaseModel", "CausalModel", "Family", "adapted_shapes", "family_of", "load_causal",
-    "load_classifier", "load_image_classifier", "load_image_processor", "load_tokenizer", "model_config", "source",
+    "load_classifier", "load_image_classifier", "load_image_processor", "load_tokenizer", "location", "model_config",
     "target_modules", "trust", "trust_remote_code", "trusts_remote_code", "unloaded",
 ]  # fmt: skip

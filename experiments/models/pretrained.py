@@ -1,4 +1,4 @@
-"""BaseModel models by name: the packaged ones, local folders, GGUF files, and the hub."""
+"""Base models by name: the packaged ones, local folders, GGUF files, and the hub."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
-def source(name: str) -> tuple[str, dict[str, Any]]:
+def location(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` reads for a name: a folder or hub id, and its further arguments.
 
     Raises ExperimentError for a package that is not installed or a GGUF file that does not exist.
@@ -63,7 +63,7 @@ def source(name: str) -> tuple[str, dict[str, Any]]:
 
 def _read(what: Any, name: str, **options: Any) -> Any:
     """`what.from_pretrained`, with a sentence in place of the library's many kinds of error."""
-    where, extra = source(name)
+    where, extra = location(name)
     if "gguf_file" in extra:
         gguf_header.check(Path(where, extra["gguf_file"]))
     try:
@@ -134,7 +134,10 @@ class BaseModel:
         """The model as this transformers class. Raises ExperimentError for an unknown model or quantisation."""
         if self.quantization is None:
             model = _read(what, self.name, revision=self.revision, dtype=getattr(torch, self.dtype), **options)
-            return _unmarked(model, self.name)
+            if "gguf_file" in location(self.name)[1]:
+                # GGUF weights arrive as float32, but the model stays marked as quantised, which Trainer refuses
+                model.hf_quantizer.remove_quantization_config(model)
+            return model
         if self.quantization not in QUANTIZED:
             raise ExperimentError(
                 f"models: quantization must be none or one of {', '.join(QUANTIZED)}, got {self.quantization!r}."
@@ -160,10 +163,3 @@ def load_image_classifier(base: BaseModel, num_labels: int, seed: int) -> PreTra
 def load_causal(base: BaseModel) -> PreTrainedModel:
     """The model with its language-model head."""
     return base.load(AutoModelForCausalLM)
-
-
-def _unmarked(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    if "gguf_file" in source(name)[1]:
-        # GGUF weights arrive as float32, but the model stays marked as quantised, which Trainer refuses
-        model.hf_quantizer.remove_quantization_config(model)
-    return model

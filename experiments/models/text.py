@@ -17,7 +17,7 @@ from transformers import (
 
 from experiments.models.classifier import Classifier, count_labels
 from experiments.models.pretrained import load_classifier, load_tokenizer
-from experiments.tasks.rows import text_columns
+from experiments.tasks import text_columns
 
 
 class TextClassifier(Classifier):

@@ -1,4 +1,4 @@
-"""Whose code a command runs beside this repository's: what its own words name, and nothing that a record does."""
+"""Which code of others a command runs: what its own command line names, never what a record names."""
 
 from __future__ import annotations
 

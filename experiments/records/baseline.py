@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.records.statistics import PREDICTIONS, RESAMPLES, mean, over_rows, predictions, redrawn
-from experiments.tasks.task import constant
+from experiments.tasks import constant
 
 _MARK = " *"
 RULE = (
@@ -34,9 +34,9 @@ def marks(beaten: Iterable[bool | float]) -> list[str]:
 
 
 def _beats(runs: pd.DataFrame) -> bool:
-    trained = runs[runs["did_not_train"].isna()]
-    gaps = mean(trained["score"].astype(float) - trained["majority"].astype(float), None)
-    return bool(gaps["score"] > 0) and not any(low <= 0 for low in (gaps["score_low"], _low_over_rows(trained)))
+    counted = runs[runs["did_not_train"].isna()]
+    gaps = mean(counted["score"].astype(float) - counted["majority"].astype(float), None)
+    return bool(gaps["score"] > 0) and not any(low <= 0 for low in (gaps["score_low"], _low_over_rows(counted)))
 
 
 def _low_over_rows(runs: pd.DataFrame) -> float:

@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.files import short_names, write_json, write_text
 from experiments.records import statistics
-from experiments.records.reading import CHOICE, metrics, result
+from experiments.records.reading import CHOICE, losses, result
 
 RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
     "records.csv",
@@ -24,7 +24,7 @@ RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
 )
 OUT = Path("results/sweeps")
 # of a logged loss: its noise is far above the rest
-DIGITS = 5
+_DIGITS = 5
 
 
 def export(name: str, runs: Path, out: Path) -> Path:
@@ -40,7 +40,7 @@ def export(name: str, runs: Path, out: Path) -> Path:
             "Run `python -m experiments.sweep` to its end first."
         )
     records = pd.read_csv(tables / RECORDS)
-    results = {folder: _result(runs, folder) for folder in records.loc[records["failed"].isna(), "folder"]}
+    results = {folder: result(runs / short(folder)) for folder in records.loc[records["failed"].isna(), "folder"]}
     # the tables are made anew: those beside the records may be another version's
     at_hand = records.assign(folder=[str(runs / short(folder)) for folder in records["folder"]])
     texts = {
@@ -85,15 +85,11 @@ def _compact(records: pd.DataFrame) -> pd.DataFrame:
 def curves(runs: Path, folders: Iterable[str]) -> pd.DataFrame:
     """Every logged training loss: run (see `short`), step, loss (NaN where it was not finite)."""
     lines = [
-        {"folder": short(folder), "step": line["step"], "loss": _rounded(line["loss"])}
+        {"folder": short(folder), "step": line["step"], "loss": line["loss"] and float(f"{line['loss']:.{_DIGITS}g}")}
         for folder in dict.fromkeys(folders)
-        for line in metrics(runs / short(folder))
+        for line in losses(runs / short(folder))
     ]
     return pd.DataFrame(lines, columns=["folder", "step", "loss"])
-
-
-def _rounded(loss: float | None) -> float | None:
-    return None if loss is None else float(f"{loss:.{DIGITS}g}")
 
 
 def origin_of(runs: int, failed: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -116,7 +112,3 @@ def origin_of(runs: int, failed: int, results: Mapping[str, Mapping[str, Any]]) 
 
 def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
-
-
-def _result(runs: Path, folder: str) -> dict[str, Any]:
-    return result(runs / short(folder))

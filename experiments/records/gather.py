@@ -16,11 +16,10 @@ from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json
 from experiments.records.committed import CURVES, PROVENANCE, RECORDS, origin_of, short
-from experiments.records.reading import CHOICE, metrics, row
-from experiments.records.statistics import SINGLE
-from experiments.runs.folder import CONFIG, LOCK, NAMED, RESULT, is_locked
-from experiments.runs.settings import LOGGING_STEPS, SEEDS, RunConfig
-from experiments.tasks.task import is_score
+from experiments.records.reading import CHOICE, losses, row
+from experiments.records.statistics import SINGLE, usable
+from experiments.runs import CONFIG, LOCK, LOGGING_STEPS, NAMED, RESULT, SEEDS, RunConfig, is_locked
+from experiments.tasks import is_score
 from uniproj.errors import shown
 
 T = TypeVar("T")
@@ -51,15 +50,15 @@ class Records:
 def read(folder: Path) -> Records:
     """All records below a folder: those of `python -m experiments.sweep` or `compare`, or of `experiments.export`.
 
-    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials. What is
-    damaged is told beside the rest. Raises ExperimentError for a folder without records, or with damaged ones alone,
+    Runs that scored the validation split to choose a rate are no records: they count in the origin as trials. Damaged
+    files are listed beside the rest. Raises ExperimentError for a folder without records, or with damaged ones alone,
     and for runs of one task that differ in metric.
     """
     if not folder.is_dir():
         raise ExperimentError(f"records: {folder} must be a folder, got none. Train something first: `make compare`.")
     exported = sorted(path.parent for path in folder.rglob(RECORDS) if (path.parent / CURVES).exists())
     damaged: list[tuple[str, str]] = []
-    parts = [told(path.name, damaged, _sweep, path) for path in exported] if exported else _single(folder, damaged)
+    parts = [_attempt(path.name, damaged, _sweep, path) for path in exported] if exported else _single(folder, damaged)
     found = [part for part in parts if part is not None]
     if not found and damaged:
         raise ExperimentError(damaged[0][1])
@@ -68,18 +67,19 @@ def read(folder: Path) -> Records:
             f"records: {folder} must hold runs scored on a test split, or exported sweeps, got neither. "
             "Train something first: `make compare`."
         )
+    models = folder / OVERHEAD
     together = Records(
         _marked(pd.concat([part.runs for part in found], ignore_index=True)),
         pd.concat([part.curves for part in found], ignore_index=True),
         {name: origin for part in found for name, origin in part.origins.items()},
-        told(str(OVERHEAD), damaged, table, path, ("base", "method")) if (path := folder / OVERHEAD).exists() else None,
+        _attempt(str(OVERHEAD), damaged, read_table, models, ("base", "method")) if models.exists() else None,
         damaged,
     )
     check(together.runs, str(folder))
     return together
 
 
-def told(place: str, damaged: list[tuple[str, str]], read: Callable[..., T], *arguments: Any) -> T | None:
+def _attempt(place: str, damaged: list[tuple[str, str]], read: Callable[..., T], *arguments: Any) -> T | None:
     """What is read, or None where it cannot be: then `damaged` says why."""
     try:
         return read(*arguments)
@@ -105,7 +105,7 @@ def _sweep(folder: Path) -> Records:
             raise ExperimentError(
                 f"records: {folder / name} must exist, got none. Write it again with `python -m experiments.export`."
             )
-    runs, curves = table(folder / RECORDS, NEEDED), table(folder / CURVES, ("folder", "step", "loss"))
+    runs, curves = read_table(folder / RECORDS, NEEDED), read_table(folder / CURVES, ("folder", "step", "loss"))
     origin = read_json(folder / PROVENANCE)
     if missing := sorted(set(ORIGIN) - set(origin)):
         raise ExperimentError(
@@ -128,7 +128,7 @@ def _sweep(folder: Path) -> Records:
     return Records(runs.assign(sweep=folder.name), curves, {folder.name: origin})
 
 
-def table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+def read_table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
     """A CSV file. Raises ExperimentError for one that is none, or lacks one of these columns."""
     if not path.is_file():  # a pipe would be waited for
         raise ExperimentError(f"records: {path} must be a regular file, got a folder, pipe or device. Move it away.")
@@ -161,15 +161,15 @@ def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
     rows, curves = [], []
     for place in sorted(place for place in found if place.name != "adapter"):
         known: list[tuple[str, str]] = []
-        values = told(short(str(place)), known, _run, place)
-        if known and (config := told("", [], _config, place)) and config.get("score_on") != "validation":
+        values = _attempt(short(str(place)), known, _run, place)
+        if known and (config := _attempt("", [], _config, place)) and config.get("score_on") != "validation":
             values = {**config, "folder": short(str(place)), "failed": DAMAGED + known[0][1]}
         elif known:
             damaged += known
         if values is None or values.get("score_on") == "validation":
             continue
         rows.append(values)
-        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in metrics(place)]
+        curves += [{"folder": values["folder"], "step": line["step"], "loss": line["loss"]} for line in losses(place)]
     if not rows:
         return []
     runs = pd.DataFrame(rows).merge(_members(folder, damaged), on="folder", how="left").fillna({"sweep": SINGLE})
@@ -178,7 +178,7 @@ def _single(folder: Path, damaged: list[tuple[str, str]]) -> list[Records]:
     origins = {name: _origin([r for r in rows if r["folder"] in set(own)]) for name, own in folders}
     for name, origin in origins.items():
         if (choice := folder / "sweeps" / name / CHOICE).exists():
-            origin |= told(f"sweeps/{name}/{CHOICE}", damaged, trials, choice) or {}
+            origin |= _attempt(f"sweeps/{name}/{CHOICE}", damaged, trials, choice) or {}
     return [Records(runs, pd.DataFrame(curves, columns=["folder", "step", "loss"]), origins)]
 
 
@@ -186,7 +186,7 @@ def _members(folder: Path, damaged: list[tuple[str, str]]) -> pd.DataFrame:
     """folder, sweep and the columns of the cell: a row per run and cell that the tables of a finished sweep name."""
     found = [pd.DataFrame(columns=["folder", "sweep"])]
     for path in sorted(folder.glob(f"sweeps/*/{RECORDS}")):
-        listed = told(str(path.relative_to(folder)), damaged, table, path, ("folder",))
+        listed = _attempt(str(path.relative_to(folder)), damaged, read_table, path, ("folder",))
         if listed is None:
             continue
         listed = listed.filter(regex=r"^(folder|cell(\..*)?)$")
@@ -231,21 +231,20 @@ def _origin(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _marked(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, of which those with a score that cannot be are marked as damaged."""
-    usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
-    wrong = DAMAGED + _wrong(usable).dropna()
+    wrong = DAMAGED + _wrong(usable(runs)).dropna()
     return runs.assign(failed=runs["failed"].astype(object).where(~runs.index.isin(wrong.index), wrong))
 
 
-def _wrong(usable: pd.DataFrame) -> pd.Series:
+def _wrong(runs: pd.DataFrame) -> pd.Series:
     """For each run, why its score cannot be, or None."""
-    scores = pd.to_numeric(usable["score"], errors="coerce").astype(float)
+    scores = pd.to_numeric(runs["score"], errors="coerce").astype(float)
     said = [
         None
         if is_score(metric, score)
         else f"the score of every run must be a finite number that {metric} can have, got {shown(given)}"
-        for metric, score, given in zip(usable["metric"], scores, usable["score"], strict=True)
+        for metric, score, given in zip(runs["metric"], scores, runs["score"], strict=True)
     ]
-    return pd.Series(said, usable.index, dtype=object)
+    return pd.Series(said, runs.index, dtype=object)
 
 
 def check(runs: pd.DataFrame, where: str) -> None:
@@ -253,14 +252,14 @@ def check(runs: pd.DataFrame, where: str) -> None:
 
     A run that is marked as failed or as one that did not train may lack a score: it is never ranked.
     """
-    usable = runs[runs["failed"].isna() & runs["did_not_train"].isna()]
-    wrong = _wrong(usable)
-    if bad := list(usable.loc[wrong.notna(), "folder"]):
+    ranked = usable(runs)
+    wrong = _wrong(ranked)
+    if bad := list(ranked.loc[wrong.notna(), "folder"]):
         raise ExperimentError(
             f"records: {wrong.dropna().iloc[0]} in {bad[0]}{_more(bad)} of {where}. "
             "Look into its log; delete the folder and train it again."
         )
-    for task, group in usable.groupby("task", sort=True):
+    for task, group in ranked.groupby("task", sort=True):
         if len(names := sorted(group["metric"].unique())) > 1:
             raise ExperimentError(
                 f"records: all runs of {task} in {where} must have one metric, got {', '.join(names)}: these are "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pandas as pd
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json
 from experiments.records.record import check
-from experiments.runs.folder import CONFIG, METRICS, NAMED, RESULT, check_config
+from experiments.runs import CONFIG, LOSSES, NAMED, RESULT, check_config
 
 # of a sweep's folder: what tuning chose
 CHOICE = "choice.json"
@@ -51,9 +50,9 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def losses(folder: Path) -> list[dict[str, Any]]:
     """The logged lines up to the first one that is none: cut off by an interruption, or damaged by a power cut."""
-    path = folder / METRICS
+    path = folder / LOSSES
     lines = path.read_text(errors="replace").split("\n")[:-1] if path.is_file() else []
     found = []
     for line in lines:
@@ -64,7 +63,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _logged(line: str) -> dict[str, Any] | None:
-    """A line of `callbacks.MetricsLog`, or None."""
+    """A line of `callbacks.LossLog`, or None."""
     try:
         found = json.loads(line)
         is_whole = isinstance(found["step"], int) and isinstance(found["of"], int)
@@ -81,12 +80,7 @@ def load(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     if not folder.is_dir():
         raise ExperimentError(f"results: {folder} must be a folder, got none. Run `make compare` first.")
-    return load_runs(path.parent for path in sorted(folder.rglob(RESULT)))
-
-
-def load_runs(folders: Iterable[Path]) -> pd.DataFrame:
-    """The rows of these finished runs, as in `load`."""
-    return pd.DataFrame([row(folder) for folder in folders])
+    return pd.DataFrame([row(path.parent) for path in sorted(folder.rglob(RESULT))])
 
 
 def row(folder: Path) -> dict[str, Any]:

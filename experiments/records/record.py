@@ -8,12 +8,12 @@ from typing import Any
 
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
-from experiments.runs.settings import RunConfig
-from experiments.tasks.task import RANGES, is_score
+from experiments.runs import RunConfig
+from experiments.tasks import RANGES, is_score
 
 
 @dataclass(frozen=True)
-class Cost:
+class _Cost:
     """What a run took."""
 
     seconds: float
@@ -71,7 +71,7 @@ class _Record:
     step_ratio_low: float | None = None
     step_ratio_high: float | None = None
     adapter_sha256: str | None = None
-    cost: Cost | None = None
+    cost: _Cost | None = None
     provenance: _Origin | None = None
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.runs.settings import REFERENCE, SEEDS, RunConfig
-from experiments.tasks.task import METRICS, RANGES, score
+from experiments.runs import REFERENCE, SEEDS, RunConfig
+from experiments.tasks import METRICS, RANGES, score
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -95,30 +95,31 @@ def _text(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     return runs.assign(**nested)
 
 
-def _trained(runs: pd.DataFrame) -> pd.DataFrame:
+def usable(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that finished and trained: only these are in a mean, difference or curve."""
     return runs[runs["failed"].isna() & runs["did_not_train"].isna()]
 
 
 def _cell(group: pd.DataFrame, by: Sequence[str]) -> dict[str, Any]:
     done = group[group["failed"].isna()]
-    trained, stuck = _trained(group), done[done["did_not_train"].notna()]
-    first = (trained if len(trained) else done if len(done) else group).iloc[0]
+    counted, stuck = usable(group), done[done["did_not_train"].notna()]
+    first = (counted if len(counted) else done if len(done) else group).iloc[0]
     status = INCOMPLETE if len(done) < len(group) else STUCK if len(stuck) else COMPLETE
-    best = mean(trained["best"].dropna().map(_best_score), first["metric"])
+    best = mean(counted["best"].dropna().map(_best_score), first["metric"])
     return {
         **{key: first[key] for key in dict.fromkeys([*by, *(key for key in group if str(key).startswith("cell"))])},
         **{key: first.get(key) for key in _OF_A_CELL},
-        **{key: float(trained[key].astype(float).mean()) if key in trained else float("nan") for key in _MEANS},
-        **_step_ratio(trained),
+        **{key: float(counted[key].astype(float).mean()) if key in counted else float("nan") for key in _MEANS},
+        **_step_ratio(counted),
         "status": status,
         "runs": len(group),
         "seeds": len(done),
         "did_not_train": len(stuck),
         "stuck": "; ".join(f"train_seed {run.train_seed}: {run.did_not_train}" for run in stuck.itertuples()) or None,
-        **mean(trained["score"], first["metric"]),
+        **mean(counted["score"], first["metric"]),
         "best_score": best["score"],
         "best_score_sd": best["score_sd"],
-        "folders": list(trained.get("folder", ())),
+        "folders": list(counted.get("folder", ())),
     }
 
 
@@ -184,8 +185,7 @@ def of_group(runs: pd.DataFrame, group: str) -> pd.DataFrame:
 
 def over_tasks(runs: pd.DataFrame) -> pd.Series:
     """Like a row of `cells`: the score over all tasks of these runs, a mean for each seed that every task has."""
-    trained = _trained(runs)
-    scores = trained.astype({"score": float}).pivot(index=list(SEEDS), columns="task", values="score")
+    scores = usable(runs).astype({"score": float}).pivot(index=list(SEEDS), columns="task", values="score")
     return pd.Series({"status": COMPLETE, **mean(scores.dropna().mean(axis=1), None)})
 
 
@@ -244,7 +244,7 @@ def _pairs(runs: pd.DataFrame, reference: str) -> Iterator[tuple[dict[str, Any],
             others = group[group["projection"] == reference]
             for row, own in group[group["projection"] != reference].groupby("row", sort=False):
                 other = _standing_for(others, own)
-                both = _trained(own).merge(_trained(other), on=list(SEEDS), suffixes=("", "_other"))
+                both = usable(own).merge(usable(other), on=list(SEEDS), suffixes=("", "_other"))
                 if len(both):
                     first, against = both.iloc[0], other.iloc[0]
                     yield (

@@ -1,6 +1,6 @@
 """One run: what it is asked, its folder, its training, and what it writes down at its end."""
 
-from experiments.runs import provenance
+from experiments.runs.config import LOGGING_STEPS, REFERENCE, SEEDS, RunConfig
 from experiments.runs.data import check_rows, describe, draw
 from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
 from experiments.runs.folder import (
@@ -8,7 +8,7 @@ from experiments.runs.folder import (
     CONFIG,
     FAILED,
     LOCK,
-    METRICS,
+    LOSSES,
     NAMED,
     RESULT,
     RUNS,
@@ -18,15 +18,14 @@ from experiments.runs.folder import (
     prepare,
     run_folder,
 )
-from experiments.runs.outcome import ADAPTER, peak_bytes
 from experiments.runs.resolve import DEVICES, check_device, errors_of_projection, resolve, shapes_of
+from experiments.runs.result import ADAPTER, peak_bytes
 from experiments.runs.run import Run
-from experiments.runs.settings import LOGGING_STEPS, REFERENCE, SEEDS, RunConfig
 from experiments.runs.training import train
 
 __all__ = [
-    "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "METRICS", "NAMED", "REFERENCE",
+    "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "LOSSES", "NAMED", "REFERENCE",
     "RESULT", "RUNS", "SEEDS", "TORCHRUN", "Run", "RunConfig", "asked_of_accelerate", "check_config",
     "check_device", "check_rows", "describe", "draw", "errors_of_projection", "is_locked", "lock", "peak_bytes",
-    "prepare", "provenance", "resolve", "run_folder", "shapes_of", "train",
+    "prepare", "resolve", "run_folder", "shapes_of", "train",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.files import disk_errors, write_text
-from experiments.runs.folder import METRICS
+from experiments.runs.folder import LOSSES
 
 _KEPT_CHECKPOINTS = 2
 _CHECKPOINT = re.compile(r"checkpoint-([1-9][0-9]{0,17})")
@@ -41,7 +41,7 @@ class RemoveCheckpoints(TrainerCallback):
             shutil.rmtree(found[step], ignore_errors=True)
 
 
-class MetricsLog(TrainerCallback):
+class LossLog(TrainerCallback):
     """One flushed line of metrics.jsonl per logging step: step, of, loss, grad_norm, learning_rate, epoch.
 
     A number that is not finite is null. A run that resumes begins with the lines that its checkpoint remembers: later
@@ -56,7 +56,7 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             kept = [_line(state.max_steps, entry) for entry in state.log_history if "loss" in entry]
-            write_text(self.folder / METRICS, "".join(kept))
+            write_text(self.folder / LOSSES, "".join(kept))
 
     def on_log(
         self,
@@ -68,7 +68,7 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        with disk_errors(self.folder / METRICS), (self.folder / METRICS).open("a") as file:
+        with disk_errors(self.folder / LOSSES), (self.folder / LOSSES).open("a") as file:
             file.write(_line(state.max_steps, {"step": state.global_step, **logs}))
 
 

@@ -7,10 +7,8 @@ import random
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.runs.settings import RunConfig
-from experiments.tasks import SPLITS, Task
-from experiments.tasks.images import check_pictures
-from experiments.tasks.task import OF_CLASSES, OF_NUMBERS, listed
+from experiments.runs.config import RunConfig
+from experiments.tasks import OF_CLASSES, OF_NUMBERS, SPLITS, Task, check_pictures, listed
 
 # what a row must answer, and what belongs to it
 _ANSWERS = ("label", "completion", "answer")
@@ -60,10 +58,10 @@ def check_rows(task: Task, config: RunConfig) -> None:
 
 
 def _check_metric(task: Task, train: pd.DataFrame) -> None:
-    kind, fitting = "generated text", {"accuracy"}
+    kind, known = "generated text", {"accuracy"}
     if task.family != "causal":
         labels = train["label"]
-        kind, fitting = ("float labels", {*OF_NUMBERS}) if labels.dtype.kind == "f" else ("classes", {*OF_CLASSES})
+        kind, known = ("float labels", {*OF_NUMBERS}) if labels.dtype.kind == "f" else ("classes", {*OF_CLASSES})
         if labels.nunique() < 2:
             alone = task.classes[labels.iloc[0]] if task.classes else labels.iloc[0]
             raise ExperimentError(
@@ -71,9 +69,9 @@ def _check_metric(task: Task, train: pd.DataFrame) -> None:
             )
         if task.metric == "F1" and labels.nunique() > 2:
             raise ExperimentError(f"{task.name}: F1 is of two classes, got {labels.nunique()}. Choose macro F1.")
-    if task.metric not in fitting:
+    if task.metric not in known:
         raise ExperimentError(
-            f"{task.name}: the metric of {kind} must be one of {', '.join(sorted(fitting))}, got {task.metric}. Choose "
+            f"{task.name}: the metric of {kind} must be one of {', '.join(sorted(known))}, got {task.metric}. Choose "
             "one, or write the labels as integers or text (classes) or floats (regression)."
         )
 

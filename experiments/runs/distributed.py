@@ -22,7 +22,7 @@ from transformers import Trainer
 
 from experiments.errors import ExperimentError
 from experiments.processes import ALONE, Processes, is_sharded, world_size
-from experiments.runs.settings import RunConfig
+from experiments.runs.config import RunConfig
 from uniproj.tuner import shard_base
 
 _EPOCH_STATE = "epoch_rng_state.pth"

@@ -16,7 +16,7 @@ from typing import IO, Any
 from experiments.errors import ExperimentError
 from experiments.files import digest, disk_errors, read_json, slug, write_json
 
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CONFIG, LOSSES, RESULT = "config.json", "metrics.jsonl", "result.json"
 RUNS = Path("runs")
 # the folder of a run, with the hash of its configuration
 NAMED = re.compile(r".+-([0-9a-f]{12})")

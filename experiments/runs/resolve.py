@@ -17,9 +17,8 @@ from experiments import tasks
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
 from experiments.models import QUANTIZED, adapted_shapes
-from experiments.runs.settings import REFERENCE, SEEDS, RunConfig
-from experiments.tasks.sources import HUB
-from experiments.tasks.task import METRICS
+from experiments.runs.config import REFERENCE, SEEDS, RunConfig
+from experiments.tasks import HUB, METRICS
 from uniproj import plugins
 from uniproj.errors import ProjectionError
 from uniproj.registry import get
@@ -60,8 +59,8 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"r": r, "d": d, "budget": None, "hyperparameters": given}
     shapes = shapes_of(settings["task"], settings.get("data", HUB), settings["model"], settings.get("target_modules"))
     with errors_of_projection(f"{projection} must say what it trains at a budget of {budget}"):
-        fitted = get(projection).for_budget(shapes, budget, r)
-        sizes = {"r": fitted.r, "d": fitted.d, "hyperparameters": {**given, **fitted.hyperparameters}}
+        solved = get(projection).for_budget(shapes, budget, r)
+        sizes = {"r": solved.r, "d": solved.d, "hyperparameters": {**given, **solved.hyperparameters}}
     check_fields(f"config: {projection}.for_budget: ", RunConfig, sizes)
     return {**sizes, "budget": budget}
 

@@ -17,12 +17,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from experiments import tasks
 from experiments.files import read_json
 from experiments.models import BaseModel, Family, family_of, target_modules
-from experiments.runs.callbacks import MetricsLog, RemoveCheckpoints, StopOnDivergence, StopOnSignal
+from experiments.runs.callbacks import LossLog, RemoveCheckpoints, StopOnDivergence, StopOnSignal
+from experiments.runs.config import LOGGING_STEPS, RunConfig
 from experiments.runs.data import check_rows, scored_rows, training_rows
 from experiments.runs.distributed import DistributedTrainer, share
 from experiments.runs.folder import CONFIG
 from experiments.runs.resolve import check_device
-from experiments.runs.settings import LOGGING_STEPS, RunConfig
 from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig, adapter_of
 
@@ -69,7 +69,7 @@ class Run:
             processing_class=family.processor,
             compute_metrics=family.metrics,
             # what diverged is not saved on a signal either
-            callbacks=[MetricsLog(folder), RemoveCheckpoints(), stop, divergence],
+            callbacks=[LossLog(folder), RemoveCheckpoints(), stop, divergence],
         )
         # without a bar, Trainer prints what metrics.jsonl holds
         trainer.remove_callback(PrinterCallback)

@@ -1,4 +1,4 @@
-"""What takes time and decides no score: how far P is from an isometry, and the time of a training step."""
+"""The time of a training step, which decides no score."""
 
 from __future__ import annotations
 

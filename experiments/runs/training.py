@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -10,18 +9,15 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from experiments.errors import ExperimentError
+from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import write_json
-from experiments.runs import outcome
+from experiments.provenance import provenance
 from experiments.runs.callbacks import checkpoints
 from experiments.runs.folder import RESULT
-from experiments.runs.outcome import ADAPTER, finite
-from experiments.runs.provenance import provenance
+from experiments.runs.result import evaluate, peak_bytes
 from experiments.runs.run import Run
-from experiments.runs.step_time import step_times
 from uniproj.format import read
 
-INTERRUPTED = 130
 STATE = "trainer_state.json"
 # without one of these Trainer would go on from other numbers, and say nothing
 _STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -60,14 +56,14 @@ def train(folder: Path) -> int:
     started = time.perf_counter()
     current = Run.load(folder)
     before = current.probe()
-    trained = current.trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    output = current.trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if current.stop.requested:
         return INTERRUPTED
     result = evaluate(current, before)
     result["cost"] = {
         "seconds": round(time.perf_counter() - started, 2),
-        "train_seconds": round(trained.metrics["train_runtime"], 2),
-        "peak_bytes": outcome.peak_bytes(current.config.device),
+        "train_seconds": round(output.metrics["train_runtime"], 2),
+        "peak_bytes": peak_bytes(current.config.device),
         "processes": current.trainer.args.world_size,
     }
     result["provenance"] = provenance(current.config.device)
@@ -76,42 +72,3 @@ def train(folder: Path) -> int:
         for checkpoint in checkpoints(folder).values():
             shutil.rmtree(checkpoint, ignore_errors=True)  # of a link the place it leads to stays
     return 0
-
-
-def evaluate(current: Run, before: float) -> dict[str, Any]:
-    """Everything a trained run is asked; the test split is read only where the configuration says so.
-
-    One that diverged has no score and no adapter.
-    """
-    after, change, diverged = current.probe(), outcome.theta_change(current), current.divergence.reason
-    scored = outcome.unscored(current) if diverged else _scored(current)
-    saved = None if diverged else _saved(current)
-    return {
-        "config": current.config.to_json(),
-        "metric": current.task.metric,
-        "classes": list(current.task.classes) or None,
-        **scored,
-        "loss_before": finite(before),
-        "loss_after": finite(after),
-        "did_not_train": diverged or outcome.did_not_train(before, after, change),
-        "theta_change": finite(change),
-        **outcome.sizes(current, saved),
-        "adapter_sha256": saved and hashlib.sha256(saved.read_bytes()).hexdigest(),
-        "incomplete_data": outcome.data_rows(current),
-        **(outcome.isometry(current) | step_times(current) if current.config.timing and not diverged else {}),
-    }
-
-
-def _scored(current: Run) -> dict[str, Any]:
-    validation = outcome.validations(current)
-    on_test = current.config.score_on == "test"
-    return {**(outcome.tested(current) if on_test else {"score": validation["validation"]}), **validation}
-
-
-def _saved(current: Run) -> Path:
-    """The file of the adapter, which the first process writes."""
-    current.trainer.accelerator.wait_for_everyone()
-    if current.trainer.is_world_process_zero():
-        current.model.save_pretrained(current.folder / ADAPTER)
-    current.trainer.accelerator.wait_for_everyone()
-    return current.folder / ADAPTER / "adapter_model.safetensors"

@@ -88,18 +88,18 @@ def draw(table: pd.DataFrame, runs: pd.DataFrame, path: Path) -> None:
     """Test metric and relative step time of every ranked projection, best on top."""
     ranked = table[table["ranked"]].iloc[::-1].reset_index(drop=True)
     first = runs.iloc[0]
-    figure, (scores, steps) = plt.subplots(
+    figure, (scores, times) = plt.subplots(
         1, 2, figsize=(11, 1.8 + 0.42 * len(ranked)), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
     colours = [REFERENCE_COLOUR if p == "lora" else METHOD_COLOUR for p in ranked["projection"]]
     _draw_scores(scores, ranked, first, colours)
     middle = ranked["step_ratio"]
     interval = [middle - ranked["step_ratio_low"], ranked["step_ratio_high"] - middle]
-    steps.errorbar(middle, ranked.index, xerr=interval, fmt="none", ecolor=MAJORITY_COLOUR, capsize=3, zorder=1)
-    steps.scatter(middle, ranked.index, c=colours, zorder=2)
-    steps.axvline(1.0, color=MAJORITY_COLOUR, linestyle="--", linewidth=1)
-    steps.set_xlabel("step time / PEFT LoRA at the same rank\n(median, 95 % interval)")
-    steps.grid(axis="x", alpha=0.3)
+    times.errorbar(middle, ranked.index, xerr=interval, fmt="none", ecolor=MAJORITY_COLOUR, capsize=3, zorder=1)
+    times.scatter(middle, ranked.index, c=colours, zorder=2)
+    times.axvline(1.0, color=MAJORITY_COLOUR, linestyle="--", linewidth=1)
+    times.set_xlabel("step time / PEFT LoRA at the same rank\n(median, 95 % interval)")
+    times.grid(axis="x", alpha=0.3)
     with disk_errors(path):
         figure.savefig(path, dpi=150)
     plt.close(figure)

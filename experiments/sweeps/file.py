@@ -20,7 +20,7 @@ from experiments import tasks
 from experiments.errors import ExperimentError
 from experiments.models import PACKAGED
 from experiments.sweeps.sweep import Sweep
-from experiments.tasks.sources import HUB
+from experiments.tasks import HUB
 
 CONF = Path(__file__).parents[1] / "conf"
 # of a file, whose aliases and depth its readers would expand: those at hand have about 1,000 bytes

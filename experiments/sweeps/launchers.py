@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
@@ -13,37 +13,32 @@ from experiments.processes import Processes
 from experiments.sweeps import protocol, slurm
 from experiments.sweeps.slurm import SlurmOptions
 from experiments.sweeps.sweep import Sweep
-from experiments.sweeps.workers import processes, train_all
+from experiments.sweeps.workers import runs_at_once, train_all
 
 LAUNCHERS: Mapping[str, type[Any]] = {"local": Processes, "slurm": SlurmOptions}
 # options of launchers that count something
 COUNTS = ("processes", "nodes", "concurrency", "queue_cap")
-_Options = TypeVar("_Options")
 
 
 def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
     """The launcher as a function of run folders that returns the reason of each failure."""
+    options = _options(sweep, launcher)
     if launcher == "local":
-        device, over = sweep.settings.get("device", "cpu"), _options_of(sweep, "local", Processes)
-        return lambda folders: train_all(folders, device, over)
-    options = _options_of(sweep, "slurm", SlurmOptions)
-
-    def train(folders: Sequence[Path]) -> Mapping[Path, str]:
-        return slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
-
-    return train
+        return lambda folders: train_all(folders, sweep.settings.get("device", "cpu"), options)
+    return lambda folders: slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
 
 
 def at_once(sweep: Sweep, launcher: str) -> int:
     """How many runs the launcher trains at the same time."""
+    options = _options(sweep, launcher)
     if launcher == "local":
-        return processes(sweep.settings.get("device", "cpu"), _options_of(sweep, "local", Processes))
-    return _options_of(sweep, "slurm", SlurmOptions).concurrency
+        return runs_at_once(sweep.settings.get("device", "cpu"), options)
+    return options.concurrency
 
 
-def _options_of(sweep: Sweep, launcher: str, kind: Callable[..., _Options]) -> _Options:
+def _options(sweep: Sweep, launcher: str) -> Any:
     """What the sweep says of a launcher."""
-    return kind(**sweep.launcher.get(launcher, {}))
+    return LAUNCHERS[launcher](**sweep.launcher.get(launcher, {}))
 
 
 def check_launchers(sweep: Sweep) -> None:

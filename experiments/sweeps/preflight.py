@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,21 @@ from experiments import tasks
 from experiments.errors import ExperimentError
 from experiments.files import digest, read_json, write_json
 from experiments.models import family_of, unloaded
-from experiments.records.reading import is_done, result
-from experiments.runs.data import check_rows, describe, draw
-from experiments.runs.folder import prepare, run_folder
-from experiments.runs.outcome import ADAPTER, peak_bytes
-from experiments.runs.resolve import check_device, errors_of_projection, shapes_of
-from experiments.runs.run import Run
-from experiments.runs.settings import RunConfig
+from experiments.records import is_done, result
+from experiments.runs import (
+    ADAPTER,
+    Run,
+    RunConfig,
+    check_device,
+    check_rows,
+    describe,
+    draw,
+    errors_of_projection,
+    peak_bytes,
+    prepare,
+    run_folder,
+    shapes_of,
+)
 from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
 from experiments.sweeps.sweep import Sweep
 from uniproj.errors import printable
@@ -61,19 +69,14 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
 
 
 def check(sweep: Sweep, here: bool = True) -> None:
-    """`_check_runs` of every run that the sweep asks for, and of their devices if they are to be trained here."""
-    configs = [config for configs in runs_of(sweep).values() for config in configs]
+    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, modules, projection or device.
+
+    The test rows are checked for tuning runs too: a choice that they cannot confirm is in vain. here: whether the runs
+    train on this machine, which then needs their devices.
+    """
+    configs = [replace(config, score_on="test") for configs in runs_of(sweep).values() for config in configs]
     for device in sorted({config.device for config in configs}) if here else ():
         check_device(device)
-    _check_runs(configs)
-
-
-def _check_runs(configs: Iterable[RunConfig]) -> None:
-    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, its modules or its projection.
-
-    The test rows are looked at too, whatever these runs are scored on: a choice that they cannot confirm is in vain.
-    """
-    configs = [replace(config, score_on="test") for config in configs]
     for config in _one_each(configs, ROWS):
         check_rows(tasks.get(config.task, config.data, config.metric), config)
     for config in _one_each(configs, OF_P):
@@ -124,7 +127,7 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
         missing = [c for c in configs if not is_done(run_folder(runs, c.to_json()))]
         lines.append(f"{stage:8s} {len(configs):5d} runs, {len(configs) - len(missing)} done, {len(missing)} to train")
         known = [c for c in missing if kind(c) in measured]
-        total = sum(steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
+        total = sum(optimizer_steps(c) * measured[kind(c)]["seconds_per_step"] for c in known)
         seconds += total / max(1, min(at_once, len(known)))
         unknown += len(missing) - len(known)
     if measured:
@@ -145,7 +148,7 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
     return "\n".join(lines)
 
 
-def steps(config: RunConfig) -> int:
+def optimizer_steps(config: RunConfig) -> int:
     """Optimiser steps of a run; rows beyond train_size are not known before the data are read."""
     rows = config.train_size or len(tasks.get(config.task, config.data).split("train"))
     return math.ceil(math.ceil(rows / (config.batch_size * config.accumulation)) * config.epochs)
@@ -158,7 +161,7 @@ def _measured(sweep: Sweep, stages: Mapping[str, Sequence[RunConfig]], runs: Pat
         for config in configs:
             folder = run_folder(runs, config.to_json())
             if is_done(folder) and (cost := result(folder).get("cost")):
-                per_step = cost["train_seconds"] / steps(config)
+                per_step = cost["train_seconds"] / optimizer_steps(config)
                 found[kind(config)] = {"seconds_per_step": per_step, "peak_bytes": cost["peak_bytes"]}
     return found
 
@@ -213,7 +216,8 @@ def _examine(config: RunConfig) -> dict[str, Any]:
 def _check_saved(run: Run, folder: Path) -> None:
     """The saved adapter on a fresh base, and the merged model, give the outputs of the trained one."""
     rows = draw(run.task.split("validation"), _SCORED_ROWS, 0)
-    batch = run.family.collate(list(_without_length(run.family.encode(rows))))
+    encoded = [{k: v for k, v in feature.items() if k != "length"} for feature in run.family.encode(rows)]
+    batch = run.family.collate(encoded)
     expected = _logits(run.model, batch)
     base = run.family.load(run.task.split("train"))
     loaded = PeftModel.from_pretrained(base, folder / ADAPTER)
@@ -225,10 +229,6 @@ def _check_saved(run: Run, folder: Path) -> None:
             raise ExperimentError(
                 f"the {what} adapter must give the trained outputs, got a difference of {difference:.1e}"
             )
-
-
-def _without_length(data: Any) -> Iterator[dict[str, Any]]:
-    return ({k: v for k, v in feature.items() if k != "length"} for feature in data)
 
 
 @torch.inference_mode()

@@ -15,11 +15,9 @@ import pandas as pd
 from experiments.checks import check_record
 from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json, write_json
-from experiments.records import statistics
-from experiments.records.reading import CHOICE, is_done, row
-from experiments.runs.folder import prepare, run_folder
-from experiments.runs.provenance import versions
-from experiments.runs.settings import RunConfig
+from experiments.provenance import versions
+from experiments.records import CHOICE, is_done, row, statistics
+from experiments.runs import RunConfig, prepare, run_folder
 from experiments.sweeps.sweep import Cell, Sweep
 from uniproj.errors import shown
 
@@ -68,9 +66,9 @@ def folders(runs: Path, configs: Iterable[RunConfig]) -> list[Path]:
 
 
 def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, Any]]:
-    """The chosen settings of every cell, by its digest; as locked where a choice is, else trials are trained.
+    """The chosen settings of every cell, by its digest: those of choice.json, which is made here where there is none.
 
-    Raises ExperimentError if a trial fails, or the choice that is locked is that of other trials.
+    Raises ExperimentError if a trial fails, or if choice.json is not what the trials of this sweep say.
     """
     if sweep.tune is None:
         return {digest(cell): {} for cell in sweep.cells()}

@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.files import read_json, write_text
-from experiments.records import baseline, statistics
-from experiments.records.reading import CHOICE
+from experiments.records import CHOICE, baseline, statistics
 from experiments.sweeps.sweep import Sweep
 from uniproj.budget import TOLERANCE
 

@@ -18,7 +18,7 @@ from experiments.errors import ExperimentError
 from experiments.files import read_json, write_json
 from experiments.models import trust
 from experiments.processes import Processes
-from experiments.records.reading import damage, is_done
+from experiments.records import damage, is_done
 from experiments.sweeps.workers import last_words, start
 from uniproj.console import DONE, Progress
 

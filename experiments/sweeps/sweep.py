@@ -11,8 +11,7 @@ from typing import Any
 
 from experiments.checks import check_distinct, check_fields, check_type
 from experiments.errors import ExperimentError
-from experiments.runs.resolve import resolve
-from experiments.runs.settings import SEEDS, RunConfig
+from experiments.runs import SEEDS, RunConfig, resolve
 
 Cell = dict[str, Any]
 # what the sweep itself gives to each run

@@ -18,8 +18,8 @@ from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
 from experiments.processes import ALONE, SHARDED, Processes
-from experiments.records.reading import damage, is_done, metrics
-from experiments.runs.folder import BUSY, FAILED, is_locked
+from experiments.records import damage, is_done, losses
+from experiments.runs import BUSY, FAILED, is_locked
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parents[2]
@@ -30,20 +30,20 @@ POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0
 
 
-def processes(device: str, over: Processes = ALONE) -> int:
+def runs_at_once(device: str, over: Processes = ALONE) -> int:
     """How many runs train at once: as many as the cores hold on the CPU, one on accelerators."""
     return max(1, min(_MOST_PROCESSES, os.cpu_count() or 1) // over.processes) if device == "cpu" else 1
 
 
 def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> dict[Path, str]:
-    """Train every run that is not done, each `over` so many processes; returns the reason of each failure.
+    """Train every run that is not done, each spread `over` these processes; returns the reason of each failure.
 
     KeyboardInterrupt passes through after every child has written its checkpoint and ended.
     """
     failures = {folder: said for folder in folders if (said := damage(folder))}
     waiting = [folder for folder in folders if folder not in failures and not is_done(folder)]
     with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
-        slots = list(range(1, 1 + processes(device, over)))
+        slots = list(range(1, 1 + runs_at_once(device, over)))
         while waiting or pool.children:
             while slots and (folder := _startable(waiting, progress)):
                 pool.start(folder, slots.pop(0))
@@ -75,7 +75,7 @@ def _startable(waiting: list[Path], progress: Progress) -> Path | None:
 def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> subprocess.Popen:
     """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one.
 
-    code: `trust.words` of the launcher, for what a folder names is not imported.
+    code: `trust.words` of the launcher, since a run imports no plugin that its folder alone names.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
@@ -120,7 +120,7 @@ class _Child:
         self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False, disable=None)
 
     def show(self) -> None:
-        lines = metrics(self.folder)
+        lines = losses(self.folder)
         if lines:
             step, total = lines[-1]["step"], lines[-1]["of"]
             self.bar.total, self.bar.n = total, step

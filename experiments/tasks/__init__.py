@@ -2,8 +2,9 @@
 
 from experiments.tasks.catalogue import get, names
 from experiments.tasks.images import check_pictures
+from experiments.tasks.instruction import mt_bench
 from experiments.tasks.rows import text_columns
-from experiments.tasks.sources import HUB, Source
+from experiments.tasks.splits import HUB, Splits
 from experiments.tasks.task import (
     METRICS,
     OF_CLASSES,
@@ -18,6 +19,6 @@ from experiments.tasks.task import (
 )
 
 __all__ = [
-    "HUB", "METRICS", "OF_CLASSES", "OF_NUMBERS", "RANGES", "SPLITS", "Source", "Task", "check_pictures",
-    "constant", "get", "is_score", "listed", "names", "score", "text_columns",
+    "HUB", "METRICS", "OF_CLASSES", "OF_NUMBERS", "RANGES", "SPLITS", "Splits", "Task", "check_pictures",
+    "constant", "get", "is_score", "listed", "mt_bench", "names", "score", "text_columns",
 ]  # fmt: skip

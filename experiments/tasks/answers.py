@@ -41,8 +41,7 @@ def same_answer(given: str, wanted: str) -> bool:
 
 
 def _parsed(answer: str) -> list:
-    settings = [LatexExtractionConfig(), ExprExtractionConfig()]
     plain = answer.strip().rstrip(".").strip("$ ")
     # Math-Verify reads formulas between dollars only, and there the words of a unit would be factors
     is_prose = "\\" not in plain and _WORD.search(plain)
-    return parse(plain if is_prose else f"${plain}$", settings)
+    return parse(plain if is_prose else f"${plain}$", [LatexExtractionConfig(), ExprExtractionConfig()])

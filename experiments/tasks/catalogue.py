@@ -14,7 +14,7 @@ from experiments.tasks.images import cifar, has_pictures, pictures
 from experiments.tasks.instruction import alpaca
 from experiments.tasks.math import gsm8k, metamath
 from experiments.tasks.own import own
-from experiments.tasks.sources import HUB
+from experiments.tasks.splits import HUB
 from experiments.tasks.task import Task
 from experiments.tasks.text import GLUE, glue, vader
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.tasks.sources import HUB, Source, carve
+from experiments.tasks.splits import HUB, Splits, carve
 from experiments.tasks.task import Task
 
-_TRAIN = Source("zwhe99/commonsense_170k", "commonsense", None, {"train": 170420})
+_TRAIN = Splits("zwhe99/commonsense_170k", "commonsense", None, {"train": 170420})
 Row = Mapping[str, Any]
 
 
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 class Test:
     """One of the eight: the split on the hub whose labels are public, and its rows as (instruction, answer)."""
 
-    source: Source
+    splits: Splits
     split: str
     recast: Callable[[Row], tuple[str, str]]
 
@@ -70,16 +70,16 @@ def _exam(row: Row) -> tuple[str, str]:
 
 _QUESTION = "Please choose the correct answer to the question"
 TESTS = {
-    "boolq": Test(Source("google/boolq", "", None, {"validation": 3270}), "validation", _boolq),
-    "piqa": Test(Source("ybisk/piqa", "", None, {"validation": 1838}), "validation", _piqa),
-    "social_i_qa": Test(Source("allenai/social_i_qa", "", None, {"validation": 1954}), "validation", _social),
-    "hellaswag": Test(Source("Rowan/hellaswag", "", None, {"validation": 10042}), "validation", _hellaswag),
+    "boolq": Test(Splits("google/boolq", "", None, {"validation": 3270}), "validation", _boolq),
+    "piqa": Test(Splits("ybisk/piqa", "", None, {"validation": 1838}), "validation", _piqa),
+    "social_i_qa": Test(Splits("allenai/social_i_qa", "", None, {"validation": 1954}), "validation", _social),
+    "hellaswag": Test(Splits("Rowan/hellaswag", "", None, {"validation": 10042}), "validation", _hellaswag),
     "winogrande": Test(
-        Source("allenai/winogrande", "", "winogrande_xl", {"validation": 1267}), "validation", _winogrande
+        Splits("allenai/winogrande", "", "winogrande_xl", {"validation": 1267}), "validation", _winogrande
     ),
-    "arc_easy": Test(Source("allenai/ai2_arc", "", "ARC-Easy", {"test": 2376}), "test", _exam),
-    "arc_challenge": Test(Source("allenai/ai2_arc", "", "ARC-Challenge", {"test": 1172}), "test", _exam),
-    "openbookqa": Test(Source("allenai/openbookqa", "", "main", {"test": 500}), "test", _exam),
+    "arc_easy": Test(Splits("allenai/ai2_arc", "", "ARC-Easy", {"test": 2376}), "test", _exam),
+    "arc_challenge": Test(Splits("allenai/ai2_arc", "", "ARC-Challenge", {"test": 1172}), "test", _exam),
+    "openbookqa": Test(Splits("allenai/openbookqa", "", "main", {"test": 500}), "test", _exam),
 }
 
 
@@ -91,7 +91,7 @@ def commonsense(data: str) -> Task:
             return pd.concat([_test_rows(name, data) for name in TESTS], ignore_index=True)
         return _rows(carve(_TRAIN.read("train", data), split))
 
-    tests = sum(test.source.rows[test.split] for test in TESTS.values())
+    tests = sum(test.splits.rows[test.split] for test in TESTS.values())
     published = {**_TRAIN.rows, "test": tests}
     # a data folder holds these as prompts, not in the columns of the hub
     harness = dict.fromkeys(name.replace("social_i_qa", "social_iqa") for name in TESTS)
@@ -101,11 +101,11 @@ def commonsense(data: str) -> Task:
 def _test_rows(name: str, data: str) -> pd.DataFrame:
     test = TESTS[name]
     if data == HUB:
-        raw = test.source.read(test.split, data)
+        raw = test.splits.read(test.split, data)
         rows = pd.DataFrame([test.recast(row) for row in raw.to_dict("records")], columns=["instruction", "answer"])
         rows["output"] = "the correct answer is " + rows["answer"]
     else:
-        rows = Source(test.source.hub, f"{_TRAIN.folder}/{name}").read("test", data)
+        rows = Splits(test.splits.hub, f"{_TRAIN.folder}/{name}").read("test", data)
     return _rows(rows).assign(group=name)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from PIL import Image
 
 from experiments.errors import ExperimentError
-from experiments.tasks.sources import Source, carve
+from experiments.tasks.splits import Splits, carve
 from experiments.tasks.task import Task
 
 # name -> (columns of image and label on the hub)
@@ -19,15 +19,15 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 def cifar(name: str, data: str) -> Task:
     """CIFAR (Krizhevsky 2009): 50,000 / 10,000 pictures of 32 x 32; the validation split is carved from train."""
     image, label = CIFAR[name]
-    source = Source(f"uoft-cs/{name}", name, None, {"train": 50000, "test": 10000})
+    splits = Splits(f"uoft-cs/{name}", name, None, {"train": 50000, "test": 10000})
 
     def read(split: str) -> pd.DataFrame:
-        rows = source.read("test" if split == "test" else "train", data).rename(
+        rows = splits.read("test" if split == "test" else "train", data).rename(
             columns={image: "image", label: "label"}
         )
         return rows if split == "test" else carve(rows, split)
 
-    return Task(name, "image", read, published=source.rows)
+    return Task(name, "image", read, published=splits.rows)
 
 
 def has_pictures(folder: Path) -> bool:

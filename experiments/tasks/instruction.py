@@ -5,12 +5,12 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.tasks.ifeval import follows
-from experiments.tasks.sources import HUB, Source, carve
+from experiments.tasks.splits import HUB, Splits, carve
 from experiments.tasks.task import Task
 
-_ALPACA = Source("yahma/alpaca-cleaned", "alpaca", None, {"train": 51760})
-_IFEVAL = Source("google/IFEval", "ifeval", None, {"train": 541})
-_MT_BENCH = Source("HuggingFaceH4/mt_bench_prompts", "mt_bench", None, {"train": 80})
+_ALPACA = Splits("yahma/alpaca-cleaned", "alpaca", None, {"train": 51760})
+_IFEVAL = Splits("google/IFEval", "ifeval", None, {"train": 541})
+_MT_BENCH = Splits("HuggingFaceH4/mt_bench_prompts", "mt_bench", None, {"train": 80})
 
 
 def alpaca(data: str) -> Task:

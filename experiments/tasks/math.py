@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 
 from experiments.tasks.answers import final_answer, same_answer
-from experiments.tasks.sources import HUB, Source, carve
+from experiments.tasks.splits import HUB, Splits, carve
 from experiments.tasks.task import Task
 
-GSM8K = Source("openai/gsm8k", "gsm8k", "main", {"train": 7473, "test": 1319})
-_MATH500 = Source("HuggingFaceH4/MATH-500", "math", None, {"test": 500})
-_METAMATH = Source("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
+GSM8K = Splits("openai/gsm8k", "gsm8k", "main", {"train": 7473, "test": 1319})
+_MATH500 = Splits("HuggingFaceH4/MATH-500", "math", None, {"test": 500})
+_METAMATH = Splits("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
 
 
 def gsm8k(data: str) -> Task:

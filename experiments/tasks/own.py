@@ -13,7 +13,7 @@ import pandas as pd
 
 from experiments.errors import ExperimentError
 from experiments.tasks.rows import MOST_CLASSES, complete, first
-from experiments.tasks.sources import carve, files, read_file
+from experiments.tasks.splits import carve, files, read_file
 from experiments.tasks.task import Task, listed
 from uniproj.errors import shown
 

@@ -12,7 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from experiments.tasks.rows import checked
-from experiments.tasks.sources import Source
+from experiments.tasks.splits import Splits
 
 SPLITS = ("train", "validation", "test")
 _MOST_SHOWN = 20
@@ -77,7 +77,7 @@ class Task:
     metrics: the first one ranks; the others are reported beside it.
     judge: for "causal", whether a generated text is right for its row.
     published: rows per split as the data set's authors state them.
-    harness: lm-evaluation-harness's tasks on the same data, each with the source whose files in a data folder have the
+    harness: lm-evaluation-harness's tasks on the same data, each with the splits whose files in a data folder have the
         columns that it reads, or None where only the hub has them.
     classes: what the classes of a user's own data stand for, in the order of their numbers.
     """
@@ -88,7 +88,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     judge: Callable[[str, Mapping[str, Any]], bool] | None = None
     published: Mapping[str, int] = field(default_factory=dict)
-    harness: Mapping[str, Source | None] = field(default_factory=dict)
+    harness: Mapping[str, Splits | None] = field(default_factory=dict)
     classes: tuple[Any, ...] = ()
 
     def split(self, name: str) -> pd.DataFrame:

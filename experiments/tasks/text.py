@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 
 from experiments.packaged import packaged_file
-from experiments.tasks.sources import Source, carve
+from experiments.tasks.splits import Splits, carve
 from experiments.tasks.task import Task
 
 # task -> (metrics, published rows of train, published rows of the split that is the test here)
@@ -33,15 +33,15 @@ def glue(subset: str, data: str) -> Task:
     """
     metrics, train, validation = GLUE[subset]
     test = "validation_matched" if subset == "mnli" else "validation"
-    source = Source("nyu-mll/glue", f"glue/{subset}", subset, {"train": train, test: validation})
+    splits = Splits("nyu-mll/glue", f"glue/{subset}", subset, {"train": train, test: validation})
     published = {"train": train, "test": validation}
-    return Task(f"glue/{subset}", "text", partial(_glue_rows, source, test, data), metrics, published=published)
+    return Task(f"glue/{subset}", "text", partial(_glue_rows, splits, test, data), metrics, published=published)
 
 
-def _glue_rows(source: Source, test: str, data: str, split: str) -> pd.DataFrame:
+def _glue_rows(splits: Splits, test: str, data: str, split: str) -> pd.DataFrame:
     if split == "test":
-        return source.read(test, data)
-    return carve(source.read("train", data), split)
+        return splits.read(test, data)
+    return carve(splits.read("train", data), split)
 
 
 def vader() -> Task:

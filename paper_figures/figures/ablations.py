@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from experiments import names
 from experiments.names import method
 from paper_figures.cells import score_head, task_heads
-from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
-from paper_figures.comparison import OURS, score
-from paper_figures.panels import LINE, lines_of, missing, panels, point
-from paper_figures.published import claims
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep
+from paper_figures.comparison import OURS, Place, score_at
+from paper_figures.panels import LINE, MISSING, guide, lines_of, missing, panels, point
+from paper_figures.published import notes
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
@@ -37,17 +37,14 @@ def table(sweep: Sweep | None, differences: pd.DataFrame) -> Table:
         rows += [["ours", method(name), NOT_RUN] for name in every]
     else:
         for name in every:
-            chosen = sweep.cells[sweep.cells["projection"] == name]
-            cells = [one_cell(chosen[chosen["task"] == task], f"{name} on {task}") for task in tasks]
-            rows.append(["ours, score", method(name), *(score(cell).text for cell in cells)])
+            rows.append(["ours, score", method(name), *(score_at(sweep, Place(task), name).text for task in tasks)])
         for name in _ABLATIONS:
             own = differences[differences["projection"] == name].set_index("task")
             gaps = [_gap(own.loc[task]) if task in own.index else NOT_RUN for task in tasks]
             rows.append([f"ours, difference to {method(REFERENCE)}", method(name), *gaps])
-    notes = [f"Published without numbers: {claim}." for claim in claims("ablations")]
-    notes += [OURS, "Differences are paired by seed, x 100, with Student's 95 % interval."]
+    below = [*notes("ablations"), OURS, "Differences are paired by seed, x 100, with Student's 95 % interval."]
     heads = ["block", "projection", *(tasks.values() or [score_head(None)])]
-    return Table("Local, non-uniform and unnormalised partitions", heads, rows, notes)
+    return Table("Local, non-uniform and unnormalised partitions", heads, rows, below)
 
 
 def _gap(row: pd.Series) -> str:
@@ -64,7 +61,7 @@ def draw(sweep: Sweep | None, differences: pd.DataFrame) -> Figure:
     figure, axes = panels(len(tasks), 4, 0.8 + LINE * 2 * len(_ABLATIONS))
     for place, (task, panel) in enumerate(zip(tasks, axes, strict=True)):
         lines_of(panel, [method(name) for name in _ABLATIONS], place % 4 == 0)
-        panel.axvline(0, color="#555555", linewidth=0.8, linestyle="--")
+        guide(panel, 0)
         own = differences[differences["task"] == task].set_index("projection")
         for line, name in enumerate(_ABLATIONS):
             if name in own.index:
@@ -72,7 +69,7 @@ def draw(sweep: Sweep | None, differences: pd.DataFrame) -> Figure:
                 point(panel, 100 * found["difference"], line, name, 100 * found["t_low"], 100 * found["t_high"])
             else:
                 left = panel.get_yaxis_transform()
-                panel.text(0.05, line, NOT_RUN, va="bottom", fontsize=5.5, color="#777777", transform=left)
+                panel.text(0.05, line, NOT_RUN, va="bottom", fontsize=5.5, color=MISSING, transform=left)
         pairs = int(own["pairs"].max())
         panel.set_title(f"{names.task(task)}, n = {pairs} pairs")
         panel.set_xlabel(f"score - {method(REFERENCE)}'s,\nx 100 (95 % t interval)")

@@ -1,4 +1,4 @@
-"""How much of a trained LoRA each projection can say, beside d / D."""
+"""How much of a trained LoRA each projection can represent, beside d / D."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLE = "reconstruction/reconstruction-energy.csv"
 @register("captured_energy")
 def make(committed: Committed) -> Sequence[Figure]:
     """From the committed table of `analysis.reconstruction`."""
-    return [draw(committed.table(TABLE, "projection", "random", *ENERGIES, "D"))]
+    return [draw(committed.read(TABLE, "projection", "random", *ENERGIES, "D"))]
 
 
 def draw(energy: pd.DataFrame | None) -> Figure:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from experiments import names
 from experiments.names import method
 from paper_figures.cells import ratio, scaled, score_head, task_heads
-from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
-from paper_figures.comparison import OURS, score
-from paper_figures.panels import legend, panels, point, say
-from paper_figures.published import claims
+from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep
+from paper_figures.comparison import OURS, Place, score_at
+from paper_figures.panels import MISSING, guide, legend, panels, point, say
+from paper_figures.published import notes
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
@@ -37,8 +37,7 @@ def table(sweep: Sweep | None, costs: pd.DataFrame | None) -> Table:
     for name in METHODS:
         scores = [NOT_RUN]
         if sweep is not None:
-            own = sweep.cells[sweep.cells["projection"] == name]
-            scores = [score(one_cell(own[own["task"] == task], f"{name} on {task}")).text for task in tasks]
+            scores = [score_at(sweep, Place(task), name).text for task in tasks]
         spent = [NOT_RUN, NOT_RUN] if costs is None else []
         for _, part in bases:
             found = [[ratio(row, "step_ratio"), scaled(row.peak_bytes_per_coordinate_beyond_lora, 1)]
@@ -48,9 +47,8 @@ def table(sweep: Sweep | None, costs: pd.DataFrame | None) -> Table:
     heads = ["block", "projection", *(tasks.values() or [score_head(None)])]
     for base in [names.model(base) for base, _ in bases] or ["a model"]:
         heads += [f"step / LoRA, {base}", f"peak - LoRA's, {base}, B per coordinate"]
-    notes = [f"Published without numbers: {claim}." for claim in claims("fastfood")]
-    notes += [OURS, "Step time: median of paired ratios to PEFT's LoRA, with its 95 % interval."]
-    return Table("Fastfood beside Uni-LoRA: score, time, memory", heads, rows, notes)
+    below = [*notes("fastfood"), OURS, "Step time: median of paired ratios to PEFT's LoRA, with its 95 % interval."]
+    return Table("Fastfood beside Uni-LoRA: score, time, memory", heads, rows, below)
 
 
 def draw(sweep: Sweep | None, costs: pd.DataFrame | None) -> Figure:
@@ -62,11 +60,11 @@ def draw(sweep: Sweep | None, costs: pd.DataFrame | None) -> Figure:
         say(axes[2], f"memory: {NOT_RUN}")
     else:
         _cost(axes[1], costs, "step_ratio", True)
-        axes[1].axhline(1, color="#555555", linewidth=0.8, linestyle="--")
+        guide(axes[1], 1, upright=False)
         axes[1].set_ylabel("step time / LoRA's\n(median, 95 % interval)")
         axes[1].set_title(f"time, n = {int(costs['step_pairs'].min())} pairs")
         _cost(axes[2], costs, "peak_bytes_per_coordinate_beyond_lora", False)
-        axes[2].axhline(0, color="#555555", linewidth=0.8, linestyle="--")
+        guide(axes[2], 0, upright=False)
         axes[2].set_ylabel("peak memory - LoRA's,\nbytes per coordinate")
         axes[2].set_title("memory, n = 1 run")
     legend(figure, METHODS)
@@ -81,15 +79,14 @@ def _scores(axes: Axes, sweep: Sweep | None) -> None:
     count = 1
     for place, task in enumerate(tasks):
         for line, name in enumerate(METHODS):
-            cells = sweep.cells[(sweep.cells["task"] == task) & (sweep.cells["projection"] == name)]
-            found = score(one_cell(cells, f"{name} on {task}"))
+            found = score_at(sweep, Place(task), name)
             if found.value is not None:
-                count = max(count, int(cells["n"].iloc[0]))
+                count = max(count, found.n or 1)
                 point(axes, place + 0.2 * (line - 1), found.value, name, found.low, found.high, upright=True)
             else:
                 axes.annotate(
                     found.text, (place + 0.2 * (line - 1), 0.02), xycoords=("data", "axes fraction"), rotation=90,
-                    fontsize=5, color="#777777", ha="center", va="bottom",
+                    fontsize=5, color=MISSING, ha="center", va="bottom",
                 )  # fmt: skip
     axes.set_xticks(range(len(tasks)), [names.task(task) for task in tasks])
     axes.set_xlim(-0.5, len(tasks) - 0.5)

@@ -16,7 +16,7 @@ from experiments.records.statistics import unit
 from paper_figures import style
 from paper_figures.cells import whole
 from paper_figures.committed import NOT_RUN, Committed
-from paper_figures.panels import missing
+from paper_figures.panels import FACTS, missing
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
 
@@ -67,11 +67,11 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             ends = [(middle - low).fillna(0.0), (high - middle).fillna(0.0)]
             place.errorbar(curve["trained"], middle, yerr=ends, capsize=2, elinewidth=0.8, **style.line(name))
         for key, dash, label in (("threshold", "--", "90 % of gain"), ("baseline", ":", "majority")):
-            place.axhline(100 * facts[key].iloc[0], color="#555555", linestyle=dash, linewidth=0.8, label=label)
+            place.axhline(100 * facts[key].iloc[0], color=FACTS, linestyle=dash, linewidth=0.8, label=label)
         place.set_xscale("log")
         place.set_xlabel("trained numbers without the head")
         place.set_ylabel(f"test {unit(mine['metric'].iloc[0])}\n(mean, 95 % t interval)")
-        counts = [str(n) for n in sorted({int(mine["n"].min()), int(mine["n"].max())})]
-        place.set_title(f"{names.task(where[0])}, {names.model(where[1])}; n = {' to '.join(counts)} runs", loc="left")
+        runs = style.span(mine["n"])
+        place.set_title(f"{names.task(where[0])}, {names.model(where[1])}; n = {runs} runs", loc="left")
         place.legend(ncols=2, loc="lower right")
     return figure

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.names import method, variant
 from paper_figures import style
+from paper_figures.panels import guide
 
 KINDS = (("random", "o"), ("adapters", "s"), ("gradients", "^"))
 _ROW = 0.14
@@ -39,11 +40,11 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def _values(axes: Axes, rows: pd.DataFrame) -> None:
+    guide(axes, 1)
     for position, row in enumerate(rows.itertuples()):
         colour = style.colour(row.projection)
         ends = [max(row.sigma_min, 1e-3), row.sigma_max]
         axes.plot(ends, [position] * 2, color=colour, marker="o", markersize=3, linewidth=2)
-    axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     labels = [f"{variant(row.variant)}: {row.verdict}" for row in rows.itertuples()]
     axes.set_yticks(range(len(rows)), labels, fontsize=5)
@@ -62,7 +63,7 @@ def _lengths(axes: Axes, rows: pd.DataFrame) -> None:
         axes.errorbar(mine["mean"], y, xerr=bars, fmt="none", ecolor=colours, elinewidth=0.8)
         label = f"{kind}, n = {int(mine['n'].max())}" if len(mine) else kind
         axes.scatter(mine["mean"], y, marker=marker, s=9, c=colours, label=label)
-    axes.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
+    guide(axes, 1)
     axes.set_yticks(range(len(names)), [method(name) for name in names], fontsize=5)
     axes.invert_yaxis()
     axes.set_xlabel("||P(x - y)|| / ||x - y||: mean, least and largest")

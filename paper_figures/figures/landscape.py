@@ -13,7 +13,7 @@ from analysis.landscape.measure import LOSS_BATCHES
 from experiments import names
 from paper_figures import style
 from paper_figures.committed import NOT_RUN, Committed
-from paper_figures.panels import missing
+from paper_figures.panels import FACTS, guide, missing
 from paper_figures.registry import register
 
 NEEDED = {
@@ -25,7 +25,7 @@ NEEDED = {
 @register("landscape")
 def make(committed: Committed) -> Sequence[Figure]:
     """From the committed tables of `analysis.landscape`."""
-    found = committed.tables("landscape", NEEDED)
+    found = committed.read_analysis("landscape", NEEDED)
     return [missing(f"landscape: {NOT_RUN}") if found is None else draw(found)]
 
 
@@ -45,9 +45,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     for y, row in zip(place, norms.to_dict("records"), strict=True):
         look = {"color": style.colour(row["projection"]), "marker": style.marker(row["projection"])}
         above.scatter(row["mean"], y, s=14, **look)
-    above.scatter([], [], s=14, color="#555555", label=f"measured, n = {int(norms['n'].min())} batches")
-    above.scatter(norms["random"], place, marker="|", color="#555555", s=40, label="sqrt(d / D)")
-    above.axvline(1.0, color="#555555", linestyle="--", linewidth=0.8)
+    above.scatter([], [], s=14, color=FACTS, label=f"measured, n = {int(norms['n'].min())} batches")
+    above.scatter(norms["random"], place, marker="|", color=FACTS, s=40, label="sqrt(d / D)")
+    guide(above, 1)
     labels = [f"{names.method(r.projection)}{'' if r.isometric else ' *'}" for r in norms.itertuples()]
     above.set_yticks(place, labels, fontsize=5.5)
     above.invert_yaxis()

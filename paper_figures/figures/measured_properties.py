@@ -7,19 +7,19 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.cards import shown
 from experiments.names import variant
+from paper_figures.cells import NOT_MEASURED
 from paper_figures.committed import NOT_RUN, Committed
 from paper_figures.registry import register
 from paper_figures.typesetting import Table
-
-ROUNDING = 1e-12
 
 
 @register("measured_properties")
 def make(committed: Committed) -> Sequence[Table]:
     """A row per choice of hyperparameters that either analysis measured."""
-    verdicts = committed.table("isometry/isometry-verdicts.csv", "variant", "verdict", "sigma_min", "coherence")
-    columns = committed.table("sharing/sharing-columns.csv", "variant", "modules_per_column", "n_min", "row_mean")
+    verdicts = committed.read("isometry/isometry-verdicts.csv", "variant", "verdict", "sigma_min", "coherence")
+    columns = committed.read("sharing/sharing-columns.csv", "variant", "modules_per_column", "n_min", "row_mean")
     known = [list(table["variant"]) for table in (verdicts, columns) if table is not None]
     measured = list(dict.fromkeys(name for each in known for name in each)) or ["all"]
     first = {} if verdicts is None else verdicts.set_index("variant").to_dict("index")
@@ -39,7 +39,7 @@ def make(committed: Committed) -> Sequence[Table]:
 def _isometry(row: Mapping[str, Any] | None) -> list[str]:
     if row is None or pd.isna(row["sigma_min"]):
         return [NOT_RUN] * 5
-    coherence = "not measured" if pd.isna(row["coherence"]) else _small(row["coherence"])
+    coherence = NOT_MEASURED if pd.isna(row["coherence"]) else _small(row["coherence"])
     spread = f"{_small(row['sigma_min'])} to {_small(row['sigma_max'])}"
     return [
         f"{row['D']:,.0f} x {row['d']:,.0f}",
@@ -61,5 +61,4 @@ def _sharing(row: Mapping[str, Any] | None) -> list[str]:
 
 
 def _small(value: float) -> str:
-    """Three digits; rounding, which differs from machine to machine, is 0."""
-    return f"{value if abs(value) > ROUNDING else 0:.3g}"
+    return f"{shown(value):.3g}"

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from analysis.overhead.methods import CLONE
 from analysis.overhead.summary import Row
 from experiments import names
+from paper_figures import style
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell them apart in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
@@ -72,11 +73,10 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(methods)), [names.method(method) for method in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.grid(axis="x", which="both", alpha=0.25)
-    turns = sorted({row["rounds"] for row in rows})
-    spread = str(turns[0]) if len(turns) == 1 else f"{turns[0]} to {turns[-1]}"
+    rounds = style.span(row["rounds"] for row in rows)
     axes.set_xlabel(
         "time of forward + adjoint / time to copy D floats\n"
-        f"(median of n = {spread} paired ratios, 95 % interval; dashed: the copy)",
+        f"(median of n = {rounds} paired ratios, 95 % interval; dashed: the copy)",
         fontsize=8,
     )
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=7, frameon=False)

@@ -117,10 +117,8 @@ def _line(axes: Axes, spec: Comparison, block: str, rows: Sequence[Row]) -> None
 
 def _count(rows: Sequence[Row]) -> str:
     """How many runs a point stands for."""
-    counts = sorted({score.n for row in rows for score in row.scores.values() if score.n})
-    if not counts:
-        return ": n not known to us"
-    return f": n = {counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} seeds, mean and 95 % interval"
+    counts = [score.n for row in rows for score in row.scores.values() if score.n]
+    return f": n = {style.span(counts)} seeds, mean and 95 % interval" if counts else ": n not known to us"
 
 
 def drawn(rows: Sequence[Row]) -> bool:
@@ -146,4 +144,4 @@ def _panel(axes: Axes, rows: Sequence[Row], column: str, first: bool, narrow: bo
         if row.scores[column].value is None:
             text = row.scores[column].text
             short = {NOT_AVAILABLE: "n. a.", NOT_RUN: NOT_RUN}.get(text, text)
-            axes.text(low + 0.03 * (high - low), place, short, va="center", fontsize=5.5, color="#777777")
+            axes.text(low + 0.03 * (high - low), place, short, va="center", fontsize=5.5, color=MISSING)

@@ -36,16 +36,8 @@ def make(_: Committed) -> Sequence[Table]:
         "coordinates that stay within one module are local at any ratio. "
         f"{_PROOFS} The paper's own table of properties is not available to us.",
     ]
-    heads = [
-        "projection",
-        "name",
-        "$theta_D$",
-        "$d$",
-        "$P$",
-        *WORDS.values(),
-        "isometric in expectation (claimed)",
-        "source",
-    ]
+    heads = ["projection", "name", "$theta_D$", "$d$", "$P$", *WORDS.values(), "isometric in expectation (claimed)",
+             "source"]  # fmt: skip
     return [Table("Properties of each projection", heads, rows, notes)]
 
 

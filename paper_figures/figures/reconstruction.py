@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from experiments.names import method
 from paper_figures import style
-from paper_figures.panels import LINE, lines_of
+from paper_figures.panels import FACTS, LINE, guide, lines_of
 
 ENERGIES = {"factor": "factors", "delta_W": "delta W", "fisher": "Fisher-weighted"}
-_FACTS = "#555555"
 _SCORE = "test score (fraction)"
 ENERGY = "captured energy (tick: d / D;\nhollow: 0 or less)"
 
@@ -41,7 +40,7 @@ def draw_energy(axes: Axes, rows: pd.DataFrame, key: str, labelled: bool) -> Non
     places, least = lines(axes, rows, labelled), edge(rows[key])
     for row in rows.dropna(subset=[key]).to_dict("records"):
         place, colour, reached = places[row["projection"]], style.colour(row["projection"]), row[key] > 0
-        axes.plot(row["random"], place, marker="|", color=_FACTS, markersize=8, linestyle="none", zorder=1.5)
+        axes.plot(row["random"], place, marker="|", color=FACTS, markersize=8, linestyle="none", zorder=1.5)
         axes.plot(
             max(row[key], least), place, marker=style.marker(row["projection"]), color=colour, linestyle="none",
             markerfacecolor=colour if reached else "white",
@@ -57,7 +56,7 @@ def _draw_score(axes: Axes, rows: pd.DataFrame, labelled: bool) -> None:
         look = style.line(row["projection"]) | {"linestyle": "none"}
         axes.plot(row["score"], places[row["projection"]], **look)
     for column, text in (("score_lora", "LoRA"), ("score_none", "no update")):
-        axes.axvline(rows[column].iloc[0], color=_FACTS, linestyle="--", linewidth=0.8)
+        guide(axes, rows[column].iloc[0])
         axes.annotate(text, (rows[column].iloc[0], 0.02), xycoords=("data", "axes fraction"), fontsize=6, rotation=90)
     axes.set_title("score")
 

@@ -24,7 +24,7 @@ APART = 0.7
 @register("spectrum")
 def make(committed: Committed) -> Sequence[Figure]:
     """From the committed tables of `analysis.spectrum`."""
-    found = committed.tables("spectrum", NEEDED)
+    found = committed.read_analysis("spectrum", NEEDED)
     return [missing(f"spectrum: {NOT_RUN}") if found is None else draw(found)]
 
 

@@ -11,14 +11,12 @@ from matplotlib.ticker import NullLocator
 
 from experiments import names
 from experiments.names import method
-from paper_figures.cells import ratio, scaled, whole
+from paper_figures.cells import NOT_MEASURED, ratio, scaled, whole
 from paper_figures.committed import NOT_RUN, Committed
-from paper_figures.panels import LINE, lines_of, panels, point, say
-from paper_figures.published import of_table
+from paper_figures.panels import LINE, MISSING, guide, lines_of, panels, point, say
+from paper_figures.published import notes, of_table
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
-
-_UNIT_LINE = "#555555"
 
 
 @register("training_cost")
@@ -42,13 +40,12 @@ def table(published: pd.DataFrame, costs: pd.DataFrame | None) -> Table:
             rows.append([f"ours, {names.model(row.base)}, CPU", method(row.method), whole(row.trained), NOT_RUN,
                          ratio(row, "step_ratio"), scaled(row.peak_bytes, 2**30),
                          scaled(row.file_bytes, 1e6)])  # fmt: skip
-    notes = [
-        *(f"Published: {source}." for source in sorted(set(published["source"]))),
+    ours = (
         "Ours: median of paired ratios with its 95 % interval; peak memory of a training step beyond the bare base. "
-        "The published memory is all that the process reserved. n is in results/overhead.",
-    ]
+        "The published memory is all that the process reserved. n is in results/overhead."
+    )
     heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in columns)]
-    return Table("Cost of training", heads, rows, notes)
+    return Table("Cost of training", heads, rows, [*notes("training_cost"), ours])
 
 
 def draw(published: pd.DataFrame, costs: pd.DataFrame | None) -> Figure:
@@ -61,7 +58,7 @@ def draw(published: pd.DataFrame, costs: pd.DataFrame | None) -> Figure:
     lines_of(axes[0], list(values["method"]))
     for place, value in enumerate(values["value"]):
         point(axes[0], value, place, None)
-    axes[0].axvline(1, color=_UNIT_LINE, linewidth=0.8, linestyle="--")
+    guide(axes[0], 1)
     axes[0].set_title("published: PEFT,\nLlama-3.2-3B, GPU")
     axes[0].set_xlabel("step time / LoRA's\n(n = 1 run)")
     if not ours:
@@ -76,10 +73,10 @@ def _ratios(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     lines_of(axes, [method(name) for name in rows["method"]])
     for place, row in enumerate(rows.itertuples()):
         if pd.isna(row.step_ratio):
-            axes.text(1, place, "not measured", fontsize=5.5, color="#777777", va="center")
+            axes.text(1, place, NOT_MEASURED, fontsize=5.5, color=MISSING, va="center")
         else:
             point(axes, row.step_ratio, place, row.method, row.step_ratio_low, row.step_ratio_high)
-    axes.axvline(1, color=_UNIT_LINE, linewidth=0.8, linestyle="--")
+    guide(axes, 1)
     if rows["step_ratio"].max() > 2:
         axes.set_xscale("log")
         axes.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.errors import ExperimentError
 from experiments.files import write_text
 from experiments.records.gather import read
-from experiments.runs.folder import RUNS
+from experiments.runs import RUNS
 from paper_figures.report.collect import payload
 from paper_figures.report.page import render
 from uniproj import console

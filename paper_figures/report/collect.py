@@ -81,7 +81,7 @@ def overhead(table: pd.DataFrame | None) -> list[dict[str, Any]]:
 
 
 def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colours for both kinds of pages, marker and dash of each projection, of plugins that are not loaded too."""
+    """Colours on light and dark pages, marker and dash of each projection, registered here or not."""
     ordered = list(dict.fromkeys([*style.order(uniproj.names()), *sorted(names)]))
     found = {}
     for name in sorted(set(names)):
@@ -156,7 +156,7 @@ def _why(reason: str, is_done: bool) -> dict[str, str]:
 
 
 def damaged(records: Records) -> list[dict[str, Any]]:
-    """What could not be read, like a failed run of which nothing is known."""
+    """The runs that could not be read: of them only the folder and the reason are known."""
     unknown = dict.fromkeys(("sweep", "task", "model", "projection", "train_seed", "lr"))
     return [{**unknown, "folder": place, "kind": "damaged", "reason": why} for place, why in records.damaged]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis.overhead import kernel, memory, methods
 from analysis.overhead.problem import SEED, Candidate, Entrant, Method, Problem
@@ -59,17 +60,17 @@ def test_pytorch_operators_on_one_partition(candidate: Candidate, problem: Probl
 
 def test_pefts_unilora_is_a_partition_of_all_modules(problem: Problem) -> None:
     method = methods.PEFT_UNILORA.build(problem)
-    assert len(method.forward()) == 2 * len(LAYOUT.modules) and len(method.trained[0]) == d
-    P = columns(method, method.trained[0])
+    assert len(method.forward()) == 2 * len(LAYOUT.modules) and len(method.parameters[0]) == d
+    P = columns(method, method.parameters[0])
     assert P.shape == (D, d) and torch.equal((P != 0).sum(1), torch.ones(D, dtype=torch.int64))
     assert torch.allclose(P.square().sum(0), torch.ones(d, dtype=torch.float64), atol=1e-6)
-    agrees(method, P, method.trained[0], problem.y)
+    agrees(method, P, method.parameters[0], problem.y)
 
 
 @pytest.mark.parametrize("name", ["unilora", "fastfood"])
 def test_uniprojs_own(name: str, problem: Problem) -> None:
     method = methods.candidate(name, 64).build(problem)
-    agrees(method, methods.build(problem, name).to_dense(), method.trained[0], problem.y)
+    agrees(method, methods.build(problem, name).to_dense(), method.parameters[0], problem.y)
 
 
 def fastfood_by_definition() -> Tensor:
@@ -103,12 +104,12 @@ def test_vblora_is_linear_in_its_sub_vectors(build: Callable[[Problem], Method],
     method = build(problem)
     theta_D = flat(method.forward()).detach().double()
     gradients = method.adjoint(method.forward())
-    assert len(theta_D) == D and len(gradients) == len(method.trained)
-    vectors = method.trained[0].detach().double()
+    assert len(theta_D) == D and len(gradients) == len(method.parameters)
+    vectors = method.parameters[0].detach().double()
     assert torch.dot(theta_D, problem.y.double()) == pytest.approx(
         (gradients[0].double() * vectors).sum().item(), rel=1e-3
     )
-    assert sum(t.numel() for t in method.trained[1:]) == sum(g.numel() for g in gradients[1:]) > 0
+    assert sum(t.numel() for t in method.parameters[1:]) == sum(g.numel() for g in gradients[1:]) > 0
 
 
 def test_the_two_floors_copy_theta_D(problem: Problem) -> None:
@@ -125,6 +126,9 @@ def test_memory_counts_each_storage_once() -> None:
     kept = torch.zeros(1000)
     views = [kept[:10], kept.view(10, 100)]
     assert memory.tensor_bytes(device) - before == 4000 and views
+    with FakeTensorMode():
+        traced = torch.zeros(1000)
+    assert memory.tensor_bytes(device) - before == 4000 and traced.shape == (1000,)
     csr = torch.sparse_csr_tensor([0, 1, 2], [0, 1], [1.0, 1.0])
     assert memory.tensor_bytes(device) - before == 4000 + 3 * 8 + 2 * 8 + 2 * 4 and csr.shape == (2, 2)
 

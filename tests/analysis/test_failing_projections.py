@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from analysis import cards
 from analysis.isometry import measured
 from analysis.isometry.__main__ import main as isometry_main
 from analysis.landscape import landscape
+from analysis.landscape import measure as landscape_measure
 from analysis.reconstruction import measure, reconstruct
 from analysis.sharing.__main__ import main as sharing_main
 from analysis.spaces import defaults
@@ -68,23 +70,36 @@ def _failed(rows: pd.DataFrame) -> set[str]:
 
 # of a sparse P these ask no product with its transpose
 @pytest.mark.parametrize(
-    ("main", "key"), [(isometry_main, "verdicts"), (sharing_main, "columns"), (spectrum_main, "spectrum")]
+    ("main", "name", "key"),
+    [
+        (isometry_main, "isometry", "verdicts"),
+        (sharing_main, "sharing", "columns"),
+        (spectrum_main, "spectrum", "spectrum"),
+    ],
 )
-def test_commands_go_on(main, key: str, plugin: str, tmp_path: Path, capsys) -> None:
-    asked = ["--layout", "eight-64", "--d", "64", "--plugins", plugin, "--json", "--out", str(tmp_path / "out")]
-    more = ["--steps", "0"] if main is isometry_main else []
-    assert main(["--projections", *NAMES, *more, *asked]) == 0
+def test_commands_go_on_and_write_their_files(
+    main: Callable, name: str, key: str, plugin: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--layout", "eight-64", "--d", "64", "--plugins", plugin, "--out", str(tmp_path / "out")]
+    asked += ["--steps", "0"] if main is isometry_main else []
+    assert main(["--projections", *NAMES, "--json", *asked]) == 0
     found = pd.DataFrame(json.loads(capsys.readouterr().out)[key])
     assert _failed(found) == {BUILDING, FORWARD}
     rest = found[~found["note"].str.startswith("failed")]
     assert {"unilora_local", "unilora"} <= set(rest["projection"])
-    # also where nothing is left to draw
-    assert main(["--projections", BUILDING, *more, *asked]) == 0
+    written = pd.read_csv(tmp_path / "out" / f"{name}-{key}.csv")
+    assert list(written.columns) == list(found.columns) and list(written["variant"]) == list(found["variant"])
+    assert {f"{name}.{kind}" for kind in ("png", "pdf", "json")} <= {path.name for path in (tmp_path / "out").iterdir()}
+    # as a table, and where nothing is left to draw
+    assert main(["--projections", BUILDING, *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "failed: ValueError: no luck" in printed and f"Tables, JSON and picture: {tmp_path / 'out'}" in printed
 
 
 def test_analyses_of_a_training_go_on(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.load([plugin])
     monkeypatch.setattr(measure, "FISHER_ROWS", 1)
+    monkeypatch.setattr(landscape_measure, "POINTS", 3)
     subject, chosen = Subject(Setting(max_length=8, batch_size=2, test_size=4)), defaults(NAMES)
     pairs, path = measured(subject, chosen, 64, steps=2, lr=1e-3)
     assert _failed(pairs) == set(FAILING) and set(path["projection"]) == {"unilora_local", "unilora"}

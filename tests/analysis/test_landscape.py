@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.landscape import along, gradient_norms, landscape
+from analysis.landscape import along, gradient_norms, landscape, measure
 from analysis.landscape.__main__ import main
 from analysis.spaces import build, defaults
 from analysis.subject import Setting, Subject
@@ -16,7 +16,7 @@ from experiments.errors import ExperimentError
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject(Setting(max_length=16, batch_size=4))
+    return Subject(Setting(max_length=8, batch_size=4))
 
 
 def test_the_ratio_is_that_of_autograds_two_gradients(subject: Subject) -> None:
@@ -29,7 +29,10 @@ def test_the_ratio_is_that_of_autograds_two_gradients(subject: Subject) -> None:
     assert float(ratio[0]) == pytest.approx(float(by_theta_d.norm() / by_theta_D.norm()), rel=1e-4)
 
 
-def test_an_isometry_keeps_at_most_the_gradient_and_lora_all_of_it(subject: Subject) -> None:
+def test_an_isometry_keeps_at_most_the_gradient_and_lora_all_of_it(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "POINTS", 3)
     norms, losses = landscape(subject, defaults(["lora", "unilora"]), 128, steps=2, lr=1e-2)
     norms = norms.set_index("projection")
     assert norms.loc["lora", "mean"] == pytest.approx(1.0) and norms.loc["lora", "random"] == 1.0

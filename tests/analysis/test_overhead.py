@@ -1,20 +1,19 @@
 """The command: what it writes, that it goes on where it stopped, and what it says when something is wrong."""
 
+import copy
 import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from analysis.overhead import growth, kernel, model, report, runner
-from analysis.overhead.__main__ import main, parse, plan
+from analysis.overhead import growth, kernel, model, problem, report, runner
+from analysis.overhead.__main__ import jobs, main, parse
 from analysis.overhead.shapes import Llama
 from analysis.overhead.workloads import WORKLOADS
 
@@ -25,7 +24,7 @@ METHODS = ("PEFT LORA", "unilora")
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """A small plan, measured in this process; the list names every measurement as it is made."""
+    """Few and small jobs, measured in this process; the list names every measurement as it is made."""
     done: list[str] = []
 
     def run(config: dict, out: Path, _: str) -> str | None:
@@ -40,6 +39,7 @@ def measured(monkeypatch) -> list[str]:
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setitem(kernel.ARCHITECTURES, "small", SMALL.all_linear)
     monkeypatch.setattr(kernel, "CASES", (kernel.Case("small", 4, 128, 6),))
+    monkeypatch.setattr(problem, "_SHORTEST", 1e-4)
     monkeypatch.setattr(growth, "SIZES_D", (1e4, 4e4, 1e5))
     monkeypatch.setattr(growth, "ALONG_D", ("unilora",))
     monkeypatch.setattr(growth, "ALONG_d", ())
@@ -106,7 +106,7 @@ def test_another_machine_count_of_threads_or_version_is_measured_anew(tmp_path, 
         lambda: monkeypatch.setattr("analysis.overhead.__main__.versions", lambda: {"torch": "0"}),
     ):
         change()
-        (job,) = [job for job in plan(parse([])) if job["part"] == "growth"]
+        (job,) = [job for job in jobs(parse([])) if job["part"] == "growth"]
         assert job != kept and not runner.is_done(tmp_path, job)
         runner.save(tmp_path, job, [])
         assert runner.is_done(tmp_path, job)
@@ -114,22 +114,23 @@ def test_another_machine_count_of_threads_or_version_is_measured_anew(tmp_path, 
 
 
 def test_a_failure_is_recorded_reported_and_tried_again(tmp_path, measured, monkeypatch, capsys) -> None:
-    attach = model.attach
+    measure = growth.measure
 
-    def broken(base_model, work, name):
-        if name == "unilora":
+    def broken(config: dict) -> list[dict]:
+        if config["method"] == "fastfood":
             raise RuntimeError("no such thing")
-        return attach(base_model, work, name)
+        return measure(config)
 
-    monkeypatch.setattr(model, "attach", broken)
-    assert run(tmp_path, "--parts", "model", "--json") == 1
+    monkeypatch.setattr(growth, "ALONG_D", ("unilora", "fastfood"))
+    monkeypatch.setattr(growth, "measure", broken)
+    assert run(tmp_path, "--parts", "growth", "--json") == 1
     out, err = capsys.readouterr()
-    assert "model tiny unilora 4 failed: RuntimeError: no such thing" in err
+    assert "growth fastfood D failed: RuntimeError: no such thing" in err
     assert [record["status"] for record in json.loads(out)["records"]] == ["done", "failed"]
     assert "failed: RuntimeError: no such thing" in (tmp_path / "overhead.md").read_text()
-    monkeypatch.setattr(model, "attach", attach)
+    monkeypatch.setattr(growth, "measure", measure)
     measured.clear()
-    assert run(tmp_path, "--parts", "model") == 0 and measured == ["model tiny unilora 4"]
+    assert run(tmp_path, "--parts", "growth") == 0 and measured == ["growth fastfood D"]
 
 
 def test_a_method_that_fails_within_a_measurement_is_a_failure_too(tmp_path, measured, monkeypatch, capsys) -> None:
@@ -144,25 +145,17 @@ def test_a_method_that_fails_within_a_measurement_is_a_failure_too(tmp_path, mea
     assert "failed: RuntimeError: no such operator" in table and "| fastfood |" in table
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--methods", "nolora"], "nolora"),
-        (["--models", "gpt5"], "gpt5"),
-        (["--parts", "all"], "all"),
-        (["--device", "tpu"], "tpu"),
-    ],
-)
-def test_unknown_names_are_refused(argv: list[str], said: str, capsys) -> None:
-    with pytest.raises(SystemExit) as refusal:
-        main(argv)
-    error = capsys.readouterr().err
-    assert refusal.value.code == 2 and f"invalid choice: '{said}'" in error and "choose from" in error
+def test_unknown_names_are_refused(capsys) -> None:
+    for option, name in {"--methods": "nolora", "--models": "gpt5", "--parts": "all", "--device": "tpu"}.items():
+        with pytest.raises(SystemExit) as refusal:
+            main([option, name])
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and f"invalid choice: '{name}'" in error and "choose from" in error
 
 
 @pytest.mark.parametrize("text", ['{"status": "do', "[]", '{"status": "done"}'])
 def test_a_damaged_record_is_named(text: str, tmp_path, measured, capsys) -> None:
-    (job, *_) = [job for job in plan(parse([])) if job["part"] == "growth"]
+    (job, *_) = [job for job in jobs(parse([])) if job["part"] == "growth"]
     file = runner.path(tmp_path, job)
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -190,13 +183,28 @@ def growth_job(**changes: object) -> dict:
     }  # fmt: skip
 
 
-def test_a_measurement_in_its_own_process_and_one_that_fails(tmp_path) -> None:
-    jobs = [growth_job(), growth_job(method="nothing")]
-    runner.run_all(jobs, tmp_path)
-    done, failed = runner.load(tmp_path, jobs)
-    assert [row["D"] for row in done["rows"]] == [10_240, 40_960]
-    assert done["provenance"]["hardware"]["threads"] == 1
-    assert failed["status"] == "failed" and "unknown projection 'nothing'" in failed["reason"]
+def test_a_measurement_writes_its_record_and_says_last_why_it_failed(tmp_path, monkeypatch, capsys) -> None:
+    """What the process of a measurement does, in this one."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(runner, "end_with", lambda _: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    done, failed = growth_job(), growth_job(method="nothing")
+    runner.main([str(tmp_path), json.dumps(done), "1"])
+    (record,) = runner.load(tmp_path, [done, failed])
+    assert [row["D"] for row in record["rows"]] == [10_240, 40_960]
+    assert record["provenance"]["hardware"]["threads"] == 1
+    with pytest.raises(SystemExit, match="1"):
+        runner.main([str(tmp_path), json.dumps(failed), "1"])
+    assert "unknown projection 'nothing'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def fake_python(folder: Path, monkeypatch, script: str) -> None:
+    (folder / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
 
 
 @pytest.mark.parametrize(
@@ -208,43 +216,41 @@ def test_a_measurement_in_its_own_process_and_one_that_fails(tmp_path) -> None:
     ],
 )
 def test_the_reason_of_a_process_that_ended(script: str, reason: str, tmp_path, monkeypatch) -> None:
-    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    fake_python(tmp_path, monkeypatch, script)
     runner.run_all([growth_job()], tmp_path)
     (record,) = runner.load(tmp_path, [growth_job()])
     assert record["status"] == "failed" and record["reason"] == reason
 
 
 def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, capsys) -> None:
-    pid = tmp_path / "pid"
-    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {pid}.part; mv {pid}.part {pid}; exec sleep 60\n")
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    fake_python(tmp_path, monkeypatch, "exec sleep 60")
+    children, wait = [], subprocess.Popen.wait
 
-    def interrupt() -> None:
-        while not pid.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(child: subprocess.Popen) -> None:
+        children.append(child)
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        raise KeyboardInterrupt
 
-    # a shell in the background starts its commands with SIGINT ignored
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=interrupt, daemon=True).start()
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     assert run(tmp_path, "--parts", "growth") == 130
     assert "The same command goes on" in capsys.readouterr().err
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
-@pytest.mark.parametrize("name", model.names())
-def test_every_adapter_attaches_to_every_kind_of_base(name: str) -> None:
-    """A step of the tiny model; the trained numbers are what the method's formula says where it is free."""
+def test_every_adapter_attaches_to_the_tiny_base_and_every_parameter_gets_a_gradient() -> None:
     work = WORKLOADS["tiny"]
-    tiny = work.load()
-    attached = model.attach(tiny, work, name)
-    loss = attached(**work.training_batch(torch.device("cpu"))).loss
-    loss.backward()
-    assert all(p.grad is not None for p in model.trained(attached))
+    tiny, batch = work.load(), work.training_batch(torch.device("cpu"))
+    for name in model.names():
+        attached = model.attach(copy.deepcopy(tiny), work, name)
+        attached(**batch).loss.backward()
+        assert all(p.grad is not None for p in model.parameters(attached)), name
+
+
+@pytest.mark.system
+def test_a_measurement_in_its_own_process(tmp_path) -> None:
+    runner.run_all([growth_job()], tmp_path)
+    (record,) = runner.load(tmp_path, [growth_job()])
+    assert record["status"] == "done", record["reason"]
 
 
 @pytest.mark.slow

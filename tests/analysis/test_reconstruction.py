@@ -14,28 +14,28 @@ from torch import Tensor, nn
 import uniproj
 from analysis import compress
 from analysis.landscape.__main__ import main as landscape_main
-from analysis.reconstruction import reconstruct
+from analysis.reconstruction import measure, reconstruct
 from analysis.reconstruction.__main__ import main as reconstruction_main
 from analysis.spaces import build, defaults
-from analysis.subject import HEAD, Setting, Subject, factor_name
+from analysis.subject import HEAD, Setting, Subject, named_factors
 from analysis.training import train_lora
 from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
 from uniproj.exchange.formats.lora import read
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
 
 SMALL = LoRALayout.from_shapes({"layer.0.query": (12, 8), "layer.1.query": (12, 8)}, r=4)
 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject(Setting(test_size=32, max_length=32))
+    return Subject(Setting(test_size=16, max_length=16, batch_size=8))
 
 
 @pytest.fixture(scope="module")
 def lora(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
-    """A rank-4 LoRA after ten steps on the packaged reviews."""
-    theta_D, head = train_lora(subject, steps=10, lr=1e-2)
+    """A rank-4 LoRA after five steps on the packaged reviews."""
+    theta_D, head = train_lora(subject, steps=5, lr=1e-2)
     return theta_D, dict(head)
 
 
@@ -43,7 +43,7 @@ def lora(subject: Subject) -> tuple[Tensor, dict[str, Tensor]]:
 def folder(subject: Subject, lora: tuple[Tensor, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same LoRA as PEFT saves it."""
     theta_D, head = lora
-    parts = dict(zip(map(factor_name, subject.layout.blocks), subject.layout.split(theta_D), strict=True))
+    parts = named_factors(subject.layout, theta_D)
     before = {name: value.clone() for name, value in subject.model.state_dict().items() if name in {**parts, **head}}
     subject.model.load_state_dict({**parts, **head}, strict=False)
     path = tmp_path_factory.mktemp("lora")
@@ -55,7 +55,7 @@ def folder(subject: Subject, lora: tuple[Tensor, dict[str, Tensor]], tmp_path_fa
 def test_captured_energy_is_that_of_the_dense_projection(subject: Subject, lora) -> None:
     target = balanced(subject.layout, lora[0])
     P = build("unilora", {}, subject.layout, 256).P
-    found = fit(P, target)
+    found = least_squares(P, target)
     M = P.to_dense()
     assert found.method == "closed form"
     assert captured(target, found.theta_D) == pytest.approx(float((M.T @ target).norm() ** 2 / target.norm() ** 2))
@@ -68,7 +68,8 @@ def test_the_dense_energy_tells_a_wrong_fit_apart(subject: Subject, lora) -> Non
     P, other = (build("unilora", {}, subject.layout, 256, seed).P for seed in (0, 1))
     M = P.to_dense()
     dense = float((M.T @ target).norm() ** 2 / target.norm() ** 2)
-    for wrong in (P(1.01 * fit(P, target).theta_d), fit(other, target).theta_D, fit(P, lora[0]).theta_D):
+    best, elsewhere, unbalanced = least_squares(P, target), least_squares(other, target), least_squares(P, lora[0])
+    for wrong in (P(1.01 * best.theta_d), elsewhere.theta_D, unbalanced.theta_D):
         assert captured(target, wrong) != pytest.approx(dense)
 
 
@@ -77,7 +78,7 @@ def test_every_fixed_projection_reaches_the_least_squares_solution(name: str) ->
     P = build(name, uniproj.get(name).variants[0], SMALL, 24).P
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(SMALL.D, generator=generator, dtype=torch.float64)
-    found = fit(P, target)
+    found = least_squares(P, target)
     M, c = P.to_dense().detach(), P.offset if P.offset is not None else torch.zeros(SMALL.D).double()
     dense = M @ torch.linalg.lstsq(M, (target - c).unsqueeze(1), driver="gelsd").solution.squeeze(1) + c
     torch.testing.assert_close(found.theta_D.detach(), dense, rtol=0, atol=1e-6)
@@ -91,7 +92,7 @@ def test_a_learned_projection_moves_towards_the_target(name: str) -> None:
     c = fixed.offset if fixed.offset is not None else 0.0
     M = fixed.to_dense().detach()
     start = M @ torch.linalg.lstsq(M, (target - c).unsqueeze(1), driver="gelsd").solution.squeeze(1) + c
-    assert captured(target, fit(moved, target).theta_D.detach()) > captured(target, start)
+    assert captured(target, least_squares(moved, target).theta_D.detach()) > captured(target, start)
 
 
 def test_weights_decide_what_is_fitted() -> None:
@@ -101,9 +102,9 @@ def test_weights_decide_what_is_fitted() -> None:
     w = weights.sqrt().unsqueeze(1)
     M = P.to_dense()
     dense = M @ torch.linalg.lstsq(w * M, w * target.unsqueeze(1)).solution.squeeze(1)
-    found = fit(P, target, weights).theta_D
+    found = least_squares(P, target, weights).theta_D
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-6)
-    assert captured(target, found, weights) > captured(target, fit(P, target).theta_D, weights)
+    assert captured(target, found, weights) > captured(target, least_squares(P, target).theta_D, weights)
 
 
 def test_balancing_changes_no_update_and_makes_factors_equally_long() -> None:
@@ -128,7 +129,8 @@ def test_the_energy_of_updates_is_that_of_dense_updates() -> None:
     assert captured_delta_W(SMALL, scales, a, b) == pytest.approx(dense)
 
 
-def test_the_table_has_every_projection_and_whole_lora_loses_nothing(subject: Subject, lora) -> None:
+def test_the_table_has_every_projection_and_whole_lora_loses_nothing(subject: Subject, lora, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "FISHER_ROWS", 4)
     table = reconstruct(subject, *lora, defaults(["lora", "unilora", "sparse"]), [64, 256])
     whole = table[table["projection"] == "lora"]
     assert len(whole) == 1 and whole["random"].item() == 1.0
@@ -147,7 +149,7 @@ def test_compressed_adapters_load_and_answer_as_the_reconstruction(
     adapter = read(folder)
     P = build("unilora", {}, adapter.layout, 512).P
     target = balanced(adapter.layout, adapter.theta_D)
-    reached = fit(P, target).theta_D
+    reached = least_squares(P, target).theta_D
     dense = (P.to_dense().T @ target).norm() ** 2 / target.norm() ** 2
     assert json.loads(capsys.readouterr().out)["captured_factor"] == pytest.approx(float(dense), rel=1e-6)
     loaded = PeftModel.from_pretrained(subject._base(), str(tmp_path / "out")).eval()
@@ -183,12 +185,12 @@ def test_energies_that_are_none_above_zero_have_an_edge() -> None:
     assert edge(pd.Series([-1.0, 0.0])) == 0.1 and edge(pd.Series([-1.0, 0.02, 0.5])) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch-size", "--test-size"])
 @pytest.mark.parametrize("main", [landscape_main, reconstruction_main])
-def test_counts_are_positive(main, option: str, capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([option, "0"])
-    assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+def test_counts_are_positive(main, capsys) -> None:
+    for option in ("--steps", "--batch-size", "--test-size"):
+        with pytest.raises(SystemExit, match="2"):
+            main([option, "0"])
+        assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_missing_adapter_is_a_sentence(tmp_path: Path, capsys) -> None:

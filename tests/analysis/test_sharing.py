@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,12 +10,10 @@ import uniproj
 from analysis import cards
 from analysis.columns import loads
 from analysis.sharing import describe, heat_map, sharing
-from analysis.sharing.__main__ import main
 from analysis.sharing.measure import layer_of
 from analysis.spaces import build, defaults, layout
-from uniproj import LoRALayout, Projection
-
-SMALL = LoRALayout.from_shapes({f"layer.{i}.{m}": (12, 8) for i in range(3) for m in ("query", "value")}, r=2)
+from tests.analysis.small import SMALL, small
+from uniproj import LoRALayout
 
 
 def _facts(name: str, **variant: object) -> dict[str, float]:
@@ -52,7 +48,7 @@ def test_known_methods() -> None:
 
 @pytest.mark.parametrize("name", uniproj.names())
 def test_every_fraction_is_counted_on_the_dense_matrix(name: str) -> None:
-    P: Projection = build(name, uniproj.get(name).variants[0], SMALL, 24).P
+    P = small(name)
     found = describe(loads(P), SMALL)
     hit = P.to_dense().detach() != 0
     modules = torch.stack([part.any(0) for part in hit.split([2 * (12 + 8)] * 6)])
@@ -74,15 +70,6 @@ def test_the_picture_shares_out_every_column() -> None:
 def test_a_method_that_cannot_be_built_is_a_note() -> None:
     rows, maps = sharing(defaults(["unilora_nonuniform"]), LoRALayout.flat(64), 8)
     assert "no modules" in rows["note"].iloc[0] and maps.empty
-
-
-def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--layout", "eight-64", "--d", "64", "--projections", "unilora", "vera", "--out", str(tmp_path)]
-    assert main(asked) == 0
-    first = (tmp_path / "sharing.png").read_bytes()
-    assert main(asked) == 0
-    assert (tmp_path / "sharing.png").read_bytes() == first
-    assert "several_modules" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("projection", "holds"), [("lora", False), ("sparse", False), ("unilora", True)])

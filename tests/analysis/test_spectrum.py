@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import uniproj
 from analysis.spaces import build, layout
-from analysis.spectrum import of_factors, of_projection, spectrum
-from analysis.spectrum.__main__ import main
-from analysis.spectrum.measure import factors, stable_rank
-from uniproj import LoRALayout
-
-SMALL = LoRALayout.from_shapes({f"layer.{i}.{m}": (12, 8) for i in range(3) for m in ("query", "value")}, r=2)
+from analysis.spectrum import of_projection, of_updates, spectrum
+from analysis.spectrum.measure import factor_pairs, stable_rank
+from tests.analysis.small import SMALL, small
 
 
 def test_stable_rank_of_known_values() -> None:
@@ -25,7 +20,7 @@ def test_stable_rank_of_known_values() -> None:
 
 @pytest.mark.parametrize("name", uniproj.names())
 def test_values_and_coherence_are_the_dense_ones(name: str) -> None:
-    P = build(name, uniproj.get(name).variants[0], SMALL, 24).P
+    P = small(name)
     values, facts = of_projection(P)
     M = P.to_dense().detach()
     dense = torch.linalg.svdvals(M)
@@ -62,14 +57,8 @@ def test_a_redundant_method_says_so() -> None:
 def test_delta_W_has_the_stable_rank_of_the_product() -> None:
     P = build("unilora", {}, SMALL, 24).P
     theta_d = torch.linspace(-1, 1, 24, dtype=torch.float64)
-    for B, A in factors(P, theta_d):
+    for B, A in factor_pairs(P, theta_d):
         small = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)
         torch.testing.assert_close(small, torch.linalg.svdvals(B @ A)[:2])
-    facts = of_factors(P)
+    facts = of_updates(P)
     assert 1.0 <= facts["delta_W_stable_rank"] <= 2.0 and 1.0 <= facts["A_stable_rank"] <= 2.0
-
-
-def test_the_command_writes_its_files(tmp_path: Path) -> None:
-    asked = ["--layout", "eight-64", "--d", "64", "--projections", "unilora", "gaussian", "--out", str(tmp_path)]
-    assert main(asked) == 0
-    assert (tmp_path / "spectrum-values.csv").read_text().count("\n") > 64

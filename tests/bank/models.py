@@ -8,8 +8,8 @@ from tests.tuner.models import base_model, config
 D = 60
 
 
-def adapted(**fields) -> PeftModel:
-    return get_peft_model(base_model("llama"), config("llama", d=fields.pop("d", D), **fields)).eval()
+def adapted(kind: str = "llama", projection: str = "unilora", d: int | None = D, **fields) -> PeftModel:
+    return get_peft_model(base_model(kind), config(kind, projection, d, **fields)).eval()
 
 
 def vector(seed: int) -> torch.Tensor:

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 import uniproj
+from tests.bank.models import D, vector
 from uniproj import AdapterError, LoRALayout
 from uniproj.bank import interpolate, mean
-
-D = 60
-
-
-def vector(seed: int) -> torch.Tensor:
-    return torch.randn(D, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_mean_of_vectors_misses_the_mean_of_updates_by_their_covariance() -> None:

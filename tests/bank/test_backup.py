@@ -1,11 +1,12 @@
 """`AdapterBank.backup`: a whole bank of one moment, also under writers and kills; and banks that nobody may write."""
 
+import ctypes
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.bank.models import D, vector
+from tests.bank.processes import die, dies_in_child, end, in_child
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
 from uniproj.bank.slots import Slots
@@ -105,9 +107,13 @@ def test_under_writers_every_backup_is_one_moment(bank: AdapterBank, tmp_path) -
                     bank.delete(f"{worker}/{turn - 3}/a")
         writers.append(child)
     try:
+        for _ in range(3000):  # both have begun
+            if {"0/1/b", "1/1/b"} <= set(bank.names()):
+                break
+            time.sleep(0.01)
         least = dict.fromkeys(range(2), 0)
-        for k in range(12):
-            if k == 6:
+        for k in range(8):
+            if k == 4:
                 os.kill(writers[0], signal.SIGKILL)
             bank.backup(tmp_path / f"copy {k}")
             copy = AdapterBank(tmp_path / f"copy {k}")
@@ -127,28 +133,23 @@ def test_under_writers_every_backup_is_one_moment(bank: AdapterBank, tmp_path) -
         assert min(least.values()) > 0
     finally:
         for child in writers:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            end(child)
     bank.add("last", vector(0))
 
 
-def test_a_backup_that_is_killed_leaves_no_folder_and_the_next_clears_its_part(filled: AdapterBank, tmp_path) -> None:
-    places = tmp_path / "places"
-    for killed_after in range(0, 40, 4):
-        child = os.fork()
-        if child == 0:
-            read, calls = Slots.read, []
+def test_a_backup_that_is_killed_leaves_no_folder_and_the_next_clears_its_part(
+    filled: AdapterBank, tmp_path, monkeypatch
+) -> None:
+    places, read = tmp_path / "places", Slots.read
+    for killed_after in range(0, 40, 8):
+        calls = iter(range(killed_after))
 
-            def dies(self: Slots, slot: int):
-                calls.append(slot)  # noqa: B023
-                if len(calls) > killed_after:  # noqa: B023
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return read(self, slot)  # noqa: B023
+        def dies(self: Slots, slot: int):
+            return read(self, slot) if next(calls, None) is not None else die()  # noqa: B023
 
-            Slots.read = dies  # type: ignore[method-assign]
-            filled.backup(places / "copy")
-            os._exit(3)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        with monkeypatch.context() as patch:
+            patch.setattr(Slots, "read", dies)
+            dies_in_child(lambda: filled.backup(places / "copy"))
         assert len(os.listdir(places)) == 1 and not (places / "copy").exists()
     filled.backup(places / "copy")
     assert os.listdir(places) == ["copy"] and _same(AdapterBank(places / "copy"), filled)
@@ -170,10 +171,7 @@ def test_threads_fork_while_a_backup_is_taken(filled: AdapterBank, tmp_path) -> 
 
     def fork() -> None:
         while not done.is_set():
-            child = os.fork()
-            if child == 0:
-                os._exit(0)
-            os.waitpid(child, 0)
+            in_child(lambda: None)
 
     thread = threading.Thread(target=fork)
     thread.start()
@@ -190,23 +188,21 @@ def test_threads_fork_while_a_backup_is_taken(filled: AdapterBank, tmp_path) -> 
 # ---- banks that this process may not write ------------------------------------------------------
 
 OTHER = 54321
+# of sched.h: a namespace of mounts of its own
+CLONE_NEWNS = 0x20000
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 def _as_other(work: Callable[[], object]) -> None:
-    """Do something as a user who owns nothing; what went wrong there goes wrong here."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(OTHER)
-            os.setuid(OTHER)
-            work()
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    """Do something as a user who owns nothing."""
+
+    def become_other() -> None:
+        os.setgroups([])
+        os.setgid(OTHER)
+        os.setuid(OTHER)
+        work()
+
+    in_child(become_other)
 
 
 @pytest.fixture
@@ -246,8 +242,7 @@ def _open_elsewhere(bank: AdapterBank) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        end(child)
 
 
 @needs_root
@@ -337,21 +332,12 @@ def test_another_users_bank_is_backed_up_under_writers(public: AdapterBank, tmp_
     try:
         _as_other(work)
     finally:
-        os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
+        end(writer)
     for k in range(5):
         copy = AdapterBank(target / f"copy {k}")
         assert len(copy) == 39
         for name in copy:
             assert copy.get(name).isfinite().all()
-
-
-READ_ONLY = """
-import sys
-from pathlib import Path
-from tests.bank.test_backup import _reads
-_reads(Path(sys.argv[1])).backup(sys.argv[2])
-"""
 
 
 @needs_root
@@ -360,11 +346,16 @@ def test_a_bank_on_a_read_only_file_system_is_read(state: str, filled: AdapterBa
     filled.close()
     place = tmp_path / "mounted"
     place.mkdir()
-    mount = f"mount --bind '{filled.folder}' '{place}' && mount -o remount,bind,ro '{place}'"
+    mount = f"mount --make-rprivate / && mount --bind '{filled.folder}' '{place}' && mount -o remount,bind,ro '{place}'"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    script = f"{mount} && exec '{sys.executable}' -c \"$1\" '{place}' '{tmp_path / 'copy'}'"
+
+    def work() -> None:
+        # os.unshare comes with Python 3.12
+        assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+        subprocess.run(["sh", "-c", mount], check=True)
+        _reads(place).backup(tmp_path / "copy")
+
     with _open_elsewhere(filled) if state == "open" else nullcontext():
-        done = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", READ_ONLY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        in_child(work)
     assert _same(AdapterBank(tmp_path / "copy"), filled)

@@ -2,8 +2,6 @@
 
 import os
 import resource
-import signal
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from peft import get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from tests.bank.processes import die, dies_in_child, in_child
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank, slots
 from uniproj.bank.index import Change
@@ -32,19 +31,7 @@ def bank(tmp_path) -> AdapterBank:
     return bank
 
 
-def _dies_in_child(work: Callable[[], object]) -> None:
-    child = os.fork()
-    if child == 0:
-        work()
-        os._exit(3)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-
-
-def _die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-STEPS = {
+INTERRUPTIONS = {
     "before the file has grown": (os, "ftruncate"),
     "between growth and header": (slots, "_to_disk"),
     "before new slots are entered": (Change, "add_free"),
@@ -54,13 +41,13 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", INTERRUPTIONS)
 @pytest.mark.parametrize("write", ["add", "replace"])
 def test_killed_at_any_step(step: str, write: str, bank: AdapterBank, monkeypatch) -> None:
-    where, what = STEPS[step]
+    where, what = INTERRUPTIONS[step]
     with monkeypatch.context() as patch:
-        patch.setattr(where, what, _die)
-        _dies_in_child(lambda: getattr(bank, write)("new" if write == "add" else "a", vector(9)))
+        patch.setattr(where, what, die)
+        dies_in_child(lambda: getattr(bank, write)("new" if write == "add" else "a", vector(9)))
     for seen in (bank, AdapterBank(bank.folder)):
         assert seen.names() == ["a", "b"]
         assert torch.equal(seen.get("a"), vector(1)) and torch.equal(seen.get("b"), vector(2))
@@ -76,11 +63,11 @@ def test_killed_within_a_vector(bank: AdapterBank, monkeypatch) -> None:
             with self.path.open("r+b") as file:
                 file.seek(self._end(slot))
                 file.write(row.tobytes()[: 2 * D])
-            _die()
+            die()
 
     with monkeypatch.context() as patch:
         patch.setattr(Slots, "write", half)
-        _dies_in_child(lambda: bank.replace("a", vector(9)))
+        dies_in_child(lambda: bank.replace("a", vector(9)))
     assert torch.equal(bank.get("a"), vector(1))
     bank.replace("a", vector(7))
     assert torch.equal(bank.get("a"), vector(7)) and torch.equal(bank.get("b"), vector(2))
@@ -103,15 +90,13 @@ def test_a_full_disk_is_one_sentence(refused: str, bank: AdapterBank, monkeypatc
 
 def test_the_systems_own_limit_of_a_file(bank: AdapterBank) -> None:
     size = (bank.folder / "theta_d.safetensors").stat().st_size
-    child = os.fork()
-    if child == 0:
+
+    def add_beyond_it() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        try:
+        with pytest.raises(AdapterError, match="Nothing saved before is lost"):
             bank.add("c", vector(3))
-        except AdapterError as error:
-            os._exit(0 if "Nothing saved before is lost" in str(error) else 1)
-        os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
+
+    in_child(add_beyond_it)
     assert (bank.folder / "theta_d.safetensors").stat().st_size == size
     assert torch.equal(bank.get("a"), vector(1)) and bank.names() == ["a", "b"]
 

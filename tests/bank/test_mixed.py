@@ -6,16 +6,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.bank.models import adapted
 from tests.tuner.models import TARGETS, base_model, batch, config
 from uniproj import AdapterError
 from uniproj.bank import mixed
 from uniproj.tuner import adapter_of
 
 ROWS = [1, 0, 1]
-
-
-def _model(kind: str = "llama", projection: str = "unilora", d: int | None = 60, **fields) -> nn.Module:
-    return get_peft_model(base_model(kind), config(kind, projection, d, **fields)).eval()
 
 
 def _thetas(model: nn.Module, users: int = 2) -> torch.Tensor:
@@ -36,7 +33,7 @@ def _inputs(kind: str, rows: int = 3) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_each_row_gives_what_its_user_gives_alone(kind: str, projection: str, d: int | None) -> None:
     # BERT's head is no factor: one for all rows
-    model = _model(kind, projection, d)
+    model = adapted(kind, projection, d)
     thetas, inputs = _thetas(model), _inputs(kind)
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -51,7 +48,7 @@ def test_each_row_gives_what_its_user_gives_alone(kind: str, projection: str, d:
 
 
 def test_a_row_of_zeros_is_the_base_model() -> None:
-    model, inputs = _model(), _inputs("llama")
+    model, inputs = adapted(), _inputs("llama")
     thetas = _thetas(model)
     thetas[1] = 0
     with torch.no_grad(), mixed(model, thetas, ROWS):
@@ -63,11 +60,11 @@ def test_a_row_of_zeros_is_the_base_model() -> None:
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 def test_generation_with_a_cache_and_left_padding(inference, monkeypatch) -> None:
-    model = _model()
+    model = adapted()
     ids = _inputs("llama")["input_ids"]
     lengths = [9, 5, 7]
     mask = torch.stack([torch.arange(9) >= 9 - n for n in lengths]).long()
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    generation = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     projection = adapter_of(model).P
     calls = []
     original = type(projection)._matvec
@@ -77,27 +74,27 @@ def test_generation_with_a_cache_and_left_padding(inference, monkeypatch) -> Non
     with inference():
         thetas = _thetas(model) + 0.0
         with mixed(model, thetas, ROWS):
-            found = model.generate(input_ids=ids * mask, attention_mask=mask, **settings)
+            found = model.generate(input_ids=ids * mask, attention_mask=mask, **generation)
     assert calls == [2]  # both users, once for all tokens
     for row, (user, n) in enumerate(zip(ROWS, lengths, strict=True)):
         _use(model, thetas[user])
         own = ids[row : row + 1, 9 - n :]
-        alone = model.generate(input_ids=own, attention_mask=torch.ones_like(own), **settings)
+        alone = model.generate(input_ids=own, attention_mask=torch.ones_like(own), **generation)
         assert torch.equal(found[row, 9:], alone[0, n:])
 
 
 def test_a_beam_search_takes_a_row_per_beam() -> None:
-    model = _model()
+    model = adapted()
     thetas, inputs = _thetas(model), _inputs("llama", 2)
-    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    generation = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     rows = torch.tensor([1, 0]).repeat_interleave(3)
     with mixed(model, thetas, rows):
-        found = model.generate(**inputs, **settings)
+        found = model.generate(**inputs, **generation)
     with mixed(model, thetas, [1, 0]), pytest.raises(AdapterError, match=r"per beam in a beam search"):
-        model.generate(**inputs, **settings)
+        model.generate(**inputs, **generation)
     for row, user in enumerate([1, 0]):
         _use(model, thetas[user])
-        alone = model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **settings)
+        alone = model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **generation)
         assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
@@ -107,7 +104,7 @@ def test_k_users_trained_at_once_are_k_users_trained_alone(kind: str, checkpoint
     """SGD on the sum of the users' losses: the users share nothing, so each moves as it does alone."""
     users, rows = 3, [0, 1, 2, 0, 1, 2]
     data = batch(kind, len(rows))
-    model = _model(kind).train()
+    model = adapted(kind).train()
     starts = _thetas(model, users) * 0.1
     if checkpointing:
         model.enable_input_require_grads()
@@ -142,7 +139,7 @@ def test_k_users_trained_at_once_are_k_users_trained_alone(kind: str, checkpoint
 
 
 def test_training_refuses_reentrant_checkpointing() -> None:
-    model = _model().train()
+    model = adapted().train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     thetas = _thetas(model)
@@ -154,7 +151,7 @@ def test_training_refuses_reentrant_checkpointing() -> None:
 
 
 def test_two_steps_within_one_block() -> None:
-    model = _model().train()
+    model = adapted().train()
     thetas = nn.Parameter(_thetas(model))
     gradients = []
     with mixed(model, thetas, ROWS):
@@ -167,7 +164,7 @@ def test_two_steps_within_one_block() -> None:
 
 
 def test_bfloat16_autocast_and_quantised_dtypes_follow_the_tuner() -> None:
-    model, inputs = _model(), _inputs("llama")
+    model, inputs = adapted(), _inputs("llama")
     A = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
     with torch.no_grad(), mixed(model, _thetas(model), ROWS), torch.autocast("cpu", dtype=torch.bfloat16):
         model(**inputs)
@@ -194,7 +191,7 @@ def test_rows_share_a_quantised_base(bits: int, tmp_path) -> None:
 
 
 def test_blocks_nest_and_an_error_inside_leaves_the_model_as_it_was() -> None:
-    model, inputs = _model(), _inputs("llama")
+    model, inputs = adapted(), _inputs("llama")
     thetas = _thetas(model)
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -209,8 +206,8 @@ def test_blocks_nest_and_an_error_inside_leaves_the_model_as_it_was() -> None:
         assert torch.equal(model(**inputs).logits, plain)
 
 
-def test_a_mixture_is_not_merged() -> None:
-    model = _model()
+def test_a_mixed_batch_is_not_merged() -> None:
+    model = adapted()
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     before = weight.clone()
     with mixed(model, _thetas(model), ROWS):
@@ -247,7 +244,7 @@ def test_images_keep_the_axes_between_batch_and_features() -> None:
 
 
 def test_what_cannot_be_mixed_is_refused() -> None:
-    model = _model()
+    model = adapted()
     thetas = _thetas(model)
     refused = {
         r"thetas must be floats of shape \(K, d\) = \(K, 60\), got torch.float32 of shape \(60,\)": (thetas[0], [0]),

@@ -7,6 +7,7 @@ from analysis.bank.soak import prepare, run, token_of, vector
 from uniproj.bank import AdapterBank
 
 
+@pytest.mark.system
 def test_a_short_soak(tmp_path) -> None:
     found = run(prepare(tmp_path, 800, d=1100, processes=4, seed=0), kills_per_second=120)
     # a write in which its process was killed may have happened and is done, or not and is done again
@@ -30,7 +31,7 @@ def test_a_torn_vector_and_that_of_another_name_are_found() -> None:
 
 
 def test_a_lost_adapter_is_found(tmp_path, monkeypatch) -> None:
-    """Were replaced vectors written in place or kept in memory only, the soak would say so."""
+    """A deletion that takes another adapter with it is noticed."""
     delete = AdapterBank.delete
 
     def forget_another_too(self: AdapterBank, name: str) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from experiments.runs.provenance import device_name
+from experiments.provenance import device_name
 
 YES, REFUSES, NO = "yes", "refuses", "no"
 SECTIONS = (
     "PEFT: adapters",
-    "PEFT: settings",
+    "PEFT: configuration",
     "PEFT: base models and layers",
     "bitsandbytes",
     "Transformers",

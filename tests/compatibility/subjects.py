@@ -10,23 +10,13 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import T5Config, T5ForConditionalGeneration
 
+from tests.tuner.models import VOCABULARY, base_model, make
 from uniproj.projection import Projection
 from uniproj.tuner import UniProjConfig, adapter_of
 
-VOCABULARY, WIDTH, D = 64, 32, 60
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+D = 60
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
 ROUNDING = 1e-4
@@ -36,30 +26,20 @@ Remark = Callable[[str], None]
 Refuses = Callable[..., AbstractContextManager[None]]
 
 
-def make(architecture: type, config: Any) -> Any:
-    """A model with the same weights on every call, large enough that an adapter shows; in eval mode."""
-    torch.manual_seed(0)
-    model = architecture(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    return model.eval()
+def llama(**fields: Any) -> Any:
+    return base_model("llama", **fields)
 
 
-def llama(**options: Any) -> PreTrainedModel:
-    return make(LlamaForCausalLM, LlamaConfig(**{**SIZES, **options}, intermediate_size=64, num_key_value_heads=2))
+def bert() -> Any:
+    return base_model("bert")
 
 
-def bert() -> PreTrainedModel:
-    return make(BertForSequenceClassification, BertConfig(**SIZES, intermediate_size=64, num_labels=3))
+def gpt2() -> Any:
+    return base_model("gpt2")
 
 
-def gpt2() -> PreTrainedModel:
-    return make(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4))
-
-
-def t5() -> PreTrainedModel:
-    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+def t5() -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     return make(T5ForConditionalGeneration, T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
 
 
@@ -79,7 +59,7 @@ def adapted(base: nn.Module | None = None, **fields: Any) -> Any:
     return get_peft_model(llama() if base is None else base, config(**fields))  # type: ignore[arg-type]
 
 
-def trained(base: nn.Module | None = None, **fields: Any) -> Any:
+def trained_model(base: nn.Module | None = None, **fields: Any) -> Any:
     """The same after a few steps, in eval mode."""
     model = adapted(base, **fields)
     steps(model)
@@ -132,7 +112,7 @@ def steps(model: nn.Module, count: int = 3, lr: float = 0.05) -> list[float]:
 
 def saved(folder: Path, base: nn.Module | None = None, **fields: Any) -> tuple[Path, Tensor]:
     """A trained adapter in a folder, and its logits."""
-    model = trained(base, **fields)
+    model = trained_model(base, **fields)
     model.save_pretrained(folder / "adapter")
     return folder / "adapter", logits(model)
 

@@ -27,7 +27,7 @@ from tests.compatibility.subjects import (
     logits,
     same,
     theta_d,
-    trained,
+    trained_model,
 )
 from tests.compatibility.two_processes import CASES
 from uniproj.errors import AdapterError
@@ -87,7 +87,7 @@ def test_mixed_precision_bf16() -> None:
 
 @capability("`unwrap_model`, `save_pretrained(state_dict=accelerator.get_state_dict(...))`")
 def test_unwrap_model_save_pretrained_state_dict_accelerator_get_state_dict(tmp_path: Path) -> None:
-    accelerator, model = _accelerator(), trained()
+    accelerator, model = _accelerator(), trained_model()
     prepared = accelerator.prepare(model)
     unwrapped = accelerator.unwrap_model(prepared)
     unwrapped.save_pretrained(tmp_path, state_dict=accelerator.get_state_dict(prepared))
@@ -119,7 +119,7 @@ def _train_what_one_process_trains(found: dict[str, Any]) -> None:
 
 
 @capability("DDP: two processes (gloo)")
-@pytest.mark.slow
+@pytest.mark.system
 def test_ddp_two_processes_gloo(seen: list[dict[str, Any]]) -> None:
     for found in _that_train(seen, "ddp"):
         _train_what_one_process_trains(found)
@@ -127,7 +127,7 @@ def test_ddp_two_processes_gloo(seen: list[dict[str, Any]]) -> None:
 
 
 @capability("FSDP2: two processes, `uniproj.tuner.shard_base`")
-@pytest.mark.slow
+@pytest.mark.system
 def test_fsdp2_two_processes_uniproj_tuner_shard_base(seen: list[dict[str, Any]]) -> None:
     whole = ("uniproj_theta_d", "projections", "modules_to_save", "original_module")
     for found in _that_train(seen, "fsdp2"):
@@ -136,7 +136,7 @@ def test_fsdp2_two_processes_uniproj_tuner_shard_base(seen: list[dict[str, Any]]
         assert all(any(part in name for part in whole) for name in found["whole"])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_reentrant_checkpointing_is_refused_with_several_processes(seen: list[dict[str, Any]]) -> None:
     for found in (process[" ".join(map(str, case))] for case in CASES if case[-1] == "reentrant" for process in seen):
         assert "need the non-reentrant kind, got use_reentrant=True" in found["refused"]

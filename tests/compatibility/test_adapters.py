@@ -42,7 +42,7 @@ from tests.compatibility.subjects import (
     saved_llama,
     steps,
     theta_d,
-    trained,
+    trained_model,
 )
 
 capability = partial(pytest.mark.capability, "PEFT: adapters")
@@ -50,7 +50,7 @@ capability = partial(pytest.mark.capability, "PEFT: adapters")
 
 def _pair() -> Any:
     """A model with two adapters, the second untrained."""
-    model = trained()
+    model = trained_model()
     model.add_adapter("other", config(projection="vera", d=None, r=2))
     with torch.no_grad():
         theta_d(model, "other").normal_(generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_autopeftmodelforcausallm_from_pretrained(tmp_path: Path) -> None:
 
 @capability("`get_peft_model_state_dict`, `set_peft_model_state_dict`")
 def test_get_peft_model_state_dict_set_peft_model_state_dict() -> None:
-    model, twin = trained(), adapted(init_seed=5).eval()
+    model, twin = trained_model(), adapted(init_seed=5).eval()
     set_peft_model_state_dict(twin, get_peft_model_state_dict(model))
     same(logits(twin), logits(model), "logits", 1e-6)
 
@@ -165,7 +165,7 @@ def test_delete_adapter() -> None:
 
 @capability("`disable_adapter`")
 def test_disable_adapter() -> None:
-    model = trained()
+    model = trained_model()
     with model.disable_adapter():
         same(logits(model), logits(llama()), "logits without the adapter")
     moved(logits(model), logits(llama()), "logits")
@@ -203,14 +203,14 @@ def test_adapter_names_in_one_batch_generate() -> None:
 @capability("`merge_and_unload`, also `safe_merge=True`")
 def test_merge_and_unload_also_safe_merge_true() -> None:
     for safe in (False, True):
-        model = trained()
+        model = trained_model()
         expected = logits(model)
         same(logits(model.merge_and_unload(safe_merge=safe)), expected, "logits merged", ROUNDING)
 
 
 @capability("`merge_adapter`, `unmerge_adapter`")
 def test_merge_adapter_unmerge_adapter() -> None:
-    model = trained()
+    model = trained_model()
     expected = logits(model)
     model.merge_adapter()
     same(logits(model), expected, "logits merged", ROUNDING)
@@ -220,7 +220,7 @@ def test_merge_adapter_unmerge_adapter() -> None:
 
 @capability("`unload`")
 def test_unload() -> None:
-    same(logits(trained().unload()), logits(llama()), "logits of the bare model")
+    same(logits(trained_model().unload()), logits(llama()), "logits of the bare model")
 
 
 @capability("`add_weighted_adapter`")
@@ -251,7 +251,7 @@ def test_get_peft_model_mixed_true(refuses: Refuses) -> None:
 @capability("a second `get_peft_model` on the same base")
 def test_a_second_get_peft_model_on_the_same_base(refuses: Refuses) -> None:
     base = llama()
-    model = trained(base)
+    model = trained_model(base)
     expected = logits(model)
     with refuses():
         get_peft_model(base, config(target_modules=["q_proj"]))
@@ -261,7 +261,7 @@ def test_a_second_get_peft_model_on_the_same_base(refuses: Refuses) -> None:
 
 @capability("`rescale_adapter_scale`")
 def test_rescale_adapter_scale() -> None:
-    model = trained()
+    model = trained_model()
     expected = logits(model)
     with rescale_adapter_scale(model, 0.0):
         same(logits(model), logits(llama()), "logits at scale 0", ROUNDING)
@@ -270,7 +270,7 @@ def test_rescale_adapter_scale() -> None:
 
 @capability("`get_model_status`, `get_layer_status`")
 def test_get_model_status_get_layer_status() -> None:
-    model = trained()
+    model = trained_model()
     status = model.get_model_status()
     assert status.peft_types == {"default": "UNIPROJ"}
     assert status.trainable_params == D and status.num_adapter_layers == 6
@@ -279,7 +279,7 @@ def test_get_model_status_get_layer_status() -> None:
 
 @capability("`save_as_lora` (PEFT's conversion by SVD)")
 def test_save_as_lora_peft_s_conversion_by_svd(tmp_path: Path, remark: Remark) -> None:
-    model = trained()
+    model = trained_model()
     save_as_lora(tmp_path / "lora", model, rank=4)
     same(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), logits(model), "logits", ROUNDING)
     remark("at full rank within rounding")
@@ -287,7 +287,7 @@ def test_save_as_lora_peft_s_conversion_by_svd(tmp_path: Path, remark: Remark) -
 
 @capability("`save_pretrained(safe_serialization=False)`: a pickle, loaded again")
 def test_save_pretrained_safe_serialization_false_a_pickle_loaded_again(tmp_path: Path, refuses: Refuses) -> None:
-    model = trained()
+    model = trained_model()
     with refuses():
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
@@ -297,7 +297,7 @@ def test_save_pretrained_safe_serialization_false_a_pickle_loaded_again(tmp_path
 def test_save_embedding_layers_true_after_resize_token_embeddings(tmp_path: Path, refuses: Refuses) -> None:
     base = llama()
     base.resize_token_embeddings(70)
-    model = trained(base)
+    model = trained_model(base)
     with refuses():
         model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,6 @@ from transformers import (
 from tests.compatibility.subjects import (
     IDS,
     ROUNDING,
-    SIZES,
     TARGETS,
     D,
     Refuses,
@@ -46,7 +45,6 @@ from tests.compatibility.subjects import (
     life,
     llama,
     logits,
-    make,
     modules,
     moved,
     projection,
@@ -56,8 +54,9 @@ from tests.compatibility.subjects import (
     steps,
     t5,
     theta_d,
-    trained,
+    trained_model,
 )
+from tests.tuner.models import SIZES, make
 from uniproj.errors import AdapterError
 from uniproj.tuner import UniProjConfig
 
@@ -86,11 +85,11 @@ def _small(**fields: Any) -> UniProjConfig:
     return UniProjConfig(projection="unilora", d=8, r=2, **fields)
 
 
-def _refused(refuses: Refuses, base: Any, settings: UniProjConfig) -> None:
+def _refused(refuses: Refuses, base: Any, adapter_config: UniProjConfig) -> None:
     """At attaching, and the base stays as it was."""
     before = modules(base)
     with refuses():
-        get_peft_model(base, settings)
+        get_peft_model(base, adapter_config)
     assert modules(base) == before
 
 
@@ -155,10 +154,10 @@ class _Attention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("base", "settings"),
+    ("base", "adapter_config"),
     [
-        pytest.param(base, settings, marks=capability(name))
-        for name, base, settings in (
+        pytest.param(base, adapter_config, marks=capability(name))
+        for name, base, adapter_config in (
             ("embeddings as targets", llama, config(target_modules=["q_proj", "embed_tokens"])),
             ("convolutions as targets", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), _small(target_modules=["0"])),
             ("`nn.MultiheadAttention` as a target", _Attention, _small(target_modules=["attention"])),
@@ -166,8 +165,8 @@ class _Attention(nn.Module):
         )
     ],
 )
-def test_targets_that_are_no_linear_layers(base: Callable, settings: UniProjConfig, refuses: Refuses) -> None:
-    _refused(refuses, base(), settings)
+def test_targets_that_are_no_linear_layers(base: Callable, adapter_config: UniProjConfig, refuses: Refuses) -> None:
+    _refused(refuses, base(), adapter_config)
 
 
 @capability("`nn.TransformerEncoder`: the same in training and in evaluation, where it has a fast path")
@@ -206,14 +205,14 @@ def test_tied_embeddings_beside_adapted_layers(remark: Remark) -> None:
 
 @capability("a tied `lm_head` as a target: training")
 def test_a_tied_lm_head_as_a_target_training() -> None:
-    model = trained(llama(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    model = trained_model(llama(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
     with model.disable_adapter():
         same(logits(model), logits(llama(tie_word_embeddings=True)), "logits without the adapter")
 
 
 @capability("a tied `lm_head` as a target: merging")
 def test_a_tied_lm_head_as_a_target_merging(refuses: Refuses) -> None:
-    model = trained(llama(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    model = trained_model(llama(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
     expected = logits(model)
     with refuses():
         model.merge_and_unload()

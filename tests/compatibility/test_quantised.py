@@ -10,9 +10,8 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.compatibility.quantised import KINDS, ordinary, quantised
 from tests.compatibility.subjects import (
     Refuses,
     Remark,
@@ -22,58 +21,29 @@ from tests.compatibility.subjects import (
     llama,
     logits,
     same,
-    saved_llama,
     steps,
     theta_d,
-    trained,
+    trained_model,
 )
 from uniproj.tuner.merging import merge_drift
 from uniproj.tuner.quantised import dequantised
 
 capability = partial(pytest.mark.capability, "bitsandbytes")
-KINDS: dict[str, dict[str, Any]] = {
-    "8 bits": {"load_in_8bit": True},
-    "4 bits (NF4)": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "4 bits (FP4, double quantisation, bfloat16)": {
-        "load_in_4bit": True,
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-    "4 bits (NF4, stored in bfloat16)": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_quant_storage": torch.bfloat16,
-    },
-}
 
 
-def quantised(folder: Path, kind: str) -> Any:
-    path = folder / "base"
-    name = str(path) if path.exists() else saved_llama(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        name, quantization_config=BitsAndBytesConfig(**KINDS[kind]), device_map="cpu", trust_remote_code=False
-    )
-
-
-def _ordinary(model: Any) -> Any:
-    """The weights that a quantised base stands for, unquantised."""
-    base = llama()
-    for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            module.weight.data = dequantised(model.get_submodule(name)).detach().float()
-    return base
-
-
-def scaled(folder: Path, kind: str, size: float) -> tuple[Any, torch.Tensor]:
-    """A model with ||s B A|| = size ||W|| over all adapted layers, and the logits of the bare base."""
-    model = adapted(quantised(folder, kind)).eval()
+def _scale(model: Any, size: float) -> None:
+    """Such that ||s B A|| = size ||W|| over all adapted layers."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     with torch.no_grad():
         weights = sum(dequantised(layer.get_base_layer()).double().square().sum() for layer in layers)
         changes = sum(layer.get_delta_weight("default").double().square().sum() for layer in layers)
         theta_d(model).mul_((size**2 * weights / changes) ** 0.25)  # s B A is quadratic in theta_d
-    with model.disable_adapter():
-        return model, logits(model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the base model that `quantised` reads."""
+    return tmp_path_factory.mktemp("quantised")
 
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -81,23 +51,26 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @capability("{kind}: training, saving, loading")
 @each_kind
-def test_training_saving_loading(kind: str, tmp_path: Path, remark: Remark) -> None:
-    model = trained(quantised(tmp_path, kind))
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(quantised(tmp_path, kind), tmp_path / "adapter")
-    same(logits(again), logits(model), "logits")
-    with again.disable_adapter():
-        same(logits(again), logits(adapted(quantised(tmp_path, kind)).unload()), "logits of the base")
-    ordinary = adapted(_ordinary(quantised(tmp_path, kind)))
-    cosine = torch.cosine_similarity(gradient(adapted(quantised(tmp_path, kind))), gradient(ordinary), dim=0)
+def test_training_saving_loading(kind: str, folder: Path, tmp_path: Path, remark: Remark) -> None:
+    model, bare = trained_model(quantised(folder, kind)), quantised(folder, kind)
+    model.save_pretrained(tmp_path)
+    expected = gradient(adapted(ordinary(bare)))
+    cosine = torch.cosine_similarity(gradient(adapted(bare)), expected, dim=0)
     assert cosine > 0.98  # 8-bit layers quantise their input too, and bfloat16 layers round it
+    again = PeftModel.from_pretrained(quantised(folder, kind), tmp_path)
+    same(logits(again), logits(model), "logits")
+    with again.disable_adapter(), model.disable_adapter():
+        same(logits(again), logits(model), "logits of the base")
     remark(f"cosine of the gradient with that of an ordinary base of the same weights {cosine:.4f}")
 
 
 @capability("{kind}: merging an adapter of half the norm of the weights, unmerging")
 @each_kind
-def test_merging_an_adapter_of_half_the_norm_of_the_weights(kind: str, tmp_path: Path, remark: Remark) -> None:
-    model, bare = scaled(tmp_path, kind, 0.5)
+def test_merging_an_adapter_of_half_the_norm_of_the_weights(kind: str, folder: Path, remark: Remark) -> None:
+    model = adapted(quantised(folder, kind)).eval()
+    _scale(model, 0.5)
+    with model.disable_adapter():
+        bare = logits(model)
     adapter, weights = logits(model), merge_drift(model.base_model.model, ["default"])
     model.merge_adapter()
     merged = drift(logits(model), adapter, bare)
@@ -112,8 +85,9 @@ def test_merging_an_adapter_of_half_the_norm_of_the_weights(kind: str, tmp_path:
 
 @capability("{kind}: merging an adapter of 0.02 % of their norm")
 @each_kind
-def test_merging_an_adapter_that_the_grid_would_swallow(kind: str, tmp_path: Path, refuses: Refuses) -> None:
-    model, _ = scaled(tmp_path, kind, 0.0002)
+def test_merging_an_adapter_that_the_grid_would_swallow(kind: str, folder: Path, refuses: Refuses) -> None:
+    model = adapted(quantised(folder, kind)).eval()
+    _scale(model, 0.0002)
     before = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with refuses():
@@ -122,29 +96,31 @@ def test_merging_an_adapter_that_the_grid_would_swallow(kind: str, tmp_path: Pat
 
 
 @capability("drift of a merge by the size of the adapter")
-def test_drift_of_a_merge_by_the_size_of_the_adapter(tmp_path: Path, remark: Remark) -> None:
+def test_drift_of_a_merge_by_the_size_of_the_adapter(folder: Path, remark: Remark) -> None:
     """The smallest sizes are refused, so the drift is measured and nothing merged."""
     sizes, remarks = (0.0002, 0.02, 0.15, 1.5), []
     for kind in KINDS:
-        models = (scaled(tmp_path, kind, size)[0] for size in sizes)
-        drifts = ", ".join(f"{merge_drift(model.base_model.model, ['default']):.2f}" for model in models)
-        remarks.append(f"{kind} {drifts}")
+        model, drifts = adapted(quantised(folder, kind)).eval(), []
+        for size in sizes:
+            _scale(model, size)
+            drifts.append(f"{merge_drift(model.base_model.model, ['default']):.2f}")
+        remarks.append(f"{kind} {', '.join(drifts)}")
     remark(f"for an adapter of {', '.join(map(str, sizes))} times the norm of the weights: {'; '.join(remarks)}")
 
 
 @capability("`prepare_model_for_kbit_training`, gradient checkpointing")
-def test_prepare_model_for_kbit_training_gradient_checkpointing(tmp_path: Path) -> None:
+def test_prepare_model_for_kbit_training_gradient_checkpointing(folder: Path) -> None:
     base = prepare_model_for_kbit_training(
-        quantised(tmp_path, "4 bits (NF4)"), gradient_checkpointing_kwargs={"use_reentrant": False}
+        quantised(folder, "4 bits (NF4)"), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     steps(adapted(base).train())
 
 
 @capability("methods made of base weights (LoRA-XS), dequantised one at a time")
-def test_methods_made_of_base_weights_lora_xs_dequantised_one_at_a_time(tmp_path: Path, remark: Remark) -> None:
+def test_methods_made_of_base_weights_lora_xs_dequantised_one_at_a_time(folder: Path, remark: Remark) -> None:
     kinds = ("8 bits", "4 bits (NF4)")
     for kind in kinds:
-        model = adapted(quantised(tmp_path, kind), projection="lora_xs", d=None)
+        model = adapted(quantised(folder, kind), projection="lora_xs", d=None)
         with torch.no_grad():
             theta_d(model).fill_(0.1)
         gradient(model)
@@ -154,10 +130,10 @@ def test_methods_made_of_base_weights_lora_xs_dequantised_one_at_a_time(tmp_path
 
 
 @capability("4 bits: an adapter trained on the unquantised base")
-def test_4_bits_an_adapter_trained_on_the_unquantised_base(tmp_path: Path, remark: Remark) -> None:
-    model = trained()
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(quantised(tmp_path, "4 bits (NF4)"), tmp_path / "adapter")
+def test_4_bits_an_adapter_trained_on_the_unquantised_base(folder: Path, tmp_path: Path, remark: Remark) -> None:
+    model = trained_model()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantised(folder, "4 bits (NF4)"), tmp_path)
     with again.disable_adapter():
         bare = logits(again)
     change, there = logits(model) - logits(llama()), logits(again) - bare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ from tests.compatibility.subjects import (
     saved_llama,
     t5,
     theta_d,
-    trained,
+    trained_model,
 )
 from tests.compatibility.texts import tokenizer
 
@@ -54,39 +55,30 @@ def _data(classes: int | None = None) -> Dataset:
 
 
 def _trainer(folder: Path, model: Any = None, classes: int | None = None, **options: Any) -> Trainer:
-    settings: dict[str, Any] = {
+    common: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.02, "logging_steps": 1, "report_to": [],
         "seed": 1, "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
     }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **{**settings, **options})
+    arguments = TrainingArguments(str(folder), **{**common, **options})
     model = adapted(lora_dropout=0.1) if model is None else model
     return Trainer(model, arguments, train_dataset=_data(classes), eval_dataset=_data(classes))
 
 
-def _falls(trainer: Trainer) -> None:
-    before = theta_d(trainer.model).detach().clone()
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert min(losses[1:]) < losses[0]
-    assert not torch.equal(theta_d(trainer.model), before)
-
-
 @capability("`Trainer`: train, save, resume")
 def test_trainer_train_save_resume(tmp_path: Path, remark: Remark) -> None:
-    for projection, d in (("unilora", 60), ("vblora", None)):
-        folder = tmp_path / projection
+    def trainer() -> Trainer:
+        """Of theta_d, a learned P and a head."""
+        fields = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "lora_dropout": 0.1}
+        model = adapted(bert(), projection="vblora", d=None, **fields)
+        return _trainer(tmp_path, model, classes=3, save_strategy="steps", save_steps=2)
 
-        def trainer(folder: Path = folder, **fields: Any) -> Trainer:
-            model = adapted(bert(), **fields, target_modules=["query", "value"], task_type="SEQ_CLS", lora_dropout=0.1)
-            return _trainer(folder, model, classes=3, save_strategy="steps", save_steps=2)
-
-        whole, resumed = (trainer(projection=projection, d=d) for _ in range(2))
-        whole.train()
-        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-        for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
-            assert torch.equal(found, expected), name
-        again = PeftModel.from_pretrained(bert(), folder / "checkpoint-4")
-        same(logits(again), logits(whole.model.eval()), "logits of the last checkpoint")
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, found), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    again = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-4")
+    same(logits(again), logits(whole.model.eval()), "logits of the last checkpoint")
     remark("a resumed run equals an uninterrupted one to the last bit")
 
 
@@ -109,20 +101,24 @@ def test_trainer_gradient_accumulation_steps(tmp_path: Path) -> None:
     same(theta_d(parts.model), theta_d(whole.model), "theta_d after four parts of a batch", 1e-5)
 
 
-@capability("`Trainer`: label smoothing")
-def test_trainer_label_smoothing(tmp_path: Path) -> None:
-    _falls(_trainer(tmp_path, label_smoothing_factor=0.1))
+_CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-@capability("`Trainer`: bfloat16, gradient checkpointing")
-def test_trainer_bfloat16_gradient_checkpointing(tmp_path: Path) -> None:
-    options = {"bf16": True, "gradient_checkpointing": True}
-    _falls(_trainer(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": False}, **options))
-
-
-@capability("`Trainer`: NEFTune noise")
-def test_trainer_neftune_noise(tmp_path: Path) -> None:
-    _falls(_trainer(tmp_path, neftune_noise_alpha=0.1))
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"label_smoothing_factor": 0.1}, marks=capability("`Trainer`: label smoothing")),
+        pytest.param({"bf16": True, **_CHECKPOINTING}, marks=capability("`Trainer`: bfloat16, gradient checkpointing")),
+        pytest.param({"neftune_noise_alpha": 0.1}, marks=capability("`Trainer`: NEFTune noise")),
+    ],
+)
+def test_the_loss_falls_with(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, **options)
+    before = theta_d(trainer.model).detach().clone()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert min(losses[1:]) < losses[0]
+    assert not torch.equal(theta_d(trainer.model), before)
 
 
 @capability("`Trainer`: `save_model`, evaluate, predict")
@@ -137,7 +133,7 @@ def test_trainer_save_model_evaluate_predict(tmp_path: Path) -> None:
 
 @capability("`push_to_hub`: the folder that is uploaded loads")
 def test_push_to_hub_the_folder_that_is_uploaded_loads(tmp_path: Path) -> None:
-    model, uploaded = trained(), tmp_path / "uploaded"
+    model, uploaded = trained_model(), tmp_path / "uploaded"
 
     class Hub:
         def create_repo(self, repo_id: str, **_: Any) -> Any:
@@ -227,7 +223,7 @@ def test_autocast_in_bfloat16_theta_d_and_its_gradient_stay_float32(remark: Rema
 
 @capability("`generate`: greedy, sampling, beams")
 def test_generate_greedy_sampling_beams() -> None:
-    model = trained()
+    model = trained_model()
     options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0}
     ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3}]
     tokens = []
@@ -242,7 +238,7 @@ def test_generate_greedy_sampling_beams() -> None:
 
 @capability("`pipeline()` with a `PeftModel`")
 def test_pipeline_with_a_peftmodel() -> None:
-    model = trained()
+    model = trained_model()
     written = pipeline("text-generation", model=model, tokenizer=tokenizer(), trust_remote_code=False)(
         "a b c", max_new_tokens=4, do_sample=False, return_full_text=False
     )
@@ -251,37 +247,35 @@ def test_pipeline_with_a_peftmodel() -> None:
     assert written[0]["generated_text"].split() == tokenizer().decode(expected).split()
 
 
-@capability("`pipeline()` with the folder of an adapter")
-def test_pipeline_with_the_folder_of_an_adapter(tmp_path: Path, refuses: Refuses) -> None:
+def _pipeline(path: str) -> None:
+    pipeline("text-generation", model=path, tokenizer=tokenizer(), trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(use, marks=capability(name))
+        for name, use in (
+            ("`pipeline()` with the folder of an adapter", _pipeline),
+            (
+                "`AutoModelForCausalLM.from_pretrained` with the folder of an adapter",
+                partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False),
+            ),
+            ("`PreTrainedModel.add_adapter` (PeftAdapterMixin)", lambda _: llama().add_adapter(config())),
+            ("`PreTrainedModel.load_adapter` (PeftAdapterMixin)", lambda path: llama().load_adapter(path)),
+        )
+    ],
+)
+def test_what_transformers_does_by_itself(use: Callable[[str], object], tmp_path: Path, refuses: Refuses) -> None:
     path, _ = saved(tmp_path, AutoModelForCausalLM.from_pretrained(saved_llama(tmp_path), trust_remote_code=False))
     with refuses(ValueError):
-        pipeline("text-generation", model=str(path), tokenizer=tokenizer(), trust_remote_code=False)
-
-
-@capability("`AutoModelForCausalLM.from_pretrained` with the folder of an adapter")
-def test_automodelforcausallm_from_pretrained_with_the_folder_of_an_adapter(tmp_path: Path, refuses: Refuses) -> None:
-    path, _ = saved(tmp_path, AutoModelForCausalLM.from_pretrained(saved_llama(tmp_path), trust_remote_code=False))
-    with refuses(ValueError):
-        AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
-
-
-@capability("`PreTrainedModel.add_adapter` (PeftAdapterMixin)")
-def test_pretrainedmodel_add_adapter_peftadaptermixin(refuses: Refuses) -> None:
-    with refuses(ValueError):
-        llama().add_adapter(config())
-
-
-@capability("`PreTrainedModel.load_adapter` (PeftAdapterMixin)")
-def test_pretrainedmodel_load_adapter_peftadaptermixin(tmp_path: Path, refuses: Refuses) -> None:
-    path, _ = saved(tmp_path)
-    with refuses(ValueError):
-        llama().load_adapter(str(path))
+        use(str(path))
 
 
 @capability("`torch.compile(fullgraph=True)`: training (traced; no code generator)")
 def test_torch_compile_fullgraph_true_training_traced_no_code_generator() -> None:
     torch._dynamo.reset()
-    model = adapted()
+    model = adapted(llama(num_hidden_layers=1))
     expected = gradient(model)
     model.zero_grad()
     torch.compile(model, backend="eager", fullgraph=True)(input_ids=IDS, labels=IDS).loss.backward()
@@ -290,7 +284,7 @@ def test_torch_compile_fullgraph_true_training_traced_no_code_generator() -> Non
 
 @capability("`resize_token_embeddings` of an adapted model")
 def test_resize_token_embeddings_of_an_adapted_model() -> None:
-    model = trained()
+    model = trained_model()
     expected = logits(model)
     model.resize_token_embeddings(70)
     same(logits(model)[..., :64], expected, "logits of the old tokens", 1e-6)

@@ -23,9 +23,13 @@ from uniproj.tuner import shard_base
 ROWS, STEPS = 4, 3
 CASES = [
     (kind, wrapped, projection, checkpointing)
-    for kind, projection in (("bert", "unilora"), ("llama", "unilora"), ("bert", "lora_xs"), ("llama", "vblora"))
+    for kind, projection, checkpointing in (
+        ("bert", "unilora", None),  # with a head
+        ("bert", "lora_xs", "non-reentrant"),  # a P of base weights
+        ("llama", "vblora", "non-reentrant"),  # a learned P
+        ("llama", "unilora", "reentrant"),
+    )
     for wrapped in ("ddp", "fsdp2")
-    for checkpointing in (None, "non-reentrant", "reentrant")
 ]
 
 
@@ -53,7 +57,7 @@ def _train(model: nn.Module, kind: str, part: slice) -> list[float]:
     return losses
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -77,13 +81,13 @@ def _case(kind: str, wrapped: str, projection: str, checkpointing: str | None) -
     losses = torch.tensor(_train(parallel, kind, slice(rank * ROWS // world, (rank + 1) * ROWS // world)))
     dist.all_reduce(losses)
     expected = torch.tensor(_train(alone, kind, slice(None)))
-    ours, theirs = _trained(model), _trained(alone)
+    ours, theirs = _trainable(model), _trainable(alone)
     everywhere: list = [None] * world
     dist.all_gather_object(everywhere, ours)
     return {
         "loss_difference": float((losses / world - expected).abs().max()),
         "trained_difference": max(float((ours[name] - theirs[name]).abs().max()) for name in theirs),
-        "trained_change": float((theirs[THETA] - _trained(_model(kind, projection, None))[THETA]).abs().max()),
+        "trained_change": float((theirs[THETA] - _trainable(_model(kind, projection, None))[THETA]).abs().max()),
         "replicated": all(torch.equal(value, other[name]) for other in everywhere for name, value in ours.items()),
         "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
         "whole": [name for name, p in model.named_parameters() if not isinstance(p, DTensor)],

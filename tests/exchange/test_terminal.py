@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,20 +33,17 @@ def _lines(text: str) -> list[str]:
     return text.split("\n")
 
 
-@pytest.mark.parametrize(
-    "character",
-    [
+def test_characters_that_cannot_be_seen_are_escaped() -> None:
+    for character in (
         *map(chr, [*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]),
         *"\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2060\ufeff\u061c\ud800\udfff\U000e0001",
-    ],
-    ids=lambda character: f"{ord(character):x}",
-)
-def test_a_character_that_is_none_to_see_is_escaped(character: str) -> None:
-    assert printable(f"a{character}b") == f"a{repr(character)[1:-1]}b"
-    for kind in (AdapterError, ProjectionError, ExperimentError):
-        error = kind(f"a{character}b: must be ü, got \\n.")
-        assert str(error).isprintable() and str(pickle.loads(pickle.dumps(error))) == str(error)
-        assert repr(character)[1:-1] in str(error) and isinstance(error, ValueError)
+    ):
+        escape = repr(character)[1:-1]
+        assert printable(f"a{character}b") == f"a{escape}b"
+        for kind in (AdapterError, ProjectionError, ExperimentError):
+            error = kind(f"a{character}b: must be ü, got \\n.")
+            assert str(error).isprintable() and str(pickle.loads(pickle.dumps(error))) == str(error), escape
+            assert escape in str(error) and isinstance(error, ValueError)
 
 
 def test_letters_of_all_languages_stay() -> None:
@@ -122,16 +117,18 @@ def test_a_refusal_is_one_line(line: str, tmp_path: Path, capsys) -> None:
     assert len(_lines(capsys.readouterr().err.removesuffix("\n"))) <= 2
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_a_terminal_that_knows_few_letters(encoding: str, tmp_path: Path) -> None:
+def test_a_terminal_that_knows_few_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, base_model_name_or_path="模型 é \u202e")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(
-        [sys.executable, "-m", "uniproj", "inspect", str(tmp_path)], env=environment, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    wanted = {"ascii": r"\u6a21\u578b \xe9", "latin-1": r"\u6a21\u578b é", "utf-8": "模型 é"}[encoding]
-    assert rf"base_model           {wanted} \u202e" in done.stdout.decode(encoding).splitlines()
+    for encoding, wanted in (
+        ("ascii", r"\u6a21\u578b \xe9"),
+        ("latin-1", r"\u6a21\u578b é"),
+        ("utf-8", "模型 é"),
+    ):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["inspect", str(tmp_path)]) == 0
+        said = stdout.buffer.getvalue().decode(encoding)
+        assert rf"base_model           {wanted} \u202e" in said.splitlines(), encoding
 
 
 def test_a_lone_surrogate_is_no_traceback(tmp_path: Path, capsys) -> None:

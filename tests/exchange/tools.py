@@ -17,12 +17,18 @@ from uniproj import get
 SAME = 1e-6
 
 
-def trained(kind: str, projection: str, **fields: Any) -> PeftModel:
-    """A uniproj adapter after three steps on a small model, in eval mode."""
-    fields = {"d": 60 if get(projection).free_d else None, **fields}
-    model = get_peft_model(base_model(kind), config(kind, projection, **fields))
-    train_steps(model, kind)
-    return model.eval()
+_trained: dict[str, PeftModel] = {}
+
+
+def trained_model(kind: str, projection: str, **fields: Any) -> PeftModel:
+    """A uniproj adapter after three steps on a small model, in eval mode; made once, so a test must not change it."""
+    key = json.dumps([kind, projection, fields])
+    if key not in _trained:
+        size = {"d": 60 if get(projection).free_d else None}
+        model = get_peft_model(base_model(kind), config(kind, projection, **size | fields))
+        train_steps(model, kind)
+        _trained[key] = model.eval()
+    return _trained[key]
 
 
 def saved(model: PeftModel, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import nltk
@@ -9,11 +10,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from experiments import tasks, train
+from experiments import sweep, tasks, train
 from experiments.models import load_tokenizer
+from experiments.runs.config import RunConfig
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
-from experiments.sweeps import launchers
+from experiments.sweeps import launchers, protocol
 
 # a package that carries NLTK's sentence splitter, which is otherwise downloaded
 NLTK = importlib.metadata.distribution("llama-index-core").locate_file("llama_index/core/_static/nltk_cache")
@@ -60,7 +61,11 @@ def config(model: str, task: str) -> RunConfig:
 
 @pytest.fixture
 def file(tmp_path: Path, task: str, model: str) -> Path:
-    path = tmp_path / "mine.yaml"
+    return _sweep_file(tmp_path, task, model)
+
+
+def _sweep_file(folder: Path, task: str, model: str) -> Path:
+    path = folder / "mine.yaml"
     settings = {"task": task, "model": model, "budget": 200, "epochs": 2, "evaluations": 2}
     content = {
         "settings": settings,
@@ -72,6 +77,18 @@ def file(tmp_path: Path, task: str, model: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory, task: str, model: str) -> tuple[Path, Path]:
+    """A sweep's file and the folder of its runs, tuned on its grid alone; a test that changes them takes a copy."""
+    folder = tmp_path_factory.mktemp("swept")
+    path = _sweep_file(folder, task, model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "MOST_BEYOND", 0)
+        patch.setattr(launchers, "train_all", _train_here)
+        assert sweep.main([str(path), "--runs", str(folder / "runs")]) == 0
+    return path, folder / "runs"
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
@@ -80,9 +97,11 @@ def runs(tmp_path: Path) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of sweeps train in this process, which saves the seconds that a process takes to start."""
-    monkeypatch.setattr(
-        launchers, "train_all", lambda folders, *_: {f: "failed" for f in folders if train.main([str(f)])}
-    )
+    monkeypatch.setattr(launchers, "train_all", _train_here)
+
+
+def _train_here(folders: Sequence[Path], *_: object) -> dict[Path, str]:
+    return {folder: "failed" for folder in folders if train.main([str(folder)])}
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
+import runpy
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,12 +23,13 @@ from experiments.files import read_json, write_json
 from experiments.models import BaseModel, load_tokenizer, model_config, trust, unloaded
 from experiments.models.text import TextClassifier
 from experiments.records.reading import CHOICE, load, row
+from experiments.runs.config import RunConfig
 from experiments.runs.folder import LOCK, RESULT, is_locked, lock, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
 from experiments.sweeps.file import read
 from paper_figures.__main__ import main as figures_main
 from paper_figures.report.__main__ import main as report_main
+from uniproj import registry
 
 ROOT = Path(__file__).parents[2]
 CYCLIC = (ROOT / "examples" / "cyclic.py").read_text()
@@ -93,8 +95,11 @@ def test_no_reader_imports_what_a_record_names(
     assert "commands do that by --plugins FILE" in capsys.readouterr().out and not marker.exists()
 
 
-def test_the_choice_of_a_sweep_names_no_code(file: Path, runs: Path, plugin: str, marker: Path, here, capsys) -> None:
-    assert sweep.main([str(file), "--runs", str(runs)]) == 0
+def test_the_choice_of_a_sweep_names_no_code(
+    swept: tuple[Path, Path], runs: Path, plugin: str, marker: Path, capsys
+) -> None:
+    file = swept[0]
+    shutil.copytree(swept[1], runs)
     path = runs / "sweeps" / "mine" / CHOICE
     whole = read_json(path)
     chosen = whole["choices"][0]["chosen"]
@@ -106,20 +111,25 @@ def test_the_choice_of_a_sweep_names_no_code(file: Path, runs: Path, plugin: str
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.system)])
 def test_a_launcher_hands_on_the_plugins_of_its_sweep(
-    tmp_path: Path, runs: Path, task: str, model: str, plugin: str, marker: Path
+    processes: int, tmp_path: Path, runs: Path, task: str, model: str, plugin: str, marker: Path, monkeypatch
 ) -> None:
     content = {
         "settings": {"task": task, "model": model, "d": 64, "lr": 0.05, "train_size": 32, "epochs": 1},
         "axes": {"projection": ["mine"]},
-        "launcher": {"local": {"processes": 2}},
+        "launcher": {"local": {"processes": processes}},
     }
     (tmp_path / "s.yaml").write_text(json.dumps(content))
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep", "s.yaml", f"+settings.plugins=[{plugin}]", "--runs", str(runs)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    words = ["s.yaml", f"+settings.plugins=[{plugin}]", "--runs", str(runs)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["python -m experiments.sweep", *words])
+        patch.setattr(registry, "_classes", dict(registry._classes))
+        runpy.run_module("experiments.sweep", run_name="__main__")
+    assert ended.value.code == 0
+    for module in [name for name in sys.modules if name.startswith("uniproj_plugin_planted")]:
+        del sys.modules[module]  # as in a new process
     assert load(runs)["projection"].tolist() == ["mine"]
     # the folder alone is not enough to train it anew
     folder = Path(load(runs)["folder"].item())
@@ -198,25 +208,23 @@ def test_code_of_a_model_runs_on_request_alone(
     assert type(unloaded(TextClassifier.auto, foreign)).__name__ == "Model" and marker.exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["${oc.env:HOME}", "a${oc.env:HOME}b", "${settings.task}", "${oc.decode:5}", "${now:%Y}", "\\${x}"]
-)
-def test_a_sweep_spells_its_values_out(text: str, tmp_path: Path, task: str) -> None:
-    settings = {"task": task, "model": "minilm", "lr": 0.1, "d": 8}
-    axes = {"projection": ["unilora"]}
+def test_a_sweep_spells_its_values_out(tmp_path: Path, task: str) -> None:
+    settings, axes = {"task": task, "model": "minilm", "lr": 0.1, "d": 8}, {"projection": ["unilora"]}
+    plain, secret = {"settings": settings, "axes": axes}, "${oc.env:HOME}"
+    texts = (secret, f"a{secret}b", "${settings.task}", "${oc.decode:5}", "${now:%Y}", "\\${x}")
     for content in (
-        {"settings": {**settings, "model": text}, "axes": axes},
-        {"settings": settings, "axes": {"projection": ["unilora", text]}},
-        {"settings": settings, "axes": axes, "published": {"x": {"y": [text]}}},
-        {"settings": settings, "axes": axes, "seeds": text},
+        *({**plain, "settings": {**settings, "model": text}} for text in texts),
+        {**plain, "axes": {"projection": ["unilora", secret]}},
+        {**plain, "published": {"x": {"y": [secret]}}},
+        {**plain, "seeds": secret},
     ):
         (tmp_path / "s.yaml").write_text(json.dumps(content))
         with pytest.raises(ExperimentError, match="must spell its values out, got"):
             read(tmp_path / "s.yaml")
-    (tmp_path / "s.yaml").write_text(json.dumps({"settings": settings, "axes": axes}))
+    (tmp_path / "s.yaml").write_text(json.dumps(plain))
     assert read(tmp_path / "s.yaml").settings["model"] == "minilm"
     with pytest.raises(ExperimentError, match="must spell its values out, got"):
-        read(tmp_path / "s.yaml", [f"settings.model='{text}'"])
+        read(tmp_path / "s.yaml", [f"settings.model='{secret}'"])
 
 
 def test_a_lock_is_looked_at_and_never_written(runs: Path, tmp_path: Path, config: RunConfig) -> None:

@@ -8,10 +8,12 @@ Nothing that is there is ever written again; manifest.json holds the digest of e
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,6 +35,11 @@ SIZES = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 
 def base() -> LlamaForCausalLM:
     """The base model: its sizes from base.json, its weights from the library's own streams."""
+    return copy.deepcopy(_base())
+
+
+@cache
+def _base() -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**json.loads(BASE.read_text())))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,7 +52,7 @@ def wanted() -> list[str]:
     return [*(name for name in names() if get(name).__module__.startswith("uniproj.")), WITH_HEAD]
 
 
-def trained(model: PeftModel) -> dict[str, Tensor]:
+def numbers(model: PeftModel) -> dict[str, Tensor]:
     """theta_d, P's own Parameters, and theta_D."""
     tuner = model.base_model
     P, theta_d = adapter_of(tuner)
@@ -75,7 +82,7 @@ def write(name: str, folder: Path) -> None:
                 parameter.add_(0.05 * uniform(5, f"fixture.{key}", parameter.numel()).view(parameter.shape))
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in trained(model).items()}, folder / EXPECTED)
+    save_file({key: tensor.contiguous() for key, tensor in numbers(model).items()}, folder / EXPECTED)
 
 
 def main() -> int:

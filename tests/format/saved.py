@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from uniproj import LoRALayout, build, get
 from uniproj.format import file
 from uniproj.format.header import Header
 from uniproj.format.keys import OF_P, THETA_D
-from uniproj.format.tensors import DIGEST, serialise, weights
+from uniproj.format.tensors import DIGEST, open_weights, serialise
 from uniproj.tuner import UniProjConfig
 
 LAYOUT = LoRALayout.from_shapes({f"layers.{i}.{m}": (24, 16) for i in (2, 10) for m in ("q", "v")}, r=3)
@@ -54,28 +56,42 @@ def joined(header: Any, tensors: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + tensors
 
 
+def packed_by_zlib(text: str) -> str:
+    """A line of a header as format 1 packed it."""
+    return base64.b64encode(zlib.compress(text.encode())).decode()
+
+
 def edit_weights(folder: Path, change: Callable[[dict[str, Any], bytes], tuple[Any, bytes]]) -> None:
     """Change the file of weights behind uniproj's back."""
     path = folder / file.WEIGHTS
     path.write_bytes(joined(*change(*parts(path.read_bytes()))))
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    """Save other tensors under the same header, with their own digest: a consistent file of bad numbers."""
+def drop_header(folder: Path) -> None:
+    """As a tool does that keeps tensors alone, and as files had none before format 1."""
+    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+
+
+def _same(given: dict[str, Any]) -> dict[str, Any]:
+    return given
+
+
+def rewrite(
+    folder: Path,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = _same,
+    lines: Callable[[dict[str, str]], dict[str, str]] = _same,
+) -> None:
+    """Save other tensors, or under another header, with their own digest: a consistent file of bad numbers."""
     path = folder / file.WEIGHTS
-    with weights(path) as saved:
+    with open_weights(path) as saved:
         tensors, metadata = saved.read(), saved.metadata
     del metadata[DIGEST]
-    path.write_bytes(serialise(change(tensors), metadata))
+    path.write_bytes(serialise(change(tensors), lines(metadata)))
 
 
 def relabel(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Save the same tensors under another header, with its own digest."""
-    path = folder / file.WEIGHTS
-    with weights(path) as saved:
-        tensors, metadata = saved.read(), saved.metadata
-    del metadata[DIGEST]
-    path.write_bytes(serialise(tensors, change(metadata)))
+    rewrite(folder, lines=change)
 
 
 def reconfigure(folder: Path, **changes: Any) -> None:

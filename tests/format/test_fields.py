@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tests.format.saved import reconfigure, relabel, save
 from uniproj import AdapterError
 from uniproj.format import file
-from uniproj.format.fields import FIELDS, FREE, REFUSED, Role, of, used
+from uniproj.format.fields import FIELDS, FREE, REFUSED, Role, fields_of, used
 from uniproj.format.header import pack, unpack
 from uniproj.tuner import UniProjConfig
 
@@ -45,7 +45,7 @@ def test_a_plain_configuration_uses_nothing_of_what_is_refused_or_trained_beside
         assert not used(vars(config), *REFUSED, Role.BESIDE)
 
 
-@pytest.mark.parametrize("name", [name for name in of(*REFUSED) if name in NAMES])
+@pytest.mark.parametrize("name", [name for name in fields_of(*REFUSED) if name in NAMES])
 def test_what_is_refused_is_refused_in_code_and_in_a_file(name: str, tmp_path: Path) -> None:
     value = REFUSED_VALUES.get(name, {"x": 1})
     with pytest.raises(AdapterError, match=f"^UniProjConfig: {name} changes what A and B are"):

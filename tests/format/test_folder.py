@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -32,16 +33,19 @@ def test_what_is_no_folder_or_no_regular_file_is_refused(folder: Path) -> None:
         file.read(folder / file.WEIGHTS)
     with pytest.raises(AdapterError, match="must be a folder"):
         file.read(folder / "nowhere")
-    (folder / file.WEIGHTS).unlink()
-    with pytest.raises(AdapterError, match=r"got no adapter_model\.safetensors"):
-        file.read(folder)
-    os.mkfifo(folder / file.WEIGHTS)  # reading it would wait for ever
-    with pytest.raises(AdapterError, match="must be a regular file"):
-        file.read(folder)
-    (folder / file.WEIGHTS).unlink()
-    (folder / file.WEIGHTS).mkdir()
-    with pytest.raises(AdapterError, match="must be a regular file"):
-        file.read(folder)
+    for name in (file.WEIGHTS, file.CONFIG):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(AdapterError, match=rf"got no {re.escape(name)}"):
+            file.read(folder)
+        for make in (os.mkfifo, os.mkdir):  # reading a pipe would wait for ever
+            make(folder / name)
+            with pytest.raises(AdapterError, match="must be a regular file"):
+                file.read(folder)
+            assert file.has_our_weights(folder) == (name == file.CONFIG)
+            assert file.has_our_config(folder) == (name == file.WEIGHTS)
+            (os.unlink if make is os.mkfifo else os.rmdir)(folder / name)
+        (folder / name).write_bytes(content)
 
 
 def test_links_to_regular_files_are_read(folder: Path, tmp_path: Path) -> None:

@@ -279,8 +279,8 @@ def _check_frozen(model: nn.Module, frozen: dict[str, Tensor], names: list[str])
 
 
 def test_a_forged_file_is_refused_or_leaves_the_base_alone(tmp_path: Path) -> None:
-    counts = _fuzz(tmp_path, rounds=500)
-    assert counts["refused"] > 100 and counts["loaded"] > 20
+    counts = _fuzz(tmp_path, rounds=250)
+    assert counts["refused"] > 50 and counts["loaded"] > 10
 
 
 @pytest.mark.slow

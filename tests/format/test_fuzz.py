@@ -19,25 +19,8 @@ from uniproj.format import file
 from uniproj.format.fields import FREE
 
 ODD = [None, True, False, 0, -1, 1, 2**31, 2**64, 10**30, 1.5, float("nan"), "", "x", "0", "unilora", "../x", "\ud800"]
-ODD += [
-    [],
-    [0],
-    [-1],
-    [[]],
-    {},
-    {"a": 1},
-    "F64",
-    "F16",
-    "I32",
-    "BOOL",
-    "F8_E4M3",
-    "F4",
-    "C64",
-    [2, 3],
-    [6],
-    [0, 24],
-    [0, 160],
-]
+ODD += [[], [0], [-1], [[]], [2, 3], [6], [0, 24], [0, 160], {}, {"a": 1}]
+ODD += ["F64", "F16", "I32", "BOOL", "F8_E4M3", "F4", "C64"]
 
 
 def _flip(r: random.Random, data: bytes) -> bytes:
@@ -161,8 +144,8 @@ def _fuzz(folder: Path, rounds: int) -> dict[str, int]:
 
 
 def test_a_mutated_file_is_refused_or_exact(tmp_path: Path) -> None:
-    counts = _fuzz(tmp_path, rounds=1_000)
-    assert counts["refused"] > 500 and counts["exact"] > 25  # neither answer is given to everything
+    counts = _fuzz(tmp_path, rounds=500)
+    assert counts["refused"] > 250 and counts["exact"] > 12  # neither answer is given to everything
 
 
 @pytest.mark.slow

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.format.saved import edit_weights, relabel, save
+from tests.format.saved import drop_header, edit_weights, relabel, save
+from tests.kernels.test_fork import forked
 from uniproj import AdapterError
 from uniproj.cli import main
 from uniproj.exchange.restore import restore
 from uniproj.format import disk, file
-
-FILES = (file.CONFIG, file.WEIGHTS)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -84,7 +83,7 @@ def test_a_configuration_is_not_restored_from_altered_weights(folder: Path, caps
     save(folder)
     edit_weights(folder, lambda header, tensors: (_with_seed(header, "8"), tensors))
     assert main(["restore", str(folder)]) == 2 and "altered" in capsys.readouterr().err
-    edit_weights(folder, lambda header, tensors: ({k: v for k, v in header.items() if k != "__metadata__"}, tensors))
+    drop_header(folder)
     assert main(["restore", str(folder)]) == 2 and "must hold the header" in capsys.readouterr().err
     assert (folder / file.CONFIG).read_bytes() == before
 
@@ -92,45 +91,13 @@ def test_a_configuration_is_not_restored_from_altered_weights(folder: Path, caps
 def test_a_file_that_may_not_grow_leaves_the_old_one(folder: Path) -> None:
     """The operating system itself refuses bytes beyond 1 kB, as it does on a full disk."""
     before = _contents(folder)
-    code = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
-        "from pathlib import Path; from uniproj.format.disk import replace;"
-        f"replace({{Path({str(folder / file.WEIGHTS)!r}): bytes(5000), Path({str(folder / file.CONFIG)!r}): b'x'}})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 1 and "What was saved there before is intact" in done.stderr
+
+    def limited() -> str:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(AdapterError) as error:
+            disk.replace({folder / file.WEIGHTS: bytes(5000), folder / file.CONFIG: b"x"})
+        return str(error.value)
+
+    assert "What was saved there before is intact" in forked(limited)
     assert _contents(folder) == before
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    small = tmp_path / "disk"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small], capture_output=True).returncode:
-        pytest.skip("no mounts here")
-    try:
-        save(small)
-        before = _contents(small)
-        (small / "ballast").write_bytes(bytes(4096))
-        with pytest.raises(AdapterError, match="No space left on device"):
-            disk.replace({small / file.WEIGHTS: bytes(12_000)})
-        (small / "ballast").unlink()
-        assert _contents(small) == before
-    finally:
-        subprocess.run(["umount", small], check=True)
-
-
-@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
-def test_a_process_killed_while_writing_leaves_the_old_file(folder: Path, moment: str) -> None:
-    before = _contents(folder)
-    code = (
-        "import os, signal; from pathlib import Path; from uniproj.format.disk import replace;"
-        f"{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
-        f"replace({{Path({str(folder / file.WEIGHTS)!r}): b'new', Path({str(folder / file.CONFIG)!r}): b'new'}})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    assert done.returncode == -9
-    assert {name: (folder / name).read_bytes() for name in FILES} == before
-    save(folder, "fastfood")  # what the killed process left behind disturbs nobody
-    assert file.read(folder).config["projection"] == "fastfood"

@@ -73,13 +73,14 @@ def test_numba_and_torch_agree(name: str, monkeypatch) -> None:
 
 
 @needs_numba
-def test_numba_leaves_pytorchs_number_of_threads_alone() -> None:
+def test_numba_is_imported_at_the_first_use_and_leaves_pytorchs_number_of_threads_alone() -> None:
     code = (
-        "import torch, uniproj; torch.set_num_threads(1); P = uniproj.build('unilora', D=4000, d=30); "
-        "P(torch.ones(30)); print(torch.get_num_threads())"
+        "import sys, torch, uniproj; torch.set_num_threads(1); P = uniproj.build('unilora', D=4000, d=30); "
+        "before = 'numba' in sys.modules; P(torch.ones(30)); "
+        "print(before, 'numba' in sys.modules, torch.get_num_threads())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "1"
+    assert found.stdout.split() == ["False", "True", "1"]
 
 
 @needs_numba
@@ -122,31 +123,32 @@ RUNS_ON = ("cpu",)
 def deal_out(x, by_row, by_position, groups, tables, size, dtype):
     return torch.full((len(x), size[0]), 7, dtype=dtype)
 """
-WITH_SEVENS = """
-import sys
-import torch
-import uniproj.kernels
-from uniproj import build
-
-assert "numba" not in sys.modules
-uniproj.kernels.__path__.append(sys.argv[1])
-unilora, from_peft = build("unilora", D=100, d=9), build("unilora", D=100, d=9, assignment="peft")
-assert not [name for name in sys.modules if name.startswith("uniproj.kernels.partition_")]
-
-x, y = torch.randn(9, dtype=torch.float64, requires_grad=True), torch.randn(100, dtype=torch.float64)
-assert (unilora(x) == 7).all()
-# what the file lacks is computed as before, gradients included
-grad, = torch.autograd.grad(unilora(x), x, y)
-torch.testing.assert_close(grad, y @ unilora.to_dense())
-torch.testing.assert_close(from_peft(x), from_peft.to_dense() @ x)
-print(uniproj.kernels.backend("cpu"), uniproj.kernels.backend("meta"))
-"""
 
 
-def test_a_backend_is_added_by_one_file(tmp_path) -> None:
+def test_a_backend_is_added_by_one_file(tmp_path, monkeypatch) -> None:
     (tmp_path / "partition_sevens.py").write_text(SEVENS)
-    found = subprocess.run([sys.executable, "-c", WITH_SEVENS, tmp_path], capture_output=True, text=True)
-    assert found.stdout.split() == ["sevens", uniproj.kernels.backend("meta")], found.stderr
+    before = backend("cpu"), backend("meta")
+    remembered = (dispatch._added, dispatch._file, dispatch._namesake)
+    with monkeypatch.context() as with_sevens:
+        with_sevens.setattr(uniproj.kernels, "__path__", [*uniproj.kernels.__path__, str(tmp_path)])
+        _forget(remembered)
+        dealt = uniproj.build("unilora", D=100, d=9)
+        given = uniproj.build("unilora", D=100, d=9, assignment="peft")
+        x, y = torch.randn(9, dtype=torch.float64, requires_grad=True), torch.randn(100, dtype=torch.float64)
+        assert (dealt(x) == 7).all()
+        # what the file lacks is computed as before, gradients included
+        (grad,) = torch.autograd.grad(dealt(x), x, y)
+        torch.testing.assert_close(grad, y @ dealt.to_dense())
+        torch.testing.assert_close(given(x), given.to_dense() @ x)
+        assert (backend("cpu"), backend("meta")) == ("sevens", before[1])
+    _forget(remembered)
+    assert backend("cpu") == before[0]
+
+
+def _forget(remembered) -> None:
+    sys.modules.pop("uniproj.kernels.partition_sevens", None)
+    for function in remembered:
+        function.cache_clear()
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

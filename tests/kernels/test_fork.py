@@ -84,8 +84,7 @@ def _sample(name: str) -> Projection:
     return build(name, layout=LAYOUT, d=4096 if name == "unilora" else None, seed=3)
 
 
-@pytest.mark.parametrize("numba", [True, False])
-@pytest.mark.parametrize("name", ["unilora", "vera"])
+@pytest.mark.parametrize(("name", "numba"), [("unilora", True), ("unilora", False), ("vera", True)])
 def test_a_forked_process_has_the_same_bits(name: str, numba: bool, monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "HAS_NUMBA", numba and dispatch.HAS_NUMBA)
     monkeypatch.setattr(dispatch, "_warn_once", lambda missing: None)

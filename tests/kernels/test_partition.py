@@ -100,28 +100,26 @@ def test_an_index_that_leaves_its_columns_is_refused(index: list[int]) -> None:
         Given(LoRALayout.flat(4), 2, 0, torch.tensor(index))
 
 
-def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
-    same_on_any_number_of_threads(lambda y, index, d: sum_by_column(y, index, d, torch.float32))
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(set_threads: Callable[[int], None]) -> None:
+    same_on_any_number_of_threads(lambda y, index, d: sum_by_column(y, index, d, torch.float32), set_threads)
 
 
-def same_on_any_number_of_threads(adjoint: Callable[[Tensor, Tensor, int], Tensor]) -> None:
-    D, d, threads = 3_000_000, 1000, torch.get_num_threads()
+def same_on_any_number_of_threads(
+    adjoint: Callable[[Tensor, Tensor, int], Tensor], set_threads: Callable[[int], None]
+) -> None:
+    D, d, found = 3_000_000, 1000, []
     index, y = torch.randint(0, d, (D,), dtype=torch.int32), torch.randn(1, D)
-    try:
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(adjoint(y, index, d))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        found.append(adjoint(y, index, d))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     reference = torch.zeros(d, dtype=torch.float64).index_add(0, index, y[0].double())
     torch.testing.assert_close(found[0][0].double(), reference, rtol=0, atol=2e-3)
 
 
-def operators(kind: str, device: str) -> list[tuple]:
+def operators(kind: str) -> list[tuple]:
     """(name, forward, adjoint, its constants) of every pair of operators."""
-    index, deal, D, d = dealt(kind, device)
+    index, deal, D, d = dealt(kind, "cpu")
     return [
         ("gather", take, sum_by_column, [index, d]),
         ("index", copy_by_index, sum_by_index, [index, [D, d]]),
@@ -130,29 +128,27 @@ def operators(kind: str, device: str) -> list[tuple]:
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-def test_the_operators_keep_the_rules_of_torch_library(kind: str, device: str) -> None:
-    _, _, D, d = dealt(kind, device)
-    for name, _, _, constants in operators(kind, device):
-        x, y = drawn(device, 2, d).requires_grad_(), drawn(device, 2, D).requires_grad_()
+def test_the_operators_keep_the_rules_of_torch_library(kind: str) -> None:
+    _, _, D, d = dealt(kind, "cpu")
+    for name, _, _, constants in operators(kind):
+        x, y = drawn("cpu", 2, d).requires_grad_(), drawn("cpu", 2, D).requires_grad_()
         adjoint, forward = (getattr(torch.ops.uniproj, f"{name}_{i}").default for i in range(2))
         torch.library.opcheck(forward, (x, *constants, torch.float64))
         torch.library.opcheck(adjoint, (y, *constants, torch.float32))
 
 
-def test_gradients_of_both_orders(device: str) -> None:
-    groups = [Group([slice(0, 30)], 4, "a")]
-    deal = Deal.of(groups, 3)
-    index = deal.index().to(device)
-    x = drawn(device, 2, 4).requires_grad_()
+def test_gradients_of_both_orders() -> None:
+    index = Deal.of([Group([slice(0, 30)], 4, "a")], 3).index()
+    x = drawn("cpu", 2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: take(t, index, 4, torch.float64), x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda t: take(t, index, 4, torch.float64).square(), x)
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-def test_vmap_compile_and_strided_input(kind: str, device: str) -> None:
-    index, _, D, d = dealt(kind, device)
-    for _, forward, adjoint, constants in operators(kind, device):
-        x, y = drawn(device, 3, 2, d), drawn(device, D, 2).T
+def test_vmap_compile_and_strided_input(kind: str) -> None:
+    index, _, D, d = dealt(kind, "cpu")
+    for _, forward, adjoint, constants in operators(kind):
+        x, y = drawn("cpu", 3, 2, d), drawn("cpu", D, 2).T
         one_by_one = torch.stack([forward(v, *constants, torch.float64) for v in x])
         assert torch.equal(torch.vmap(lambda v: forward(v, *constants, torch.float64))(x), one_by_one)  # noqa: B023
         sums = adjoint(y, *constants, torch.float64)

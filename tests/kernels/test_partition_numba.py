@@ -48,5 +48,7 @@ def test_tiles_sum_in_the_order_of_the_rows() -> None:
     assert found[0].tolist() == [float(total) for total in expected]
 
 
-def test_the_adjoint_has_the_same_bits_on_any_number_of_threads() -> None:
-    same_on_any_number_of_threads(lambda y, index, d: sum_by_index(y, index, [y.shape[1], d], torch.float32))
+def test_the_adjoint_has_the_same_bits_on_any_number_of_threads(set_threads) -> None:
+    same_on_any_number_of_threads(
+        lambda y, index, d: sum_by_index(y, index, [y.shape[1], d], torch.float32), set_threads
+    )

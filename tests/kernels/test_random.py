@@ -1,5 +1,7 @@
 """The generator against the published vectors of Philox, random access, and simple statistics."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -81,13 +83,11 @@ def test_the_operator_keeps_the_rules_of_torch_library(device: str) -> None:
     assert torch.equal(compiled().cpu(), bits(3, "s", 9, start=5))
 
 
-def test_numbers_over_several_chunks_and_threads_are_the_same_stream() -> None:
-    count, threads = 2**17 * 3 + 5, torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        words, numbers = bits(5, "s", count, start=3), normal(5, "s", count // 2, start=3)
-    finally:
-        torch.set_num_threads(threads)
+def test_numbers_over_several_chunks_and_threads_are_the_same_stream(set_threads: Callable[[int], None]) -> None:
+    count = 2**17 * 3 + 5
+    set_threads(3)
+    words, numbers = bits(5, "s", count, start=3), normal(5, "s", count // 2, start=3)
+    set_threads(1)
     for start in (0, 2**17 - 5, 2**17, 2**18 + 1):
         assert torch.equal(words[start : start + 11], bits(5, "s", 11, start=start + 3))
         assert torch.equal(numbers[start // 2 :][:11], normal(5, "s", 11, start=start // 2 + 3))

@@ -72,8 +72,7 @@ def operators(
 
 
 @pytest.mark.parametrize("which", range(len(CASES)))
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize(("dtype", "eps"), [(F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("n", "dtype", "eps"), [(3, F64, 1e-12), (1, torch.float32, 1e-5), (1, torch.bfloat16, 1e-2)])
 def test_operators_follow_the_definition(which: int, n: int, dtype: torch.dtype, eps: float, device: str) -> None:
     y, matrix, scale, table, sizes = case(which, n, dtype)
     found, again = (operators(*(t.to(device) for t in (y, matrix, scale, table)), sizes, dtype) for _ in range(2))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import matplotlib.text
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 import paper_figures.figures
 import uniproj
@@ -39,10 +41,8 @@ LARGE = next(spec for spec in COMPARISONS if spec.name == "glue_large")
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The committed results, with a made-up sweep in the place of the one on GLUE."""
-    shutil.copytree(COMMITTED, tmp_path / "results", ignore=shutil.ignore_patterns("records"))
-    shutil.rmtree(tmp_path / "results" / "sweeps" / "glue_budget", ignore_errors=True)
-    return tmp_path / "results"
+    """A folder of results with one small made-up sweep."""
+    return write_sweep(tmp_path / "results" / "sweeps" / "little", made_up(TASKS[:1], ["lora"])).parents[1]
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def table() -> pd.DataFrame:
 def made() -> Made:
     """Everything from the committed results, made once."""
     with style.use():
-        products = {name: make(Committed(COMMITTED)) for name, make in makers().items()}
+        committed = Committed(COMMITTED)
+        products = {name: make(committed) for name, make in makers().items()}
     plt.close("all")
     return products
 
@@ -120,25 +121,26 @@ def test_failed_and_stuck_runs_are_words_and_not_numbers(results: Path, table: p
     assert _cells(found, "ours, MiniLM", "Uni-LoRA")["SST-2, %"] == "did not train"
 
 
-def test_a_missing_run_stops_with_a_sentence(results: Path, table: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
-    lost = table[(table["projection"] == "vera") & (table["task"] == TASKS[1])].index[0]
-    write_sweep(results / "sweeps" / "glue_budget", table.drop(index=lost))
-    out = results.parent / "out"
-    assert main(["--results", str(results), "--out", str(out), "--only", "glue_large"]) == 2
-    assert "must have 3 runs, got 2 of vera on glue/mrpc" in capsys.readouterr().err and not out.exists()
+def _second_of_vera(table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["projection"] == "vera") & (table["task"] == TASKS[1])].index[:1]
 
 
-def test_a_score_that_is_no_number_stops_with_a_sentence(results: Path, table: pd.DataFrame, capsys) -> None:
-    table.loc[3, "score"] = np.nan
-    write_sweep(results / "sweeps" / "glue_budget", table)
-    assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "fastfood"]) == 2
-    assert "must be a finite number" in capsys.readouterr().err
-
-
-def test_mixed_tasks_stop_with_a_sentence(results: Path, table: pd.DataFrame, capsys) -> None:
-    write_sweep(results / "sweeps" / "score_against_d", table)
-    assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "score_against_d"]) == 2
-    assert "must show one task, got glue/mrpc, glue/qnli" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("sweep", "change", "product", "message"),
+    [
+        ("glue_budget", lambda table: table.drop(index=_second_of_vera(table)), "glue_large",
+         "must have 3 runs, got 2 of vera on glue/mrpc"),
+        ("glue_budget", lambda table: table.assign(score=table["score"].where(table.index != 3)), "fastfood",
+         "must be a finite number"),
+        ("score_against_d", lambda table: table, "score_against_d", "must show one task, got glue/mrpc, glue/qnli"),
+    ],
+)  # fmt: skip
+def test_records_that_cannot_be_shown_stop_with_a_sentence(
+    sweep: str, change: Callable, product: str, message: str, results: Path, table: pd.DataFrame, capsys
+) -> None:
+    write_sweep(results / "sweeps" / sweep, change(table))
+    assert main(["--results", str(results), "--out", str(results / "out"), "--only", product]) == 2
+    assert message in capsys.readouterr().err and not (results / "out").exists()
 
 
 def test_two_cells_for_one_place_stop_with_a_sentence(results: Path, table: pd.DataFrame) -> None:
@@ -149,6 +151,7 @@ def test_two_cells_for_one_place_stop_with_a_sentence(results: Path, table: pd.D
 
 
 def test_a_broken_analysis_table_and_an_unknown_name_stop_with_a_sentence(results: Path, capsys) -> None:
+    (results / "overhead").mkdir()
     (results / "overhead" / "overhead-kernel.csv").write_text("a,b\n1,2\n")
     assert main(["--results", str(results), "--out", str(results.parent / "out"), "--only", "bandwidth_floor"]) == 2
     assert "must have the columns ['both_per_copy', 'case'" in capsys.readouterr().err
@@ -169,28 +172,35 @@ def test_markdown_and_latex_hold_the_same_cells() -> None:
     assert r"50 \% of A\_\allowbreak{}B" in made.latex()
 
 
-def test_every_projection_is_in_the_table_of_properties(results: Path) -> None:
-    (found,) = _made("properties", results)
+def test_every_projection_is_in_the_table_of_properties(made: Made) -> None:
+    (found,) = made["properties"]
     assert [row[1] for row in found.rows] == uniproj.names() and found.rows[-1][0] == "VeRA"
     rows = {row[1]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
     isometric = next(column for column in found.columns if column.startswith("isometric"))
     assert rows["unilora"][isometric] == "yes: 0" and rows["unilora_unnormalised"][isometric].startswith("no: ")
 
 
-def test_everything_is_drawn_from_the_committed_results(made: Made, tmp_path: Path) -> None:
-    (tmp_path / "vision.png").write_text("of an earlier call")
-    write(Committed(COMMITTED), {name: lambda _, own=own: own for name, own in made.items()}, tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
+def test_everything_is_drawn_from_the_committed_results(made: Made) -> None:
     # nothing is published of vision that has a number, and nothing was run
-    drawn = [name for name in made if "properties" not in name and name != "vision"]
-    assert "vision.png" not in files and "ViT-Large" in (tmp_path / "vision.md").read_text()
-    assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} <= files
-    assert all(f"{Path(name).stem}.tex" in files for name in files if name.endswith(".md") and name != "tables.md")
-    pages = [(tmp_path / name).read_text() for name in files if name.endswith(".md")]
+    tables_alone = {"measured_properties", "properties", "vision"}
+    figures = {name: [each for each in products if isinstance(each, Figure)] for name, products in made.items()}
+    assert {name for name, own in figures.items() if not own} == tables_alone
+    for figure in (each for own in figures.values() for each in own):
+        figure.savefig(io.BytesIO(), dpi=15)
+    pages = [table.markdown() for table in _tables(made).values()]
     assert not any(re.search(r"\b(nan|None)\b", page) for page in pages)
 
 
-@pytest.mark.parametrize("names", [["fastfood", "learning_curves"], pytest.param(None, marks=pytest.mark.slow)])
+def test_each_table_and_figure_is_two_files(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "vision.png").write_text("of an earlier call")
+    names = ["vision", "properties", "instruction"]
+    write(Committed(COMMITTED), {name: lambda _, own=made[name]: own for name in names}, tmp_path)
+    wanted = {f"{name}.{kind}" for name in names for kind in ("md", "tex")} | {"instruction.png", "instruction.pdf"}
+    assert {path.name for path in tmp_path.iterdir()} == wanted
+    assert "ViT-Large" in (tmp_path / "vision.md").read_text()
+
+
+@pytest.mark.parametrize("names", [["fastfood"], pytest.param(None, marks=pytest.mark.slow)])
 def test_the_same_results_give_the_same_bytes(tmp_path: Path, names: list[str] | None) -> None:
     for out in ("one", "two"):
         known = makers()
@@ -242,11 +252,12 @@ def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -
     plt.close(figure)
 
 
-def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_panel(results: Path) -> None:
-    (figure,) = _made("score_against_bytes", COMMITTED)
+def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_panel(
+    made: Made, results: Path
+) -> None:
+    (figure,) = made["score_against_bytes"]
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert any("glue_budget" in title for title in titles) and not any("rows" in title for title in titles)
-    plt.close(figure)
     rows = made_up(TASKS[:1], ["lora"])
     again = rows.assign(train_size=50, score=rows["score"] - 0.1, folder=rows["folder"] + "s")
     write_sweep(results / "sweeps" / "mine", pd.concat([rows, again]))
@@ -256,8 +267,8 @@ def test_points_of_one_size_are_not_joined_and_sweeps_of_something_else_have_no_
     plt.close(figure)
 
 
-def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
-    (found,) = _made("measured_properties", results)
+def test_sizes_of_measured_properties_are_whole_numbers(made: Made) -> None:
+    (found,) = made["measured_properties"]
     rows = {row[0]: row for row in found.rows}
     own = rows["Uni-LoRA"]
     assert own[1:3] == ["4,096 x 1,024", "isometric"] and own[6] == "36,864 x 1,024" and "LoRA-XS (side=A)" in rows
@@ -265,8 +276,6 @@ def test_sizes_of_measured_properties_are_whole_numbers(results: Path) -> None:
 
 
 def test_pictures_of_analyses_are_drawn_from_their_tables_or_named_as_not_run(results: Path) -> None:
-    for name in ("spectrum", "landscape"):
-        shutil.rmtree(results / name, ignore_errors=True)
     for name in ("spectrum", "landscape"):
         (figure,) = _made(name, results)
         assert figure.axes[0].texts[0].get_text() == f"{name}: not run"
@@ -327,14 +336,13 @@ def test_captured_energy_is_drawn_against_a_random_subspace() -> None:
     plt.close(nothing)
 
 
-def test_a_check_of_the_machinery_is_no_study(results: Path) -> None:
-    assert (results / "sweeps" / "smoke" / "records.csv").exists()
-    studies = [sweep.name for sweep in Committed(results).sweeps]
+def test_a_check_of_the_machinery_is_no_study(made: Made) -> None:
+    assert (COMMITTED / "sweeps" / "smoke" / "records.csv").exists()
+    studies = [sweep.name for sweep in Committed(COMMITTED).sweeps]
     assert "smoke" not in studies and len(studies) >= 3
-    for figure in (*_made("learning_curves", results), *_made("score_against_bytes", results)):
+    for figure in (*made["learning_curves"], *made["score_against_bytes"]):
         titles = [axes.get_title() for axes in figure.axes]
         assert titles and not any("smoke" in title or "reviews" in title for title in titles)
-        plt.close(figure)
 
 
 def test_a_curve_leaves_out_what_did_not_train_and_says_so(results: Path, table: pd.DataFrame) -> None:
@@ -444,32 +452,38 @@ def test_nothing_is_computed_where_figures_are_drawn() -> None:
         assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & banned, path
 
 
-NEW = """
-import matplotlib.pyplot as plt
-
-from paper_figures import Table, register
-
-
-@register("mine")
-def make(committed):
-    figure, axes = plt.subplots()
-    axes.plot([1, 2], [3, 4])
-    return figure, Table("My table", ["sweep"], [[sweep.name] for sweep in committed.sweeps])
-"""
-
-
-def test_one_new_file_is_a_new_figure_and_a_new_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "a_figure_of_mine.py").write_text(NEW)
-    folders = [*paper_figures.figures.__path__, str(tmp_path / "figures")]
-    monkeypatch.setattr(paper_figures.figures, "__path__", folders)
+@pytest.mark.parametrize("where", ["figures", "plugin", "entry point"])
+def test_one_new_file_is_a_new_figure_and_a_new_table(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the page on figures: among ours, in a file that the command names, and in somebody else's package."""
     monkeypatch.setattr(registry, "_makers", dict(registry._makers))
-    assert main(["--results", str(COMMITTED), "--only", "mine", "--out", str(tmp_path / "out")]) == 0
+    (new,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "figures.md").read_text(), re.DOTALL)
+    home, options = tmp_path / "home", []
+    home.mkdir()
+    (home / "a_figure_of_mine.py").write_text(new)
+    if where == "figures":
+        monkeypatch.setattr(paper_figures.figures, "__path__", [*paper_figures.figures.__path__, str(home)])
+    elif where == "plugin":
+        options = ["--plugins", str(home / "a_figure_of_mine.py")]
+    else:
+        monkeypatch.syspath_prepend(home)
+        (home / "somebodys-1.0.dist-info").mkdir()
+        named = "[uniproj.figures]\nsizes_of_sweeps = a_figure_of_mine:make\nbroken = no_such_module:make\n"
+        (home / "somebodys-1.0.dist-info" / "entry_points.txt").write_text(named)
+    write_sweep(tmp_path / "sweeps" / "little", made_up(TASKS[:1], ["lora"]))
+    asked = ["--results", str(tmp_path), "--only", "sizes_of_sweeps", "--out", str(tmp_path / "out"), *options]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(asked) == 0
+    broken = "uniproj.figures: 'broken' of no_such_module:make cannot be loaded"
+    assert any(broken in str(each.message) for each in said) == (where == "entry point")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"mine.{kind}" for kind in ("pdf", "png", "md", "tex")
+        f"sizes_of_sweeps.{kind}" for kind in ("pdf", "png", "md", "tex")
     }
-    assert "| glue_budget |" in (tmp_path / "out" / "mine.md").read_text()
-    assert (tmp_path / "out" / "mine.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ExperimentError, match="the name 'mine' must be free, got that of paper_figures"):
-        register("mine")(test_one_new_file_is_a_new_figure_and_a_new_table)
-    sys.modules.pop("paper_figures.figures.a_figure_of_mine")
+    assert "| little | 3 |" in (tmp_path / "out" / "sizes_of_sweeps.md").read_text()
+    assert (tmp_path / "out" / "sizes_of_sweeps.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ExperimentError, match=r"'sizes_of_sweeps' must be free, got that of .*a_figure_of_mine"):
+        register("sizes_of_sweeps")(test_one_new_file_is_a_new_figure_and_a_new_table)
+    for name in [name for name in sys.modules if "a_figure_of_mine" in name]:
+        del sys.modules[name]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from experiments import train
 from experiments.files import read_json
-from experiments.records.reading import metrics
+from experiments.records.reading import losses
 from experiments.runs.callbacks import StopOnSignal
+from experiments.runs.config import RunConfig
 from experiments.runs.folder import RESULT, prepare
-from experiments.runs.settings import RunConfig
 from experiments.sweeps import slurm, workers
 from experiments.sweeps.slurm import SlurmOptions, train_all
 from tests.experiments.processes import training_processes
@@ -150,7 +150,7 @@ def test_a_run_that_is_stopped_is_requeued_and_resumes_to_the_same_numbers(
     # the launcher knows its plugins, and tells its jobs
     assert train.main([str(whole), "--plugins", *plugins]) == 0
     with Launched([folder], SlurmOptions(PARAMETERS), tmp_path / "logs") as launcher:
-        launcher.wait_until(lambda: metrics(folder))
+        launcher.wait_until(lambda: losses(folder))
         (job,) = _states()
         stop(job)
     assert launcher.failures == {}
@@ -191,7 +191,7 @@ def test_a_killed_run_is_reported_and_a_further_call_finishes_it(runs: Path, con
     (folder,) = _prepared(runs, config, 1, epochs=150)
     options = SlurmOptions(PARAMETERS)
     with Launched([folder], options, tmp_path / "logs") as launcher:
-        launcher.wait_until(lambda: metrics(folder))
+        launcher.wait_until(lambda: losses(folder))
         for process in training_processes(folder):
             os.kill(process, signal.SIGKILL)
     assert set(launcher.failures) == {folder}

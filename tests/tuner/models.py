@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     BertConfig,
@@ -10,32 +12,36 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
+    PreTrainedConfig,
 )
 
 from uniproj.tuner import UniProjConfig
 
 VOCABULARY = 64
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 
 
-def base_model(kind: str) -> PreTrainedModel:
-    """kind: bert, llama (grouped-query attention) or gpt2 (Conv1D, fused qkv); in eval mode."""
+def make(architecture: type, model_config: PreTrainedConfig) -> Any:
+    """A model with the same weights on every call; in eval mode."""
     torch.manual_seed(0)
-    shared = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model: PreTrainedModel
-    if kind == "bert":
-        model = BertForSequenceClassification(BertConfig(**shared, intermediate_size=48, num_labels=3))
-    elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=48, num_key_value_heads=2))
-    else:
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **off))
+    model = architecture(model_config)
     with torch.no_grad():  # the default initial weights are so small that an adapter hardly shows
         for parameter in model.parameters():
             parameter.mul_(3.0)
     return model.eval()
+
+
+def base_model(kind: str, **fields: Any) -> Any:
+    """kind: bert, llama (grouped-query attention) or gpt2 (Conv1D, fused qkv). fields: of its configuration."""
+    given = {**SIZES, "intermediate_size": 48, **fields}
+    if kind == "bert":
+        return make(BertForSequenceClassification, BertConfig(**given, num_labels=3))
+    if kind == "llama":
+        return make(LlamaForCausalLM, LlamaConfig(**given, num_key_value_heads=2))
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return make(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **off))
 
 
 def config(kind: str, projection: str = "unilora", d: int | None = 60, **fields) -> UniProjConfig:
@@ -61,3 +67,8 @@ def train_steps(model: torch.nn.Module, kind: str, steps: int = 3, lr: float = 0
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, kind: str = "llama") -> torch.Tensor:
+    return model(**batch(kind)).logits

@@ -42,16 +42,16 @@ def _model(**fields: Any) -> PeftModel:
 
 
 @pytest.fixture(scope="module")
-def trained() -> PeftModel:
+def trained_model() -> PeftModel:
     model = _model()
     train_steps(model, "llama")
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def folder(trained: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(trained_model: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("seed 0")
-    trained.save_pretrained(path)
+    trained_model.save_pretrained(path)
     return path
 
 
@@ -86,9 +86,9 @@ def _combined(model: PeftModel, a: float, b: float, dtype: torch.dtype = torch.f
 
 @pytest.mark.parametrize("way", WAYS)
 def test_numbers_of_another_P_or_scale_are_refused(
-    way: str, trained: PeftModel, folder: Path, others: dict[str, PeftModel], tmp_path: Path
+    way: str, trained_model: PeftModel, folder: Path, others: dict[str, PeftModel], tmp_path: Path
 ) -> None:
-    tensors = WAYS[way](trained, folder, tmp_path / "copy")
+    tensors = WAYS[way](trained_model, folder, tmp_path / "copy")
     for word, model in others.items():
         before = adapter_of(model).theta_d.clone()
         with pytest.raises(AdapterError, match=f"the adapter 'default' of this model must be as .*({word}|lora_alpha)"):
@@ -97,10 +97,10 @@ def test_numbers_of_another_P_or_scale_are_refused(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_numbers_of_the_same_P_are_taken(way: str, trained: PeftModel, folder: Path, tmp_path: Path) -> None:
+def test_numbers_of_the_same_P_are_taken(way: str, trained_model: PeftModel, folder: Path, tmp_path: Path) -> None:
     model = _model(init_seed=3)
-    result = set_peft_model_state_dict(model, WAYS[way](trained, folder, tmp_path / "copy"))
-    found, theta_d = (adapter_of(m).theta_d for m in (model, trained))
+    result = set_peft_model_state_dict(model, WAYS[way](trained_model, folder, tmp_path / "copy"))
+    found, theta_d = (adapter_of(m).theta_d for m in (model, trained_model))
     factor = float(way.removesuffix(" times")) if way.endswith(" times") else 1.0
     assert torch.allclose(found, factor * theta_d, rtol=1e-2 if way == "bfloat16" else 1e-6)
     assert result.unexpected_keys == [] and not any("uniproj_" in key for key in result.missing_keys)
@@ -108,16 +108,16 @@ def test_numbers_of_the_same_P_are_taken(way: str, trained: PeftModel, folder: P
 
 @pytest.mark.parametrize("where", ["Accelerate's tensors", "torch", "safetensors"])
 def test_a_state_dict_of_a_whole_model_is_of_one_P(
-    where: str, trained: PeftModel, others: dict[str, PeftModel], tmp_path: Path
+    where: str, trained_model: PeftModel, others: dict[str, PeftModel], tmp_path: Path
 ) -> None:
     same = _model(init_seed=3)
 
     def load(model: PeftModel) -> None:
         if where == "safetensors":
-            save_model(trained, str(tmp_path / "model"))
+            save_model(trained_model, str(tmp_path / "model"))
             load_model(model, str(tmp_path / "model"))
         else:
-            state = trained.state_dict()
+            state = trained_model.state_dict()
             model.load_state_dict(_through_torch(state, tmp_path / "model") if where == "torch" else state)
 
     for word, model in others.items():
@@ -128,11 +128,13 @@ def test_a_state_dict_of_a_whole_model_is_of_one_P(
             load(model)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     load(same)
-    assert all(torch.equal(p, same.get_parameter(name)) for name, p in trained.named_parameters())
+    assert all(torch.equal(p, same.get_parameter(name)) for name, p in trained_model.named_parameters())
 
 
-def test_what_says_nothing_of_itself_is_only_taken_where_pytorch_takes_it(trained: PeftModel, tmp_path: Path) -> None:
-    theta_d = adapter_of(trained).theta_d.detach()
+def test_what_says_nothing_of_itself_is_only_taken_where_pytorch_takes_it(
+    trained_model: PeftModel, tmp_path: Path
+) -> None:
+    theta_d = adapter_of(trained_model).theta_d.detach()
     model = _model(init_seed=3)
     with pytest.raises(AdapterError, match=rf"must include {IDENTITY}.*load_adapter.*adapter_of"):
         set_peft_model_state_dict(model, {THETA_D: theta_d})
@@ -148,17 +150,17 @@ def _loads(model: PeftModel, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weighted_sums_in_half_precision_are_of_the_same_P(dtype: torch.dtype, trained: PeftModel) -> None:
+def test_weighted_sums_in_half_precision_are_of_the_same_P(dtype: torch.dtype, trained_model: PeftModel) -> None:
     model = _model()
     for i in range(1, 20):
-        _loads(model, _combined(trained, i / 20, 1 - i / 20, dtype))
-        _loads(model, _combined(trained, i / 7, 0.3, dtype))
+        _loads(model, _combined(trained_model, i / 20, 1 - i / 20, dtype))
+        _loads(model, _combined(trained_model, i / 7, 0.3, dtype))
 
 
 def test_arithmetic_after_which_the_identity_tells_nothing_is_refused_with_the_remedy(
-    trained: PeftModel, others: dict[str, PeftModel]
+    trained_model: PeftModel, others: dict[str, PeftModel]
 ) -> None:
-    own = get_peft_model_state_dict(trained)
+    own = get_peft_model_state_dict(trained_model)
     another = get_peft_model_state_dict(others["projection_seed"])
     generator = torch.Generator().manual_seed(0)
     changed = {
@@ -195,10 +197,10 @@ def test_old_files_pass_the_same_check(version: str, name: str, tmp_path: Path) 
         adapter_of(model).theta_d.add_(1.0)
     set_peft_model_state_dict(model, load_peft_weights(path))
     assert torch.equal(adapter_of(model).theta_d, file.read(path).theta_d)
-    settings = copy.deepcopy(model.peft_config["default"])
-    settings.header = settings.layout_fingerprint = settings.projection_checksum = None
-    settings.projection_seed = 5
-    other = get_peft_model(base(), settings)
+    adapter_config = copy.deepcopy(model.peft_config["default"])
+    adapter_config.header = adapter_config.layout_fingerprint = adapter_config.projection_checksum = None
+    adapter_config.projection_seed = 5
+    other = get_peft_model(base(), adapter_config)
     with pytest.raises(AdapterError, match="projection_seed must be 11, got 5"):
         set_peft_model_state_dict(other, load_peft_weights(path))
     with pytest.raises(AdapterError, match=rf"must include {IDENTITY}, .* as .* got none"):

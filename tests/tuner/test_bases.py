@@ -2,61 +2,27 @@
 
 import math
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from tests.tuner.models import base_model, batch, config, train_steps
+from tests.compatibility.quantised import KINDS, ordinary, quantised
+from tests.compatibility.subjects import saved_llama
+from tests.tuner.models import SIZES, base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.tuner import UniProjConfig, adapter_of
 from uniproj.tuner.quantised import dequantised
 
-KINDS = {
-    "8bit": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "fp4 double bf16": {
-        "load_in_4bit": True,
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-    "nf4 stored in bf16": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
-}
-TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("base")
-    base = base_model("llama")
-    with torch.no_grad():
-        base.lm_head.weight.mul_(3.0)
-    base.save_pretrained(path)
-    return str(path)
-
-
-def _base(folder: str, kind: str | None = None) -> LlamaForCausalLM:
-    if kind is None:
-        return AutoModelForCausalLM.from_pretrained(folder)
-    quantisation = BitsAndBytesConfig(**KINDS[kind])
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map="cpu")
-
-
-def _dequantised(folder: str, kind: str) -> LlamaForCausalLM:
-    """The weights that a quantised base stands for, in an ordinary model."""
-    quantised, plain = _base(folder, kind), _base(folder)
-    for name, module in plain.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            module.weight.data = dequantised(quantised.get_submodule(name)).detach().float()
-    return plain
-
-
-def _logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(batch("llama")["input_ids"]).logits
+def folder(tmp_path_factory) -> Path:
+    """Of the base model that `quantised` reads."""
+    return tmp_path_factory.mktemp("base")
 
 
 def _scaled(base: nn.Module, by: float, **fields) -> PeftModel:
@@ -73,16 +39,16 @@ def _gradient(model: PeftModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_leaves_a_quantised_base_trainable(kind: str, folder: str) -> None:
-    model = get_peft_model(_base(folder, kind), config("llama"))
+def test_evaluation_leaves_a_quantised_base_trainable(kind: str, folder: Path) -> None:
+    model = get_peft_model(quantised(folder, kind), config("llama"))
     before = _gradient(model.train())
-    _logits(model.eval())
+    logits(model.eval())
     assert torch.equal(_gradient(model.train()), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: str) -> None:
-    model = _scaled(_base(folder, kind), 100.0)
+def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: Path) -> None:
+    model = _scaled(quantised(folder, kind), 100.0)
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     wanted, changes = {}, {}
     for name, layer in layers.items():
@@ -99,8 +65,8 @@ def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: st
     assert 0.0 < drift < 0.5
 
 
-def test_merging_measures_the_adapters_that_are_named(folder: str) -> None:
-    model = _scaled(_base(folder, "8bit"), 0.1)
+def test_merging_measures_the_adapters_that_are_named(folder: Path) -> None:
+    model = _scaled(quantised(folder, "8 bits"), 0.1)
     model.add_adapter("large", config("llama", init_seed=3))
     with torch.no_grad():
         adapter_of(model, "large").theta_d.mul_(100.0)
@@ -111,23 +77,25 @@ def test_merging_measures_the_adapters_that_are_named(folder: str) -> None:
     assert model.base_model.model.model.layers[0].mlp.down_proj.merged_adapters == ["large"]
 
 
-def test_an_unquantised_merge_says_nothing(folder: str, recwarn) -> None:
-    _scaled(_base(folder), 1.0).merge_adapter()
+def test_an_unquantised_merge_says_nothing(recwarn) -> None:
+    _scaled(base_model("llama"), 1.0).merge_adapter()
     assert not [w for w in recwarn if "merge:" in str(w.message)]
 
 
-def test_four_bit_weights_in_the_form_for_inference_are_refused(folder: str) -> None:
-    base = _base(folder, "nf4")
+def test_four_bit_weights_in_the_form_for_inference_are_refused(folder: Path) -> None:
+    base = quantised(folder, "4 bits (NF4)")
     base.model.layers[1].self_attn.o_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.o_proj: a 4-bit weight must have the form in which"):
         get_peft_model(base, config("llama"))
     assert not any("lora" in name for name, _ in base.named_modules())
 
 
-@pytest.mark.parametrize("kind", ["8bit", "nf4"])
-def test_singular_factors_of_a_quantised_base_are_those_of_the_weights_it_stands_for(kind: str, folder: str) -> None:
+@pytest.mark.parametrize("kind", ["8 bits", "4 bits (NF4)"])
+def test_singular_factors_of_a_quantised_base_are_those_of_the_weights_it_stands_for(kind: str, folder: Path) -> None:
     fields = {"projection": "lora_xs", "d": None}
-    ours, plain = (_scaled(b, 1.0, **fields) for b in (_base(folder, kind), _dequantised(folder, kind)))
+    base = quantised(folder, kind)
+    plain = _scaled(ordinary(base), 1.0, **fields)
+    ours = _scaled(base, 1.0, **fields)
     with torch.no_grad():
         adapter_of(ours).theta_d.fill_(0.3), adapter_of(plain).theta_d.fill_(0.3)
     delta, expected = (
@@ -148,15 +116,12 @@ def test_merging_into_half_precision_loses_a_rounding_of_the_weights(dtype: torc
 # ---- layers ------------------------------------------------------------------------------------------
 
 
-def _mixtral() -> MixtralForCausalLM:
-    return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4))
-
-
 def test_target_parameters_set_behind_the_configuration_are_refused() -> None:
-    settings = UniProjConfig(d=8, r=2, target_modules=["q_proj"])
-    settings.target_parameters = ["experts.gate_up_proj"]
+    adapter_config = UniProjConfig(d=8, r=2, target_modules=["q_proj"])
+    adapter_config.target_parameters = ["experts.gate_up_proj"]
+    base = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, num_local_experts=4))
     with pytest.raises(AdapterError, match="got the parameter 'gate_up_proj' of MixtralExperts"):
-        get_peft_model(_mixtral(), settings)
+        get_peft_model(base, adapter_config)
 
 
 COMPUTED = {
@@ -197,10 +162,10 @@ def test_P_has_no_buffers_for_ddp_to_exchange(projection: str) -> None:
 PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
 
 
-def test_a_dead_layer_on_disk_is_refused(folder: str, tmp_path, monkeypatch) -> None:
+def test_a_dead_layer_on_disk_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(LoraLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x))
     places = {**PLACES, "model.layers.1": "disk", "lm_head": "cpu"}
-    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    offloaded = AutoModelForCausalLM.from_pretrained(saved_llama(tmp_path), device_map=places, offload_folder=tmp_path)
     with pytest.raises(AdapterError, match="its A and B must move the output of Linear layers"):
         get_peft_model(offloaded, config("llama", target_modules=r".*layers\.1\.mlp\.down_proj"))
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.tuner.models import base_model, batch, config
+from tests.tuner.models import base_model, config, logits
 from uniproj import AdapterError
 from uniproj.tuner import UniProjConfig, adapter_of
 
@@ -334,20 +334,15 @@ def test_an_interrupt_leaves_no_watch_behind() -> None:
 
 
 def test_copies_threads_and_compiled_blocks() -> None:
-    model = get_peft_model(base_model("llama"), config("llama")).eval()
+    model = get_peft_model(base_model("llama", num_hidden_layers=1), config("llama")).eval()
     twin, outputs = copy.deepcopy(model), []
     for block in twin.get_base_model().model.layers:
         block.compile(backend="eager")
     with torch.no_grad():
-        threads = [threading.Thread(target=lambda: outputs.append(_logits(model))) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: outputs.append(logits(model))) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        outputs += [_logits(model), _logits(twin), _logits(twin), _logits(copy.deepcopy(twin))]
+        outputs += [logits(model), logits(twin), logits(twin), logits(copy.deepcopy(twin))]
     assert len(outputs) == 8 and all(torch.allclose(logits, outputs[0], atol=1e-5) for logits in outputs)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
-    return model(**batch("llama")).logits

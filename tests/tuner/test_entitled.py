@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.format.saved import rewrite
-from tests.tuner.models import base_model, batch, config, train_steps
+from tests.tuner.models import base_model, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.exchange import export, import_adapter, inspect
 from uniproj.exchange.verify import verify
@@ -35,17 +36,28 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 BASE = "base_model.model."
 Q = f"{BASE}model.layers.0.self_attn.q_proj."
 HEAD = {"modules_to_save": ["lm_head"]}
+NO_WEIGHTS = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64)  # the second is that of packed weights
 
 
-def _trained(kind: str = "llama", projection: str = "unilora", **fields: Any) -> PeftModel:
+def _trained_model(kind: str = "llama", projection: str = "unilora", **fields: Any) -> PeftModel:
     model = get_peft_model(base_model(kind), config(kind, projection, None if projection == "vblora" else 60, **fields))
     train_steps(model, kind, 2)
     return model.eval()
 
 
-def _logits(model: nn.Module, kind: str = "llama") -> Tensor:
-    with torch.no_grad():
-        return model(**batch(kind)).logits
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[PeftModel, Path]]:
+    """A trained model with some fields and the folder it was saved in, made once: neither may be changed."""
+    made: dict[str, tuple[PeftModel, Path]] = {}
+
+    def of(*what: str, **fields: Any) -> tuple[PeftModel, Path]:
+        key = repr((what, fields))
+        if key not in made:
+            made[key] = _trained_model(*what, **fields), tmp_path_factory.mktemp("saved")
+            made[key][0].save_pretrained(made[key][1])
+        return made[key]
+
+    return of
 
 
 def _all_outputs(model: PeftModel) -> list[Tensor]:
@@ -53,10 +65,10 @@ def _all_outputs(model: PeftModel) -> list[Tensor]:
     active, found = model.active_adapter, []
     for name in model.peft_config:
         model.set_adapter(name)
-        found.append(_logits(model))
+        found.append(logits(model))
     model.set_adapter(active)
     with model.disable_adapter():
-        found.append(_logits(model))
+        found.append(logits(model))
     return found
 
 
@@ -70,79 +82,45 @@ def _of(model: PeftModel) -> tuple[dict[str, Tensor], list[Tensor]]:
     return copy.deepcopy(dict(model.state_dict())), _all_outputs(model)
 
 
-# name -> (fields of the adapter's configuration, key of the forged tensor, tensor, what is said)
-ADDED: dict[str, tuple[dict[str, Any], str, Tensor, str]] = {
-    "norm": ({}, f"{BASE}model.norm.weight", torch.full((32,), 7.0), "must be what the configuration trains"),
-    "output": ({}, f"{BASE}lm_head.weight", torch.ones(64, 32), "must be what the configuration trains"),
-    "embedding": ({}, f"{BASE}model.embed_tokens.weight", torch.ones(64, 32), "must be what the configuration trains"),
-    "beside a head": (HEAD, f"{BASE}model.norm.weight", torch.ones(32), "must be what the configuration trains"),
-    "base layer": ({}, f"{Q}base_layer.weight", torch.ones(32, 32), "must be what the configuration trains"),
-    "base layer under bias": (
-        *({"bias": "all"}, f"{Q}base_layer.weight", torch.ones(32, 32)),
-        "must be what the configuration trains",
-    ),
-    "frozen head": (
-        HEAD,
-        f"{BASE}lm_head.original_module.weight",
-        torch.ones(64, 32),
-        "must be what the configuration",
-    ),
-    "another's head": (HEAD, f"{BASE}lm_head.modules_to_save.default.weight", torch.ones(64, 32), "must be what the"),
-    "factor": ({}, f"{Q}lora_A.default.weight", torch.ones(4, 32), "must be what the configuration trains"),
-    "tokens": (
-        *({}, f"{BASE}model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 32)),
-        "must be what the configuration trains",
-    ),
-    "all tokens": (
-        *({"trainable_token_indices": [3]}, f"{BASE}model.embed_tokens.token_adapter.base_layer.weight"),
-        *(torch.ones(64, 32), "must be what the configuration trains"),
-    ),
-    "tokens of another module": (
-        *({"trainable_token_indices": {"embed_tokens": [3]}}, f"{BASE}lm_head.token_adapter.trainable_tokens_delta"),
-        *(torch.ones(1, 32), "must be what the configuration trains"),
-    ),
-    "bias": ({}, f"{Q}base_layer.bias", torch.ones(32), "must be what the configuration trains"),
-    "bias of a layer without adapter": (
-        *({"bias": "lora_only"}, f"{BASE}model.layers.0.self_attn.k_proj.bias", torch.ones(16)),
-        "must be what the configuration trains",
-    ),
-    "wrapper": ({}, f"{BASE}_orig_mod.model.norm.weight", torch.ones(32), "must be what the configuration trains"),
-    "no prefix": ({}, "model.norm.weight", torch.ones(32), "must be what the configuration trains"),
-    "P's numbers": ({}, f"{OF_P}logits", torch.ones(3), "which projection 'unilora' does not have"),
-    "another's theta_d": ({}, f"{THETA_D}.default", torch.ones(60), "which projection 'unilora' does not have"),
-    "integers": (
-        HEAD,
-        f"{BASE}lm_head.weight",
-        torch.ones(64, 32).to(torch.int8),
-        r"must be of dtype .* got torch.int8",
-    ),
-    "packed": (
-        HEAD,
-        f"{BASE}lm_head.weight",
-        torch.ones(1024, 1).to(torch.uint8),
-        r"must be of dtype .* got torch.uint8",
-    ),
-    "8 bits": (
-        *(HEAD, f"{BASE}lm_head.weight", torch.ones(64, 32).to(torch.float8_e4m3fn)),
-        r"must be of dtype .* got torch.float8_e4m3fn",
-    ),
-    "complex": (
-        HEAD,
-        f"{BASE}lm_head.weight",
-        torch.ones(64, 32).to(torch.complex64),
-        r"must be of dtype .* got torch.complex64",
-    ),
+UNENTITLED = "must be what the configuration trains"
+NORM, OUTPUT, EMBEDDING = (f"{BASE}{name}" for name in ("model.norm", "lm_head", "model.embed_tokens"))
+TOKENS = "token_adapter.trainable_tokens_delta"
+# name -> (fields of the adapter's configuration, key of the forged tensor, its shape)
+ADDED: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
+    "norm": ({}, f"{NORM}.weight", (32,)),
+    "output": ({}, f"{OUTPUT}.weight", (64, 32)),
+    "embedding": ({}, f"{EMBEDDING}.weight", (64, 32)),
+    "beside a head": (HEAD, f"{NORM}.weight", (32,)),
+    "base layer": ({}, f"{Q}base_layer.weight", (32, 32)),
+    "base layer under bias": ({"bias": "all"}, f"{Q}base_layer.weight", (32, 32)),
+    "frozen head": (HEAD, f"{OUTPUT}.original_module.weight", (64, 32)),
+    "another's head": (HEAD, f"{OUTPUT}.modules_to_save.default.weight", (64, 32)),
+    "factor": ({}, f"{Q}lora_A.default.weight", (4, 32)),
+    "tokens": ({}, f"{EMBEDDING}.{TOKENS}", (2, 32)),
+    "all tokens": ({"trainable_token_indices": [3]}, f"{EMBEDDING}.token_adapter.base_layer.weight", (64, 32)),
+    "others' tokens": ({"trainable_token_indices": {"embed_tokens": [3]}}, f"{OUTPUT}.{TOKENS}", (1, 32)),
+    "bias": ({}, f"{Q}base_layer.bias", (32,)),
+    "bias without adapter": ({"bias": "lora_only"}, f"{BASE}model.layers.0.self_attn.k_proj.bias", (16,)),
+    "wrapper": ({}, f"{BASE}_orig_mod.model.norm.weight", (32,)),
+    "no prefix": ({}, "model.norm.weight", (32,)),
+    "P's numbers": ({}, f"{OF_P}logits", (3,)),
+    "another's theta_d": ({}, f"{THETA_D}.default", (60,)),
+    **{str(dtype): (HEAD, f"{OUTPUT}.weight", (64, 32)) for dtype in NO_WEIGHTS},
 }
 
 
 @pytest.mark.parametrize("case", ADDED)
-def test_a_tensor_to_which_no_configuration_entitles_is_refused_by_its_name(case: str, tmp_path: Path) -> None:
-    fields, key, tensor, said = ADDED[case]
-    folder = tmp_path / "forged"
-    _trained(**fields).save_pretrained(folder)
-    rewrite(folder, lambda tensors: {**tensors, key: tensor})
+def test_a_tensor_to_which_no_configuration_entitles_is_refused_by_its_name(case: str, saved, tmp_path: Path) -> None:
+    fields, key, shape = ADDED[case]
+    dtype = next((dtype for dtype in NO_WEIGHTS if str(dtype) == case), torch.float32)
+    folder = shutil.copytree(saved(**fields)[1], tmp_path / "forged")
+    rewrite(folder, lambda tensors: {**tensors, key: torch.full(shape, 7.0).to(dtype)})
+    if dtype in NO_WEIGHTS:
+        said = f"must be of dtype .* got {dtype}"
+    else:
+        said = "which projection 'unilora' does not have" if "uniproj_" in key else UNENTITLED
     said = f"{re.escape(key.removeprefix(BASE))}.*{said}"
-    model = _trained(**HEAD)
+    model, _ = saved(**HEAD)
     before = _of(model)
     ways: list[Callable[[], object]] = [
         lambda: model.load_adapter(folder, "second"),
@@ -156,7 +134,7 @@ def test_a_tensor_to_which_no_configuration_entitles_is_refused_by_its_name(case
     for way in ways:
         with pytest.raises(AdapterError, match=said):
             way()
-        assert _same(before, _of(model)) and list(model.peft_config) == ["default"]
+    assert _same(before, _of(model)) and list(model.peft_config) == ["default"]
     assert not (tmp_path / "lora").exists()
 
 
@@ -188,34 +166,32 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], dict[str, T
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_or_missing_tensor_leaves_the_model_bit_for_bit(case: str, tmp_path: Path) -> None:
+def test_a_wrong_or_missing_tensor_leaves_the_model_bit_for_bit(case: str, saved, tmp_path: Path) -> None:
     fields, change, said = WRONG[case]
-    _trained(**fields).save_pretrained(tmp_path)
-    model = _trained(**fields)
+    model, folder = saved(**fields)
+    folder = shutil.copytree(folder, tmp_path / "forged")
     before = _of(model)
-    rewrite(tmp_path, change)
-    with pytest.raises(AdapterError, match=said):
-        model.load_adapter(tmp_path, "second")
-    with pytest.raises(AdapterError, match=said):
-        model.load_adapter(tmp_path, "default")
+    rewrite(folder, change)
+    for name in ("second", "default"):
+        with pytest.raises(AdapterError, match=said):
+            model.load_adapter(folder, name)
     with pytest.raises((AdapterError, KeyError), match=said.partition(":")[0]):  # PEFT's own, where one is missing
-        set_peft_model_state_dict(model, peft_model.load_peft_weights(str(tmp_path)))
+        set_peft_model_state_dict(model, peft_model.load_peft_weights(str(folder)))
     assert _same(before, _of(model)) and list(model.peft_config) == ["default"]
     base = base_model("llama")
     state = copy.deepcopy(base.state_dict())
     with pytest.raises(AdapterError, match=said):
-        PeftModel.from_pretrained(base, tmp_path)
+        PeftModel.from_pretrained(base, folder)
     assert all(torch.equal(tensor, state[key]) for key, tensor in base.state_dict().items())
 
 
-def test_what_another_configuration_trains_does_not_reach_the_base(tmp_path: Path) -> None:
+def test_what_another_configuration_trains_does_not_reach_the_base(saved) -> None:
     """Over an adapter of the same P that trains less: its own configuration decides, not the file's."""
-    _trained(modules_to_save=["model.norm"]).save_pretrained(tmp_path)
-    model = _trained()
+    model, folder = saved()[0], saved(modules_to_save=["model.norm"])[1]
     before = _of(model)
     for load in (
-        lambda: model.load_adapter(tmp_path, "default"),
-        lambda: set_peft_model_state_dict(model, peft_model.load_peft_weights(str(tmp_path))),
+        lambda: model.load_adapter(folder, "default"),
+        lambda: set_peft_model_state_dict(model, peft_model.load_peft_weights(str(folder))),
     ):
         with pytest.raises(AdapterError, match=r"model\.norm\.weight: must be what 'default' trains in this model"):
             load()
@@ -223,7 +199,7 @@ def test_what_another_configuration_trains_does_not_reach_the_base(tmp_path: Pat
 
 
 def test_a_learned_P_has_its_own_numbers_and_no_more(tmp_path: Path) -> None:
-    _trained(projection="vblora").save_pretrained(tmp_path / "ours")
+    _trained_model(projection="vblora").save_pretrained(tmp_path / "ours")
     folder, more = tmp_path / "ours", f"{OF_P}more"
     rewrite(folder, lambda tensors: {**tensors, more: torch.ones(3)})
     for way in (
@@ -268,45 +244,44 @@ def _beside(tensors: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_what_is_trained_comes_back_exactly_under_the_keys_of_LORA(case: str, tmp_path: Path) -> None:
+def test_what_is_trained_comes_back_exactly_under_the_keys_of_LORA(case: str, saved, tmp_path: Path) -> None:
     kind, projection, fields = TRAINED[case]
-    model = _trained(kind, projection, **fields)
-    model.save_pretrained(tmp_path / "ours")
+    model, folder = saved(kind, projection, **fields)
     given = {key: getattr(config(kind), key) for key in ("r", "target_modules", "task_type")}
     lora = get_peft_model(base_model(kind), LoraConfig(**given, **fields))
-    saved = file.read(tmp_path / "ours").tensors
-    assert _beside(saved) == _beside(get_peft_model_state_dict(lora)) != set()
-    assert not any(".original_module." in key or ".modules_to_save." in key for key in saved)
+    tensors = file.read(folder).tensors
+    assert _beside(tensors) == _beside(get_peft_model_state_dict(lora)) != set()
+    assert not any(".original_module." in key or ".modules_to_save." in key for key in tensors)
     state = model.state_dict()
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    again = PeftModel.from_pretrained(base_model(kind), tmp_path / "ours").eval()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    again = PeftModel.from_pretrained(base_model(kind), folder).eval()
     now = again.state_dict()
     assert now.keys() == state.keys()
-    assert all(torch.equal(now[key], state[key]) for key in trained if ".original_module." not in key)
-    assert torch.equal(_logits(again, kind), _logits(model, kind))
-    verify(tmp_path / "ours")
-    other = _trained(kind, projection, **fields)
+    assert all(torch.equal(now[key], state[key]) for key in trainable if ".original_module." not in key)
+    assert torch.equal(logits(again, kind), logits(model, kind))
+    verify(folder)
+    other = get_peft_model(base_model(kind), copy.deepcopy(model.peft_config["default"])).eval()
     set_peft_model_state_dict(other, get_peft_model_state_dict(model, save_embedding_layers=False))
-    assert torch.equal(_logits(other, kind), _logits(model, kind))
+    assert torch.equal(logits(other, kind), logits(model, kind))
     if "trainable_token_indices" not in fields:
-        export(tmp_path / "ours", tmp_path / "lora")
+        export(folder, tmp_path / "lora")
         theirs = PeftModel.from_pretrained(base_model(kind), tmp_path / "lora").eval()
-        assert torch.allclose(_logits(theirs, kind), _logits(model, kind), atol=1e-4)
+        assert torch.allclose(logits(theirs, kind), logits(model, kind), atol=1e-4)
 
 
 def test_a_head_beside_another_adapters_head(tmp_path: Path) -> None:
-    first, second = _trained(**HEAD), _trained(**HEAD, projection_seed=3)
+    first, second = _trained_model(**HEAD), _trained_model(**HEAD, projection_seed=3)
     second.save_pretrained(tmp_path)
-    before = _logits(first)
+    before = logits(first)
     first.load_adapter(tmp_path, "second")
-    assert torch.equal(_logits(first), before)
+    assert torch.equal(logits(first), before)
     first.set_adapter("second")
-    assert torch.equal(_logits(first), _logits(second))
+    assert torch.equal(logits(first), logits(second))
 
 
 def test_copies_of_biases_in_earlier_files_are_passed_over(tmp_path: Path) -> None:
     """Written by uniproj before, and by PEFT; whatever they hold, the base and other adapters do not get it."""
-    model = _trained("bert", bias="all")
+    model = _trained_model("bert", bias="all")
     model.save_pretrained(tmp_path)
     copies = {
         f"{BASE}classifier.original_module.bias": torch.full((3,), 9.0),
@@ -314,7 +289,7 @@ def test_copies_of_biases_in_earlier_files_are_passed_over(tmp_path: Path) -> No
     }
     rewrite(tmp_path, lambda tensors: {**tensors, **copies})
     again = PeftModel.from_pretrained(base_model("bert"), tmp_path).eval()
-    assert torch.equal(_logits(again, "bert"), _logits(model, "bert"))
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
     assert not torch.equal(again.base_model.model.classifier.original_module.bias, torch.full((3,), 9.0))
     assert not copies.keys() & file.read(tmp_path).tensors.keys()
 
@@ -327,11 +302,11 @@ def test_biases_are_found_whatever_adapters_wrap_their_layers(tmp_path: Path) ->
     keys = {key for key in file.read(tmp_path).tensors if key.endswith("0.attention.self.value.base_layer.bias")}
     assert len(keys) == 1
     again = PeftModel.from_pretrained(base_model("bert"), tmp_path).eval()
-    assert torch.equal(_logits(again, "bert"), _logits(model, "bert"))
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
     one = get_peft_model(base_model("bert"), config("bert", bias="all", target_modules=["query"]))
     one.save_pretrained(tmp_path / "one")
     model.load_adapter(tmp_path / "one", "default")
-    assert torch.equal(_logits(model, "bert"), _logits(one.eval(), "bert"))
+    assert torch.equal(logits(model, "bert"), logits(one.eval(), "bert"))
 
 
 # ---- embeddings, which PEFT adds ------------------------------------------------------------------------
@@ -347,11 +322,11 @@ def _base_with_more_tokens(folder: Path) -> nn.Module:
 
 def test_embeddings_of_the_base_are_not_saved_with_an_adapter(tmp_path: Path) -> None:
     """An adapted output layer has the weights of any base; those of new tokens would be lost."""
-    model = _trained(target_modules=["q_proj", "lm_head"])
+    model = _trained_model(target_modules=["q_proj", "lm_head"])
     model.save_pretrained(tmp_path / "ours")
     assert not _beside(file.read(tmp_path / "ours").tensors)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path / "ours").eval()
-    assert torch.equal(_logits(again), _logits(model))
+    assert torch.equal(logits(again), logits(model))
     with pytest.raises(AdapterError, match=r"not embeddings of the base, got save_embedding_layers=True"):
         model.save_pretrained(tmp_path / "new", save_embedding_layers=True)
     wider = get_peft_model(_base_with_more_tokens(tmp_path / "base"), config("llama"))
@@ -385,12 +360,12 @@ def test_new_tokens_that_are_trained_come_back(fields: dict[str, Any], tmp_path:
 
 
 def test_base_weights_among_numbers_in_memory_must_be_the_models_own() -> None:
-    model = _trained(target_modules=["q_proj", "lm_head"])
+    model = _trained_model(target_modules=["q_proj", "lm_head"])
     numbers, key = get_peft_model_state_dict(model), f"{BASE}lm_head.base_layer.weight"
     assert key in numbers  # PEFT adds it
     other = get_peft_model(base_model("llama"), config("llama", target_modules=["q_proj", "lm_head"])).eval()
     set_peft_model_state_dict(other, numbers)
-    assert torch.equal(_logits(other), _logits(model))
+    assert torch.equal(logits(other), logits(model))
     before = _of(other)
     with pytest.raises(AdapterError, match=r"lm_head\.base_layer\.weight: must be what 'default' trains"):
         set_peft_model_state_dict(other, {**numbers, key: numbers[key] + 1})
@@ -427,18 +402,18 @@ def test_heads_and_biases_of_a_LORA_come_along_and_back(tmp_path: Path) -> None:
     lora.eval().save_pretrained(tmp_path / "theirs")
     import_adapter(tmp_path / "theirs", tmp_path / "ours")
     ours = PeftModel.from_pretrained(base_model("bert"), tmp_path / "ours").eval()
-    assert torch.allclose(_logits(ours, "bert"), _logits(lora, "bert"), atol=1e-5)
+    assert torch.allclose(logits(ours, "bert"), logits(lora, "bert"), atol=1e-5)
     export(tmp_path / "ours", tmp_path / "back")
     back = PeftModel.from_pretrained(base_model("bert"), tmp_path / "back").eval()
-    assert torch.equal(_logits(back, "bert"), _logits(lora, "bert"))
+    assert torch.equal(logits(back, "bert"), logits(lora, "bert"))
 
 
 def test_a_configuration_that_would_train_everything_trains_copies(tmp_path: Path) -> None:
     """modules_to_save may name what it will: PEFT trains copies of it, and the base stays."""
-    settings = UniProjConfig(d=60, r=4, target_modules=["q_proj"], modules_to_save=["norm", "mlp", "lm_head"])
-    model = get_peft_model(base_model("llama"), settings)
+    adapter_config = UniProjConfig(d=60, r=4, target_modules=["q_proj"], modules_to_save=["norm", "mlp", "lm_head"])
+    model = get_peft_model(base_model("llama"), adapter_config)
     train_steps(model, "llama", 1)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path).eval()
     with again.disable_adapter():
-        assert torch.equal(_logits(again), _logits(base_model("llama")))
+        assert torch.equal(logits(again), logits(base_model("llama")))

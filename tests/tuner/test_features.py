@@ -1,13 +1,15 @@
 """The PEFT and Transformers features a user knows: each works as with LoRA, or refuses with a sentence."""
 
+from collections import Counter
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig  # noqa: F401  (the import must not disturb the tuner)
 
 from tests.tuner.models import base_model, batch, config, train_steps
-from uniproj import AdapterError, ProjectionError
-from uniproj.tuner import UniProjConfig, adapter_of
+from uniproj import AdapterError, ProjectionError, get
+from uniproj.tuner import adapter_of
 
 
 @pytest.mark.parametrize("projection", ["unilora", "fastfood", "lora_xs"])
@@ -22,47 +24,41 @@ def test_autocast_rounds_theta_D_once_and_not_P(projection: str) -> None:
     assert torch.equal(B.weight, P.layout.split(P(theta_d))[0])
 
 
+@pytest.fixture
+def applied(monkeypatch) -> Counter:
+    """How often P (`_matvec`) and its adjoint (`_rmatvec`) are applied."""
+    counts: Counter = Counter()
+    for name in ("_matvec", "_rmatvec"):
+        original = getattr(get("unilora"), name)
+
+        def counted(self, x, dtype, name=name, original=original):
+            counts[name] += 1
+            return original(self, x, dtype)
+
+        monkeypatch.setattr(get("unilora"), name, counted)
+    return counts
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_generate_projects_once_and_equals_the_merged_model(kind: str, monkeypatch) -> None:
+def test_generate_projects_once_and_equals_the_merged_model(kind: str, applied: Counter) -> None:
     model = get_peft_model(base_model(kind), config(kind))
     train_steps(model, kind)
     model.eval()
-    projection = adapter_of(model).P
-    calls = []
-    original = type(projection)._matvec
-    monkeypatch.setattr(type(projection), "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
     inputs = {k: v for k, v in batch(kind).items() if k != "labels"}
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    tokens = model.generate(**inputs, **settings)
-    assert len(calls) == 1
-    assert torch.equal(model.merge_and_unload().generate(**inputs, **settings), tokens)
+    sampling = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    applied.clear()
+    tokens = model.generate(**inputs, **sampling)
+    assert applied == {"_matvec": 1}
+    assert torch.equal(model.merge_and_unload().generate(**inputs, **sampling), tokens)
 
 
-def test_training_projects_once_per_forward(monkeypatch) -> None:
-    model = get_peft_model(base_model("llama"), config("llama"))
-    projection = adapter_of(model).P
-    calls = {"forward": 0, "adjoint": 0}
-    for way, method in (("forward", "_matvec"), ("adjoint", "_rmatvec")):
-        original = getattr(type(projection), method)
-
-        def counted(self, x, dtype, way=way, original=original):
-            calls[way] += 1
-            return original(self, x, dtype)
-
-        monkeypatch.setattr(type(projection), method, counted)
-    train_steps(model, "llama", 3)
-    assert calls == {"forward": 3, "adjoint": 3}
-
-
-def test_checkpointed_layers_take_the_factors_of_their_forward(monkeypatch) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_projects_once_per_forward(checkpointing: bool, applied: Counter) -> None:
     model = get_peft_model(base_model("llama"), config("llama")).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    calls = []
-    projection = type(adapter_of(model).P)
-    original = projection._matvec
-    monkeypatch.setattr(projection, "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     train_steps(model, "llama", 3)
-    assert len(calls) == 3
+    assert applied == {"_matvec": 3, "_rmatvec": 3}
 
 
 def test_inference_mode_does_not_poison_training() -> None:
@@ -124,16 +120,6 @@ def test_the_order_of_registration_does_not_matter(tmp_path) -> None:
     assert torch.equal(again(**batch("llama")).logits, model(**batch("llama")).logits)
 
 
-def test_hyperparameters_that_are_no_json_are_refused() -> None:
-    with pytest.raises(AdapterError, match="projection_kwargs must be JSON"):
-        UniProjConfig(d=8, projection_kwargs={"x": object()})
-
-
-def test_unknown_projection_names_the_known_ones() -> None:
-    with pytest.raises(ProjectionError, match=r"unknown projection 'uni_lora'.*Did you mean 'unilora'"):
-        UniProjConfig(projection="uni_lora", d=8)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -146,11 +132,11 @@ def test_unknown_projection_names_the_known_ones() -> None:
 def test_a_refused_adapter_leaves_the_model_as_it_was(change, error, message) -> None:
     model = base_model("llama")
     names, before = [n for n, _ in model.named_modules()], model(**batch("llama")).logits
-    trained = [p.requires_grad for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(error, match=message):
         get_peft_model(model, config("llama", **change))
     assert [n for n, _ in model.named_modules()] == names
-    assert [p.requires_grad for p in model.parameters()] == trained
+    assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.equal(model(**batch("llama")).logits, before)
 
 

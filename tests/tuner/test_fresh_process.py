@@ -55,35 +55,35 @@ def _run(code: str, folder: Path) -> str:
     return run.stdout
 
 
-ORDERS = {
-    "uniproj first, which imports neither PEFT nor Transformers": """
+def test_import_uniproj_is_enough_and_imports_no_peft_before_it_is_needed(saved: Path) -> None:
+    # PEFT imports the tuner, which would find a module of the format half made
+    modules = ", ".join(f"uniproj.format.{module.name}" for module in pkgutil.iter_modules(uniproj.format.__path__))
+    code = f"""
 import importlib.util, sys, uniproj
-assert not {"peft", "transformers"} & set(sys.modules)
+import {modules}
+from uniproj.cli import main
+main(["list"])
+assert not {{"peft", "transformers"}} & set(sys.modules)
 importlib.util.find_spec("peft")  # as Transformers asks whether it is installed
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("adapter")
-""",
-    "PEFT first": """
-import importlib
-peft = importlib.import_module("peft.peft_model")
-import uniproj
-from transformers import AutoModelForCausalLM
-model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
-""",
-}
+"""
+    assert "equal" in _run(code + EQUAL, saved)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_import_uniproj_is_enough(order: str, saved: Path) -> None:
-    assert "equal" in _run(ORDERS[order] + EQUAL, saved)
-
-
+@pytest.mark.system
 def test_the_model_card_shows_code_that_loads_the_adapter(saved: Path) -> None:
+    """In a process that has imported PEFT first."""
     card = (saved / "adapter" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    base = 'from transformers import AutoModelForCausalLM\nbase_model = AutoModelForCausalLM.from_pretrained("base")\n'
+    before = """
+import importlib
+importlib.import_module("peft.peft_model")
+from transformers import AutoModelForCausalLM
+base_model = AutoModelForCausalLM.from_pretrained("base")
+"""
     code = re.sub(r'"the folder of this file.*?"', '"adapter"', code)
-    assert "equal" in _run(base + code + EQUAL, saved)
+    assert "equal" in _run(before + code + EQUAL, saved)
     assert "\n- uniproj\n" in card  # a tag
 
 
@@ -111,19 +111,3 @@ def test_the_card_of_a_lora_stays_as_peft_writes_it(tmp_path: Path) -> None:
     model: PeftModel = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     assert "uniproj" not in (tmp_path / "README.md").read_text()
-
-
-def test_the_format_does_not_import_peft(saved: Path) -> None:
-    # PEFT imports the tuner, which would find such a module half made
-    wanted = ", ".join(f"uniproj.format.{module.name}" for module in pkgutil.iter_modules(uniproj.format.__path__))
-    _run(f"import sys, {wanted}\nassert 'peft' not in sys.modules", saved)
-
-
-def test_a_command_in_a_fresh_process(saved: Path) -> None:
-    said = _run("from uniproj.cli import main; import sys; sys.exit(main(['inspect', 'adapter']))", saved)
-    assert "unilora" in said
-
-
-def test_a_command_that_needs_no_adapter_imports_no_peft(saved: Path) -> None:
-    said = _run("import sys; from uniproj.cli import main; main(['list']); assert 'peft' not in sys.modules", saved)
-    assert "unilora" in said

@@ -166,8 +166,9 @@ def test_other_sizes_are_passed_over_on_request(tmp_path: Path) -> None:
         model.load_adapter(folder, "second")
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["load_peft_weights", "set_peft_model_state_dict"])
+@pytest.mark.parametrize(
+    ("error", "where"), [(OSError, "load_peft_weights"), (KeyboardInterrupt, "set_peft_model_state_dict")]
+)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_whatever_fails_midway_leaves_the_base(
     error: type[BaseException], where: str, low_cpu_mem_usage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

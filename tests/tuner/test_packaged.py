@@ -25,8 +25,8 @@ def test_the_packaged_encoder_trains_and_reloads_to_the_last_bit(tmp_path: Path)
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_pretrained(path)
 
-    settings = UniProjConfig(projection="unilora", d=2304, r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = get_peft_model(base(), settings)
+    given = UniProjConfig(projection="unilora", d=2304, r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(base(), given)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(12):
@@ -49,8 +49,8 @@ def test_the_packaged_chat_model_trains_and_generates() -> None:
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=file)
     base = AutoModelForCausalLM.from_pretrained(path, gguf_file=file)
-    settings = UniProjConfig(projection="unilora", d=131072, r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, settings)
+    given = UniProjConfig(projection="unilora", d=131072, r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, given)
     inputs = tokenizer("The capital of France is Paris. The capital of Italy is Rome.", return_tensors="pt")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []

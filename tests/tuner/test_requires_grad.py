@@ -1,6 +1,7 @@
 """Which adapter is trained after each of PEFT's calls: the same as with plain LoRA, call by call."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,25 +51,31 @@ SCRIPTS: dict[str, Calls] = {
 }
 
 
-def _trained(model: PeftModel) -> set[str]:
+def _trainable(model: PeftModel) -> set[str]:
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     return {adapter for adapter in model.peft_config if any(f".{adapter}." in f"{n}." for n in names)}
 
 
+def _new(kind: str) -> PeftConfig:
+    lora = LoraConfig(r=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
+    return lora if kind == "lora" else config("llama")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("lora", "uniproj")}
+    for kind, folder in folders.items():
+        get_peft_model(base_model("llama"), _new(kind)).save_pretrained(folder)
+    return folders
+
+
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_same_adapters_are_trained_as_with_lora(script: str, loaded: bool, tmp_path: Path) -> None:
-    outcome = []
-    for kind in ("lora", "uniproj"):
-
-        def new(kind: str = kind) -> PeftConfig:
-            lora = LoraConfig(r=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
-            return lora if kind == "lora" else config("llama")
-
-        saved = tmp_path / kind
-        get_peft_model(base_model("llama"), new()).save_pretrained(saved)
+def test_the_same_adapters_are_trained_as_with_lora(script: str, loaded: bool, saved: dict[str, Path]) -> None:
+    found = []
+    for kind, folder in saved.items():
         base = base_model("llama")
-        model = PeftModel.from_pretrained(base, saved) if loaded else get_peft_model(base, new())
-        SCRIPTS[script](model, new, saved)
-        outcome.append((_trained(model), model.active_adapters))
-    assert outcome[0] == outcome[1]
+        model = PeftModel.from_pretrained(base, folder) if loaded else get_peft_model(base, _new(kind))
+        SCRIPTS[script](model, partial(_new, kind), folder)
+        found.append((_trainable(model), model.active_adapters))
+    assert found[0] == found[1]

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.format.saved import reconfigure
-from tests.tuner.models import TARGETS, base_model, batch, config, train_steps
+from tests.tuner.models import TARGETS, base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.format import file
 from uniproj.tuner import UniProjConfig
@@ -38,17 +38,12 @@ class Renamed(nn.Module):
         return self.inner(**inputs)
 
 
-def _trained(folder: Path, projection: str = "unilora", **fields) -> PeftModel:
+def _trained_model(folder: Path, projection: str = "unilora", **fields) -> PeftModel:
     """An adapter on Renamed() under the original names, moved off its start."""
     model = get_peft_model(Renamed(), config("llama", projection, task_type=None, **fields))
     train_steps(model, "llama", 2)
     model.save_pretrained(folder)
     return model.eval()
-
-
-def _logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch("llama")).logits
 
 
 @pytest.mark.parametrize("projection", ["unilora", "lora_xs"])
@@ -57,36 +52,36 @@ def test_a_remap_table_heals_renamed_modules(projection: str, tmp_path: Path) ->
     fields = (
         {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 12}} if projection == "unilora" else {}
     )
-    trained = _trained(tmp_path, projection, d=d, **fields)
+    model = _trained_model(tmp_path, projection, d=d, **fields)
     renames = ("self_attn", "attention"), ("q_proj", "query")
     with pytest.raises(AdapterError, match=r"Target modules|is missing"):
         PeftModel.from_pretrained(Renamed(*renames), tmp_path)
-    table = {"self_attn": "attention", "q_proj": "query"}
-    healed = PeftModel.from_pretrained(Renamed(*renames), tmp_path, remap=table)
-    assert torch.equal(_logits(healed), _logits(trained))
+    renamed = {"self_attn": "attention", "q_proj": "query"}
+    healed = PeftModel.from_pretrained(Renamed(*renames), tmp_path, remap=renamed)
+    assert torch.equal(logits(healed), logits(model))
     scaling = healed.base_model.model.inner.model.layers[0].attention.query.scaling["default"]
-    assert scaling == trained.base_model.model.inner.model.layers[0].self_attn.q_proj.scaling["default"]
+    assert scaling == model.base_model.model.inner.model.layers[0].self_attn.q_proj.scaling["default"]
 
     healed.save_pretrained(tmp_path / "again")  # the table is kept, and so is the list of the saved names
     again = PeftModel.from_pretrained(Renamed(*renames), tmp_path / "again")
-    assert torch.equal(_logits(again), _logits(trained))
+    assert torch.equal(logits(again), logits(model))
     headers = [file.read(folder).header for folder in (tmp_path, tmp_path / "again")]
     assert headers[0].layout == headers[1].layout
     third = PeftModel.from_pretrained(
         Renamed(("self_attn", "mixer"), ("q_proj", "query")), tmp_path / "again", remap={"attention": "mixer"}
     )
-    assert torch.equal(_logits(third), _logits(trained))
+    assert torch.equal(logits(third), logits(model))
 
 
 def test_a_renamed_head_moves_with_its_module(tmp_path: Path) -> None:
-    trained = _trained(tmp_path, modules_to_save=["lm_head"])
+    model = _trained_model(tmp_path, modules_to_save=["lm_head"])
     base = Renamed(("lm_head", "output"), ("layers", "blocks"))
     healed = PeftModel.from_pretrained(base, tmp_path, remap={"layers": "blocks", "lm_head": "output"})
-    assert torch.equal(_logits(healed), _logits(trained))
+    assert torch.equal(logits(healed), logits(model))
 
 
 def test_the_first_renamed_module_and_the_table_are_named(tmp_path: Path) -> None:
-    _trained(tmp_path)
+    _trained_model(tmp_path)
     base = Renamed(("self_attn", "attention"))
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj is missing.* --remap self_attn=attention"):
@@ -104,24 +99,19 @@ def test_the_first_renamed_module_and_the_table_are_named(tmp_path: Path) -> Non
     ],
 )
 def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, remap, message: str) -> None:
-    _trained(tmp_path)
+    _trained_model(tmp_path)
     with pytest.raises(AdapterError, match=message):
         UniProjConfig.from_pretrained(tmp_path, remap=remap)
-
-
-def _resized(**sizes) -> nn.Module:
-    settings = base_model("llama").config.to_dict() | sizes
-    return type(base_model("llama"))(type(base_model("llama").config).from_dict(settings))
 
 
 def test_the_first_difference_of_another_architecture_is_named(tmp_path: Path) -> None:
     get_peft_model(base_model("llama"), config("llama")).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj is missing in this model"):
-        PeftModel.from_pretrained(_resized(num_hidden_layers=1), tmp_path)
+        PeftModel.from_pretrained(base_model("llama", num_hidden_layers=1), tmp_path)
     with pytest.raises(
         AdapterError, match=r"layers\.0\.mlp\.down_proj must have \(out, in\) = \(32, 48\), got \(32, 40\)"
     ):
-        PeftModel.from_pretrained(_resized(intermediate_size=40), tmp_path)
+        PeftModel.from_pretrained(base_model("llama", intermediate_size=40), tmp_path)
 
 
 def test_another_rank_is_named(tmp_path: Path) -> None:
@@ -143,19 +133,6 @@ def test_another_base_of_the_same_architecture_warns_once_with_both_names(tmp_pa
         PeftModel.from_pretrained(other, tmp_path)
     said = [str(w.message) for w in caught if "was trained on" in str(w.message)]
     assert len(said) == 1 and "first/base (now second/base)" in said[0]
-
-
-def test_a_file_of_another_P_is_not_loaded_into_an_adapter(tmp_path: Path) -> None:
-    """As the Trainer loads a checkpoint: into the adapter that is there, by its name."""
-    for name, fields in (("seed", {"projection_seed": 5}), ("scale", {"lora_alpha": 16})):
-        get_peft_model(base_model("llama"), config("llama", **fields)).save_pretrained(tmp_path / name)
-    model = get_peft_model(base_model("llama"), config("llama")).eval()
-    before = _logits(model)
-    with pytest.raises(AdapterError, match="projection_seed must be 5, got 0"):
-        model.load_adapter(tmp_path / "seed", "default")
-    with pytest.raises(AdapterError, match="lora_alpha must be 16, got 4"):
-        model.load_adapter(tmp_path / "scale", "default")
-    assert torch.equal(_logits(model), before)
 
 
 def test_a_foreign_configuration_beside_our_weights_is_refused(tmp_path: Path) -> None:
@@ -200,11 +177,11 @@ def test_files_from_before_the_header_load_on_a_model(tmp_path: Path) -> None:
     save_file(load_file(tmp_path / file.WEIGHTS), tmp_path / file.WEIGHTS, metadata={"format": "pt"})
     reconfigure(tmp_path, format_version=None)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path)
-    assert torch.equal(_logits(again), _logits(model))
+    assert torch.equal(logits(again), logits(model))
     with pytest.raises(AdapterError, match="remap needs a file with the list of its modules"):
         UniProjConfig.from_pretrained(tmp_path, remap={"self_attn": "attention"})
     with pytest.raises(AdapterError, match=r"modules, shapes or ranks"):
-        PeftModel.from_pretrained(_resized(num_hidden_layers=1), tmp_path)
+        PeftModel.from_pretrained(base_model("llama", num_hidden_layers=1), tmp_path)
 
 
 def test_a_configuration_without_weights_is_a_template(tmp_path: Path) -> None:
@@ -223,7 +200,7 @@ def test_the_order_of_patterns_is_kept(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base_model("llama"), tmp_path)
     assert again.base_model.model.model.layers[0].self_attn.v_proj.scaling["default"] == 2.0
-    assert torch.equal(_logits(again), _logits(model))
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_adapters_of_peft_are_saved_and_loaded_as_before(tmp_path: Path) -> None:
@@ -231,9 +208,9 @@ def test_adapters_of_peft_are_saved_and_loaded_as_before(tmp_path: Path) -> None
     model = get_peft_model(base_model("llama"), lora).eval()
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / file.CONFIG).read_text())["peft_type"] == "LORA"
-    assert torch.equal(_logits(PeftModel.from_pretrained(base_model("llama"), tmp_path)), _logits(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(base_model("llama"), tmp_path)), logits(model))
     model.save_pretrained(tmp_path / "bin", safe_serialization=False)
-    assert torch.equal(_logits(PeftModel.from_pretrained(base_model("llama"), tmp_path / "bin")), _logits(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(base_model("llama"), tmp_path / "bin")), logits(model))
 
 
 def test_the_header_notes_the_base_it_was_trained_on(tmp_path: Path) -> None:
@@ -269,14 +246,14 @@ def test_a_file_says_what_was_trained_whatever_becomes_of_the_configuration(
     changed: str, between: str, tmp_path: Path
 ) -> None:
     """One object for a loop over seeds, or changed after use: the header is of the P that the numbers belong to."""
-    settings = config("llama")
-    model = get_peft_model(base_model("llama"), settings)
+    given = config("llama")
+    model = get_peft_model(base_model("llama"), given)
     if changed == "after training":
         train_steps(model, "llama")
-    settings.projection_seed, settings.lora_alpha = 5, 32
+    given.projection_seed, given.lora_alpha = 5, 32
     if between == "attach another":
         get_peft_model(base_model("bert"), config("bert"))
-        get_peft_model(base_model("llama"), settings)
+        get_peft_model(base_model("llama"), given)
     if changed == "before training":
         train_steps(model, "llama")
     model.eval().save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from uniproj.bank.attached import (
+from uniproj.bank.adapter import (
     active_adapter,
     check_same,
     header_of,
@@ -72,7 +72,7 @@ class AdapterBank:
         self.header = header
         self._index = Index(self.folder / INDEX, self._slots.written)
         # P of each model that was checked -> its LoRA layers, so that selecting again does not walk the model
-        self._fitting: WeakKeyDictionary[nn.Module, WeakSet[LoraLayer]] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[nn.Module, WeakSet[LoraLayer]] = WeakKeyDictionary()
         if (known := self._index.slots()) > len(self._slots):
             raise AdapterError(
                 f"bank: {self.folder / VECTORS} must have {known} slots, got {len(self._slots)}: it is cut off, or "
@@ -143,13 +143,13 @@ class AdapterBank:
         tuner = tuner_of(model, "bank.select")
         adapter_name = active_adapter(tuner, "bank.select")
         projection, theta_d = adapter_of(tuner, adapter_name)
-        if projection not in self._fitting:
+        if projection not in self._layers:
             check_same(self.header, header_of(tuner, adapter_name), "the model's adapter")
             warn_of_another_base(
                 self.header, getattr(tuner.model, "name_or_path", None), getattr(tuner.model, "config", None)
             )
-            self._fitting[projection] = WeakSet(layers_of(tuner, adapter_name))
-        refuse_merged(self._fitting[projection], "bank.select")
+            self._layers[projection] = WeakSet(layers_of(tuner, adapter_name))
+        refuse_merged(self._layers[projection], "bank.select")
         numbers = self.get(name)
         with torch.no_grad():
             theta_d.copy_(numbers)
@@ -235,7 +235,13 @@ class AdapterBank:
         for slot, (name, row) in zip(free, chunk, strict=True):
             # only after the write: until the commit, others still read the slot that is freed here
             if change.remove(name) != replacing:
-                raise self._unknown(name) if replacing else self._held(name)
+                raise (
+                    self._unknown(name)
+                    if replacing
+                    else AdapterError(
+                        f"bank: {name!r} must be a new name, got one that {self.folder} holds. Use bank.replace."
+                    )
+                )
             change.put(name, slot, crc(row))
 
     def _vector(self, source: Source, name: str) -> np.ndarray:
@@ -265,9 +271,6 @@ class AdapterBank:
                     f"bank: {self.folder / INDEX} must have no more names than the {len(self._slots)} slots of "
                     f"{VECTORS}, got more. {RESTORE}"
                 )
-
-    def _held(self, name: str) -> AdapterError:
-        return AdapterError(f"bank: {name!r} must be a new name, got one that {self.folder} holds. Use bank.replace.")
 
     def _unknown(self, name: str) -> AdapterError:
         return AdapterError(

@@ -29,7 +29,7 @@ _REFUSED = (
     "SQLITE_IOERR_FSYNC",
     "SQLITE_IOERR_SHM",
 )
-_SETTINGS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL")
+_PRAGMAS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL")
 
 
 class Connection:
@@ -96,16 +96,16 @@ class Connection:
     def _current(self) -> sqlite3.Connection:
         while self._connection is None:
             self._check_file()
-            self._mode = self._fitting_mode()
+            self._mode = self._allowed_mode()
             try:
                 self._connection = self._connect()
             except sqlite3.OperationalError:
                 # unless a writer has come or gone meanwhile
-                if self._mode == self._fitting_mode():
+                if self._mode == self._allowed_mode():
                     raise
         return self._connection
 
-    def _fitting_mode(self) -> str:
+    def _allowed_mode(self) -> str:
         for path in (self._path, self._wal, self._shm, self._journal):
             with suppress(FileNotFoundError):
                 if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -138,11 +138,11 @@ class Connection:
         )
         try:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-            for setting in _SETTINGS:
-                connection.execute(f"PRAGMA {setting}")
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
             self._check(connection)
             # the first use may create the -wal and -shm files
-            self._seen = before if self._unchanging() else self._now()
+            self._seen = before if self._is_immutable() else self._now()
             self._check_file()
         except BaseException:
             connection.close()
@@ -154,19 +154,19 @@ class Connection:
         if self._file is not None and identity(self._path) != self._file:
             raise replaced(self._path)
 
-    def _unchanging(self) -> bool:
+    def _is_immutable(self) -> bool:
         return self._mode not in ("rw", "ro")
 
     def _stale(self) -> bool:
         """Whether a file that was opened as immutable has changed. Raises AdapterError if another one was replaced."""
         if self._now() == self._seen:
             return False
-        if self._unchanging():
+        if self._is_immutable():
             return True
         raise replaced(self._path)
 
     def _now(self) -> tuple[object, ...]:
-        if not self._unchanging():
+        if not self._is_immutable():
             return identity(self._path), identity(self._wal), identity(self._shm)
         try:
             found = os.stat(self._path)

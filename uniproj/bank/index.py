@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 from uniproj.bank.connection import Connection
@@ -81,8 +82,7 @@ class Index:
 
     def find(self, name: str, sure: bool = True) -> Entry | None:
         """The entry of a name; sure: see `Connection.ask`."""
-        query = "SELECT version, slot, crc FROM adapters WHERE name = ?"
-        row = self._reading.ask(lambda c: c.execute(query, (name,)).fetchone(), sure)
+        row = self._row("SELECT version, slot, crc FROM adapters WHERE name = ?", name, sure)
         return None if row is None else Entry.of(row)
 
     def names(self, most: int) -> list[str]:
@@ -96,8 +96,7 @@ class Index:
 
     def count(self, most: int) -> int:
         """How many names there are; not counted further than to `most`."""
-        query = "SELECT count(*) FROM (SELECT 1 FROM adapters LIMIT ?)"
-        return int(self._reading.ask(lambda c: c.execute(query, (most,)).fetchone()[0]))
+        return int(self._row("SELECT count(*) FROM (SELECT 1 FROM adapters LIMIT ?)", most)[0])
 
     def slots(self) -> int:
         """Slots that are used or free."""
@@ -105,8 +104,10 @@ class Index:
 
     def holds(self, version: int) -> bool:
         """Whether the entry of this version is still in place."""
-        query = "SELECT 1 FROM adapters WHERE version = ?"
-        return self._reading.ask(lambda c: c.execute(query, (version,)).fetchone()) is not None
+        return self._row("SELECT 1 FROM adapters WHERE version = ?", version) is not None
+
+    def _row(self, query: str, value: object, sure: bool = True) -> Any:
+        return self._reading.ask(lambda c: c.execute(query, (value,)).fetchone(), sure)
 
     def writable(self) -> bool:
         """Whether this process may write it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniproj.bank.attached import active_adapter, layers_of, refuse_merged
+from uniproj.bank.adapter import active_adapter, layers_of, refuse_merged
 from uniproj.errors import AdapterError
 from uniproj.tuner import adapter_of
 from uniproj.tuner.attached import tuner_of

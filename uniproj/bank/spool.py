@@ -21,10 +21,10 @@ _Chunk = list[tuple[str, np.ndarray]]
 
 
 class Spool:
-    """Names and vectors in their order: 256 in memory, those before them in a nameless file in the bank's folder.
+    """Names and vectors in their order: 256 in memory, those before them in a file.
 
-    The file is gone with the process. Raises AdapterError if the disk is full, and in a forked child, which would share
-    the file.
+    The file has no name, lies in the bank's folder, and is gone with the process. Raises AdapterError if the disk is
+    full, and in a forked child, which would share the file.
     """
 
     def __init__(self, folder: Path):

@@ -1,6 +1,6 @@
-"""Adapters out of uniproj and into it: foreign formats, compression, and what the commands say of a saved adapter.
+"""Adapters to and from foreign formats, compression, and the commands that inspect, verify and restore an adapter.
 
-The names below are imported when they are asked for, as PEFT and Transformers take seconds.
+The names below are imported on first use, as PEFT and Transformers take seconds.
 """
 
 from importlib import import_module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
 from uniproj.format import file
-from uniproj.format.compatibility import check_fit
-from uniproj.format.header import Header
+from uniproj.format.compatibility import check_layout
+from uniproj.format.header import Header, scale
 from uniproj.format.keys import OF_P, OWN, THETA_D, plain
-from uniproj.format.patterns import of_modules, scale
+from uniproj.format.patterns import of_modules
 from uniproj.format.places import layout_on, linear_modules
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import check_numbers, check_shapes, shapes_of
@@ -29,14 +29,15 @@ from uniproj.registry import build, get
 from uniproj.tuner import adapter_of
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
-from uniproj.tuner.quantised import BaseWeights
 
 
 @dataclass(frozen=True)
 class LoRAAdapter:
-    """theta_D (D,) in the order of `layout`; scales: s of delta W = s B A by module; the configuration (PEFT's
-    LoraConfig or one that extends it); other: what the file holds besides, such as a classification head, by PEFT's
-    names."""
+    """The A and B of an adapter, without a model.
+
+    theta_D: (D,) in the order of `layout`; scales: s of delta W = s B A by module; config: a LoraConfig, or one that
+    extends it; other: the remaining tensors of the file, such as a classification head, by PEFT's names.
+    """
 
     layout: LoRALayout
     theta_D: Tensor
@@ -47,9 +48,12 @@ class LoRAAdapter:
 
 @dataclass(frozen=True)
 class Adapter:
-    """theta_d (d,) and P with its Parameters as trained; layout: P's, with the names that the modules have in the base
-    model now; scales: s of delta W = s B A by these names; other: heads and the like, by PEFT's names; order: the
-    modules in the base model's order of registration, where it is known."""
+    """theta_d (d,) and P, with the trained values of its Parameters, without a model.
+
+    layout: P's, with the names that the modules have in the base model now; scales: s of delta W = s B A by these
+    names; other: the remaining tensors of the file, by PEFT's names; order: the modules in the base model's order of
+    registration, or None if it is unknown.
+    """
 
     projection: Projection
     theta_d: Tensor
@@ -84,29 +88,27 @@ class Adapter:
             )
             raise AdapterError(f"{folder}: the base model must be given, as {why}. Pass --base.")
         model = None if base is None else bases.load(base, config, needs_weights, trust_remote_code)
-        shapes = None if model is None else linear_modules(model, config)
         if saved.header is not None:
             weights = None
             if model is not None:
-                names = check_fit(saved.header, layout_on(model, config), config.remap or [])
+                names = check_layout(saved.header, layout_on(model, config), config.remap or [])
                 weights = bases.weights_of(model, names) if needs_weights else None
             P = saved.header.build(weights, str(folder), on_base=model is not None)
         else:
-            assert shapes is not None and model is not None
-            weights = bases.weights_of(model, {name: name for name in shapes}) if needs_weights else None
-            P = _built(config, shapes, weights, folder)
+            assert model is not None
+            P = _without_header(config, model, folder)
         check_shapes(saved.tensors, shapes_of(P), P.name)
         tensors = dict(saved.tensors)
         theta_d = tensors.pop(THETA_D).float()
         own = {name.removeprefix(OF_P): tensors.pop(name) for name in list(tensors) if name.startswith(OF_P)}
         P.load_state_dict(own)
-        order = None if shapes is None else tuple(shapes)
+        order = None if model is None else tuple(linear_modules(model, config))
         layout = _as_named_now(P.layout, config)
         return cls(P, theta_d, config, layout, scales(config, layout), tensors, order)
 
     @classmethod
     def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
-        """A live adapter; P is the model's own. Raises AdapterError for another PEFT type."""
+        """An adapter of a model in memory, with the model's own P. Raises AdapterError for another PEFT type."""
         P = adapter_of(model, adapter_name, "export").P
         check_embeddings(model, adapter_name, "auto")
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -144,12 +146,11 @@ def _as_named_now(layout: LoRALayout, config: UniProjConfig) -> LoRALayout:
     return LoRALayout([dataclasses.replace(block, module=names[block.module]) for block in layout.blocks])
 
 
-def _built(
-    config: UniProjConfig, shapes: Mapping[str, tuple[int, int]], weights: BaseWeights | None, folder: str | Path
-) -> Projection:
+def _without_header(config: UniProjConfig, model: nn.Module, folder: str | Path) -> Projection:
     """P of a file without a header, on the modules of its base model."""
-    options = {**config.projection_kwargs, **({} if weights is None else {"base_weights": weights})}
-    layout = LoRALayout.from_shapes(shapes, ranks(config, shapes))
+    layout, options = layout_on(model, config), dict(config.projection_kwargs)
+    if get(config.projection).needs_base_weights:
+        options["base_weights"] = bases.weights_of(model, {name: name for name in layout.modules})
     P = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
     found = (layout.fingerprint, P.checksum())
     if (config.layout_fingerprint, config.projection_checksum) != found:
@@ -160,18 +161,13 @@ def _built(
     return P
 
 
-def lora_settings(config: LoraConfig) -> dict[str, Any]:
-    """The fields of a configuration that LoraConfig takes too, without PEFT's type and its state of the moment."""
+def lora_fields(config: LoraConfig) -> dict[str, Any]:
+    """The fields that LoraConfig takes, without PEFT's type and runtime_config, which is the state of one session."""
     names = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"peft_type", "runtime_config"}
     return {name: getattr(config, name) for name in names}
 
 
-def ranks(config: LoraConfig, modules: Iterable[str]) -> dict[str, int]:
-    """The rank of every module, with the pattern that fits its name."""
-    return of_modules("rank_pattern", config.rank_pattern, modules, config.r)
-
-
 def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
-    """PEFT's alpha / r, or alpha / sqrt(r), of every module, with the pattern that fits its name."""
+    """PEFT's alpha / r, or alpha / sqrt(r), of every module, by the first pattern that matches its name."""
     alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
     return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}

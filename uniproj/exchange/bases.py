@@ -1,4 +1,4 @@
-"""A base model as far as an adapter needs it: its linear modules, or also their weights."""
+"""Base models for adapters: with their weights, or only with the shapes of their modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def weights_of(base: nn.Module, names: Mapping[str, str]) -> BaseWeights:
 
 
 def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_code: bool = False) -> nn.Module:
-    """The base model of an adapter, by Transformers' class for its task; without weights it lies on the meta device.
+    """The base model of an adapter, by Transformers' class for its task; weights=False leaves it on the meta device.
 
     base: a folder or a name on the hub, or the model itself. Raises AdapterError for one that Transformers cannot load,
     and for one that needs Python code of its own, which runs with `trust_remote_code` alone.
@@ -86,7 +86,7 @@ def _architecture(base: str, found: PretrainedConfig) -> Any:
     )
 
 
-def bare(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
+def stand_in(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
     """Linear layers of these names and shapes (out, in), registered in this order; their weights take no memory."""
     root = nn.Module()
     for name, (out, in_) in shapes.items():
@@ -104,5 +104,5 @@ def bare(shapes: Mapping[str, tuple[int, int]]) -> nn.Module:
 
 
 def quietly() -> warnings.catch_warnings:
-    """Without PEFT's warnings about layers whose weights are not there."""
+    """A context without PEFT's warnings about missing weights."""
     return warnings.catch_warnings(action="ignore")

@@ -1,4 +1,4 @@
-"""Any LoRA as one vector: the nearest theta_d of a projection, and what of the LoRA is lost."""
+"""Compression of a LoRA into one vector: the nearest theta_d of a projection, and how much is lost."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
-from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings
-from uniproj.exchange.nearest import balanced, captured, captured_delta_W, fit
-from uniproj.format.fields import Role, of
+from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields
+from uniproj.exchange.nearest import balanced, captured, captured_delta_W, gauge_note, least_squares
+from uniproj.format.fields import Role, fields_of
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 
 IDENTITY = "lora"
-# What P may lose of a theta_D in its image: the square of float32's rounding, over long sums.
+# A theta_D in the image of P loses at most this share: the square of float32's rounding, over long sums.
 _IN_IMAGE = 1e-10
-# A captured energy that moves by more than this with the gauge is marked.
-GAUGE_LIMIT = 0.01
-GAUGE_NOTE = "depends on the gauge (A c, B / c)"
+# A captured energy that changes by more than this with the gauge gets the note.
 
 
 def compress(
@@ -56,23 +54,23 @@ def compress(
         needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
     own, target = copy.deepcopy(P), adapter.theta_D.double()
-    found = fit(own, target)
+    found = least_squares(own, target)
     unbalanced = captured(target, found.theta_D)
     if 1.0 - unbalanced <= _IN_IMAGE:  # such as what was exported from this P: another gauge would lead out of it
         P = own
     else:
         target = balanced(adapter.layout, target)
-        found = fit(P, target)
+        found = least_squares(P, target)
     with torch.no_grad():
         reached = P(found.theta_d.float().double())  # as it will be read: theta_d in float32
     factor = captured(target, reached)
-    settings = {key: value for key, value in lora_settings(adapter.config).items() if key not in of(Role.START)}
+    fields = {name: value for name, value in lora_fields(adapter.config).items() if name not in fields_of(Role.START)}
     config = UniProjConfig(
         projection=projection,
         d=d,
         projection_seed=seed,
         projection_kwargs=dict(options),
-        **settings,
+        **fields,
     )
     return Adapter(P, found.theta_d.float(), config, P.layout, adapter.scales, adapter.other), {
         "projection": projection,
@@ -84,5 +82,5 @@ def compress(
         "captured_factor": factor,
         "captured_as_trained": unbalanced,
         "captured_delta_W": captured_delta_W(adapter.layout, adapter.scales, target, reached),
-        "note": GAUGE_NOTE if abs(factor - unbalanced) > GAUGE_LIMIT else "",
+        "note": gauge_note(factor, unbalanced),
     }

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from uniproj.errors import printable
 from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, read
 from uniproj.format.header import PREFIX, Header
 from uniproj.registry import get
@@ -15,11 +14,10 @@ from uniproj.registry import get
 def describe(folder: Path) -> dict[str, Any]:
     """What is known of a saved adapter, as JSON holds it. Raises AdapterError for a file that is not as saved."""
     saved = read(folder)
-    trained = sum(tensor.numel() * tensor.element_size() for tensor in saved.tensors.values())
     return {
         "path": str(folder),
         "bytes": {name: (folder / name).stat().st_size for name in (CONFIG, WEIGHTS)},
-        "bytes_of_tensors": trained,
+        "bytes_of_tensors": sum(tensor.numel() * tensor.element_size() for tensor in saved.tensors.values()),
         "tensors": {
             name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for name, tensor in saved.tensors.items()
@@ -29,8 +27,8 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
-    """One line per fact; of the modules the first and the last."""
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """What `describe` found, each fact short enough for one line; of the modules the first and the last."""
     shown = {k: v for k, v in found.items() if k not in ("modules", "config", "settings", "tensors", "bytes")}
     shown["tensors"] = ", ".join(f"{name} {t['dtype']} {t['shape']}" for name, t in found["tensors"].items())
     shown["bytes"] = ", ".join(f"{name} {size:,}" for name, size in found["bytes"].items())
@@ -39,7 +37,7 @@ def text(found: dict[str, Any]) -> str:
         shown["modules"] = f"{len(modules)}: {rows[0]} .. {rows[1]}"
     settings = found.get("settings") or found["config"]
     shown["settings"] = ", ".join(f"{k}={v}" for k, v in settings.items() if v not in (None, {}, False))
-    return "\n".join(f"{key:20s} {'-' if value is None else printable(value)}" for key, value in shown.items())
+    return shown
 
 
 def _of_header(header: Header) -> dict[str, Any]:

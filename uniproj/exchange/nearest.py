@@ -16,45 +16,42 @@ from uniproj.errors import AdapterError
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 
-# LSMR stops at this relative residual; a learned P takes this many steps of Adam at this rate.
+# LSMR stops at this relative residual; a learned P is trained by Adam for so many steps at this rate.
 ACCURACY, MOST_ITERATIONS = 1e-10, 1000
+_GAUGE = 0.01
 STEPS, RATE = 300, 3e-2
-CLOSED_FORM, LEAST_SQUARES, DESCENT = "closed form", "LSMR", "gradient descent"
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """theta_d (d,) float64 that minimises ||W (theta_D - P theta_d - c)||, the theta_D (D,) it gives, and how."""
+class _Nearest:
+    """theta_d (d,) float64, the theta_D = P theta_d + c (D,) that it gives, and the name of the method."""
 
     theta_d: Tensor
     theta_D: Tensor
     method: str
 
 
-def fit(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> _Fit:
-    """The nearest point of P's image to theta_D (D,), with weights (D,) >= 0 on squared differences.
+def least_squares(P: Projection, theta_D: Tensor, weights: Tensor | None = None) -> _Nearest:
+    """The theta_d that minimises sum_i w_i (theta_D - P theta_d - c)_i^2; weights: w (D,) >= 0, all 1 if None.
 
-    theta_d = P^T (theta_D - c) where P is isometric and unweighted; LSMR for any other fixed P; a learned P is moved
-    by gradient descent together with theta_d, and theta_d then solved by LSMR for the P it arrived at.
+    Without weights and for an isometric P it is P^T (theta_D - c); for any other fixed P LSMR finds it. A learned P is
+    first trained together with theta_d, in place; LSMR then solves for theta_d at the P so reached.
     """
     target = theta_D.double()
-    method = CLOSED_FORM
-    if P.learned and any(True for _ in P.parameters()):
+    if learns := P.learned and any(True for _ in P.parameters()):
         _descend(P, target, weights)
-        method = DESCENT
     c = P.offset
     with torch.no_grad():
         rest = target if c is None else target - c.double()
-        if method == CLOSED_FORM and weights is None and acts_as_isometry(P):
-            theta_d = P.rmatvec(rest)
+        if not learns and weights is None and acts_as_isometry(P):
+            theta_d, method = P.rmatvec(rest), "closed form"
         else:
-            theta_d = _solve(P, rest, weights)
-            method = method if method == DESCENT else LEAST_SQUARES
-        return _Fit(theta_d, P(theta_d), method)
+            theta_d, method = _solve(P, rest, weights), "gradient descent" if learns else "LSMR"
+        return _Nearest(theta_d, P(theta_d), method)
 
 
 def _solve(P: Projection, rest: Tensor, weights: Tensor | None) -> Tensor:
-    """LSMR on W^(1/2) P, its columns brought to length 1 where P is sparse: then orthogonal columns take one step."""
+    """LSMR on W^(1/2) P; the columns of a sparse P are scaled to length 1, so that one step solves orthogonal ones."""
     A = P.to_scipy()
     w = np.ones(P.D) if weights is None else weights.double().sqrt().numpy()
     scale = np.ones(P.d)
@@ -73,7 +70,7 @@ def _solve(P: Projection, rest: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _descend(P: Projection, target: Tensor, weights: Tensor | None) -> None:
-    """Move P's own Parameters (and a theta_d that is thrown away) by Adam, to relative units of the target."""
+    """Train P's Parameters (and a theta_d that is discarded) by Adam, on the loss relative to the target's size."""
     size = target.square().mean().sqrt()
     theta_d = nn.Parameter(P.init_theta(0).float())
     w = 1.0 if weights is None else (weights / weights.mean().clamp_min(1e-300)).float()
@@ -110,18 +107,27 @@ def captured(target: Tensor, reached: Tensor, weights: Tensor | None = None) -> 
     return 1.0 - float((w * (target - reached) ** 2).sum() / (w * target**2).sum())
 
 
+def gauge_note(balanced: float, as_trained: float) -> str:
+    """What to say of two captured energies of a LoRA, its factors brought to equal length or not; "" if they agree."""
+    return "depends on the gauge (A c, B / c)" if abs(balanced - as_trained) > _GAUGE else ""
+
+
 def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Tensor, reached: Tensor) -> float:
-    """The captured energy of all delta W = s B A together, without forming them: <B1 A1, B2 A2> = <B1^T B2, A1 A2^T>.
+    """The captured energy of all delta W = s B A together, without forming them: <B A, C E> = <B^T C, A E^T>.
 
     Raises AdapterError where the target changes nothing.
     """
+
+    def inner(B: Tensor, A: Tensor, C: Tensor, E: Tensor) -> float:
+        return float(((B.T @ C) * (A @ E.T)).sum())
+
     wanted, found = layout.split(target.double()), layout.split(reached.double())
     lost = whole = 0.0
     for k, module in enumerate(b.module for b, _ in layout.pairs()):
         (B, A), (C, E) = wanted[2 * k : 2 * k + 2], found[2 * k : 2 * k + 2]
-        ww, wf, ff = (float(((X.T @ Y) * (U @ V.T)).sum()) for X, U, Y, V in ((B, A, B, A), (B, A, C, E), (C, E, C, E)))
-        lost += scales[module] ** 2 * (ww - 2 * wf + ff)
-        whole += scales[module] ** 2 * ww
+        of_target = inner(B, A, B, A)
+        lost += scales[module] ** 2 * (of_target - 2 * inner(B, A, C, E) + inner(C, E, C, E))
+        whole += scales[module] ** 2 * of_target
     if whole == 0:
         raise AdapterError("compress: a LoRA must change its base, got delta W = 0 in every module. Train it first.")
     return 1.0 - lost / whole

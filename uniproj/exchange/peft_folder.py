@@ -13,9 +13,9 @@ from torch import Tensor
 from uniproj.errors import AdapterError
 from uniproj.format import schema
 from uniproj.format.disk import exists, read_json, replace
-from uniproj.format.fields import Configuration, Places
+from uniproj.format.fields import CommonFields, Configuration
 from uniproj.format.file import CONFIG, UNSAFE, WEIGHTS, config_text
-from uniproj.format.tensors import check_finite, streamed, weights
+from uniproj.format.tensors import check_finite, open_weights, streamed
 
 
 def read_config(folder: Path, kind: str) -> PeftConfig:
@@ -23,7 +23,7 @@ def read_config(folder: Path, kind: str) -> PeftConfig:
     fields = _fields(folder)
     if (found := str(fields.get("peft_type"))) != kind:
         raise AdapterError(f"{folder}: must hold an adapter of PEFT type {kind}, got {found}. Take another.")
-    schema.check(Configuration if kind == "LORA" else Places, fields, f"{folder / CONFIG}: ")
+    schema.check(Configuration if kind == "LORA" else CommonFields, fields, f"{folder / CONFIG}: ")
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -33,13 +33,13 @@ def read_config(folder: Path, kind: str) -> PeftConfig:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter by PEFT's names, on the CPU.
 
-    Raises AdapterError for a missing file, for adapter_model.bin alone, which stays closed, for a file that is cut off,
-    and for numbers that are not finite.
+    Raises AdapterError for a missing file, for adapter_model.bin, which is never opened, for a truncated file, and for
+    numbers that are not finite.
     """
     if not (folder / WEIGHTS).is_file():
         got = f"{UNSAFE}, which can run code when it is opened and is not" if (folder / UNSAFE).exists() else "none"
         raise AdapterError(f"{folder}: must hold {WEIGHTS}, got {got}. Save the adapter as safetensors.")
-    with weights(folder / WEIGHTS) as file:
+    with open_weights(folder / WEIGHTS) as file:
         tensors = file.read()
     for tensor in tensors.values():
         check_finite(tensor, str(folder))
@@ -66,6 +66,6 @@ def write(
 ) -> None:
     """Write both files, or none; `tensors` come one at a time, in the order of `index` (dtype and shape by name).
 
-    Raises AdapterError for numbers that are not finite, and where the disk refuses; what was there before stays.
+    Raises AdapterError for numbers that are not finite, and if the disk refuses; older files then stay as they were.
     """
     replace({folder / WEIGHTS: streamed(index, tensors), folder / CONFIG: config_text(config).encode()})

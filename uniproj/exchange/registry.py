@@ -1,6 +1,6 @@
 """Foreign formats by name: every file of `formats/`, every entry point of `uniproj.formats`, and what plugins register.
 
-A file bears the name of its format, so names are known without an import: PEFT and Transformers take seconds.
+A file is named as its format, so that names are known without importing it, which would import PEFT and Transformers.
 """
 
 from __future__ import annotations
@@ -85,14 +85,13 @@ def names() -> list[str]:
 
 def get(name: str) -> Format:
     """The format of a name. Raises AdapterError for an unknown one, and for one whose package cannot be imported."""
-    if name not in names():
-        raise AdapterError(f"export: to must be one of {', '.join(names())}, got {name!r}.")
     if name in _formats:
         return _formats[name]
     if name in _files():
         importlib.import_module(f"uniproj.exchange.formats.{name}")
         return _formats[name]
-    entry = _entries()[name]
+    if (entry := _entries().get(name)) is None:
+        raise AdapterError(f"export: to must be one of {', '.join(names())}, got {name!r}.")
     try:
         found = entry.load()
         if not (isinstance(found, type) and issubclass(found, Format)):

@@ -1,4 +1,4 @@
-"""Adapters out of uniproj and into it: `export` and `import_adapter`."""
+"""`export` to other formats, and `import_adapter` from them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,11 @@ def import_adapter(
         adapter, P = found, found.projection
         report = {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
     adapter.save(out)
-    return report
+    return {**report, "bytes_before": _size(path), "bytes": _size(Path(out))}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
 
 
 def _reader(folder: Path) -> registry.Format:
@@ -108,7 +112,7 @@ def _reader(folder: Path) -> registry.Format:
 
 
 def _refuse_in_place(source: object, out: str | Path) -> None:
-    """Raises AdapterError if `out`, under any path, is the folder that is read or shares a file with it."""
+    """Raises AdapterError if `out` is the folder that is read, by whatever path, or shares a file with it."""
     if not isinstance(source, str | Path) or not exists(Path(source)):
         return
     # folders on the way to `out` may not exist yet, so no `..` may stay in it

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
-from uniproj.format.compatibility import check_fit, warn_of_another_base
+from uniproj.format.compatibility import check_layout, warn_of_another_base
 from uniproj.format.file import locate, read
 from uniproj.format.heads import check_heads, check_tokens
 from uniproj.format.places import layout_on
@@ -37,20 +37,20 @@ def verify(
             f"{path}: verify needs a file with a header, got one from before format 1. Load it on the base model it "
             "was trained on and save it again."
         )
-    table, fits = list((remap or {}).items()), []
-    if table:
-        saved = replace(saved, config=rename(saved.config, header.layout, table))
+    renames, on_base = list((remap or {}).items()), []
+    if renames:
+        saved = replace(saved, config=rename(saved.config, header.layout, renames))
     if base is not None:
         config = UniProjConfig.of_saved(saved, path)
         bare = bases.load(base, config, weights=False, trust_remote_code=trust_remote_code)
         check_tokens(config.trainable_token_indices, bare)
-        names = check_fit(header, layout_on(bare, config), config.remap or [])
-        heads = check_heads(heads_by_new_names(saved.tensors, table), bare, config.modules_to_save)
+        names = check_layout(header, layout_on(bare, config), config.remap or [])
+        heads = check_heads(heads_by_new_names(saved.tensors, renames), bare, config.modules_to_save)
         warn_of_another_base(header, base, bare.config)
-        fits.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
+        on_base.append(f"{base} has its {len(names)} modules, with their shapes and ranks")
         if heads:
             rest = f" and {len(heads) - 3} more" if len(heads) > 3 else ""
-            fits.append(f"{base} has what is trained beside them, with its shapes: {', '.join(heads[:3])}{rest}")
+            on_base.append(f"{base} has what is trained beside them, with its shapes: {', '.join(heads[:3])}{rest}")
     if get(header.projection).needs_base_weights:
         said.append(f"P is made of the base weights: its checksum {header.checksum[:12]}.. is checked on loading")
     else:
@@ -58,4 +58,4 @@ def verify(
         check_shapes(saved.tensors, shapes_of(P), header.projection)
         check_numbers(saved.tensors, header.projection, has_offset=P.offset is not None)
         said.append(f"P {P.shape} of {header.projection} has its checksum {header.checksum[:12]}..")
-    return [*said, *fits]
+    return [*said, *on_base]

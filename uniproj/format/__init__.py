@@ -3,7 +3,7 @@
 Plain dictionaries in the place of configurations: nothing here knows the tuner, or imports PEFT.
 """
 
-from uniproj.format.compatibility import Difference, check_fit, first_difference
+from uniproj.format.compatibility import Difference, check_layout, first_difference
 from uniproj.format.fields import FIELDS, Role
 from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, of_weights, read, write
 from uniproj.format.header import FORMAT_VERSION, Header
@@ -21,7 +21,7 @@ __all__ = [
     "Header",
     "Role",
     "SavedAdapter",
-    "check_fit",
+    "check_layout",
     "first_difference",
     "linear_modules",
     "of_weights",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +13,7 @@ from uniproj.format.remap import Table, new_names, suggestion
 from uniproj.layout import LoRALayout
 
 
-def check_fit(header: Header, found: LoRALayout, table: Table = ()) -> dict[str, str]:
+def check_layout(header: Header, found: LoRALayout, table: Table = ()) -> dict[str, str]:
     """{module of the saved layout: module of this model}.
 
     found: the layout of the model's modules, under the model's names. Raises AdapterError with the first module that
@@ -26,21 +25,18 @@ def check_fit(header: Header, found: LoRALayout, table: Table = ()) -> dict[str,
     if differs is None:
         return names
     said = f"{header.projection}: the adapter was trained with other modules, shapes or ranks: "
-    trained_on = header.base_model or "the base model it was trained on"
+    remedy = f"Load the adapter on {header.base_model or 'the base model it was trained on'}"
     extra = [module for module in has if module not in wants]
     if differs.found is None:
         missing = [module for module in wants if module not in has]
         raise AdapterError(said + _about_missing(missing, extra, wants, has))
     if differs.wanted is None:
-        raise AdapterError(
-            f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. Load the adapter on {trained_on}."
-        )
-    (out, in_, r), (out_now, in_now, r_now) = differs.wanted, differs.found
-    what = "rank" if (out, in_) == (out_now, in_now) else "out, in"
-    pair = (r, r_now) if what == "rank" else (f"{out}, {in_}", f"{out_now}, {in_now}")
+        raise AdapterError(f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. {remedy}.")
+    (*size, r), (*size_now, r_now) = differs.wanted, differs.found
+    what, old, now = ("rank", [r], [r_now]) if size == size_now else ("out, in", size, size_now)
     raise AdapterError(
-        f"{said}{differs.module} must have ({what}) = ({pair[0]}), got ({pair[1]}). Load the adapter on {trained_on}, "
-        "with the ranks of its configuration."
+        f"{said}{differs.module} must have ({what}) = ({', '.join(map(str, old))}), got ({', '.join(map(str, now))}). "
+        f"{remedy}, with the ranks of its configuration."
     )
 
 
@@ -62,7 +58,7 @@ def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None
         warnings.warn(f"{header.projection}: the adapter was trained on {printable(', '.join(changed))}.", stacklevel=2)
 
 
-Size = tuple[int, int, int]
+_Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class Difference:
     """The first module in which two layouts differ, with its (out, in, rank) in each of them, or None."""
 
     module: str
-    wanted: Size | None
-    found: Size | None
+    wanted: _Size | None
+    found: _Size | None
 
     def __str__(self) -> str:
         wanted, found = ("no adapter" if x is None else f"(out, in, rank) = {x}" for x in (self.wanted, self.found))
@@ -83,20 +79,19 @@ def first_difference(wanted: LoRALayout, found: LoRALayout) -> Difference | None
     return _difference(_sizes(wanted), _sizes(found))
 
 
-def _difference(wants: Mapping[str, Size], has: Mapping[str, Size]) -> Difference | None:
+def _difference(wants: dict[str, _Size], has: dict[str, _Size]) -> Difference | None:
     missing, extra = (m for m in wants if m not in has), (m for m in has if m not in wants)
     first = next(chain(missing, extra, (m for m in wants if wants[m] != has.get(m))), None)
     return None if first is None else Difference(first, wants.get(first), has.get(first))
 
 
-def _sizes(layout: LoRALayout) -> dict[str, Size]:
+def _sizes(layout: LoRALayout) -> dict[str, _Size]:
     return {b.module: (b.shape[0], a.shape[1], b.shape[1]) for b, a in layout.pairs()}
 
 
 def _about_missing(missing: list[str], extra: list[str], wants: dict, has: dict) -> str:
     first = missing[0]
-    row = suggestion(missing, extra) if extra else None
-    if row:
+    if row := suggestion(missing, extra):
         return (
             f"{first} is missing, and {len(missing)} such modules seem to be renamed. If they are the same, load by "
             f"PeftModel.from_pretrained with remap={{{row[0]!r}: {row[1]!r}}} (on the command line --remap "

@@ -27,19 +27,13 @@ def exists(path: Path) -> bool:
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file. Raises AdapterError for a folder, pipe, device or missing file, and never blocks on one."""
-    with _readable(path):
+    try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe may have no writer
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise AdapterError(f"{path}: must be a regular file, got a folder, pipe or device. Check the path.")
         with os.fdopen(descriptor, "rb") as file:
             yield file
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
         raise AdapterError(
             f"{path}: must be a readable file, got {error.strerror or error}. Check the path."

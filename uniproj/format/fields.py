@@ -30,14 +30,13 @@ class Role(Enum):
     OTHER = "refused: it changes which A and B there are, or how they learn"
 
 
-# of a configuration that names none
-PROJECTION = "unilora"
+DEFAULT_PROJECTION = "unilora"
 REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
 
 
 @dataclass(frozen=True)
 class Field:
-    """holds: the type of its values (Any: PEFT checks them); absent: the values that mean that it is not used."""
+    """holds: the type of its values (Any: PEFT checks them); absent: the values by which the field is not in use."""
 
     role: Role
     holds: Any = Any
@@ -100,28 +99,28 @@ FIELDS = {
 }
 
 
-def of(*roles: Role) -> tuple[str, ...]:
+def fields_of(*roles: Role) -> tuple[str, ...]:
     """The names of the fields of these roles."""
     return tuple(name for name, field in FIELDS.items() if field.role in roles)
 
 
 def used(fields: Mapping[str, Any], *roles: Role) -> list[str]:
     """The fields of these roles that are in use."""
-    return [name for name in of(*roles) if name in fields and fields[name] not in FIELDS[name].absent]
+    return [name for name in fields_of(*roles) if name in fields and fields[name] not in FIELDS[name].absent]
 
 
 # in these a configuration may differ from the header: where the base lies, and how the adapter is used
-FREE = frozenset(of(Role.BASE, Role.STATE))
+FREE = frozenset(fields_of(Role.BASE, Role.STATE))
 
 
 def _model(name: str, *but: str, roles: tuple[Role, ...] = tuple(Role)) -> type[BaseModel]:
-    holds = {name: (FIELDS[name].holds, None) for name in of(*roles) if name not in but}
+    holds = {name: (FIELDS[name].holds, None) for name in fields_of(*roles) if name not in but}
     return create_model(name, __base__=schema.Schema, **holds)  # type: ignore[call-overload, no-any-return]
 
 
 # the fields that the configurations of all of PEFT's methods share
-Places = _model(
-    "Places", "rank_pattern", "bias", "remap", roles=(Role.RANK, Role.PLACE, Role.BESIDE, Role.BASE, Role.STATE)
+CommonFields = _model(
+    "CommonFields", "rank_pattern", "bias", "remap", roles=(Role.RANK, Role.PLACE, Role.BESIDE, Role.BASE, Role.STATE)
 )
 Configuration = _model("Configuration")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import identity, schema
 from uniproj.format.disk import exists, opened, read_json, replace
-from uniproj.format.fields import FREE, PROJECTION, Configuration, check_fields
+from uniproj.format.fields import DEFAULT_PROJECTION, FREE, Configuration, check_fields
 from uniproj.format.header import PREFIX, Header
 from uniproj.format.heads import entitled
 from uniproj.format.keys import IDENTITY, OWN, THETA_D, in_this_format
@@ -25,9 +25,9 @@ from uniproj.format.tensors import (
     check_digest,
     check_numbers,
     check_shapes,
+    open_weights,
     serialise,
     shapes_without_P,
-    weights,
 )
 
 CONFIG, WEIGHTS, UNSAFE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -77,7 +77,7 @@ def read(folder: str | Path) -> SavedAdapter:
         saved = _read_without_header(folder, fields, tensors)
     else:
         _check_agreement(fields, header, folder)
-        saved = _saved(_merged(fields, header), header, tensors, folder)
+        saved = SavedAdapter(_merged(fields, header), header, tensors)
     if known is not None:
         known[folder] = saved
     return saved
@@ -85,7 +85,7 @@ def read(folder: str | Path) -> SavedAdapter:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Within the block a folder is read once, however often it is asked for, so that all parts are of one moment."""
+    """Within the block `read` opens a folder once and then repeats its answer, so that all parts are of one moment."""
     known = _known.get()
     token = _known.set({} if known is None else known)
     try:
@@ -102,8 +102,11 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], header: Header, con
     where the disk refuses.
     """
     check(folder, tensors, header, config)
+    noted = {**config, **_of_P(header)}
+    if noted.get("base_model_name_or_path") is None:
+        noted["base_model_name_or_path"] = header.base_model
     weights = serialise({**tensors, IDENTITY: identity.encode(header)}, header.to_metadata())
-    replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: _config_text(header, config)})
+    replace({Path(folder) / WEIGHTS: weights, Path(folder) / CONFIG: config_text(noted).encode()})
 
 
 def check(
@@ -121,7 +124,7 @@ def check(
         shapes = shapes_without_P(tensors, header.projection, header.d)
         check_shapes(tensors, shapes, header.projection)
         check_numbers(tensors, header.projection, has_offset)
-        _beside_P(tensors, config, header, "the adapter")
+        _kept(tensors, config, header, "the adapter")
     except AdapterError as error:
         raise AdapterError(f"{folder}: nothing was saved, and what lies there stays as it was: {error}") from None
 
@@ -137,7 +140,7 @@ def of_weights(folder: str | Path) -> SavedAdapter:
         raise AdapterError(
             f"{folder / WEIGHTS}: must hold the header of an adapter of uniproj, got none. Take the original."
         )
-    return _saved(config_of(header), header, tensors, folder)
+    return SavedAdapter(config_of(header), header, tensors)
 
 
 def config_of(header: Header) -> dict[str, Any]:
@@ -173,7 +176,7 @@ def refuse_unsafe(folder: Path) -> None:
         raise unsafe(folder)
 
 
-def is_ours(folder: Path) -> bool:
+def has_our_weights(folder: Path) -> bool:
     """Whether the weights in a folder begin as those of a uniproj adapter do."""
     try:
         with opened(folder / WEIGHTS) as file:
@@ -182,7 +185,7 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def says_ours(folder: Path) -> bool:
+def has_our_config(folder: Path) -> bool:
     """Whether the configuration in a folder is that of a uniproj adapter."""
     try:
         return dict(read_json(folder / CONFIG)).get("peft_type") == KIND
@@ -200,7 +203,7 @@ def is_template(folder: Path) -> bool:
 def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
     """Header and tensors of the weights, after every check that needs neither model nor configuration."""
     where = str(folder / WEIGHTS)
-    with weights(folder / WEIGHTS) as file:
+    with open_weights(folder / WEIGHTS) as file:
         header = Header.from_metadata(file.metadata, where)
         if header is not None:
             # everything that bounds the sizes, before any number is read
@@ -209,19 +212,15 @@ def _weights(folder: Path) -> tuple[Header | None, dict[str, Tensor]]:
             check_shapes(index, header.shapes(index, where), header.projection)
             config = config_of(header)
             _check_fields(config, folder)
-            _beside_P(index, config, header, where)
+            kept = _kept(index, config, header, where)
         written = file.read()
     tensors = {in_this_format(name): tensor for name, tensor in written.items()}
-    if header is not None:
-        check_digest(written, file.metadata, where)
-        _check_identity(tensors.pop(IDENTITY, None), header, where)
-        check_numbers(tensors, header.projection)
-    return header, tensors
-
-
-def _saved(config: dict[str, Any], header: Header | None, tensors: dict[str, Tensor], folder: Path) -> SavedAdapter:
-    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN)}
-    return SavedAdapter(config, header, {**of_P, **_beside_P(tensors, config, header, str(folder / WEIGHTS))})
+    if header is None:
+        return None, tensors
+    check_digest(written, file.metadata, where)
+    _check_identity(tensors.pop(IDENTITY, None), header, where)
+    check_numbers(tensors, header.projection)
+    return header, {name: tensors[name] for name in kept}
 
 
 def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
@@ -231,13 +230,17 @@ def _check_fields(config: Mapping[str, Any], folder: Path) -> None:
         raise AdapterError(f"{folder / CONFIG}: {error}") from error
 
 
-def _beside_P(
+def _kept(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None, where: str
 ) -> dict[str, Tensor]:
-    """The tensors that `heads.entitled` allows; a file without a header does not list the adapted modules."""
+    """The tensors of P without the identity, and those beside it that `heads.entitled` allows.
+
+    A file without a header does not list the adapted modules.
+    """
+    of_P = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN) and name != IDENTITY}
     beside = {name: tensor for name, tensor in tensors.items() if not name.startswith(OWN)}
     modules = None if header is None else new_names(header.layout, config.get("remap") or []).values()
-    return entitled(beside, config, modules, where)
+    return of_P | entitled(beside, config, modules, where)
 
 
 def _check_identity(found: Tensor | None, header: Header, where: str) -> None:
@@ -245,13 +248,6 @@ def _check_identity(found: Tensor | None, header: Header, where: str) -> None:
         raise AdapterError(f"{where}: must hold the tensor {IDENTITY}, got none. Copy or download it again.")
     if found is not None and (differs := identity.difference(found, header)):
         raise AdapterError(f"{where}: the header must be that of the numbers: {differs}. Take the original.")
-
-
-def _config_text(header: Header, config: Mapping[str, Any]) -> bytes:
-    noted = {**config, **_of_P(header)}
-    if noted.get("base_model_name_or_path") is None:
-        noted["base_model_name_or_path"] = header.base_model
-    return config_text(noted).encode()
 
 
 def config_text(fields: Mapping[str, Any]) -> str:
@@ -271,7 +267,7 @@ def _check_folder(folder: Path) -> None:
             "Save the adapter as safetensors."
         )
     if missing:
-        remedy = _RESTORE.format(folder) if missing == [CONFIG] and is_ours(folder) else "Check the path"
+        remedy = _RESTORE.format(folder) if missing == [CONFIG] and has_our_weights(folder) else "Check the path"
         raise AdapterError(f"{folder}: must hold {CONFIG} and {WEIGHTS}, got no {missing[0]}. {remedy}.")
 
 
@@ -320,8 +316,8 @@ def _read_without_header(folder: Path, fields: dict[str, Any], tensors: dict[str
             f"{fields['format_version']}), got none. Another tool rewrote the file: take the original."
         )
     _check_fields(fields, folder)
-    projection, theta_d = fields.setdefault("projection", PROJECTION), tensors.get(THETA_D)
+    projection, theta_d = fields.setdefault("projection", DEFAULT_PROJECTION), tensors.get(THETA_D)
     size = fields.get("d") or (0 if theta_d is None else theta_d.numel())
     check_shapes(tensors, shapes_without_P(tensors, projection, size), projection)
     check_numbers(tensors, projection)
-    return _saved(fields, None, tensors, folder)
+    return SavedAdapter(fields, None, _kept(tensors, fields, None, str(folder / WEIGHTS)))

@@ -18,9 +18,9 @@ import uniproj
 from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
-from uniproj.format.fields import Configuration, Role, of
+from uniproj.format.fields import Configuration, Role, fields_of
 from uniproj.format.keys import OF_P, THETA_D
-from uniproj.format.patterns import of_modules, scale
+from uniproj.format.patterns import of_modules
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import shapes_without_P
 from uniproj.layout import LoRALayout
@@ -64,6 +64,9 @@ class Header:
         base: its name, revision and quantisation are noted where the configuration has none.
         """
         of_base = getattr(base, "config", None)
+        checksum = config["projection_checksum"]
+        if not checksum:  # of P before its Parameters are trained
+            checksum = (projection.rebuild() if projection.learned else projection).checksum()
         return cls(
             projection=config["projection"],
             projection_version=projection.version,
@@ -71,11 +74,11 @@ class Header:
             d=projection.d,
             projection_seed=config["projection_seed"],
             layout=projection.layout,
-            checksum=config["projection_checksum"] or _at_start(projection).checksum(),
+            checksum=checksum,
             base_model=config["base_model_name_or_path"] or getattr(base, "name_or_path", None) or None,
             base_revision=config["revision"] or getattr(of_base, "_commit_hash", None),
             base_quantisation=quantisation(of_base),
-            settings=settings(config),
+            settings=beyond_P(config),
         )
 
     @property
@@ -227,22 +230,22 @@ class Header:
 
     def _setting_of_the_scale(self, other: Header, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
         """The setting that makes two scales differ, and its two values; the scales themselves where several do it."""
-        for key in of(Role.SCALE):
+        for key in fields_of(Role.SCALE):
             if self.settings.get(key) != other.settings.get(key):
                 return key, self.settings.get(key), other.settings.get(key)
         return "scale", mine, theirs
 
 
-def _at_start(projection: Projection) -> Projection:
-    """P before its Parameters were trained."""
-    return projection.rebuild() if projection.learned else projection
-
-
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def beyond_P(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that decide what the model computes, beyond P, as JSON gives them back."""
-    kept_apart = of(Role.P, Role.BASE, Role.STATE)
+    kept_apart = fields_of(Role.P, Role.BASE, Role.STATE)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return json.loads(json.dumps({key: value for key, value in plain.items() if key not in kept_apart}))
+
+
+def scale(alpha: float, r: int, use_rslora: bool | None) -> float:
+    """s of delta W = s B A: alpha / r, or alpha / sqrt(r) under use_rslora."""
+    return alpha / (r**0.5 if use_rslora else r)
 
 
 def quantisation(config: Any) -> str | None:

@@ -1,4 +1,5 @@
-"""What is trained beside theta_d (heads, embeddings, tokens, biases): may the file hold it, has the model a place?"""
+"""What is trained beside theta_d (heads, embeddings, tokens, biases): whether the configuration allows it in the file,
+and whether it fits the model."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ _COPY_OF_BIAS = re.compile(r"(?P<head>.+)\.(?:original_module|modules_to_save)\.
 def entitled(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], modules: Iterable[str] | None, where: str
 ) -> dict[str, Tensor]:
-    """What an adapter's file holds beside the numbers of its method, if its configuration entitles it to all of it.
+    """The tensors beside those of the method, of which the configuration must allow each.
 
-    These are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
+    Allowed are heads (`modules_to_save`), biases of the base (`bias`) and tokens (`trainable_token_indices`), by PEFT's
     keys; of the copies that PEFT makes of a head's biases one is kept. config: the fields of any method of PEFT;
     modules: the adapted ones, where they are known. Raises AdapterError for any other tensor, such as a weight of the
-    base, and for a dtype that is not trained.
+    base, and for integers or 8-bit floats where numbers are trained.
     """
     adapted, kept = None if modules is None else set(modules), {}
     heads, bias = config.get("modules_to_save") or (), config.get("bias", "none")
@@ -42,8 +43,9 @@ def entitled(
         copy = _COPY_OF_BIAS.fullmatch(name) if bias == "all" else None
         if copy and _lies_in(f"{copy['head']}.bias", heads):
             continue
-        trained = _is_bias(name, bias, adapted) or _is_token(name, tokens) or _is_head(name, heads)
-        if not key.startswith(HEADS) or plain(key) != key or not trained:
+        is_head = _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
+        allowed = is_head or _is_bias(name, bias, adapted) or _is_token(name, tokens)
+        if not key.startswith(HEADS) or plain(key) != key or not allowed:
             raise AdapterError(
                 f"{where}: {key} must be what the configuration trains (modules_to_save = {heads or None}, "
                 f"bias = {bias!r}, trainable_token_indices), got a tensor of the base model or of none. Save "
@@ -67,14 +69,10 @@ def _is_token(name: str, tokens: Any) -> bool:
     return tokens is not None and name.endswith(_DELTA) and named and not _INSIDE_PEFT.search(f"{embedding}.")
 
 
-def _is_head(name: str, heads: Iterable[str]) -> bool:
-    return _lies_in(name, heads) and not _INSIDE_PEFT.search(name)
-
-
 def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
     """Raises AdapterError for a dtype that is not trained; counters of modules (BatchNorm) may be integers."""
-    trained = name.endswith(("weight", "bias", "delta")) or tensor.is_floating_point() or tensor.is_complex()
-    if trained and tensor.dtype not in FLOATS:
+    is_number = name.endswith(("weight", "bias", "delta")) or tensor.is_floating_point() or tensor.is_complex()
+    if is_number and tensor.dtype not in FLOATS:
         raise AdapterError(
             f"{where}: {name} must be of dtype float32 (or float64, bfloat16, float16), got {tensor.dtype}. Train the "
             "module unquantised, and save the adapter anew."
@@ -82,13 +80,13 @@ def _check_dtype(name: str, tensor: Tensor, where: str) -> None:
 
 
 def check_heads(
-    tensors: Mapping[str, Tensor], model: nn.Module, trained: Iterable[str] | None, sizes: bool = True
+    tensors: Mapping[str, Tensor], model: nn.Module, modules_to_save: Iterable[str] | None, sizes: bool = True
 ) -> list[str]:
     """The names, in the model, of what these tensors of an adapter's file hold beside theta_d and P.
 
-    model: the base, with or without adapters. trained: the modules_to_save of the adapter. sizes: whether shapes must
-    agree, too. Raises AdapterError for a tensor that has no place in the model, one of another shape, and one that the
-    file lacks of a module that is trained.
+    model: the base, with or without adapters. modules_to_save: those of the adapter. sizes: whether shapes must agree,
+    too. Raises AdapterError for a tensor that has no place in the model or another shape there, and for one of
+    modules_to_save that the file lacks.
     """
     found, names = _shapes(model), []
     for key, tensor in sorted(tensors.items()):
@@ -110,18 +108,19 @@ def check_heads(
                 f"{_as_text(has, of_tokens)}. {_remedy(has, wants, getattr(model, 'config', None))}"
             )
         names.append(name)
-    if lacking := [name for name in found if _lies_in(name, trained or ()) and name not in names]:
+    heads = tuple(modules_to_save or ())
+    if lacking := [name for name in found if _lies_in(name, heads) and name not in names]:
         raise AdapterError(
-            f"{lacking[0]}: the adapter's file must hold every tensor of {'/'.join(trained or ())}, got none of this "
+            f"{lacking[0]}: the adapter's file must hold every tensor of {'/'.join(heads)}, got none of this "
             f"name, which this {type(model).__name__} has. Load the base model by the class that it was trained with."
         )
     return list(dict.fromkeys(names))
 
 
-def _lies_in(name: str, trained: Iterable[str]) -> bool:
-    """Whether a tensor belongs to a module of modules_to_save, which PEFT finds by the end of its name."""
+def _lies_in(name: str, heads: Iterable[str]) -> bool:
+    """Whether a tensor belongs to one of modules_to_save, which PEFT finds by the ends of their names."""
     modules = name.split(".")[:-1]
-    return any(".".join(modules[:i]).endswith(tuple(trained)) for i in range(1, len(modules) + 1))
+    return any(".".join(modules[:i]).endswith(tuple(heads)) for i in range(1, len(modules) + 1))
 
 
 def check_tokens(indices: Mapping[str, Iterable[int]] | Iterable[int] | None, model: nn.Module) -> None:

@@ -18,10 +18,10 @@ _ROUNDING = 1.5  # of a weighted mean in bfloat16
 
 def encode(header: Header) -> Tensor:
     """(entries of `Header.identity`, 5) float32: of each entry 255 and the first 4 bytes of the SHA-256 of its JSON,
-    all less 127.5.
+    minus 127.5.
 
-    Code that takes every tensor of an adapter for trained numbers scales and adds these too. The first column tells by
-    what factor, and bfloat16 holds them exactly.
+    Code that averages or adds adapters tensor by tensor scales these too: the first column tells by what factor.
+    bfloat16 holds all of them exactly.
     """
     digests = [hashlib.sha256(json.dumps(v, sort_keys=True).encode()).digest() for v in header.identity.values()]
     return torch.tensor([[255, *digest[:_BYTES]] for digest in digests], dtype=torch.float32, device="cpu") - _MIDDLE

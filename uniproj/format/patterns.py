@@ -1,4 +1,4 @@
-"""Which modules the patterns of a configuration fit: as PEFT matches them, and in bounded time.
+"""Which modules the patterns of a configuration match: as in PEFT, and in bounded time.
 
 PEFT matches by `re`, which a short pattern such as `(([a-z]+)+)+!` keeps busy for longer than anyone waits. Here a
 pattern means the same, and is matched by `regex`, which stops when it is told to.
@@ -39,20 +39,20 @@ _BRACE = re.compile(r"(\\.)|\{(?!\d+\}|\d*,\d*\})", re.DOTALL)
 
 
 def of_modules(field: str, patterns: Mapping[str, T] | None, modules: Iterable[str], default: T) -> dict[str, T]:
-    """{module: the value of the first pattern that fits its name}; `default` where none does.
+    """{module: the value of the first pattern that matches its name}; `default` where none does.
 
     field: rank_pattern or alpha_pattern. Raises AdapterError for an invalid pattern, and for one that takes too long.
     """
     values = list((patterns or {}).values())
-    found = _fitting(field, patterns or {}, modules)
+    found = _matching(field, patterns or {}, modules)
     # PEFT too takes a key that equals the name, even if as a pattern it does not match itself
-    return {m: values[min(places)] if places else (patterns or {}).get(m, default) for m, places in found.items()}
+    return {m: values[min(indices)] if indices else (patterns or {}).get(m, default) for m, indices in found.items()}
 
 
 def idle(field: str, patterns: Mapping[str, Any] | None, modules: Iterable[str]) -> list[str]:
-    """The patterns that fit none of the modules. Raises AdapterError as `of_modules` does."""
-    used = {place for places in _fitting(field, patterns or {}, modules).values() for place in places}
-    return [pattern for place, pattern in enumerate(patterns or {}) if place not in used]
+    """The patterns that match none of the modules. Raises AdapterError as `of_modules` does."""
+    used = {index for indices in _matching(field, patterns or {}, modules).values() for index in indices}
+    return [pattern for index, pattern in enumerate(patterns or {}) if index not in used]
 
 
 def targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], set[str]]:
@@ -61,46 +61,41 @@ def targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], set[st
     Raises AdapterError as `of_modules` does.
     """
     names, wanted = list(names), config.target_modules
-    left = _named("exclude_modules", getattr(config, "exclude_modules", None), names)
-    matching = _Matching("modules_to_save", len(names))
+    excluded = _named("exclude_modules", getattr(config, "exclude_modules", None), names)
+    matcher = _Matcher("modules_to_save", len(names))
     for head in getattr(config, "modules_to_save", None) or ():
-        left |= set(filter(matching.by(head, *_HEAD), names))
-    found = _named("target_modules", wanted, names) - left
+        excluded |= set(filter(matcher.by(head, *_HEAD), names))
+    found = _named("target_modules", wanted, names) - excluded
     if not isinstance(wanted, str):
         found = _in_layers(config, found, set(wanted or ()))
-    return [name for name in names if name in found], left
+    return [name for name in names if name in found], excluded
 
 
-def fits(field: str, pattern: str, name: str) -> bool:
-    """Whether a pattern fits a name as a whole. Raises AdapterError as `of_modules` does."""
+def matches(field: str, pattern: str, name: str) -> bool:
+    """Whether a pattern matches a whole name. Raises AdapterError as `of_modules` does."""
     return bool(_named(field, pattern, [name]))
 
 
-def scale(alpha: float, r: int, use_rslora: bool | None) -> float:
-    """s of delta W = s B A: alpha / r, or alpha / sqrt(r) under use_rslora."""
-    return alpha / (r**0.5 if use_rslora else r)
-
-
-def _fitting(field: str, patterns: Iterable[str], modules: Iterable[str]) -> dict[str, list[int]]:
-    """{module: the places of all patterns that fit its name}."""
+def _matching(field: str, patterns: Iterable[str], modules: Iterable[str]) -> dict[str, list[int]]:
+    """{module: the indices of all patterns that match its name}."""
     modules = list(modules)
-    matching, names = _Matching(field, len(modules)), _Ends()
+    matcher, ends = _Matcher(field, len(modules)), _Ends()
     others: list[tuple[int, _Match]] = []
-    for place, text in enumerate(patterns):
+    for index, text in enumerate(patterns):
         if _LITERAL.fullmatch(text):
-            names.add(re.sub(r"\\(.)", r"\1", text), place)
+            ends.add(re.sub(r"\\(.)", r"\1", text), index)
         else:
-            others.append((place, matching.by(text, *_SIZE)))
-    return {m: [*names.of(m), *(place for place, match in others if match(m))] for m in modules}
+            others.append((index, matcher.by(text, *_SIZE)))
+    return {m: [*ends.of(m), *(index for index, match in others if match(m))] for m in modules}
 
 
 def _named(field: str, wanted: str | Iterable[str] | None, names: list[str]) -> set[str]:
-    """The names that a pattern fits as a whole, or that end in one of several names."""
+    """The names that a pattern matches as a whole, or that end in one of several names."""
     if isinstance(wanted, str):
-        return set(filter(_Matching(field, len(names)).by(wanted), names))
+        return set(filter(_Matcher(field, len(names)).by(wanted), names))
     ends = _Ends()
-    for place, end in enumerate(wanted or ()):
-        ends.add(end, place)
+    for index, end in enumerate(wanted or ()):
+        ends.add(end, index)
     return {name for name in names if ends.of(name)}
 
 
@@ -110,32 +105,35 @@ def _in_layers(config: Any, found: set[str], in_full: set[str]) -> set[str]:
     if layers is None or layers == []:
         return found
     wanted, around = {layers} if isinstance(layers, int) else set(layers), getattr(config, "layers_pattern", None) or ()
-    matching = _Matching("layers_pattern", len(found))
-    matches = [matching.by(text, *_LAYER) for text in ([around] if isinstance(around, str) else around)]
+    matcher = _Matcher("layers_pattern", len(found))
+    matchers = [matcher.by(text, *_LAYER) for text in ([around] if isinstance(around, str) else around)]
 
     def layer(name: str) -> int | None:
-        match = next(filter(None, (match(name) for match in matches or [_ANY_LAYER.match])), None)
+        match = next(filter(None, (match(name) for match in matchers or [_ANY_LAYER.match])), None)
         return None if match is None or match["idx"] is None else int(match["idx"])
 
     return {name for name in found if name in in_full or layer(name) in wanted}
 
 
 class _Ends:
-    """Runs of components in which names may end, each with the place where it was given first."""
+    """Whole components in which names may end ("attn.q_proj"), each with the index at which it was given first.
+
+    A look-up in place of a match, as a configuration may name every module in full.
+    """
 
     def __init__(self) -> None:
-        self._places: dict[str, int] = {}
+        self._indices: dict[str, int] = {}
         self._lengths: set[int] = set()
 
-    def add(self, end: str, place: int) -> None:
-        self._places.setdefault(end, place)
+    def add(self, end: str, index: int) -> None:
+        self._indices.setdefault(end, index)
         self._lengths.add(len(end))
 
     def of(self, name: str) -> list[int]:
-        """The places of those in which a name ends."""
+        """The indices of those in which a name ends."""
         starts = [len(name) - n for n in self._lengths if n <= len(name)]
         starts = [start for start in starts if start == 0 or name[start - 1] == "."]
-        return [self._places[name[start:]] for start in starts if name[start:] in self._places]
+        return [self._indices[name[start:]] for start in starts if name[start:] in self._indices]
 
 
 def _unfolded(tree: Any) -> int:
@@ -151,7 +149,7 @@ def _unfolded(tree: Any) -> int:
 _Match = Callable[[str], Any]
 
 
-class _Matching:
+class _Matcher:
     """Matches the patterns of one field within one budget of time and letters."""
 
     def __init__(self, field: str, modules: int):

@@ -30,8 +30,8 @@ def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], 
         if name and (adapter is None or not name.startswith(adapter)):
             modules[name] = module
             adapter = f"{name}." if isinstance(module, BaseTunerLayer) else adapter
-    found, left = patterns.targets(_maybe_include_all_linear_layers(copy.copy(config), base), modules)
-    return {name: modules[name] for name in found}, left
+    found, excluded = patterns.targets(_maybe_include_all_linear_layers(copy.copy(config), base), modules)
+    return {name: modules[name] for name in found}, excluded
 
 
 def linear_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:

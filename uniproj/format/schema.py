@@ -20,7 +20,7 @@ _LEAST, _MOST = 1e-30, 1e30
 def parse_json(text: str | bytes) -> Any:
     """What JSON text says. Raises ValueError for a key that stands twice, and for what `_check_json` refuses."""
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError(f"more than {DEPTH} levels") from None
     return _check_json(value)
@@ -48,7 +48,8 @@ def _check_json(value: Any, levels: int = DEPTH) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON with these pairs. Raises ValueError for a key that stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key that stands twice")

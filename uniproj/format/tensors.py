@@ -20,6 +20,7 @@ from uniproj import limits
 from uniproj.errors import AdapterError
 from uniproj.format.disk import opened
 from uniproj.format.keys import IDENTITY, OF_P, OWN, THETA_D
+from uniproj.format.schema import unique_keys
 from uniproj.projection import Projection
 from uniproj.registry import get
 
@@ -91,7 +92,7 @@ def header_length(begin: bytes) -> int:
     return int.from_bytes(begin, "little")
 
 
-class Weights:
+class _WeightsFile:
     """A safetensors file of which only the header was read, so that it can be checked before any number is.
 
     metadata: its lines of text; index: every tensor on the meta device, which has a dtype and a shape and no numbers.
@@ -107,13 +108,13 @@ class Weights:
             if length > self._size - LENGTH:
                 raise ValueError(f"a header of {length} bytes")
             limits.check("header_bytes", length, "the bytes of its header", where)
-            entries = json.loads(file.read(length).decode(), object_pairs_hook=_once)
+            entries = json.loads(file.read(length).decode(), object_pairs_hook=unique_keys)
             self.metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
             if not all(isinstance(line, str) for line in self.metadata.values()):
                 raise ValueError("metadata that is no text")
-            self._places = {name: _place(entry) for name, entry in entries.items()}
+            self._ranges = {name: _range(entry) for name, entry in entries.items()}
             end = 0
-            for first, last, _, _ in sorted(self._places.values(), key=lambda place: place[:2]):
+            for first, last, _, _ in sorted(self._ranges.values(), key=lambda found: found[:2]):
                 if first != end:
                     raise ValueError("tensors that do not follow one another")
                 end = last
@@ -121,7 +122,7 @@ class Weights:
                 raise ValueError(f"{end} bytes of tensors behind a header of {length}")
             self.index = {
                 name: torch.empty(shape, dtype=dtype, device="meta")
-                for name, (_, _, dtype, shape) in self._places.items()
+                for name, (_, _, dtype, shape) in self._ranges.items()
             }
         except AdapterError:
             raise
@@ -133,7 +134,7 @@ class Weights:
         """The tensors with their numbers, each in memory of its own. Raises AdapterError for a file that was cut off
         meanwhile."""
         tensors = {}
-        for name, (first, last, dtype, shape) in self._places.items():
+        for name, (first, last, dtype, shape) in self._ranges.items():
             numbers = bytearray(last - first)
             self._file.seek(self._start + first)
             if self._file.readinto(numbers) != len(numbers):
@@ -150,23 +151,16 @@ class Weights:
 
 
 @contextmanager
-def weights(path: Path) -> Iterator[Weights]:
+def open_weights(path: Path) -> Iterator[_WeightsFile]:
     """The file of this path, whose numbers may be read within the block.
 
     Raises AdapterError for what is no whole safetensors file, and beyond `limits`.
     """
     with opened(path) as file:
-        yield Weights(file, str(path))
+        yield _WeightsFile(file, str(path))
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name that stands twice")
-    return found
-
-
-def _place(entry: Mapping[str, Any]) -> tuple[int, int, torch.dtype, list[int]]:
+def _range(entry: Mapping[str, Any]) -> tuple[int, int, torch.dtype, list[int]]:
     """(first byte, end, dtype, shape) of a tensor. Raises ValueError, KeyError or TypeError for what is none."""
     dtype, shape, (first, last) = _OF_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
     known = isinstance(shape, list) and len(shape) <= _MOST_AXES

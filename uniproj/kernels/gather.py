@@ -11,7 +11,7 @@ from uniproj.kernels.threads import cut, in_parallel
 _CHUNK = 2**18  # rows: a piece's index and values stay in the cache
 _MOST_SUMS = 8
 _THREADED = 2**22  # rows: below, starting threads costs more than they save
-_SERIAL = 2**15  # numbers: PyTorch fills no more on one thread, and its own threads would spin beside these
+_SERIAL = 2**15  # numbers: more than this PyTorch fills by its own threads, which would compete with these
 
 
 def gathered(x: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:

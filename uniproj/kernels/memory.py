@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _LINE = 64  # bytes
-# by the tensor that its results are made with: memory that no result uses any more
+# {owner: memory that none of its results uses any more}
 _idle: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

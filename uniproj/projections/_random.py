@@ -22,7 +22,7 @@ class RandomBlocks(Projection):
     directions draw them again, tile by tile.
     """
 
-    _names: list[str]  # buffers of the blocks, None each where none is kept
+    _names: list[str]  # attributes that hold the blocks; all None where the blocks are drawn again
 
     def _prepare(
         self, stream: str, shapes: Sequence[tuple[int, int]], divisors: Sequence[float], normals: bool

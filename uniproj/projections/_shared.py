@@ -21,10 +21,10 @@ from uniproj.projection import Entries, Projection
 class _Side:
     """One factor of every module, B with scalers v or A with scalers u, and what is trained of it."""
 
-    def __init__(self, layout: LoRALayout, factor: str, groups: list[int], trained: set[str]):
+    def __init__(self, layout: LoRALayout, factor: str, groups: list[int], trained_letters: set[str]):
         self.factor, self.letter = factor, "v" if factor == "B" else "u"
         self.blocks = [b for b in layout.blocks if b.factor == factor]
-        self.matrix, self.scaler = factor in trained, self.letter in trained
+        self.matrix, self.scaler = factor in trained_letters, self.letter in trained_letters
         _, (matrix_numbers, scalers, *_), self.sizes = block_table(_corners(self.blocks), groups)
         self.matrix_numbers = matrix_numbers
         self.scaler_sizes = [b.shape[0] for b in self.blocks]

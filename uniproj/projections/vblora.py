@@ -1,4 +1,4 @@
-"""VB-LoRA: sub-vectors of the factors are top-k mixtures of a bank of vectors."""
+"""VB-LoRA: sub-vectors of the factors are mixtures of k out of h trained vectors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from uniproj.registry import register
 
 @register("vblora")
 class VBLoRA(Projection):
-    r"""theta_d is a bank of h vectors of length b; every length-b piece of a factor mixes k of them.
+    r"""theta_d is h vectors of length b (the paper's vector bank); every length-b piece of a factor mixes k of them.
 
-    Maths:  piece s = sum over the k largest logits of softmax(logits[s, top k]) bank[top k]; pieces run along the rows
-            of A and down the columns of B. P(logits) = (W kron I_b) up to the order of rows, W row-sparse:
-            a *learned* projection, linear in the bank for fixed logits.
+    Maths:  piece s = sum over the k largest logits of softmax(logits[s, top k]) vectors[top k]; pieces run along the
+            rows of A and down the columns of B. P(logits) = (W kron I_b) up to the order of rows, W row-sparse: a
+            *learned* projection, linear in the vectors for fixed logits.
     Shapes: theta_d (h b,); logits (D / b, h), row s in the order (B: out/b, r; A: r, in/b) of the layout.
-    Start:  bank U(+-0.02), logits N(0, init_logits_std^2).
+    Start:  vectors U(+-0.02), logits N(0, init_logits_std^2).
     Raises: ProjectionError unless b divides every in and out and 1 <= topk <= h.
     Source: Li et al. 2024, VB-LoRA, arXiv 2405.15179, section 3; PEFT's VBLORA.
     """
@@ -99,16 +99,16 @@ class VBLoRA(Projection):
             if h * b <= D:
                 found.append(Budget(r, h * b + h * (D // b), None, extra))
         if not found:
-            raise ProjectionError(f"{cls.name}: no bank fits these modules at r={r}, D={D}. Raise r.")
-        # Within the tolerance the largest bank, as few vectors cannot mix; then the most logits, which
-        # outnumber the bank's entries in the published sizes too.
+            raise ProjectionError(f"{cls.name}: no vectors of any length fit these modules at r={r}, D={D}. Raise r.")
+        # within the tolerance the most vectors, as few cannot mix; then the most logits, which outnumber the entries of
+        # the vectors in the published sizes too
         near = [f for f in found if abs(f.error(budget)) <= TOLERANCE]
         if near:
             return max(near, key=lambda f: (f.hyperparameters["num_vectors"], -f.hyperparameters["vector_length"]))
         return min(found, key=lambda f: abs(f.error(budget)))
 
-    def mixture(self) -> tuple[Tensor, Tensor]:
-        """Top-k weights and bank indices of every piece, each (D / b, topk)."""
+    def _top_k(self) -> tuple[Tensor, Tensor]:
+        """Weights and indices of the k vectors of every piece, each (D / b, topk)."""
         top = self.logits.topk(self.topk, dim=-1)
         return top.values.softmax(-1), top.indices
 
@@ -134,14 +134,14 @@ class VBLoRA(Projection):
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         vectors = theta_d.view(-1, self.h, self.b)
-        return self._assemble(mix(vectors, *self.mixture(), self.h, theta_d.dtype))
+        return self._assemble(mix(vectors, *self._top_k(), self.h, theta_d.dtype))
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         pieces = self._disassemble(theta_D)
-        return vectors_gradient(pieces, *self.mixture(), self.h, theta_D.dtype).flatten(1)
+        return vectors_gradient(pieces, *self._top_k(), self.h, theta_D.dtype).flatten(1)
 
     def entries(self) -> Entries:
-        weights, index = self.mixture()
+        weights, index = self._top_k()
         device = weights.device
         place = self._assemble(torch.arange(self.D, device=device).view(1, -1, self.b))[0]
         piece, within = place // self.b, place % self.b

@@ -15,9 +15,10 @@ def several_processes() -> bool:
 
 
 def uncounted() -> torch.autograd.graph.saved_tensors_hooks:
-    """Within the block, what is saved for backward is no part of a checkpointed region.
+    """Within the block, tensors saved for backward are not counted by `torch.utils.checkpoint`.
 
-    Such a region counts what is saved inside, and fails if it saves less when it runs again.
+    It raises an error if a checkpointed region saves fewer tensors when it runs again than in its forward, as happens
+    where the forward projects theta_D and the second run finds it ready.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import disk, file
-from uniproj.format.fields import PROJECTION, check_fields
+from uniproj.format.fields import DEFAULT_PROJECTION, check_fields
 from uniproj.format.header import Header
 from uniproj.format.remap import rename
 
@@ -47,7 +47,7 @@ class UniProjConfig(LoraConfig):
     """
 
     lora_alpha: int | None = None  # type: ignore[assignment]
-    projection: str = field(default=PROJECTION, metadata={"help": "Name of the projection P."})
+    projection: str = field(default=DEFAULT_PROJECTION, metadata={"help": "Name of the projection P."})
     d: int | None = field(default=None, metadata={"help": "Length of theta_d."})
     projection_seed: int = field(default=0, metadata={"help": "Seed of P."})
     init_seed: int = field(default=0, metadata={"help": "Seed of the start of theta_d."})

@@ -33,7 +33,7 @@ def shard_base(model: PeftModel, **options: Any) -> None:
         raise AdapterError(
             f"shard_base: the base must not be quantised, got packed weights such as {packed[0]}. Use DDP instead."
         )
-    whole = _trained(model)
+    whole = _kept_whole(model)
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_mean_over(dist.get_world_size()))
@@ -41,7 +41,7 @@ def shard_base(model: PeftModel, **options: Any) -> None:
         fully_shard(part, ignored_params=set(whole), **options)
 
 
-def _trained(model: PeftModel) -> list[nn.Parameter]:
+def _kept_whole(model: PeftModel) -> list[nn.Parameter]:
     """theta_d, the Parameters of P, and modules that are trained beside the adapter."""
     tuner = model.base_model
     beside = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

@@ -23,7 +23,7 @@ from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import file, identity
 from uniproj.format.header import Header
 from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, plain
-from uniproj.format.patterns import fits
+from uniproj.format.patterns import matches
 from uniproj.format.remap import renamed
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
@@ -41,7 +41,7 @@ _belongs_to: Any = WeakTensorKeyDictionary()
 
 
 def note(theta_d: Tensor, header: Header | None, config: Any) -> None:
-    """Let theta_d carry what it belongs to from one function of PEFT to the next."""
+    """Note the header and the configuration that theta_d belongs to, for the function of PEFT that gets it next."""
     _belongs_to[theta_d] = header, config
 
 
@@ -62,13 +62,13 @@ def _save_file(tensors: dict[str, Tensor], filename: str, metadata: dict[str, st
 
 def _get_peft_type(model_id: Any, **hub: Any) -> str:
     folder = Path(model_id, hub.get("subfolder") or "")
-    if not file.says_ours(folder) and file.is_ours(folder):
+    if not file.has_our_config(folder) and file.has_our_weights(folder):
         file.read(folder)  # raises: the weights are ours, the configuration is not
     return str(_theirs_type(model_id, **hub))
 
 
 def _is_ours(folder: Path) -> bool:
-    return file.says_ours(folder) or file.is_ours(folder)
+    return file.has_our_config(folder) or file.has_our_weights(folder)
 
 
 def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
@@ -85,9 +85,9 @@ def _load_file(filename: str, device: Any = "cpu") -> dict[str, Tensor]:
     return tensors
 
 
-def _fits_target(target_pattern: str, key: str) -> bool:
+def _matches_target(target_pattern: str, key: str) -> bool:
     # PEFT asks this on saving, for all methods; the answer is PEFT's own unless matching would take too long
-    return fits("target_modules", target_pattern, key)
+    return matches("target_modules", target_pattern, key)
 
 
 def _load_bin(source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,9 +128,9 @@ def _set_peft_model_state_dict(
     return result
 
 
-def heads_by_new_names(tensors: Mapping[str, Tensor], table: Any) -> dict[str, Tensor]:
+def heads_by_new_names(tensors: Mapping[str, Tensor], remap: Any) -> dict[str, Tensor]:
     """The tensors of a file, heads under the present names of modules that were renamed since."""
-    heads = {key: HEADS + renamed(key.removeprefix(HEADS), table) for key in tensors if key.startswith(HEADS)}
+    heads = {key: HEADS + renamed(key.removeprefix(HEADS), remap) for key in tensors if key.startswith(HEADS)}
     return {heads.get(key, key): tensor for key, tensor in tensors.items()}
 
 
@@ -211,6 +211,6 @@ def install() -> None:
     peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
-    save_and_load.match_target_against_key = _fits_target
+    save_and_load.match_target_against_key = _matches_target
     PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
     PeftModel.load_adapter, PeftModel.save_pretrained = _load_adapter, _save_pretrained

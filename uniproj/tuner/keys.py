@@ -1,4 +1,4 @@
-"""Under which keys PEFT looks for what is trained beside P."""
+"""What is trained beside P (heads, tokens, biases), by the keys under which PEFT looks for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def beside_P(model: Any, state_dict: Mapping[str, Any], adapter_name: str) -> di
     """
     now, exact, left_out = {}, {}, set()
     for name, module in model.named_modules():
-        # what FSDP puts around a whole model is in no state dict, and PEFT looks without it too
+        # neither state dicts nor PEFT's keys have the wrapper that FSDP puts around a whole model
         place = f"{name.removeprefix('_fsdp_wrapped_module.')}."
         now[plain(place)] = place
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -93,7 +93,7 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
     """
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     with torch.inference_mode(False), torch.enable_grad(), uncounted():
-        args, kwargs = tree_map(_own, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
+        args, kwargs = tree_map(_detached, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         shapes = ((A.out_features, A.in_features), (B.out_features, B.in_features))
         drawn = [uniform(0, "probe", m * n, part=i).float().view(m, n).to(device) for i, (m, n) in enumerate(shapes)]
@@ -139,7 +139,7 @@ def _evaluating(layer: LoraLayer) -> Iterator[None]:
             module.training = before
 
 
-def _own(leaf: Any) -> Any:
+def _detached(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
@@ -159,6 +159,6 @@ def _dtype(layer: LoraLayer) -> torch.dtype | None:
 
 
 def _weight(layer: LoraLayer) -> Tensor | None:
-    base = layer.get_base_layer()
-    found = getattr(base, "weight", None)
-    return found if isinstance(found, Tensor) else next(iter([*base.parameters(), *base.buffers()]), None)
+    base_layer = layer.get_base_layer()
+    found = getattr(base_layer, "weight", None)
+    return found if isinstance(found, Tensor) else next(iter([*base_layer.parameters(), *base_layer.buffers()]), None)

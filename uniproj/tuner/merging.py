@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from uniproj.errors import AdapterError
 from uniproj.tuner.quantised import dequantised
 
-# of the adapter's own change; at 1 the bare base weights are as near as the merged ones
+# relative to the adapter's own change of the weights; at 1, those without the adapter are as near as the merged ones
 _MOST_DRIFT = 0.9
 
 
@@ -26,8 +26,6 @@ def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:
     Raises AdapterError where quantising again would swallow the adapters (a drift of _MOST_DRIFT or more), for a weight
     that another module uses too and that would change there, and for one that is computed anew at each call.
     """
-    layers = _to_merge(model, adapters)
-    _refuse_shared(model, layers)
     drift = merge_drift(model, adapters)
     if drift >= _MOST_DRIFT:
         raise AdapterError(
@@ -45,7 +43,8 @@ def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:
 def merge_drift(model: nn.Module, adapters: Sequence[str]) -> float:
     """||W' - (W + s B A)|| / ||s B A|| over all quantised layers, W' the weight that a merge of `adapters` leaves.
 
-    Frobenius norms; 0 where no layer is quantised. Every layer is merged by PEFT on a copy of its own.
+    Frobenius norms; 0 where no layer is quantised. Every layer is merged by PEFT on a copy of its own. Raises
+    AdapterError as `check_merge` does for single layers.
     """
     moves = [move for layer in _to_merge(model, adapters).values() for move in _moves(layer, adapters)]
     changed = sum(change for _, change in moves)
@@ -53,44 +52,42 @@ def merge_drift(model: nn.Module, adapters: Sequence[str]) -> float:
 
 
 def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]:
+    """The layers that a merge would change, by name. Raises AdapterError where that would lose or spread the change."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     found = {n: m for n, m in layers.items() if set(adapters) & set(m.lora_A) - set(m.merged_adapters)}
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
     for name, layer in found.items():
-        base = layer.get_base_layer()
-        if is_parametrized(base) or "weight" in vars(base):  # the latter by nn.utils.weight_norm or spectral_norm
+        base_layer = layer.get_base_layer()
+        # the latter by nn.utils.weight_norm or spectral_norm
+        if is_parametrized(base_layer) or "weight" in vars(base_layer):
             raise AdapterError(
                 f"merge: the weight of {name} must be a Parameter, got one that is computed at each call (weight_norm, "
                 "spectral_norm or another parametrization) and would lose the adapter. Keep the adapter unmerged, or "
                 "call torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm) before attaching it."
             )
-    return found
-
-
-def _refuse_shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
-    for name, layer in layers.items():
-        others = [user for user in users.get(id(layer.get_base_layer().weight), []) if not user.startswith(f"{name}.")]
+        others = [user for user in users.get(id(base_layer.weight), []) if not user.startswith(f"{name}.")]
         if others:
             raise AdapterError(
                 f"merge: the weight of {name} must be its own, got one that is {others[0]} too and would change there. "
                 "Keep the adapter unmerged, or untie the two before attaching it."
             )
+    return found
 
 
 @torch.no_grad()
 def _moves(layer: LoraLayer, adapters: Sequence[str]) -> Iterator[tuple[float, float]]:
     """Squared norms of W' - (W + s B A) and of s B A, for a quantised layer."""
-    base = layer.get_base_layer()
-    with align_module_device(base):
-        W = dequantised(base)
-        if W is base.weight:
+    base_layer = layer.get_base_layer()
+    with align_module_device(base_layer):
+        W = dequantised(base_layer)
+        if W is base_layer.weight:
             return
         names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
         delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, torch.float64)
         twin = copy.copy(layer)
-        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base)}
+        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base_layer)}
         twin.merged_adapters = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

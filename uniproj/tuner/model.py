@@ -65,14 +65,14 @@ class UniProjModel(LoraModel):
         with unchanged_on_failure(self):
             if first:
                 self._prepare()
-            theirs = [(p, p.requires_grad) for source in self._sources.values() for p in source.trained()]
+            flags = [(p, p.requires_grad) for source in self._sources.values() for p in source.parameters()]
             self._prepare_adapter_config(given, self.get_model_config(model))
             with named_in_full(self.peft_config, adapter_name, model):
                 # P makes every A and B, so those that PEFT draws here may stay on the meta device
                 super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
             self._attach(adapter_name, asked)
             refuse_copy(twins, self.uniproj_theta_d, adapter_name)
-            _set_requires_grad(theirs)
+            _set_requires_grad(flags)
 
     @staticmethod
     def _check_target_module_exists(peft_config: UniProjConfig, key: str) -> Any:
@@ -116,7 +116,7 @@ class UniProjModel(LoraModel):
         for slot, block in enumerate(projection.layout.blocks):
             factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
             factors[adapter_name] = Factor(source, slot)
-        _set_requires_grad([(p, is_trained) for p in source.trained()])
+        _set_requires_grad([(p, is_trained) for p in source.parameters()])
         self._watch_calls()
         keep_unpacked(self.model)
         check_alive(layers, adapter_name)
@@ -163,7 +163,7 @@ class UniProjModel(LoraModel):
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # entered twice: a KeyboardInterrupt ended its last call, at which PyTorch runs no hooks
+        # the same module again: a KeyboardInterrupt ended its last call, and PyTorch then runs no hooks
         if self._call.module is None or self._call.module is module:
             self._begin_call(module, args, kwargs)
 

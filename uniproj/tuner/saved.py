@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uniproj.errors import AdapterError
 from uniproj.format import identity
 from uniproj.format.compatibility import warn_of_another_base
-from uniproj.format.fields import Role, of
+from uniproj.format.fields import Role, fields_of
 from uniproj.format.header import FORMAT_VERSION, Header
 from uniproj.format.heads import check_heads
 from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, in_model, plain
@@ -220,6 +220,6 @@ def describe(model: Any, config: UniProjConfig, adapter_name: str, tensors: Mapp
 def own_config(given: UniProjConfig, made_by: UniProjConfig) -> UniProjConfig:
     """A copy of the caller's configuration, with the fields that decided P and scale as they were on attaching."""
     own = copy.deepcopy(given)
-    for key in (*of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
+    for key in (*fields_of(Role.P, Role.RANK, Role.SCALE, Role.PLACE), "_attached"):
         setattr(own, key, getattr(made_by, key))
     return own

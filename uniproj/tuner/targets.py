@@ -15,7 +15,7 @@ from torch import nn
 
 from uniproj.errors import AdapterError, shown
 from uniproj.format import patterns
-from uniproj.format.compatibility import check_fit
+from uniproj.format.compatibility import check_layout
 from uniproj.format.keys import plain
 from uniproj.format.places import layout_on, targets
 from uniproj.tuner.config import UniProjConfig
@@ -56,7 +56,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     given = configs[adapter_name]
     _maybe_include_all_linear_layers(given, model)
     if given.header is not None:
-        check_fit(given.header, layout_on(model, given), given.remap or [])
+        check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     modules, left = targets(model, given)
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
@@ -103,15 +103,15 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
 
 def _not_linear(layer: LoraLayer, adapter_name: str, parent: nn.Module) -> str:
     """What keeps a layer from being adapted, or nothing."""
-    base = layer.get_base_layer()
+    base_layer = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
-        return f"the parameter {layer.parameter_name!r} of {type(base).__name__}"
+        return f"the parameter {layer.parameter_name!r} of {type(base_layer).__name__}"
     if isinstance(layer, MultiheadAttention):
-        return type(base).__name__
+        return type(base_layer).__name__
     if isinstance(parent, nn.MultiheadAttention):
         return "the output projection of nn.MultiheadAttention, which uses its weight and passes the adapter by"
     if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
-        return type(base).__name__
+        return type(base_layer).__name__
     return ""
 
 

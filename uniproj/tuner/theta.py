@@ -18,12 +18,12 @@ from uniproj.errors import AdapterError
 from uniproj.projection import Projection
 from uniproj.tuner.checkpointing import uncounted
 
-_steps = 0  # of all optimisers of this process
+_optimizer_steps = 0  # of all optimisers of this process
 
 
 def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
+    global _optimizer_steps
+    _optimizer_steps += 1
 
 
 # all optimisers pass here, also those that write through `.data` or by kernels of their own
@@ -81,7 +81,7 @@ class _ThetaD:
         if self.step is None:
             return phase is _Phase.TRANSFORMED
         # a step taken during backward must not part a checkpointed layer that runs again from its forward
-        return bool(self.views) and (self.step == _steps or phase is _Phase.BACKWARD)
+        return bool(self.views) and (self.step == _optimizer_steps or phase is _Phase.BACKWARD)
 
 
 class _OfThread(threading.local):
@@ -155,7 +155,7 @@ class FactorSource:
         """What stands for theta_d in this thread, within `using`."""
         return self._here.per_row
 
-    def trained(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         return [self._theta_ds[self._name], *self.projection.parameters()]
 
     def view(self, slot: int) -> Tensor:
@@ -212,7 +212,7 @@ class FactorSource:
         self._here.last = None  # the old theta_D goes first, so that there are never two
         with uncounted():  # a checkpointed layer may find theta_D ready when it runs again
             flat = self._project()
-        self._here.last = theta_D = _ThetaD(self._views(flat), _steps, flat.grad_fn)
+        self._here.last = theta_D = _ThetaD(self._views(flat), _optimizer_steps, flat.grad_fn)
         flat.register_hook(_end(weakref.ref(theta_D)))
         self._live = [*(ref for ref in self._live if ref() is not None), weakref.ref(theta_D)]
         return theta_D
@@ -220,14 +220,14 @@ class FactorSource:
     def _without_graph(self) -> _ThetaD:
         dtype, inputs, kept = self._dtype(), self._inputs(), self._kept
         if kept is not None and kept.dtype == dtype and _equal(kept.inputs, inputs):
-            kept.step = _steps
+            kept.step = _optimizer_steps
             return kept
         self._kept = None
         # normal tensors even under inference_mode, so that a later training step may use them
         with torch.inference_mode(False), torch.no_grad():
             # copied first: what another thread changes meanwhile then differs from the copy
             copies = [p.detach().clone() for p in inputs]
-            theta_D = _ThetaD(self._views(self._project()), _steps, None, dtype, copies)
+            theta_D = _ThetaD(self._views(self._project()), _optimizer_steps, None, dtype, copies)
         self._kept = theta_D
         return theta_D
 
@@ -294,7 +294,7 @@ class Factor(nn.Module):
 
         They are registered with the tuner, once, and not here.
         """
-        return iter(self._source.trained())
+        return iter(self._source.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). In a mixed batch x (n, ..., in), and row i has a weight of its own."""

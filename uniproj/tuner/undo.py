@@ -19,13 +19,13 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
     held = [value for _, before in attributes for value in before.values() if type(value) in _CONTAINERS]
     contents = [(container, copy.copy(container)) for container in held]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         for container, before in [*attributes, *contents]:
             _fill(container, before)
-        for parameter, requires_grad in trained:
+        for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         raise
 

@@ -1,6 +1,7 @@
 """Finished runs under lm-evaluation-harness's own tasks."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,13 @@ def _finished(task: str, model: str, data: str, runs: Path, **settings: object) 
     return folder
 
 
+@pytest.fixture(scope="module")
+def solver(tmp_path_factory, llama: str, shared_data: str) -> Path:
+    """A finished run on GSM8K; a test that writes into it takes a copy."""
+    data = _folder(shared_data, tmp_path_factory.mktemp("data"))
+    return _finished("gsm8k", llama, data, tmp_path_factory.mktemp("runs"), test_size=2, max_new_tokens=4)
+
+
 @pytest.mark.system
 def test_ifeval_scores_what_the_run_scored(runs: Path, tmp_path: Path, llama: str, shared_data: str) -> None:
     """The same greedy texts of up to 1,280 tokens, the harness's limit, judged by two ways."""
@@ -54,8 +62,8 @@ def test_ifeval_scores_what_the_run_scored(runs: Path, tmp_path: Path, llama: st
 
 
 @pytest.mark.system
-def test_gsm8k_is_asked_once(runs: Path, tmp_path: Path, llama: str, shared_data: str, capsys, monkeypatch) -> None:
-    folder = _finished("gsm8k", llama, _folder(shared_data, tmp_path), runs, test_size=2, max_new_tokens=4)
+def test_gsm8k_is_asked_once(solver: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    folder = Path(shutil.copytree(solver, tmp_path / solver.name))
     assert harness.main([str(folder), "--limit", "2"]) == 0
     found = json.loads((folder / FILE).read_text())
     assert list(found) == ["gsm8k"] and found["gsm8k"]["rows"] == 2 and found["gsm8k"]["shots"] == 5
@@ -68,27 +76,24 @@ def test_gsm8k_is_asked_once(runs: Path, tmp_path: Path, llama: str, shared_data
 
 def test_a_task_of_ones_own_needs_tasks_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
     own = SimpleNamespace(task=SimpleNamespace(harness={}), config=SimpleNamespace(task="my_reviews"))
-    monkeypatch.setattr("experiments.evaluate.harness.load_trained", lambda *_: own)
+    monkeypatch.setattr("experiments.evaluate.harness.load_finished", lambda *_: own)
     assert harness.main([str(tmp_path)]) == 2
     caught = capsys.readouterr()
     assert "got my_reviews. Name the tasks" in caught.err and "--tasks gsm8k" in caught.err and caught.out == ""
     with pytest.raises(SystemExit):
         harness.main([str(tmp_path), "--limit", "0"])
-    monkeypatch.setattr("experiments.evaluate.harness.load_trained", lambda *_: plugins.load(["gone.py"]))
+    monkeypatch.setattr("experiments.evaluate.harness.load_finished", lambda *_: plugins.load(["gone.py"]))
     assert harness.main([str(tmp_path)]) == 2 and "gone.py must be a Python file" in capsys.readouterr().err
 
 
 @pytest.mark.system
-def test_what_cannot_be_scored_is_said(
-    runs: Path, tmp_path: Path, llama: str, shared_data: str, config, capsys
-) -> None:
+def test_what_cannot_be_scored_is_said(tmp_path: Path, runs: Path, solver: Path, config, capsys) -> None:
     assert harness.main([str(tmp_path)]) == 2
     assert "finished run" in capsys.readouterr().err
-    folder = _finished("gsm8k", llama, _folder(shared_data, tmp_path), runs, test_size=2, max_new_tokens=4)
     for unknown in ("no_such_task", "hellaswag"):  # the second one's rows lie on a hub out of reach
-        assert harness.main([str(folder), "--tasks", unknown]) == 2
+        assert harness.main([str(solver), "--tasks", unknown]) == 2
         assert f"'{unknown}' must be a task of lm-evaluation-harness" in capsys.readouterr().err
-    assert not (folder / FILE).exists()
+    assert not (solver / FILE).exists()
     encoder = prepare(runs, config.to_json())
     assert train.main([str(encoder)]) == 0
     assert harness.main([str(encoder), "--tasks", "gsm8k"]) == 2

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from experiments import sweep, tasks
+from experiments import tasks
 from experiments.records import baseline
 from experiments.sweeps import comparison
 from experiments.tasks.task import constant, score
@@ -90,20 +90,17 @@ def test_the_best_single_answer_is_the_metrics_own(labels) -> None:
     assert best["macro F1"] == pytest.approx(0.874 / 1.874) == f1_score(labels, np.zeros_like(labels), average="macro")
 
 
-def test_the_table_of_a_sweep_prints_the_majority_and_marks_its_cells(file: Path, runs: Path, here, capsys) -> None:
-    """A rate at which nothing is learned but the frequent class."""
-    own = ["~tune", "+settings.lr=1e-6", "settings.epochs=1", "seeds=[1]", "axes.projection=[unilora]"]
-    assert sweep.main([str(file), *own, "--runs", str(runs)]) == 0
-    out = (runs / "sweeps" / "mine" / "tables.txt").read_text()
-    assert out in capsys.readouterr().out
-    summary = pd.read_csv(runs / "sweeps" / "mine" / "summary.csv").iloc[0]
-    labels = tasks.get(summary["task"]).split("test")["label"]
-    assert summary["majority"] == labels.value_counts(normalize=True).max()
-    line = next(line for line in out.splitlines() if "unilora" in line)
-    assert f"{100 * summary['majority']:.1f}" in line and baseline.RULE in out
-    assert bool(summary["beats_majority"]) == (" *" not in line)
-    if summary["score"] <= summary["majority"]:
-        assert not summary["beats_majority"]
+def test_the_table_of_a_sweep_prints_the_majority_and_marks_its_cells(swept: tuple[Path, Path]) -> None:
+    folder = swept[1] / "sweeps" / "mine"
+    text, summary = (folder / "tables.txt").read_text(), pd.read_csv(folder / "summary.csv")
+    assert baseline.RULE in text and len(summary) == 2
+    for cell in summary.itertuples():
+        labels = tasks.get(cell.task).split("test")["label"]
+        assert cell.majority == labels.value_counts(normalize=True).max()
+        line = next(line for line in text.splitlines() if f" {cell.projection} " in line)
+        assert f"{100 * cell.majority:.1f}" in line
+        assert bool(cell.beats_majority) == (" *" not in line)
+        assert cell.score > cell.majority or not cell.beats_majority
 
 
 def test_the_table_of_a_comparison_marks_what_does_not_beat_the_majority(labels, tmp_path: Path) -> None:

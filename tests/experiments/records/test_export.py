@@ -1,12 +1,13 @@
 """What is committed of a sweep: every run, its curve and checksum, and no path of the machine."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from experiments import export, sweep
+from experiments import export
 from experiments.records.committed import without_paths
 from experiments.records.gather import read, read_sweep
 from experiments.records.reading import load
@@ -14,22 +15,19 @@ from experiments.runs.folder import lock, prepare
 
 
 @pytest.fixture
-def trained(tmp_path: Path, task: str, model: str, runs: Path, here) -> Path:
-    """A small sweep of real runs."""
-    file = tmp_path / "mine.yaml"
-    settings = {"task": task, "model": model, "budget": 200, "lr": 0.05}
-    content = {"settings": settings, "axes": {"projection": ["lora", "unilora"]}, "seeds": [1]}
-    file.write_text(json.dumps(content))
-    assert sweep.main([str(file), "--runs", str(runs)]) == 0
-    return runs
+def copied(swept: tuple[Path, Path], runs: Path) -> Path:
+    """The runs of a sweep, to be changed."""
+    return Path(shutil.copytree(swept[1], runs))
 
 
-def test_an_exported_sweep_holds_what_the_runs_hold(trained: Path, tmp_path: Path, task: str) -> None:
+def test_an_exported_sweep_holds_what_the_runs_hold(swept: tuple[Path, Path], tmp_path: Path) -> None:
+    trained = swept[1]
     assert export.main(["mine", "--runs", str(trained), "--out", str(tmp_path / "kept")]) == 0
     folder = tmp_path / "kept" / "mine"
-    committed, runs = read_sweep(folder), load(trained).set_index("projection")
+    committed, runs = read_sweep(folder), load(trained)
+    runs = runs[runs["score_on"] == "test"].set_index(["projection", "train_seed"])
     for record in committed.runs.to_dict("records"):
-        own = runs.loc[record["projection"]]
+        own = runs.loc[(record["projection"], record["train_seed"])]
         assert record["score"] == own["score"] and record["adapter_sha256"] == own["adapter_sha256"]
         assert record["cost_seconds"] == own["cost"]["seconds"]
         logged = [json.loads(line) for line in (Path(own["folder"]) / "metrics.jsonl").read_text().splitlines()]
@@ -55,15 +53,16 @@ def test_an_exported_sweep_holds_what_the_runs_hold(trained: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_tables_are_made_anew_from_the_records(trained: Path, tmp_path: Path) -> None:
-    tables = trained / "sweeps" / "mine"
+def test_tables_are_made_anew_from_the_records(copied: Path, tmp_path: Path) -> None:
+    tables = copied / "sweeps" / "mine"
     (tables / "summary.csv").write_text("what another version wrote\n")
     (tables / "paired.csv").unlink()
     # so few steps may have taught nothing
     pd.read_csv(tables / "records.csv").assign(did_not_train=None).to_csv(tables / "records.csv", index=False)
-    assert export.main(["mine", "--runs", str(trained), "--out", str(tmp_path / "kept")]) == 0
+    assert export.main(["mine", "--runs", str(copied), "--out", str(tmp_path / "kept")]) == 0
     summary, paired = (pd.read_csv(tmp_path / "kept" / "mine" / f"{name}.csv") for name in ("summary", "paired"))
-    scores = load(trained).set_index("projection")["score"]
+    records = load(copied)
+    scores = records[records["score_on"] == "test"].groupby("projection")["score"].mean()
     assert dict(summary.set_index("projection")["score"]) == pytest.approx(dict(scores))
     assert paired["difference"].item() == pytest.approx(scores["unilora"] - scores["lora"])
     assert paired[["rows_low", "rows_high"]].notna().all(axis=None)
@@ -84,11 +83,11 @@ def test_a_sweep_that_is_not_there_is_named(runs: Path, tmp_path: Path, capsys) 
     assert "finished sweeps: none" in capsys.readouterr().err
 
 
-def test_a_run_that_is_not_done_is_told_from_one_that_is(trained: Path, config) -> None:
-    waiting = prepare(trained, config.to_json())
-    found = read(trained).runs.set_index("folder")["failed"]
-    assert found["/".join(waiting.parts[-2:])] == "not started" and found.isna().sum() == 2
+def test_a_run_that_is_not_done_is_told_from_one_that_is(copied: Path, config) -> None:
+    waiting = prepare(copied, config.to_json())
+    found = read(copied).runs.set_index("folder")["failed"]
+    assert found["/".join(waiting.parts[-2:])] == "not started" and found.isna().sum() == 4
     held = lock(waiting)
-    assert held is not None and "still training" in set(read(trained).runs["failed"])
+    assert held is not None and "still training" in set(read(copied).runs["failed"])
     held.close()
-    assert "did not finish: start the same command again" in set(read(trained).runs["failed"])
+    assert "did not finish: start the same command again" in set(read(copied).runs["failed"])

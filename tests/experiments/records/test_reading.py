@@ -12,9 +12,9 @@ import pytest
 
 from experiments.errors import ExperimentError
 from experiments.files import digest, read_json, write_json
-from experiments.records.reading import damage, is_done, load, metrics, row
+from experiments.records.reading import damage, is_done, load, losses, row
+from experiments.runs.config import RunConfig
 from experiments.runs.folder import RESULT, prepare
-from experiments.runs.settings import RunConfig
 from experiments.tasks.task import METRICS, RANGES, is_score, score
 
 
@@ -145,7 +145,7 @@ def test_an_edited_configuration_is_refused(runs, config: RunConfig) -> None:
 def test_a_line_cut_off_by_an_interruption_is_left_out(tmp_path) -> None:
     line = '{"step": 1, "of": 9, "loss": 0.7}\n'
     (tmp_path / "metrics.jsonl").write_text(f'{line}{{"step": 2, "o')
-    assert metrics(tmp_path) == [json.loads(line)]
+    assert losses(tmp_path) == [json.loads(line)]
 
 
 @pytest.mark.parametrize(
@@ -167,4 +167,4 @@ def test_a_line_cut_off_by_an_interruption_is_left_out(tmp_path) -> None:
 def test_the_lines_before_a_damaged_one_are_read(damage: bytes, tmp_path) -> None:
     whole = b'{"step": 1, "of": 9, "loss": 0.7}\n{"step": 2, "of": 9, "loss": null}\n'
     (tmp_path / "metrics.jsonl").write_bytes(whole + damage + b'{"step": 4, "of": 9, "loss": 0.1}\n')
-    assert metrics(tmp_path) == [json.loads(line) for line in whole.splitlines()]
+    assert losses(tmp_path) == [json.loads(line) for line in whole.splitlines()]

@@ -20,11 +20,11 @@ from experiments.errors import ExperimentError
 from experiments.files import read_json
 from experiments.models import load_tokenizer
 from experiments.processes import Processes
-from experiments.records.reading import metrics
+from experiments.records.reading import losses
+from experiments.runs.config import RunConfig
 from experiments.runs.distributed import share
 from experiments.runs.folder import RESULT, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
 from experiments.runs.training import last_checkpoint
 from experiments.sweeps import workers
 from tests.experiments.processes import ROOT, training_processes
@@ -76,7 +76,7 @@ def _assert_equal_runs(together: Path, alone: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, **CLOSE)
-    for here, there in zip(metrics(together), metrics(alone), strict=True):
+    for here, there in zip(losses(together), losses(alone), strict=True):
         assert here["step"] == there["step"] and here["of"] == there["of"]
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-3)
@@ -130,7 +130,7 @@ def test_a_stopped_run_resumes_to_the_numbers_of_one_process(kind: str, tmp_path
     config = resolve({**settings, "epochs": 12, "evaluations": 3, "lr": 0.01})
     folder = prepare(tmp_path / kind, config.to_json())
     stopped = workers.start(folder, KINDS[kind])
-    while not metrics(folder):
+    while not losses(folder):
         assert stopped.poll() is None, workers.last_words(folder)
         time.sleep(0.05)
     stopped.send_signal(signal.SIGTERM)
@@ -146,7 +146,7 @@ def test_a_stopped_run_resumes_to_the_numbers_of_one_process(kind: str, tmp_path
     for resumed in (folder, alone):
         for name, value in _trained(whole).items():
             torch.testing.assert_close(_trained(resumed)[name], value, rtol=1e-2, atol=1e-3)
-    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in metrics(whole)]
+    assert [line["step"] for line in losses(folder)] == [line["step"] for line in losses(whole)]
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from experiments import compare, tasks, train
 from experiments.files import read_json
 from experiments.records import statistics
-from experiments.records.reading import load, metrics
-from experiments.runs import outcome
+from experiments.records.reading import load, losses
 from experiments.runs.callbacks import StopOnSignal, checkpoints
-from experiments.runs.folder import METRICS, RESULT, prepare
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
+from experiments.runs.result import did_not_train
 from experiments.runs.training import INTERRUPTED, last_checkpoint
 from experiments.sweeps import launchers
 from uniproj.format import THETA_D
@@ -41,7 +41,7 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, c
     assert result["adapter_bytes"] <= 4 * 200 + 4096 and result["head"] == 2 * 32 + 2
     assert result["step_ratio_low"] <= result["step_ratio"] <= result["step_ratio_high"]
     assert {"python", "torch", "peft"} <= result["provenance"]["versions"].keys()
-    assert [line["step"] for line in metrics(folder)] and not list(folder.glob("checkpoint-*"))
+    assert [line["step"] for line in losses(folder)] and not list(folder.glob("checkpoint-*"))
     # one line: what Trainer would print is in metrics.jsonl
     said = capsys.readouterr().out
     assert said == f"{folder} done: accuracy {result['score']} on test\n"
@@ -49,42 +49,38 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, c
     assert row["projection"] == "unilora" and row["trained"] == 200 and row["folder"] == str(folder)
 
 
-@pytest.mark.parametrize("step", [5, 9])  # within the first epoch and within the second
-def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, config: RunConfig, monkeypatch) -> None:
-    whole = prepare(runs / "whole", config.to_json())
-    assert train.main([str(whole)]) == 0
-    folder = prepare(runs / "cut", config.to_json())
+def _until(step: int, folder: Path) -> int:
+    """Train until Ctrl-C in this step."""
     plain = StopOnSignal.on_step_end
 
     def ctrl_c(self, args, state, control, **kwargs):
         self.requested = state.global_step == step
         return plain(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-    assert train.main([str(folder)]) == INTERRUPTED
-    assert not (folder / RESULT).exists() and (folder / f"checkpoint-{step}").is_dir()
-    monkeypatch.setattr(StopOnSignal, "on_step_end", plain)
-    assert train.main([str(folder)]) == 0
-    assert torch.equal(_theta(folder), _theta(whole))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
+        return train.main([str(folder)])
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, model: str, task: str) -> tuple[Path, Path]:
     """A run that ended after step 10 of 12, with the checkpoints of steps 6 and 10, and the same run to its end."""
     settings = {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.05}
-    config, plain = resolve({**settings, "evaluations": 2}).to_json(), StopOnSignal.on_step_end
+    config = resolve({**settings, "evaluations": 2}).to_json()
     cut, whole = (prepare(tmp_path_factory.mktemp(name), config) for name in ("cut", "whole"))
-
-    def ctrl_c(self, args, state, control, **kwargs):
-        self.requested = state.global_step == 10
-        return plain(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-        assert train.main([str(cut)]) == INTERRUPTED
+    assert _until(10, cut) == INTERRUPTED
     assert train.main([str(whole)]) == 0
-    assert sorted(checkpoints(cut)) == [6, 10] and len(metrics(whole)) == 1
+    assert sorted(checkpoints(cut)) == [6, 10] and len(losses(whole)) == 1
     return cut, whole
+
+
+@pytest.mark.parametrize("step", [5, 9])  # within the first epoch and within the second
+def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, interrupted: tuple[Path, Path]) -> None:
+    folder = prepare(runs, read_json(interrupted[1] / "config.json"))
+    assert _until(step, folder) == INTERRUPTED
+    assert not (folder / RESULT).exists() and (folder / f"checkpoint-{step}").is_dir()
+    assert train.main([str(folder)]) == 0
+    assert torch.equal(_theta(folder), _theta(interrupted[1]))
 
 
 def _truncated(path: Path) -> None:
@@ -146,20 +142,19 @@ def test_copies_of_checkpoints_and_a_damaged_log_are_no_hindrance(
     (folder / "checkpoint-13").write_text("no folder")
     (tmp_path / "elsewhere").mkdir()
     (folder / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
-    (folder / METRICS).write_bytes(bytes(512))
+    (folder / LOSSES).write_bytes(bytes(512))
     if step == 6:
         DAMAGE["half an optimiser"](folder / "checkpoint-10")
     assert train.main([str(folder)]) == 0
     assert torch.equal(_theta(folder), _theta(whole))
     # every logged step once, also the one before the checkpoint that the damage took
-    assert [line["step"] for line in metrics(folder)] == [10]
+    assert [line["step"] for line in losses(folder)] == [10]
     # Trainer's mean begins where it resumes
-    assert step == 6 or metrics(folder) == metrics(whole)
+    assert step == 6 or losses(folder) == losses(whole)
     assert list(checkpoints(folder)) == [1] and all((folder / name[:200]).is_dir() for name in copies)
 
 
-@pytest.mark.parametrize("score_on", ["validation", "test"])
-@pytest.mark.parametrize("labels", ["classes", "numbers"])
+@pytest.mark.parametrize(("score_on", "labels"), [("validation", "classes"), ("test", "numbers")])
 def test_a_run_that_diverges_did_not_train(
     score_on: str, labels: str, runs: Path, config: RunConfig, task: str, tmp_path: Path, capsys
 ) -> None:
@@ -186,7 +181,7 @@ def test_a_run_that_diverges_did_not_train(
     ]
 
 
-def test_a_comparison_shows_what_diverged_without_a_rank(runs: Path, model: str, task: str, capsys) -> None:
+def test_a_comparison_shows_what_diverged_without_a_rank(runs: Path, model: str, task: str, here, capsys) -> None:
     command = ["--model", model, "--task", task, "--projections", "lora", "unilora", "--budget", "200"]
     assert compare.main([*command, "--lr", "1e30", "--runs", str(runs)]) == 0
     said = capsys.readouterr().out
@@ -209,7 +204,7 @@ def test_a_rate_of_zero_is_marked_as_not_trained(runs: Path, config: RunConfig) 
     ],
 )
 def test_did_not_train(before: float, after: float, change: float, reason: str | None) -> None:
-    assert outcome.did_not_train(before, after, change) == reason
+    assert did_not_train(before, after, change) == reason
 
 
 def test_tuning_never_reads_the_test_split(runs: Path, config: RunConfig, monkeypatch) -> None:
@@ -228,7 +223,7 @@ def test_tuning_never_reads_the_test_split(runs: Path, config: RunConfig, monkey
         train.main([str(prepare(runs, config.to_json()))])
 
 
-def test_the_command_compares_skips_and_draws(runs: Path, model: str, task: str, capsys) -> None:
+def test_the_command_compares_skips_and_draws(runs: Path, model: str, task: str, here, capsys) -> None:
     command = ["--model", model, "--task", task, "--projections", "lora", "unilora", "--budget", "200"]
     command += ["--lr", "0.02", "--runs", str(runs)]
     assert compare.main(command) == 0
@@ -303,13 +298,18 @@ def test_endless_epochs_are_refused(runs: Path, capsys) -> None:
         (["--task", "glue/x"], "unknown task 'glue/x'. Known: vader"),
         (["--lr", "fast"], "--lr must be table, auto or a positive number, got 'fast'"),
         (["--lr", "nan"], "--lr must be table, auto or a positive number, got 'nan'"),
+        (["--lr", "0"], "--lr must be table, auto or a positive number, got '0'"),
+        (["--projections", "lora", "gaussian"], "got none for gaussian. Known: lora, unilora"),
         (["--seeds", "1", "1"], "--seeds must hold each value once, got 1 twice"),
         (["--projections", "lora", "lora"], "--projections must hold each value once"),
         (["--budget", "0"], "--budget must be at least 1"),
         (["--model", "no/such-model"], "must be one of minilm, smollm2"),
     ],
 )
-def test_a_bad_name_ends_the_command_before_anything_is_trained(runs: Path, extra, message: str, capsys) -> None:
+def test_a_bad_name_ends_the_command_before_anything_is_trained(
+    runs: Path, extra, message: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a hub out of reach is asked again and again
     assert compare.main([*extra, "--runs", str(runs)]) == 2
     assert message in capsys.readouterr().err and not runs.exists()
 

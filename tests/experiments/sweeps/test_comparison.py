@@ -1,7 +1,6 @@
 """The table: ranked by score, silent about nothing."""
 
 import math
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -65,19 +64,6 @@ def test_the_committed_rates_are_the_best_of_the_committed_record() -> None:
     tuned_at = {key: common[key] for key in ("model", "task", "train_size", "epochs")}
     assert {key: sweep.settings[key] for key in tuned_at} == tuned_at
     assert set(trials["budget"].dropna()) == {sweep.settings["budget"]} and sweep.settings["r"] == 4
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--projections", "lora", "gaussian"], "got none for gaussian. Known: lora, unilora.* Pass --lr auto"),
-        (["--lr", "fast"], "--lr must be table, auto or a positive number, got 'fast'"),
-        (["--lr", "0"], "--lr must be table, auto or a positive number, got '0'"),
-    ],
-)
-def test_a_rate_that_nobody_knows_is_asked_for(options: list[str], message: str, runs: Path, capsys) -> None:
-    assert compare.main([*options, "--runs", str(runs)]) == 2
-    assert re.search(message, capsys.readouterr().err) and not runs.exists()
 
 
 def test_automatic_rates_are_tuned_on_a_seed_that_is_not_reported(

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,17 +14,17 @@ import pytest
 
 from experiments import sweep, train
 from experiments.files import read_json
-from experiments.records.reading import load, metrics
+from experiments.records.reading import load, losses
 from experiments.runs.callbacks import StopOnSignal
-from experiments.runs.folder import METRICS, RESULT, prepare
-from experiments.runs.settings import RunConfig
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import LOSSES, RESULT, prepare
 from experiments.sweeps import workers
 from experiments.sweeps.file import CONF
 from tests.experiments.processes import ROOT, start_sweep, training_processes
 
-# what the clock and the machine decide
 # a single trial of each cell, which has no edge
 ONE_RATE = "tune.lr=[0.05]"
+# what the clock and the machine decide
 NOT_COMPARED = ["cost", "provenance", "folder"]
 STATE = "trainer_state.json"
 
@@ -41,8 +40,11 @@ def _finished(runs: Path) -> dict[Path, tuple[int, bytes]]:
     return found
 
 
-# a process that dies of SIGKILL: in the eighth step, two after a checkpoint; while the second checkpoint is written, a
-# file of it cut short; or while the result is written, of which half has reached the disk
+# where a run dies of SIGKILL, and how many of its twelve steps the second start trains, with a checkpoint after six and
+# twelve: in the eighth step; while the second checkpoint is written, a file of it cut short; or while the result is
+# written, of which half has reached the disk
+MOMENTS = {"step": 6, STATE: 6, "optimizer.pt": 6, "adapter_model.safetensors": 6, RESULT: 0}
+# a process that forks one for each of these moments: its libraries are imported once
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -50,7 +52,6 @@ from transformers import Trainer
 from experiments import train
 from experiments.runs.callbacks import StopOnSignal
 
-moment, folder = sys.argv[1:]
 save, replace, step_end = Trainer._save_checkpoint, os.replace, StopOnSignal.on_step_end
 
 def die():
@@ -80,24 +81,23 @@ def replacing(source, target):
     replace(source, target)
 
 StopOnSignal.on_step_end, Trainer._save_checkpoint, os.replace = on_step_end, saving, replacing
-train.main([folder])
+for moment, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    if not (child := os.fork()):
+        train.main([folder])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
 """
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(
-    ("moment", "again"),
-    [("step", 6), (STATE, 6), ("optimizer.pt", 6), ("adapter_model.safetensors", 6), ("result.json", 0)],
-)
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_identical_records(
-    moment: str, again: int, runs: Path, tmp_path: Path, config: RunConfig, monkeypatch
+    runs: Path, tmp_path: Path, config: RunConfig, monkeypatch
 ) -> None:
-    """again: how many of the twelve steps, with a checkpoint after six and after twelve, the second start trains."""
     twice = replace(config, evaluations=2, timing=False).to_json()
-    whole, folder = prepare(tmp_path / "whole", twice), prepare(runs, twice)
+    whole, folders = prepare(tmp_path / "whole", twice), {moment: prepare(runs / moment, twice) for moment in MOMENTS}
     assert train.main([str(whole)]) == 0
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, str(folder)], cwd=ROOT, check=False)
-    assert killed.returncode == -signal.SIGKILL and not (folder / RESULT).exists()
+    words = [word for moment, folder in folders.items() for word in (moment, str(folder))]
+    subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=True)
     trained, plain = [], StopOnSignal.on_step_end
 
     def counted(self, args, state, control, **options):
@@ -105,12 +105,16 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_identical_record
         return plain(self, args, state, control, **options)
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", counted)
-    assert train.main([str(folder)]) == 0
-    assert not list(folder.glob(".uniproj-*"))  # of the killed process
-    assert trained == list(range(13 - again, 13))
     same = [key for key in read_json(whole / RESULT) if key not in NOT_COMPARED]
-    assert [read_json(folder / RESULT)[k] for k in same] == [read_json(whole / RESULT)[k] for k in same]
-    assert [line["step"] for line in metrics(folder)] == [line["step"] for line in metrics(whole)]
+    for moment, folder in folders.items():
+        assert not (folder / RESULT).exists(), moment
+        trained.clear()
+        assert train.main([str(folder)]) == 0, moment
+        assert not list(folder.glob(".uniproj-*")), moment  # of the killed process
+        assert trained == list(range(13 - MOMENTS[moment], 13)), moment
+        found, wanted = read_json(folder / RESULT), read_json(whole / RESULT)
+        assert [found[key] for key in same] == [wanted[key] for key in same], moment
+        assert [line["step"] for line in losses(folder)] == [line["step"] for line in losses(whole)], moment
 
 
 def _kill(process: subprocess.Popen, runs: Path) -> None:
@@ -125,7 +129,7 @@ def _wait_for_changes(process: subprocess.Popen, runs: Path, count: int) -> None
     """Until so many times a step was logged, a checkpoint or a result written, or the sweep has ended."""
     before = None
     while count and process.poll() is None:
-        seen = {path: path.stat().st_size for name in (METRICS, STATE, RESULT) for path in _there(runs, name)}
+        seen = {path: path.stat().st_size for name in (LOSSES, STATE, RESULT) for path in _there(runs, name)}
         count -= before is not None and seen != before
         before = seen
         time.sleep(0.05)

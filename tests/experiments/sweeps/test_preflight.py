@@ -3,8 +3,7 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import yaml
 
 from experiments import compare, harness, sweep, train
 from experiments.files import read_json, write_json
-from experiments.runs.folder import CONFIG, METRICS, RESULT, prepare
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import CONFIG, LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
-from experiments.runs.settings import RunConfig
 from experiments.sweeps import launchers, preflight
 from tests.format.test_patterns import HANGS_BOTH, HANGS_RE
 
@@ -74,22 +73,26 @@ def test_own_data_that_a_run_would_fail_on(
         lambda: sweep.main([str(file), *own, "--runs", str(runs)]),
         lambda: compare.main(["--model", model, "--task", str(folder), "--lr", "auto", "--runs", str(runs)]),
     ]
-    for command in commands:
+    # one way leads to the check from everywhere
+    for command in commands if spoilt == "no test" else commands[:1]:
         assert command() == 2
         said = capsys.readouterr().err
         assert re.search(message, said), said
         assert not runs.exists()
 
 
-@pytest.mark.parametrize(("pattern", "status"), [(rf"{HANGS_RE}|.*\.(query|value)", 0), (HANGS_BOTH, 2)])
-def test_target_modules_that_re_would_not_end_on(pattern: str, status: int, file: Path, runs: Path) -> None:
-    plan = yaml.safe_load(file.read_text())
-    plan["settings"]["target_modules"] = pattern
-    file.write_text(yaml.safe_dump(plan))
-    command = [sys.executable, "-m", "experiments.sweep", str(file), "--dry-run", "--runs", str(runs)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == status, run.stderr
-    assert ("target_modules: all patterns must be matched within" in run.stderr) == (status == 2)
+def test_target_modules_that_re_would_not_end_on(file: Path, runs: Path, capsys) -> None:
+    content = yaml.safe_load(file.read_text())
+    signal.alarm(300)  # ends these tests where `re` is asked
+    try:
+        for pattern, status in (rf"{HANGS_RE}|.*\.(query|value)", 0), (HANGS_BOTH, 2):
+            content["settings"]["target_modules"] = pattern
+            file.write_text(yaml.safe_dump(content))
+            assert sweep.main([str(file), "--dry-run", "--runs", str(runs)]) == status, pattern
+            said = capsys.readouterr().err
+            assert ("target_modules: all patterns must be matched within" in said) == (status == 2), said
+    finally:
+        signal.alarm(0)
 
 
 def test_rows_in_order_are_counted_with_their_classes(folder: Path, file: Path, runs: Path, capsys) -> None:
@@ -179,7 +182,7 @@ def test_a_single_run_reads_the_rows_it_is_scored_on_before_it_trains(
     settings = {"task": str(folder), "model": model, "projection": "unilora", "d": 8, "seed": 0, "lr": 0.1}
     place = prepare(runs, resolve(settings).to_json())
     assert train.main([str(place)]) == 1
-    assert "failed: tasks:" in capsys.readouterr().out and not (place / METRICS).exists()
+    assert "failed: tasks:" in capsys.readouterr().out and not (place / LOSSES).exists()
     # a trial has no use for it
     trial = prepare(runs, resolve({**settings, "score_on": "validation", "epochs": 0.2}).to_json())
     assert train.main([str(trial)]) == 0
@@ -218,7 +221,7 @@ def test_a_run_does_not_train_on_another_device_than_its_own(config: RunConfig, 
     folder = prepare(runs, replace(config, device="cuda").to_json())
     assert train.main([str(folder)]) == 1
     assert "failed: config: the device cuda must be one of this machine" in capsys.readouterr().out
-    assert not (folder / METRICS).exists()
+    assert not (folder / LOSSES).exists()
     # a finished one of another machine is scored on such a machine
     write_json(folder / RESULT, {"config": read_json(folder / CONFIG), "metric": "accuracy", "score": 0.5,
                                  "did_not_train": None})  # fmt: skip

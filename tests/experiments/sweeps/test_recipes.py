@@ -74,22 +74,22 @@ def test_glue(recipe: str, runs: Path, few_rows: str, model: str, here) -> None:
 
 def test_math(runs: Path, few_rows: str, llama: str, here) -> None:
     # fp16 arithmetic and 64 accumulated rows need a GPU and 64 rows
-    small = ["settings.dtype=float32", "settings.accumulation=2", "settings.max_length=96", "settings.max_new_tokens=8"]
-    found = _run("math", runs, few_rows, *small, f"axes.model=[{llama}]", "settings.test_size=230")
-    assert set(found["groups"].iloc[0]) == {"gsm8k", "math500"} and found["rows"].iloc[0] == 230
+    small = ["settings.dtype=float32", "settings.accumulation=2", "settings.max_length=96", "settings.max_new_tokens=4"]
+    found = _run("math", runs, few_rows, *small, f"axes.model=[{llama}]", "settings.test_size=24")
+    assert set(found["groups"].iloc[0]) == {"gsm8k", "math500"} and found["rows"].iloc[0] == 24
     texts = pd.read_csv(Path(found["folder"].iloc[0]) / "predictions-last.csv")
     assert set(texts.columns) == {"group", "label", "prediction", "text"}
 
 
 def test_instruction(runs: Path, few_rows: str, llama: str, here) -> None:
     # the 4-bit base is quantised on the CPU too; a paged optimiser is not
-    small = ["settings.optimizer=adamw_torch", "settings.max_length=96", "settings.max_new_tokens=8"]
+    small = ["settings.optimizer=adamw_torch", "settings.max_length=96", "settings.max_new_tokens=4"]
     found = _run("instruction", runs, few_rows, *small, f"cases=[{{model:{llama}}}]")
     assert set(found["quantization"]) == {"nf4"} and set(found["rows"]) == {6}
     assert 0.0 <= found["score"].iloc[0] <= 1.0
     folder = Path(found["folder"].iloc[0])
     assert mt_bench.main([str(folder), "--questions", "3"]) == 0
-    answers = [json.loads(line) for line in (folder / mt_bench.FILE).read_text().splitlines()]
+    answers = [json.loads(line) for line in (folder / mt_bench.ANSWERS).read_text().splitlines()]
     assert [answer["question_id"] for answer in answers] == [81, 82, 83]
     assert all(len(answer["choices"][0]["turns"]) == 2 for answer in answers)
 
@@ -116,7 +116,7 @@ def test_a_folder_of_pictures(runs: Path, tmp_path: Path, few_rows: str, vit: st
 def test_commonsense_trains_and_is_tested_on_all_eight(runs: Path, few_rows: str, llama: str, here) -> None:
     # 120 rows of each test, of which eight are drawn from each on average
     other = ["settings.task=commonsense", "settings.dtype=float32", "settings.accumulation=2", "settings.max_length=96"]
-    other += ["settings.max_new_tokens=8", "settings.test_size=64", f"axes.model=[{llama}]"]
+    other += ["settings.max_new_tokens=4", "settings.test_size=64", f"axes.model=[{llama}]"]
     found = _run("math", runs, few_rows, *other).iloc[0]
     assert found["task"] == "commonsense" and found["rows"] == 64
     assert set(found["groups"]) == set(TESTS) and len(TESTS) == 8

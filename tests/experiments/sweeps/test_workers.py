@@ -11,7 +11,7 @@ from experiments import train
 from experiments.errors import ExperimentError
 from experiments.processes import Processes
 from experiments.runs import distributed
-from experiments.runs.folder import METRICS, RESULT
+from experiments.runs.folder import LOSSES, RESULT
 from experiments.sweeps import workers
 from tests.experiments.processes import ROOT
 from tests.sweeps import made_up, write_run
@@ -21,8 +21,8 @@ import signal, sys
 from pathlib import Path
 from experiments.sweeps import workers
 
-folder, sys.executable, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-workers.start(folder, workers.Processes(processes))
+sys.executable = sys.argv[2]
+workers.start(Path(sys.argv[1]))
 signal.pause()
 """
 # in place of Python with a run: it opens a pipe, and says so if it lives for long
@@ -34,13 +34,13 @@ with open({fifo!r}, "w") as fifo:
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_launcher_started_ends_with_it(processes: int, tmp_path: Path) -> None:
+@pytest.mark.system
+def test_what_a_launcher_started_ends_with_it(tmp_path: Path) -> None:
     fifo, run = tmp_path / "fifo", tmp_path / "run"
     os.mkfifo(fifo)
     run.write_text(RUN.format(python=sys.executable, fifo=str(fifo)))
     run.chmod(0o755)
-    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(run), str(processes)]
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(run)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # the pipe opens when the run has opened it, too
     with subprocess.Popen(command, cwd=ROOT, env=environment) as launcher, fifo.open() as opened:
@@ -168,5 +168,5 @@ def test_zeros_in_the_log_of_a_run_do_not_stop_its_launcher(tmp_path: Path, monk
     for folder in folders:
         folder.mkdir()
     line = b'{"step": 1, "of": 9, "loss": 0.7}\n'
-    (folders[0] / METRICS).write_bytes(line + bytes(4096) + b"\n" + line)  # as a power cut leaves it
+    (folders[0] / LOSSES).write_bytes(line + bytes(4096) + b"\n" + line)  # as a power cut leaves it
     assert workers.train_all(folders, "cpu") == {} and started == folders

@@ -18,7 +18,7 @@ from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.run import Run
 from experiments.tasks.formats import FORMATS, read_csv, read_tsv
-from experiments.tasks.sources import read_file
+from experiments.tasks.splits import read_file
 
 LOOKALIKES = ["12", "007", "1.50", "True", "False", "NA", "null", "nan", "None", "2024-01-01", "1e5"]
 
@@ -43,7 +43,9 @@ def _write(rows: pd.DataFrame, path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("columns", [("text",), ("sentence",), ("sentence1", "sentence2"), ("question", "sentence")])
+@pytest.mark.parametrize(
+    "columns", [("text",), ("premise", "hypothesis"), ("question", "sentence"), ("prompt", "completion")]
+)
 def test_texts_that_look_like_something_else_stay_texts(suffix: str, columns: tuple, tmp_path: Path) -> None:
     for value in (LOOKALIKES, ["1", "2"], ["True", "False"], ["1.0", "2.5"]):
         rows = {column: value for column in columns} | {"label": [0, 1] * (len(value) // 2) + [0] * (len(value) % 2)}
@@ -368,7 +370,7 @@ def test_labels_with_gaps_make_a_head_of_as_many_classes(tmp_path: Path, model: 
 
 def test_the_metric_changes_no_id_where_it_is_not_set(tmp_path: Path, model: str) -> None:
     from experiments.files import digest
-    from experiments.runs.settings import RunConfig
+    from experiments.runs.config import RunConfig
     from experiments.sweeps.file import CONF, read
 
     sweep = read(CONF / "sweeps" / "smoke.yaml")
@@ -453,7 +455,7 @@ def test_a_text_that_a_tokenizer_would_read_for_minutes(column: str, tmp_path: P
             [0, 1_000_000],
             "glue/rte/test: class labels must count from 0 and lie below 10,000, got 1000000 in row 2",
         ),
-        ("rte", [0, -1], "glue/rte/test: class labels must count from 0, got -1"),
+        ("rte", [0, -1], "glue/rte/test: class labels must count from 0, got -1. -1 marks hidden labels"),
         ("rte", [0, 10**400], "glue/rte/test: labels must be integers .classes. or floats .regression., got"),
         ("stsb", [0.5, float("inf")], "glue/stsb/test: labels to regress must be finite in single precision, got inf"),
         ("stsb", [0.5, 1e300], "glue/stsb/test: labels to regress must be finite in single precision, got 1e"),

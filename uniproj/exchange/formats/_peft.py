@@ -1,8 +1,8 @@
-"""A method of PEFT as a foreign format: its folders out and in, and its live adapters.
+"""A method of PEFT as a foreign format: export and import of its folders, and of its adapters in memory.
 
-PEFT's own code writes and reads the tensors, on linear layers of the right shapes in place of the base model. Each
-method is one list of pairs (a tensor of PEFT's, our view of the same numbers); both directions copy along that list, so
-they cannot disagree.
+PEFT's own code writes and reads the tensors, on a stand-in for the base model: linear layers of the same names and
+shapes. Each method lists pairs (a tensor of PEFT's, our view of the same numbers); both directions copy along that
+list, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uniproj.exchange.adapter import Adapter, LoRAAdapter
 from uniproj.exchange.registry import Format
 from uniproj.format.compatibility import first_difference
 from uniproj.format.disk import exists
-from uniproj.format.fields import Role, of
+from uniproj.format.fields import Role, fields_of
 from uniproj.format.file import CONFIG
 from uniproj.format.heads import entitled
 from uniproj.format.places import linear_modules
@@ -36,16 +36,16 @@ from uniproj.tuner.config import UniProjConfig
 
 _FLOAT32 = 1e-6  # frozen numbers this close are the same draw at float32 precision
 _PASS_BASE = "Pass --base."
-# fields that say where an adapter belongs: on the layers that stand in for the base model they would have no meaning
-_OF_THE_MODEL = (*of(Role.BASE, Role.PLACE), "modules_to_save")
+# fields that say where an adapter belongs: they have no meaning on the stand-in for the base model
+_OF_THE_MODEL = (*fields_of(Role.BASE, Role.PLACE), "modules_to_save")
 
-# name, seed and hyperparameters of a projection
+# a projection of ours that may be PEFT's: name, seed, hyperparameters
 Candidate = tuple[str, int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """`fixed`: why PEFT's tensor may not change, or nothing."""
+    """One tensor of PEFT's and our view of the same numbers; fixed: why PEFT's must not change, empty if it may."""
 
     where: str
     theirs: Tensor
@@ -71,15 +71,16 @@ class Attached:
         return self.tensor(next(iter(self.layers)), attribute)
 
     def fixed_without(self, flag: str) -> str:
-        """Why a frozen tensor may not change, unless PEFT saves it."""
+        """Why a frozen tensor must not change; empty if the configuration makes PEFT save it."""
         return "" if getattr(self.config, flag) else f"PEFT redraws it on loading unless the config has {flag}=True"
 
 
 class PeftMethod(Format):
-    """kind: PEFT's type; config: its configuration; accepts: the projections that it can hold.
+    """A PEFT type. A subclass writes the class variables and the methods from `build` to `draws_ours`.
 
-    saved: the fields under which PEFT's frozen numbers are in the file, where `draws_ours` may say that they must be;
-    needs_order: whether the base's order of registration decides P; needs_weights: whether its weights do.
+    kind: PEFT's name of the type; config: its class of configurations; accepts: the projections it can hold; saved: the
+    fields that make PEFT save its frozen numbers, set unless it draws the same ones (`draws_ours`); needs_order:
+    whether P depends on the base model's order of registration; needs_weights: whether P depends on its weights.
     """
 
     kind: ClassVar[str]
@@ -89,10 +90,10 @@ class PeftMethod(Format):
     needs_order: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
 
-    # ---- what a method says of itself: `build` to `draws_ours` --------------------------------------
+    # ---- what a subclass writes ---------------------------------------------------------------------
 
     def build(self, theirs: Attached) -> Projection:
-        """P with PEFT's own frozen tensors; its learned ones come by `pairs`."""
+        """P with PEFT's frozen tensors; the caller copies the learned ones along `pairs`."""
         raise NotImplementedError
 
     def pairs(self, theirs: Attached, P: Any, theta_d: Tensor) -> Iterator[Pair]:
@@ -100,15 +101,15 @@ class PeftMethod(Format):
         raise NotImplementedError
 
     def fields(self, P: Any, config: UniProjConfig) -> dict[str, Any]:
-        """The fields of PEFT's configuration that decide P."""
+        """The fields of PEFT's configuration on which P depends."""
         raise NotImplementedError
 
     def candidates(self, P: Any, config: Any, order: tuple[str, ...]) -> Iterator[Candidate]:
-        """The projections of ours that may be P; order: PEFT's of registration."""
+        """The projections of ours that may be P; order: the modules in PEFT's order of registration."""
         raise NotImplementedError
 
     def moved(self, theirs: Any, ours: Any, theta_d: Tensor) -> Tensor | None:
-        """The theta_d of `ours` that gives what `theirs` makes of theta_d, or None if no theta_d does."""
+        """The x with ours(x) = theirs(theta_d), or None if there is none."""
         same = theirs.name == ours.name and all(
             torch.allclose(mine.double(), theirs.constants()[name].double(), rtol=_FLOAT32, atol=_FLOAT32)
             for name, mine in ours.constants().items()
@@ -116,10 +117,10 @@ class PeftMethod(Format):
         return theta_d if same else None
 
     def draws_ours(self, adapter: Adapter, drawn: Any) -> bool:
-        """Whether PEFT comes to the same P by itself; drawn: the P to which it comes."""
+        """Whether PEFT draws the adapter's P from its seed; drawn: the P that PEFT draws."""
         return True
 
-    # ---- live adapters ------------------------------------------------------------------------------
+    # ---- adapters in memory -------------------------------------------------------------------------
 
     @torch.no_grad()
     def take(self, model: PeftModel, adapter_name: str, dtype: torch.dtype) -> tuple[Projection, Tensor]:
@@ -194,16 +195,17 @@ class PeftMethod(Format):
     # ---- folders ------------------------------------------------------------------------------------
 
     def reads(self, folder: Path) -> bool:
-        """By the configuration in it."""
+        """Whether the configuration in a folder names this PEFT type."""
         return exists(folder / CONFIG) and peft_folder.peft_type(folder) == self.kind
 
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
-        """A folder of this PEFT type, with the same updates. PEFT's frozen numbers are saved where it could not draw
-        ours.
+        """Write a folder of this PEFT type, with the same updates; PEFT's frozen numbers are saved if it would draw
+        others.
 
-        PEFT's methods have no alpha / r: s goes into theta_d (s B A is the update of sqrt(s) theta_d, or of s theta_d
-        where c is one of the factors). Raises AdapterError for another method, unequal s or ranks, and for a TINYLORA
-        without the base model, whose order of registration decides which modules share numbers.
+        PEFT's methods have no alpha / r, so s is multiplied into theta_d: s B A is the update of sqrt(s) theta_d, or of
+        s theta_d where c is one of the factors. Raises AdapterError for another method, for s or ranks that differ
+        between modules, and for a TINYLORA without the base model, whose order of registration decides which modules
+        share numbers.
         """
         self._check_accepts("export", adapter.projection)
         theta_d = self._scaled(adapter)
@@ -230,10 +232,10 @@ class PeftMethod(Format):
         peft_folder.write(folder, {**config.to_dict(), "inference_mode": True}, index, tensors.values())
 
     def read(self, folder: Path, base: str | nn.Module | None, trust_remote_code: bool) -> Adapter | LoRAAdapter:
-        """An adapter of this PEFT type, with the same updates to the last bits of float32.
+        """Read an adapter of this PEFT type; the updates are the same up to float32's rounding.
 
-        P is made again from its seed where `candidates` have it; else every A and B is kept as `lora`, D numbers.
-        Raises AdapterError without a base (its configuration is enough, but for TINYLORA), and for tensors that do not
+        P is one of `candidates` if one of them gives the same theta_D; else A and B are kept as `lora`, D numbers.
+        Raises AdapterError without a base model, of which only TINYLORA needs the weights, and for tensors that do not
         fit it.
         """
         config = peft_folder.read_config(folder, self.kind)
@@ -259,7 +261,7 @@ class PeftMethod(Format):
             lora_dropout=getattr(config, f"{kind}_dropout"),
             bias=config.bias.replace(kind, "lora"),
             d=found.d if found.free_d else None,
-            **_rank_settings(P.layout, config.r),
+            **_rank_fields(P.layout, config.r),
         )
         _copy_places(config, ours, list(shapes))
         other = entitled(other, config.to_dict(), shapes, str(folder))
@@ -269,10 +271,10 @@ class PeftMethod(Format):
     def rebuilt(
         self, P: Projection, theta_d: Tensor, config: PeftConfig, order: tuple[str, ...], weights: Mapping | None
     ) -> tuple[Projection, Tensor, dict[str, Any]]:
-        """The same theta_D from a P of the registry, with its theta_d and its hyperparameters.
+        """A P of the registry that gives the same theta_D, its theta_d, and its hyperparameters.
 
-        order: PEFT's of registration; weights: the base model's, where P is made of them. Falls back on `lora`, where
-        theta_d is theta_D itself.
+        order: the modules in PEFT's order of registration; weights: the base model's, if P is made of them. Where no
+        candidate gives the same theta_D it is `lora`, whose theta_d is theta_D itself.
         """
         for name, seed, hyperparameters in self.candidates(P, config, order):
             options = hyperparameters | ({"base_weights": weights} if get(name).needs_base_weights else {})
@@ -302,7 +304,7 @@ class PeftMethod(Format):
     def _filled(
         self, folder: Path, config: PeftConfig, shapes: Mapping[str, tuple[int, int]], own: Mapping[str, Tensor]
     ) -> PeftModel:
-        """PEFT's model with these tensors. Raises AdapterError for one that is missing, left over or misshapen."""
+        """PEFT's model with these tensors. Raises AdapterError for a missing, an extra, or a misshapen tensor."""
         plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
         plain = {name: value for name, value in plain.items() if name not in (*_OF_THE_MODEL, "peft_type")}
         model = _attached(self.config(**plain | {"inference_mode": False, "bias": "none"}), shapes)
@@ -312,7 +314,7 @@ class PeftMethod(Format):
             raise AdapterError(
                 f"{folder}: must fit the base model, got {error}. Pass the adapter's own base."
             ) from error
-        # every layer names what all layers share: loaded once, it is loaded everywhere
+        # each layer lists the tensors that all layers share: one of them loaded, all are
         state = model.state_dict()
         loaded = {state[name].data_ptr() for name in state.keys() - set(result.missing_keys)}
         lacking = (n for n in result.missing_keys if f".{self.kind.lower()}_" in n)
@@ -332,7 +334,7 @@ def _known_order(adapter: Adapter) -> tuple[str, ...]:
 
 def _attached(config: PeftConfig, shapes: Mapping[str, tuple[int, int]]) -> PeftModel:
     config.target_modules = list(shapes)
-    return get_peft_model(bases.bare(shapes), config)
+    return get_peft_model(bases.stand_in(shapes), config)
 
 
 def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
@@ -343,17 +345,17 @@ def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
         target.target_modules = modules
 
 
-def _rank_settings(layout: LoRALayout, r: int) -> dict[str, Any]:
-    """r, and the modules whose rank PEFT cut down to their size; alpha = r everywhere, so that s = 1."""
+def _rank_fields(layout: LoRALayout, r: int) -> dict[str, Any]:
+    """r, and a rank_pattern of the modules whose rank PEFT lowered to their size; alpha = r, so that s = 1."""
     cut = {a.module: a.shape[0] for _, a in layout.pairs() if a.shape[0] != r}
     return {"r": r, "lora_alpha": r, "rank_pattern": cut, "alpha_pattern": dict(cut)}
 
 
 def _not_plain(layer: Any, adapter_name: str) -> str:
-    """What makes a layer's update something else than s B A, or nothing."""
-    base = layer.get_base_layer()
-    if isinstance(base, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-        return type(base).__name__
+    """Why the update of a layer is not s B A; empty if it is."""
+    adapted = layer.get_base_layer()
+    if isinstance(adapted, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        return type(adapted).__name__
     if hasattr(layer, "parameter_name"):
         return f"target_parameters {layer.parameter_name!r}"
     if adapter_name in getattr(layer, "lora_variant", {}):

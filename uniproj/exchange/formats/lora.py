@@ -1,4 +1,4 @@
-"""LoRA folders of PEFT, out and in, without the base model."""
+"""Export and import of PEFT's LORA folders, which need no base model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import peft_folder
-from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_settings, ranks, scales
+from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields, scales
 from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod
 from uniproj.exchange.registry import register
 from uniproj.format.fields import Role, used
 from uniproj.format.heads import entitled
+from uniproj.format.patterns import of_modules
 from uniproj.layout import Block, LoRALayout
 from uniproj.projections.lora import LoRA
 
@@ -27,7 +28,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @register("lora")
 class LoRAFormat(PeftMethod):
-    """A and B say everything, so no folder needs a base model, and any projection can be written."""
+    """A folder holds every A and B, so no base model is needed, and any projection can be written."""
 
     kind, config, accepts = "LORA", LoraConfig, LoRA
     takes_rank = True
@@ -43,11 +44,11 @@ class LoRAFormat(PeftMethod):
             yield Pair(f"{block.module}.{factor}", theirs.tensor(block.module, factor).weight, ours)
 
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
-        """As `write` in this file."""
+        """See `write` below."""
         write(adapter.lora(), folder, rank)
 
     def read(self, folder: Path, base: str | nn.Module | None, trust_remote_code: bool) -> LoRAAdapter:
-        """As `read` in this file."""
+        """See `read` below."""
         return read(folder)
 
 
@@ -55,9 +56,8 @@ def read(folder: Path) -> LoRAAdapter:
     """The adapter in a folder of PEFT's LORA, theta_D in float64.
 
     Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and other starts for
-    which PEFT changes the base weights, an alpha that is no number, factors of layers that are
-    not linear, a factor without its pair, numbers that are not finite, and tensors to which the configuration does not
-    entitle the folder.
+    which PEFT changes the base weights, an alpha that is no number, factors of layers that are not linear, a factor
+    without its pair, numbers that are not finite, and tensors that the configuration does not account for.
     """
     config = peft_folder.read_config(folder, "LORA")
     if changed := used(vars(config), Role.VARIANT):
@@ -88,7 +88,8 @@ def read(folder: Path) -> LoRAAdapter:
         raise AdapterError(f"{folder}: every factor must belong to a linear layer, got {odd or 'none'}. Leave it out.")
     shapes = {module: (factors[module, "B"].shape[0], factors[module, "A"].shape[1]) for module in modules}
     layout = LoRALayout.from_shapes(shapes, {module: factors[module, "A"].shape[0] for module in modules})
-    for (module, r), (_, A) in zip(ranks(config, layout.modules).items(), layout.pairs(), strict=True):
+    ranks = of_modules("rank_pattern", config.rank_pattern, layout.modules, config.r)
+    for (module, r), (_, A) in zip(ranks.items(), layout.pairs(), strict=True):
         if r != A.shape[0]:
             raise AdapterError(
                 f"{folder}: the factors of {module} must have the rank of the configuration, {r!r}, got {A.shape[0]}. "
@@ -101,17 +102,17 @@ def read(folder: Path) -> LoRAAdapter:
 
 
 def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
-    """A folder of PEFT's LORA in float32, one module after the other; theta_D is all that is held in memory.
+    """Write a folder of PEFT's LORA in float32, module by module: only theta_D is held in memory.
 
-    Without `rank`, A and B are the numbers of theta_D, at their ranks. With it, every module gets this rank by columns
-    of B and rows of A that are 0, and the configuration one rank and one alpha, a whole number; where modules differ in
-    s, or alpha would be no whole number, the rest of s goes into B, which is rounded once.
+    Without `rank`, A and B are the numbers of theta_D, at their own ranks. With it, every module is padded to this rank
+    by rows of A and columns of B that are 0, and the configuration has one rank and one integer alpha; where modules
+    differ in s, or alpha would be no integer, the rest of s is multiplied into B, which is rounded once.
 
     Raises AdapterError for a rank below that of a module, and where the disk refuses; what was there before stays.
     """
-    ranks = [a.shape[0] for _, a in adapter.layout.pairs()]
-    if rank is not None and rank < max(ranks):
-        raise AdapterError(f"export: rank must be at least that of every module, {max(ranks)}, got {rank}. Raise it.")
+    largest = max(a.shape[0] for _, a in adapter.layout.pairs())
+    if rank is not None and rank < largest:
+        raise AdapterError(f"export: rank must be at least that of every module, {largest}, got {rank}. Raise it.")
     config = _config(adapter, rank)
     written = scales(config, adapter.layout, rank)
     shapes = {_name(block): _shape(block, rank) for block in adapter.layout.blocks}
@@ -123,20 +124,20 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
             rest = adapter.scales[block.module] / written[block.module]
             if block.factor == "B" and rest != 1.0:
                 factor = factor.double() * rest
-            more = (size - now for size, now in zip(reversed(shapes[_name(block)]), reversed(block.shape), strict=True))
-            yield torch.nn.functional.pad(factor.float(), [n for size in more for n in (0, size)])
+            (rows, columns), (now, across) = shapes[_name(block)], block.shape
+            yield torch.nn.functional.pad(factor.float(), (0, columns - across, 0, rows - now))
         yield from adapter.other.values()
 
     peft_folder.write(folder, config.to_dict(), index, tensors())
 
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
-    settings = lora_settings(adapter.config) | {"inference_mode": True}
+    fields = lora_fields(adapter.config) | {"inference_mode": True}
     if rank is not None:
         first = next(iter(adapter.scales.values()))
-        settings |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
-        settings |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    return LoraConfig(**settings)
+        fields |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
+        fields |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    return LoraConfig(**fields)
 
 
 def _name(block: Block) -> str:

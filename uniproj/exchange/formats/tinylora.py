@@ -18,7 +18,7 @@ from uniproj.tuner.quantised import BaseWeights
 
 @register("tinylora")
 class TinyLoRAFormat(PeftMethod):
-    """Modules share numbers by the base model's order of registration."""
+    """Which modules share numbers follows from the base model's order of registration."""
 
     kind, config, accepts = "TINYLORA", TinyLoraConfig, TinyLoRA
     needs_order = needs_weights = True
@@ -56,7 +56,7 @@ class TinyLoRAFormat(PeftMethod):
         return {"u": P.u, "weight_tying": config.projection_kwargs.get("weight_tying", 0.0), "projection_seed": P.seed}
 
     def candidates(self, P: TinyLoRA, config: Any, order: tuple[str, ...]) -> Iterator[Candidate]:
-        """Ours, where uniproj made the factors: of PEFT's own SVD no seed gives the signs and the rounding."""
+        """Ours, if uniproj made the factors: the signs and the rounding of PEFT's own SVD follow from no seed."""
         yield "tinylora", config.projection_seed, {"u": config.u, "weight_tying": config.weight_tying}
 
     def moved(self, theirs: TinyLoRA, ours: Any, theta_d: Tensor) -> Tensor | None:

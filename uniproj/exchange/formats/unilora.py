@@ -23,7 +23,7 @@ _EXACT = 1e-10
 
 @register("unilora")
 class UniLoRAFormat(PeftMethod):
-    """Its indices and scales are saved unless PEFT, which knows the seed and the base's order, draws the same ones."""
+    """Indices and scales are saved unless PEFT draws the same ones from its seed and the order of the modules."""
 
     kind, config, accepts = "UNILORA", UniLoraConfig, Partition
     saved = {"save_indices": True}
@@ -62,7 +62,8 @@ class UniLoRAFormat(PeftMethod):
     def pairs(self, theirs: Attached, P: Partition, theta_d: Tensor) -> Iterator[Pair]:
         yield Pair("unilora_theta_d", theirs.shared("unilora_theta_d"), theta_d)
         fixed = theirs.fixed_without("save_indices")
-        # one scale per coordinate here, one per row there: reading fills a throw-away copy, as `build` has read them
+        # we hold one scale per coordinate, PEFT one per row: to copy into these temporary tensors has no effect, and
+        # `build` has read both
         index, scales = P.layout.split(P.index), P.layout.split(P.scale[P.index.long()])
         for b, i, s in zip(P.layout.blocks, index, scales, strict=True):
             for name, ours in ((f"unilora_indices_{b.factor}", i), (f"unilora_scales_{b.factor}", s)):
@@ -73,7 +74,7 @@ class UniLoRAFormat(PeftMethod):
         return {"theta_d_length": P.d, "proj_seed": P.seed}
 
     def draws_ours(self, adapter: Adapter, drawn: Partition) -> bool:
-        """If it knows the order of the modules, and comes to these indices and scales."""
+        """Whether the order of the modules is known, and gives these indices and scales."""
         P, known = adapter.projection, "module_order" in adapter.config.projection_kwargs
         if (adapter.order is None and not known) or not isinstance(P, Partition):
             return False
@@ -89,5 +90,5 @@ class UniLoRAFormat(PeftMethod):
                 yield from ((name, config.proj_seed, dict(variant)) for variant in get(name).variants)
 
     def moved(self, theirs: Partition, ours: Any, theta_d: Tensor) -> Tensor | None:
-        """There is one scale per coordinate: where PEFT rounded it, theta_d takes the difference."""
+        """theta_d times the ratio of the scales, as PEFT may have rounded its own."""
         return theta_d * theirs.scale / ours.scale if torch.equal(theirs.index, ours.index) else None

@@ -21,7 +21,7 @@ _FAR_BELOW = 100.0
 
 @register("vblora")
 class VBLoRAFormat(PeftMethod):
-    """Its P is learned: all of it is in the file, and none of it in a seed."""
+    """P is learned, so all of it is in the file, and no seed gives it."""
 
     kind, config, accepts = "VBLORA", VBLoRAConfig, VBLoRA
 

@@ -22,7 +22,7 @@ class VeRAFormat(PeftMethod):
     kind, config, accepts = "VERA", VeraConfig, VeRA
 
     def build(self, theirs: Attached) -> VeRA:
-        """Its matrices come by `pairs`."""
+        """P at its start; `pairs` has the matrices."""
         return VeRA(theirs.layout, theirs.config.projection_prng_key)
 
     def pairs(self, theirs: Attached, P: VeRA, theta_d: Tensor) -> Iterator[Pair]:
@@ -43,5 +43,5 @@ class VeRAFormat(PeftMethod):
         return {"projection_prng_key": P.seed}
 
     def candidates(self, P: VeRA, config: Any, order: tuple[str, ...]) -> Iterator[Candidate]:
-        """Every way to draw the matrices."""
+        """VeRA with each rule for drawing the matrices."""
         yield from (("vera", config.projection_prng_key, dict(variant)) for variant in get("vera").variants)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import provenance
+from experiments import provenance
 
 
 def _git(folder: Path, *arguments: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import resource
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from experiments.files import write_text
 from experiments.runs.run import HEAD, Run
+from experiments.runs.step_time import step_times
 from uniproj.claims import isometry_error
 from uniproj.format import HEADS
 from uniproj.projection import Projection
@@ -27,7 +29,46 @@ ADAPTER = "adapter"
 _CHECKED_ENTRIES = 2**28
 
 
-def validations(run: Run) -> dict[str, Any]:
+def evaluate(run: Run, before: float) -> dict[str, Any]:
+    """Everything a trained run is asked; the test split is read only where the configuration says so.
+
+    One that diverged has no score and no adapter.
+    """
+    after, change, diverged = run.probe(), _theta_change(run), run.divergence.reason
+    scored = _unscored(run) if diverged else _scored(run)
+    saved = None if diverged else _saved(run)
+    return {
+        "config": run.config.to_json(),
+        "metric": run.task.metric,
+        "classes": list(run.task.classes) or None,
+        **scored,
+        "loss_before": _finite(before),
+        "loss_after": _finite(after),
+        "did_not_train": diverged or did_not_train(before, after, change),
+        "theta_change": _finite(change),
+        **_sizes(run, saved),
+        "adapter_sha256": saved and hashlib.sha256(saved.read_bytes()).hexdigest(),
+        "incomplete_data": _data_rows(run),
+        **(_timed(run) if run.config.timing and not diverged else {}),
+    }
+
+
+def _scored(run: Run) -> dict[str, Any]:
+    validation = _validations(run)
+    on_test = run.config.score_on == "test"
+    return {**(_tested(run) if on_test else {"score": validation["validation"]}), **validation}
+
+
+def _saved(run: Run) -> Path:
+    """The file of the adapter, which the first process writes."""
+    run.trainer.accelerator.wait_for_everyone()
+    if run.trainer.is_world_process_zero():
+        run.model.save_pretrained(run.folder / ADAPTER)
+    run.trainer.accelerator.wait_for_everyone()
+    return run.folder / ADAPTER / "adapter_model.safetensors"
+
+
+def _validations(run: Run) -> dict[str, Any]:
     """The validation score of the last step and of the best one, by the family's selection."""
     key, state = run.family.selection, run.trainer.state
     last = next(line[key] for line in reversed(state.log_history) if key in line)
@@ -35,14 +76,14 @@ def validations(run: Run) -> dict[str, Any]:
     return {
         "selection": key.removeprefix("eval_"),
         "higher_is_better": run.family.higher_is_better,
-        "validation": finite(last),
-        "validation_best": finite(last if state.best_metric is None else state.best_metric),
+        "validation": _finite(last),
+        "validation_best": _finite(last if state.best_metric is None else state.best_metric),
         "step": state.global_step,
         "best_step": best_step,
     }
 
 
-def tested(run: Run) -> dict[str, Any]:
+def _tested(run: Run) -> dict[str, Any]:
     """Scores on the test split of the last checkpoint and of the best; the predictions go to CSV files."""
     last = _scores(run, "last")
     best_step = run.trainer.state.best_global_step
@@ -62,25 +103,25 @@ def _scores(run: Run, which: str) -> dict[str, Any]:
     predictions = run.family.predict(run.trainer, rows)
     if run.trainer.is_world_process_zero():
         write_text(run.folder / f"predictions-{which}.csv", predictions.to_csv(index=False))
-    scores = {metric: finite(value) for metric, value in run.task.scores(predictions).items()}
+    scores = {metric: _finite(value) for metric, value in run.task.scores(predictions).items()}
     if run.task.family == "causal" and rows["completion"].str.len().gt(0).all():
-        scores["loss"] = finite(run.loss(run.family.encode(rows)))
+        scores["loss"] = _finite(run.loss(run.family.encode(rows)))
     groups = predictions.groupby("group") if "group" in predictions else ()
     return {
         "score": scores[run.task.metric],
         "scores": scores,
-        "groups": {name: finite(run.task.score(part.drop(columns="group"))) for name, part in groups},
-        "majority": finite(run.task.majority(predictions)),
+        "groups": {name: _finite(run.task.score(part.drop(columns="group"))) for name, part in groups},
+        "majority": _finite(run.task.majority(predictions)),
         "rows": len(predictions),
     }
 
 
-def unscored(run: Run) -> dict[str, Any]:
-    """What `tested` and `validations` say of a run that diverged: what is known without a prediction."""
+def _unscored(run: Run) -> dict[str, Any]:
+    """What `_tested` and `_validations` say of a run that diverged: what is known without a prediction."""
     absent: dict[str, Any] = {"score": None}
     if run.config.score_on == "test":
         rows = run.test_rows()
-        absent |= {"scores": {}, "groups": {}, "majority": finite(run.task.majority(rows)), "rows": len(rows)}
+        absent |= {"scores": {}, "groups": {}, "majority": _finite(run.task.majority(rows)), "rows": len(rows)}
         absent |= {"best": None}
     return {
         **absent,
@@ -93,7 +134,7 @@ def unscored(run: Run) -> dict[str, Any]:
     }
 
 
-def theta_change(run: Run) -> float:
+def _theta_change(run: Run) -> float:
     """Largest change of an entry of theta_d since the start."""
     theta_d = adapter_of(run.model).theta_d.detach().cpu()
     return float((theta_d - run.projection.init_theta(run.config.init_seed).cpu()).abs().max())
@@ -110,7 +151,7 @@ def did_not_train(before: float, after: float, change: float) -> str | None:
     return None
 
 
-def sizes(run: Run, saved: Path | None) -> dict[str, Any]:
+def _sizes(run: Run, saved: Path | None) -> dict[str, Any]:
     """Numbers trained; bytes stored (the file), resident (what P holds besides), and those of them that are indices.
 
     saved: the file of the adapter, None where there is none.
@@ -155,10 +196,11 @@ def _held_tensors(P: Projection) -> Iterator[Tensor]:
             waiting += vars(value).values() if hasattr(value, "__dict__") else ()
 
 
-def isometry(run: Run) -> dict[str, Any]:
-    """max|P^T P - I| of the P that was trained, where it is cheap to know."""
+def _timed(run: Run) -> dict[str, Any]:
+    """max|P^T P - I| of the P that was trained, where it is cheap to know, and the times of training steps."""
     P = run.projection
-    return {"isometry_error": isometry_error(P) if P.sparse or P.D * P.d <= _CHECKED_ENTRIES else None}
+    cheap = P.sparse or P.D * P.d <= _CHECKED_ENTRIES
+    return {"isometry_error": isometry_error(P) if cheap else None, **step_times(run)}
 
 
 def peak_bytes(device: str) -> int:
@@ -168,22 +210,17 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def finite(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     """The number, or None in place of NaN and infinity, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
-def data_rows(run: Run) -> dict[str, dict[str, int]]:
+def _data_rows(run: Run) -> dict[str, dict[str, int]]:
     """Rows at hand against those published, for splits where they differ: scores are then not comparable."""
-    read = {"test": ("test",), "train": ("train", "validation")}
-    found = {name: sum(len(run.task.split(s)) for s in splits) for name, splits in read.items() if _may_read(run, name)}
-    published = run.task.published
-    return {
-        name: {"rows": found[name], "published": published[name]}
-        for name in found
-        if name in published and found[name] != published[name]
-    }
-
-
-def _may_read(run: Run, split: str) -> bool:
-    return split != "test" or run.config.score_on == "test"
+    published, found = run.task.published, {}
+    for name, splits in {"test": ("test",), "train": ("train", "validation")}.items():
+        if name in published and (name != "test" or run.config.score_on == "test"):
+            rows = sum(len(run.task.split(split)) for split in splits)
+            if rows != published[name]:
+                found[name] = {"rows": rows, "published": published[name]}
+    return found

@@ -1,8 +1,9 @@
-"""`python -m uniproj inspect` and `verify`."""
+"""`python -m uniproj verify`, and `inspect`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,18 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def test_inspect_prints_everything_known_without_a_model(tmp_path: Path, capsys, monkeypatch) -> None:
+@pytest.fixture
+def verify(capsys) -> Callable[..., tuple[int, str]]:
+    """Status and output of the command."""
+
+    def run(adapter: Path, base: Path | None = None, *more: str) -> tuple[int, str]:
+        status = main(["verify", str(adapter), *(("--base", str(base)) if base else ()), *more])
+        return status, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_inspect_prints_everything_known_without_a_model(tmp_path: Path, capsys) -> None:
     written = save(tmp_path, base_model_name_or_path="an/organisation", revision="abc", lora_alpha=6)
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -61,14 +73,8 @@ def test_inspect_prints_everything_known_without_a_model(tmp_path: Path, capsys,
     assert found["bytes"][file.WEIGHTS] == (tmp_path / file.WEIGHTS).stat().st_size
     assert main(["inspect", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for part in (
-        "unilora",
-        "an/organisation",
-        "abc",
-        header.checksum,
-        "layers.2.q (out 24, in 16, r 3)",
-        "lora_alpha=6",
-    ):
+    modules = "layers.2.q (out 24, in 16, r 3)"
+    for part in ("unilora", "an/organisation", "abc", header.checksum, modules, "lora_alpha=6"):
         assert part in said
 
 
@@ -80,38 +86,35 @@ def test_a_bad_file_gives_its_sentence_and_status_2(tmp_path: Path, capsys) -> N
         assert "lora_alpha must be 3 as in the header" in capsys.readouterr().err
 
 
-def test_verify_rebuilds_P_and_looks_at_the_base(place: Path, capsys, monkeypatch) -> None:
+def test_verify_rebuilds_P_and_looks_at_the_base(place: Path, verify, monkeypatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("weights were loaded"))
-    assert main(["verify", str(place / "unilora"), "--base", str(place / "base")]) == 0
-    said = capsys.readouterr().out
-    assert "has its checksum" in said and "has its 14 modules" in said
-    assert main(["verify", str(place / "lora_xs"), "--base", str(place / "base")]) == 0
-    assert "is checked on loading" in capsys.readouterr().out
+    status, said = verify(place / "unilora", place / "base")
+    assert status == 0 and "has its checksum" in said and "has its 14 modules" in said
+    status, said = verify(place / "lora_xs", place / "base")
+    assert status == 0 and "is checked on loading" in said
 
 
-def test_verify_names_what_does_not_fit(place: Path, tmp_path: Path, capsys) -> None:
-    fields = json.loads((place / "base" / "config.json").read_text())
+def test_verify_names_what_does_not_fit(place: Path, tmp_path: Path, verify) -> None:
     for change, message in (
         ({"num_hidden_layers": 1}, "model.layers.1.mlp.down_proj is missing in this model"),
         ({"num_hidden_layers": 3}, "this model has model.layers.2.mlp.down_proj besides, and 6 more"),
         ({"intermediate_size": 40}, "must have (out, in) = (32, 48), got (32, 40)"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps({**fields, **change}))
-        assert main(["verify", str(place / "unilora"), "--base", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err
-    assert main(["verify", str(place / "unilora"), "--base", str(tmp_path / "nowhere")]) == 2
-    assert "must be a model" in capsys.readouterr().err
+        status, said = verify(place / "unilora", _llama(tmp_path, **change))
+        assert status == 2 and message in said
+    status, said = verify(place / "unilora", tmp_path / "nowhere")
+    assert status == 2 and "must be a model" in said
 
 
-def _llama_folder(folder: Path, **changes) -> Path:
-    (folder / "config.json").write_text(
-        json.dumps({**base().config.to_dict(), "architectures": ["LlamaForCausalLM"], **changes})
-    )
+def _llama(folder: Path, **changes: int) -> Path:
+    """A folder with the configuration of the base model alone, changed."""
+    fields = {**base().config.to_dict(), "architectures": ["LlamaForCausalLM"], **changes}
+    (folder / "config.json").write_text(json.dumps(fields))
     return folder
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (
             {"modules_to_save": ["embed_tokens"]},
@@ -125,54 +128,46 @@ def _llama_folder(folder: Path, **changes) -> Path:
         ({"trainable_token_indices": {"embed_tokens": [20]}}, "trainable_token_indices must be below 16"),
     ],
 )
-def test_verify_looks_at_the_vocabulary(fields, said: str, tmp_path: Path, capsys) -> None:
-    adapter, other = tmp_path / "adapter", tmp_path / "other"
-    other.mkdir()
+def test_verify_looks_at_the_vocabulary(fields, message: str, tmp_path: Path, verify) -> None:
+    adapter = tmp_path / "adapter"
     get_peft_model(base(), UniProjConfig(d=40, r=4, target_modules=["q_proj"], **fields)).save_pretrained(adapter)
-    assert main(["verify", str(adapter), "--base", str(_llama_folder(other))]) == 0
-    assert "has what is trained beside them, with its shapes: " in capsys.readouterr().out
-    assert main(["verify", str(adapter), "--base", str(_llama_folder(other, vocab_size=16))]) == 2
-    assert said in capsys.readouterr().err
+    status, said = verify(adapter, _llama(tmp_path))
+    assert status == 0 and "has what is trained beside them, with its shapes: " in said
+    status, said = verify(adapter, _llama(tmp_path, vocab_size=16))
+    assert status == 2 and message in said
     if fields == {"modules_to_save": ["embed_tokens"]}:
-        assert main(["verify", str(adapter), "--base", str(_llama_folder(other, vocab_size=80))]) == 2
+        assert verify(adapter, _llama(tmp_path, vocab_size=80))[0] == 2
 
 
-def test_verify_looks_at_the_head(tmp_path: Path, capsys) -> None:
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
+def test_verify_looks_at_the_head(tmp_path: Path, verify) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 8}
+    adapter, other = tmp_path / "adapter", tmp_path / "base"
     config = UniProjConfig(d=40, r=4, target_modules=["query"], task_type="SEQ_CLS")
-    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=5))
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    for labels, status in ((5, 0), (2, 2)):
-        BertConfig(**sizes, num_labels=labels).save_pretrained(tmp_path / "base")
-        assert main(["verify", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == status
-        out = capsys.readouterr()
-        assert ("classifier.bias, classifier.weight" in out.out) == (status == 0)
-    assert "classifier.bias: the adapter was trained with shape (5,), this model has (2,)" in out.err
-    assert "num_labels=5" in out.err
-    roberta = RobertaConfig(**sizes, num_labels=5, architectures=["RobertaForSequenceClassification"])
-    roberta.save_pretrained(tmp_path / "base")
-    assert main(["verify", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--remap", "bert=roberta"]) == 2
-    assert "classifier.bias: the adapter's file holds a trained tensor (5,) for it" in capsys.readouterr().err
+    get_peft_model(BertForSequenceClassification(BertConfig(**sizes, num_labels=5)), config).save_pretrained(adapter)
+    BertConfig(**sizes, num_labels=5).save_pretrained(other)
+    status, said = verify(adapter, other)
+    assert status == 0 and "classifier.bias, classifier.weight" in said
+    BertConfig(**sizes, num_labels=2).save_pretrained(other)
+    status, said = verify(adapter, other)
+    assert status == 2 and "classifier.bias: the adapter was trained with shape (5,), this model has (2,)" in said
+    assert "num_labels=5" in said
+    RobertaConfig(**sizes, num_labels=5, architectures=["RobertaForSequenceClassification"]).save_pretrained(other)
+    status, said = verify(adapter, other, "--remap", "bert=roberta")
+    assert status == 2 and "classifier.bias: the adapter's file holds a trained tensor (5,) for it" in said
 
 
-def test_verify_takes_a_remap_table(place: Path, tmp_path: Path, capsys) -> None:
+def test_verify_takes_a_remap_table(tmp_path: Path, verify) -> None:
     save(tmp_path)
-    assert main(["verify", str(tmp_path), "--remap", "layers=blocks"]) == 0
-    capsys.readouterr()
-    assert main(["verify", str(tmp_path), "--remap", "nothing=blocks"]) == 2
-    assert "run of whole components" in capsys.readouterr().err
+    assert verify(tmp_path, None, "--remap", "layers=blocks")[0] == 0
+    status, said = verify(tmp_path, None, "--remap", "nothing=blocks")
+    assert status == 2 and "run of whole components" in said
     with pytest.raises(SystemExit):
-        main(["verify", str(tmp_path), "--remap", "layers"])
+        verify(tmp_path, None, "--remap", "layers")
 
 
-def test_verify_finds_another_P(place: Path, capsys, monkeypatch) -> None:
+def test_verify_finds_another_P(place: Path, verify, monkeypatch) -> None:
     monkeypatch.setattr(get("unilora"), "_matvec", lambda self, theta_d, dtype: theta_d.new_ones(len(theta_d), self.D))
     monkeypatch.setattr(get("unilora"), "at_rows", lambda self, theta_d, rows: theta_d.new_ones(len(rows)))
-    assert main(["verify", str(place / "unilora")]) == 2
-    assert "must have the checksum" in capsys.readouterr().err
+    status, said = verify(place / "unilora")
+    assert status == 2 and "must have the checksum" in said

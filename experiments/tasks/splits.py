@@ -17,7 +17,7 @@ _MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
-class Source:
+class Splits:
     """Published splits of one data set.
 
     hub, subset: arguments of `datasets.load_dataset`; folder: its place below a data folder, with files named as

@@ -1,4 +1,4 @@
-"""PEFT: the settings of LoraConfig."""
+"""PEFT: the fields of LoraConfig."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.compatibility.subjects import (
     theta_d,
 )
 
-capability = partial(pytest.mark.capability, "PEFT: settings")
+capability = partial(pytest.mark.capability, "PEFT: configuration")
 
 
 def _kinds(model: Any) -> set[str]:
@@ -149,7 +149,7 @@ def test_autocast_adapter_dtype_false_factors_in_the_base_s_dtype() -> None:
     lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
     for cast, expected in ((True, torch.float32), (False, torch.bfloat16)):
         ours, theirs = (
-            get_peft_model(llama().bfloat16(), settings, autocast_adapter_dtype=cast) for settings in (config(), lora)
+            get_peft_model(llama().bfloat16(), given, autocast_adapter_dtype=cast) for given in (config(), lora)
         )
         logits(ours)
         for model in (ours, theirs):

@@ -7,12 +7,11 @@ from pathlib import Path
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from experiments.errors import ExperimentError
-from experiments.records.reading import is_done
-from experiments.runs.outcome import ADAPTER
-from experiments.runs.run import Run
+from experiments.records import is_done
+from experiments.runs import ADAPTER, Run
 
 
-def load_trained(folder: Path, caller: str) -> Run:
+def load_finished(folder: Path, caller: str) -> Run:
     """A finished run with the numbers it trained. Raises ExperimentError, in the name of `caller`, for another."""
     if not is_done(folder):
         raise ExperimentError(f"{caller}: {folder} must be a finished run, got no result.json. Train it first.")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from experiments.errors import ExperimentError
-from experiments.tasks.sources import HUB
+from experiments.tasks import HUB
 
 # settings that came after the first records: left out at this value, so that a run keeps the id it had
 _LATER: Mapping[str, Any] = {"metric": None}
