@@ -9,7 +9,8 @@ bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -29,6 +30,7 @@ _MOST_SUMS = 8
 
 # by the tensor that decides them, as long as it lives: made at the first use
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_scales: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
@@ -49,6 +51,26 @@ def gather_in(
     y: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     return _sum(y, *_tiles_of(tables, lambda: Deal(by_row, by_position, groups, tables).index(), size), size, dtype)
+
+
+def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor:
+    *decides, size = source
+    key = decides[-1]
+    words, ends = _tiles_of(key, lambda: key if len(decides) == 1 else Deal(*decides).index(), size)
+    if transposed:
+        return _sum(x[None], words, ends, size, x.dtype)[0].mul_(_rounded(scale))
+    y = fresh((1, size[0]), x.dtype, owner=words)
+    together = min(_TOGETHER, -(-len(ends) // torch.get_num_threads()))
+    call(_gather, (x * _rounded(scale))[None], words, ends, y, together, *_BITS)
+    return y[0]
+
+
+def _rounded(scale: Tensor) -> Tensor:
+    """In float32, kept as long as `scale` lives."""
+    found = _scales.get(scale)
+    if found is None:
+        found = _scales[scale] = scale.float()
+    return found
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from uniproj.errors import ProjectionError
 from uniproj.kernels.deal import Deal, Group
+from uniproj.kernels.dispatch import run
 from uniproj.kernels.forms import accumulation_dtype
-from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_index
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, product_of_one, sum_by_index
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 
@@ -86,6 +87,11 @@ class Partition(Projection):
         compute = accumulation_dtype(theta_D.dtype, dtype)
         add = gather_in if self._index is None else sum_by_index
         return (add(theta_D, *self._source(), compute) * self.scale.to(compute)).to(dtype)
+
+    def _of_one(self, x: Tensor, transposed: bool) -> Tensor | None:
+        if len(x) != (self.D if transposed else self.d):
+            return None
+        return run(product_of_one, x.device, x, transposed, self.scale, self._source())
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
         """(P theta_d)[rows] from the columns of these rows alone."""
