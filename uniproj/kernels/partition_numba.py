@@ -9,6 +9,7 @@ bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes p
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ _MOST_SUMS = 8
 
 # by the tensor that decides them, as long as it lives: made at the first use
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_scales: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# by the scale of a P
+_ones: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
@@ -54,23 +56,33 @@ def gather_in(
 
 
 def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor:
-    *decides, size = source
-    key = decides[-1]
-    words, ends = _tiles_of(key, lambda: key if len(decides) == 1 else Deal(*decides).index(), size)
-    if transposed:
-        return _sum(x[None], words, ends, size, x.dtype)[0].mul_(_rounded(scale))
-    y = fresh((1, size[0]), x.dtype, owner=words)
-    together = min(_TOGETHER, -(-len(ends) // torch.get_num_threads()))
-    call(_gather, (x * _rounded(scale))[None], words, ends, y, together, *_BITS)
-    return y[0]
+    one, key = _ones.get(scale), source[-2]
+    if one is None or one.key() is not key:
+        index = (lambda: key) if len(source) == 2 else Deal(*source[:-1]).index
+        one = _ones[scale] = _One(key, *_tiles_of(key, index, source[-1]), source[-1], scale)
+    return one.sum(x) if transposed else one.copy(x)
 
 
-def _rounded(scale: Tensor) -> Tensor:
-    """In float32, kept as long as `scale` lives."""
-    found = _scales.get(scale)
-    if found is None:
-        found = _scales[scale] = scale.float()
-    return found
+class _One:
+    """What a product with one float32 vector needs, as arrays."""
+
+    def __init__(self, key: Tensor, words: Tensor, ends: Tensor, size: list[int], scale: Tensor):
+        self.key, self.words = weakref.ref(key), words
+        self.tiles = words.numpy(), ends.numpy()
+        (self.D, self.d), self.chunks = size, len(ends)
+        self.runs = _runs(size)
+        self.scale = scale.float()
+
+    def copy(self, x: Tensor) -> Tensor:
+        y = fresh((1, self.D), x.dtype, owner=self.words)
+        together = min(_TOGETHER, -(-self.chunks // torch.get_num_threads()))
+        call(_gather, (x * self.scale)[None], *self.tiles, y, together, *_BITS)
+        return y[0]
+
+    def sum(self, y: Tensor) -> Tensor:
+        sums = torch.empty(self.runs, 1, self.d)
+        call(_add, y[None], *self.tiles, sums, _TOGETHER, *_BITS)
+        return (sums.sum(0)[0] if self.runs > 1 else sums[0, 0]).mul_(self.scale)
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
@@ -102,12 +114,16 @@ def _sum(y: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.d
     The chunks are cut into as many runs as D and d decide, never the number of threads, and the sums of the runs added
     in order: the result has the same bits everywhere.
     """
-    D, d = size
     y = y.detach().to(accumulation_dtype(y.dtype, dtype)).contiguous()
-    runs = max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
-    sums = torch.empty(runs, len(y), d, dtype=y.dtype)
+    runs = _runs(size)
+    sums = torch.empty(runs, len(y), size[1], dtype=y.dtype)
     call(_add, y, words, ends, sums, _TOGETHER, *_BITS)
     return (sums.sum(0) if runs > 1 else sums[0]).to(dtype)
+
+
+def _runs(size: list[int]) -> int:
+    D, d = size
+    return max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
 
 
 # ---- loops --------------------------------------------------------------------------------------------
