@@ -37,14 +37,6 @@ def _product(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | No
     return P.rmatvec(x, dtype) if transposed else P.matvec(x, dtype)
 
 
-def _plain_product(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | None) -> Tensor:
-    if x.ndim == 1 and x.dtype == torch.float32 and dtype in (None, torch.float32):
-        found = P._of_one(x.detach().contiguous(), transposed)
-        if found is not None:
-            return found
-    return _product(P, x, transposed, dtype)
-
-
 class _LinearMap(torch.autograd.Function):
     """x -> P x or x -> P^T x. Each is the derivative of the other, so gradients exist to any order."""
 
@@ -74,7 +66,7 @@ class _PlainMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         ctx.P, ctx.transposed, ctx.dtype_in = P, transposed, x.dtype
-        return _plain_product(P, x, transposed, dtype)
+        return _product(P, x, transposed, dtype)
 
     backward = _LinearMap.backward
 
@@ -103,7 +95,7 @@ def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | 
         return _LinearMap.apply(P, x, transposed, dtype or x.dtype)
     if is_plain(x):
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return _plain_product(P, x, transposed, dtype)
+            return _product(P, x, transposed, dtype)
         return _PlainMap.apply(P, x, transposed, dtype or x.dtype)
     return _EagerMap.apply(P, x, transposed, dtype or x.dtype)
 
@@ -198,10 +190,6 @@ class Projection(nn.Module, metaclass=_Maker):
     @abstractmethod
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         """(n, D) -> (n, d): P^T theta_D."""
-
-    def _of_one(self, x: Tensor, transposed: bool) -> Tensor | None:
-        """P x, or P^T x, of one contiguous float32 vector outside autograd, where that is quicker than `_matvec`."""
-        return None
 
     def entries(self) -> Entries:
         """(rows, columns, values) of every stored entry of a sparse P: int64, int64, float64."""

@@ -32,8 +32,8 @@ def _sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype)
 
 
 def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor | None:
-    """P x, or P^T x, of one float32 vector outside autograd, with x scaled before and sums after; None where nothing is
-    quicker than the operators. source: an index or a `Deal`, and [D, d].
+    """P x of x (1, d), or P^T x of x (1, D), float32 and outside autograd, scaled by `scale`; None where nothing is quicker
+    than the operators. source: an index or a `Deal`, and [D, d].
     """
     return None
 

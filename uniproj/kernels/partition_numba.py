@@ -64,7 +64,7 @@ def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[
 
 
 class _One:
-    """What a product with one float32 vector needs, as arrays."""
+    """What a product with one float32 vector, (1, d) or (1, D), needs, as arrays."""
 
     def __init__(self, key: Tensor, words: Tensor, ends: Tensor, size: list[int], scale: Tensor):
         self.key, self.words = weakref.ref(key), words
@@ -76,13 +76,13 @@ class _One:
     def copy(self, x: Tensor) -> Tensor:
         y = fresh((1, self.D), x.dtype, owner=self.words)
         together = min(_TOGETHER, -(-self.chunks // torch.get_num_threads()))
-        call(_gather, (x * self.scale)[None], *self.tiles, y, together, *_BITS)
-        return y[0]
+        call(_gather, x * self.scale, *self.tiles, y, together, *_BITS)
+        return y
 
     def sum(self, y: Tensor) -> Tensor:
         sums = torch.empty(self.runs, 1, self.d)
-        call(_add, y[None], *self.tiles, sums, _TOGETHER, *_BITS)
-        return (sums.sum(0)[0] if self.runs > 1 else sums[0, 0]).mul_(self.scale)
+        call(_add, y, *self.tiles, sums, _TOGETHER, *_BITS)
+        return (sums.sum(0) if self.runs > 1 else sums[0]).mul_(self.scale)
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
