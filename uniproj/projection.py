@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -373,8 +374,11 @@ class Projection(nn.Module, metaclass=_Maker):
     def checksum(self) -> str:
         """SHA-256 of (name, version, shape) and of theta_D at a fixed theta_d, on at most 1024 rows.
 
-        Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device.
+        Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device; of a P on a device
+        without float64, by a copy on the CPU.
         """
+        if self.widest != torch.float64:
+            return copy.deepcopy(self).cpu().checksum()
         count = min(self.D, _CHECKSUM_ROWS)
         rows = torch.arange(count) * (self.D - 1) // max(count - 1, 1)
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.test_battery import CASES, LAYOUT
-from uniproj import get
+from uniproj import Projection, get
 from uniproj.kernels.forms import widest
 from uniproj.testing import sample
 
@@ -51,11 +51,15 @@ def test_no_product_uses_float64(name: str, i: int) -> None:
 def test_back_on_the_cpu_it_has_its_bits_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     P = sample(name, LAYOUT, **get(name).variants[0])
     theta_d = torch.randn(P.d, dtype=torch.float64)
-    expected = P(theta_d)
+    expected, checksum = P(theta_d), P.checksum()
     with monkeypatch.context() as without:
         without.setattr("uniproj.projection.widest", lambda device: torch.float32)
         P.to("cpu")
         assert not any(constant.dtype == torch.float64 for constant in P.constants().values())
         torch.testing.assert_close(P(theta_d.float()), expected.float())
         P = copy.deepcopy(P)
+    with monkeypatch.context() as without:
+        there = property(lambda self: torch.float32 if self is P else torch.float64)
+        without.setattr(Projection, "widest", there)
+        assert P.checksum() == checksum
     assert torch.equal(P.to("cpu")(theta_d), expected)

@@ -32,8 +32,9 @@ def _sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype)
 
 
 def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor | None:
-    """P x of x (1, d), or P^T x of x (1, D), float32 and outside autograd, scaled by `scale`; None where nothing is quicker
-    than the operators. source: an index or a `Deal`, and [D, d].
+    """P x of x (1, d), or P^T x of x (1, D), in float32 outside autograd; None where nothing beats the operators.
+
+    scale (d,): of the columns; source: an index or a `Deal`, and [D, d].
     """
     return None
 
