@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from uniproj.budget import Budget
 from uniproj.errors import ProjectionError
+from uniproj.kernels.forms import is_plain, widest
 from uniproj.kernels.random import uniform
 from uniproj.layout import LoRALayout
 
@@ -57,6 +59,19 @@ class _LinearMap(torch.autograd.Function):
         return _apply_map(P, x.movedim(in_dims[1] or 0, 0), *rest), 0
 
 
+class _PlainMap(torch.autograd.Function):
+    """`_LinearMap` where nothing but autograd looks on: without `setup_context`, whose binding of arguments takes as
+    long as a small product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.P, ctx.transposed, ctx.dtype_in = P, transposed, x.dtype
+        return _product(P, x, transposed, dtype)
+
+    backward = _LinearMap.backward
+
+
 class _EagerMap(_LinearMap):
     """The same with what torch.compile cannot trace: forward-mode derivatives (jvp, jacfwd, hessian), `vectorize`."""
 
@@ -77,8 +92,13 @@ def _apply_map(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | 
     # autograd goes through the maps of a learned P; torch.jit.trace records no Function that holds a module
     if P.learned or torch.jit._trace.is_tracing():
         return _product(P, x, transposed, dtype)
-    way = _LinearMap if torch.compiler.is_compiling() else _EagerMap
-    return way.apply(P, x, transposed, dtype or x.dtype)
+    if torch.compiler.is_compiling():
+        return _LinearMap.apply(P, x, transposed, dtype or x.dtype)
+    if is_plain(x):
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _product(P, x, transposed, dtype)
+        return _PlainMap.apply(P, x, transposed, dtype or x.dtype)
+    return _EagerMap.apply(P, x, transposed, dtype or x.dtype)
 
 
 class _Maker(ABCMeta):
@@ -148,6 +168,7 @@ class Projection(nn.Module, metaclass=_Maker):
         if self.needs_modules and layout.is_flat:
             raise ProjectionError(f"{self.name}: this method needs module structure. Pass layout= instead of D=.")
         self.layout, self.d, self.seed = layout, d, seed
+        self._exact: dict[str, Tensor] = {}  # the float64 numbers of a P on a device that has none
 
     @classmethod
     def check_d(cls, layout: LoRALayout, d: int) -> None:
@@ -252,7 +273,8 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
-        self._refuse_undeclared()
+        if self._parameters or self._modules or self._buffers:
+            self._refuse_undeclared()
         c = self.offset
         first = dtype if c is None else None  # a sum with c is rounded once, at the end
         theta_D = _apply_map(self, theta_d, False, first)
@@ -260,7 +282,8 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
-        self._refuse_undeclared()
+        if self._parameters or self._modules or self._buffers:
+            self._refuse_undeclared()
         return _apply_map(self, theta_D, True, dtype)
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
@@ -295,11 +318,14 @@ class Projection(nn.Module, metaclass=_Maker):
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        with torch.autocast(x.device.type, enabled=False):
-            if self.casts:
-                y = raw(rows, dtype)
-            else:
-                y = raw(rows.to(torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32))
+        more = (dtype,) if self.casts else ()
+        if not self.casts:
+            rows = rows.to(torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                y = raw(rows, *more)
+        else:
+            y = raw(rows, *more)
         return y.to(dtype).reshape(*x.shape[:-1], m)
 
     def to_dense(self) -> Tensor:
@@ -348,8 +374,11 @@ class Projection(nn.Module, metaclass=_Maker):
     def checksum(self) -> str:
         """SHA-256 of (name, version, shape) and of theta_D at a fixed theta_d, on at most 1024 rows.
 
-        Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device.
+        Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device; of a P on a device
+        without float64, by a copy on the CPU.
         """
+        if self.widest != torch.float64:
+            return copy.deepcopy(self).cpu().checksum()
         count = min(self.D, _CHECKSUM_ROWS)
         rows = torch.arange(count) * (self.D - 1) // max(count - 1, 1)
         with torch.no_grad():
@@ -370,12 +399,30 @@ class Projection(nn.Module, metaclass=_Maker):
         object.__setattr__(self, name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
-        """Move P without rounding it: `.to(bfloat16)` and `.half()` leave the dtype of its constants alone."""
+        """Move P without rounding it: `.to(bfloat16)` and `.half()` leave the dtype of its constants alone.
+
+        On a device without float64 they are rounded once to float32; moved back, P has its own bits again.
+        """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, constant in self.constants().items():
-            moved = fn(constant)
-            object.__setattr__(self, name, moved if moved.dtype == constant.dtype else constant.to(moved.device))
+            object.__setattr__(self, name, self._moved(fn, name, constant))
         return self
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], name: str, constant: Tensor) -> Tensor:
+        exact = self._exact.pop(name, constant)
+        device = fn(torch.empty(0, device=constant.device)).device
+        if exact.dtype == torch.float64 and widest(device) != torch.float64:
+            self._exact[name] = exact
+            return exact.float().to(device)
+        if exact is not constant:
+            return exact.to(device)
+        moved = fn(constant)
+        return moved if moved.dtype == constant.dtype else constant.to(moved.device)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """float64, or float32 where P lies on a device that has none."""
+        return widest(self.device)
 
     def extra_repr(self) -> str:
         return f"{self.name}, D={self.D}, d={self.d}, seed={self.seed}"

@@ -5,6 +5,8 @@ import importlib.metadata
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -147,3 +149,18 @@ def _forget(remembered) -> None:
     sys.modules.pop("uniproj.kernels.partition_sevens", None)
     for function in remembered:
         function.cache_clear()
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: elsewhere it would read the memory of another."""
+    current = [0]
+
+    @contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    assert dispatch.run(lambda: current[-1], torch.device("cuda:1")) == 1 and current == [0]
+    assert dispatch.run(lambda: current[-1], torch.device("cpu")) == 0

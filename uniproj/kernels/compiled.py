@@ -18,16 +18,18 @@ parallel = numba.njit(parallel=True, cache=True)
 _GRAIN = 2**17  # numbers for which one more thread is worth waking
 
 
-def call(loop: Any, *arguments: Tensor | int) -> None:
+def call(loop: Any, *arguments: Tensor | np.ndarray[Any, Any] | int) -> None:
     """Call a compiled loop; tensors go in as the arrays of their memory."""
-    largest = max(value.numel() for value in arguments if isinstance(value, Tensor))
+    arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
+    largest = max(value.size for value in arrays if isinstance(value, np.ndarray))
     allowed = torch.get_num_threads()
+    threads = min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN))
     with ONE_CALLER:
-        if forked():
-            loop = _serial(loop)
-        else:
-            numba.set_num_threads(min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN)))
-        loop(*(_array(value) if isinstance(value, Tensor) else value for value in arguments))
+        if threads == 1 or forked():
+            _serial(loop)(*arrays)
+            return
+        numba.set_num_threads(threads)
+        loop(*arrays)
     if torch.get_num_threads() != allowed:
         # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch
         torch.set_num_threads(allowed)

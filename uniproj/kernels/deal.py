@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import implementation
+from uniproj.kernels.dispatch import run
 from uniproj.kernels.permutation import ROUNDS, evaluate, grid, tables_of_all
 from uniproj.kernels.threads import cut, in_parallel
 
@@ -80,9 +80,8 @@ class Deal:
             self.by_position.tolist(), ends, groups, strict=True
         ):
             mine = found[row : row + end - position]
-            implementation(_columns_from, found.device)(
-                position - first, n, d, column, self.tables[start : start + ROUNDS * a], mine
-            )
+            tables = self.tables[start : start + ROUNDS * a]
+            run(_columns_from, found.device, position - first, n, d, column, tables, mine)
         return found
 
     def columns(self, rows: Tensor) -> Tensor:

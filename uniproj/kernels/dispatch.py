@@ -46,11 +46,25 @@ def backend(device: torch.device | str = "cpu") -> str:
     return next((name for name in _preferred(torch.device(device).type) if _installed(name)), "torch")
 
 
+def run(operator: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
+    """What an operator gives on a device, which is the current one meanwhile: Triton launches there."""
+    compute = implementation(operator, device)
+    if device.index is None:
+        return compute(*arguments)
+    with torch.accelerator.device_index(device.index):
+        return compute(*arguments)
+
+
 def implementation(operator: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """What computes an operator on a device: its namesake in the file of a backend that runs there, or else itself."""
-    for name in _preferred(device.type):
+    return _implementation(operator, tuple(name for name in _preferred(device.type) if _installed(name)))
+
+
+@cache
+def _implementation(operator: Callable[..., Any], backends: tuple[str, ...]) -> Callable[..., Any]:
+    for name in backends:
         file = _file(operator.__module__, name.removesuffix("-interpreter"))
-        if file and _installed(name) and (found := _namesake(operator, file)):
+        if file and (found := _namesake(operator, file)):
             return found
     return operator
 

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import implementation
+from uniproj.kernels.dispatch import run
 
 Shape = Callable[..., Sequence[int]]
 _Operator = Callable[..., Tensor]
+
+
+@cache
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that computes with none, as Apple's GPUs."""
+    try:
+        _ = torch.ones((), dtype=torch.float64, device=device) * 2
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -52,12 +63,12 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
         op.register_autograd(_backward(registered, i), setup_context=_setup(len(registered)))
         op.register_vmap(_vmap(op, len(registered)))
     ops: list[_Operator] = []
-    ops.extend(_differentiable(op, ops, i) for i, op in enumerate(registered))
+    ops.extend(_differentiable(op, raw, ops, i) for i, (op, raw) in enumerate(zip(registered, operators, strict=True)))
     return ops
 
 
 def _by_device(operator: _Operator) -> _Operator:
-    return lambda x, *rest: implementation(operator, x.device)(x, *rest)
+    return lambda x, *rest: run(operator, x.device, x, *rest)
 
 
 def _fake(shape: Shape) -> Callable[..., Tensor]:
@@ -160,8 +171,12 @@ class _Differentiable(torch.autograd.Function):
         return _tangent(ctx, ctx.call.ops, ctx.call.i, tangents)
 
 
-def _differentiable(registered: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
+def _differentiable(registered: _Operator, own: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
     def operator(*inputs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            if is_plain(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+                return run(own, inputs[0].device, *inputs)
         if torch.jit._trace.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
             return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
         torch._dynamo.graph_break("uniproj: torch.compile cannot trace torch.func's derivatives of this operator.")
@@ -169,6 +184,21 @@ def _differentiable(registered: _Operator, ops: Sequence[_Operator], i: int) -> 
         return _Differentiable.apply(call, *[x for x in inputs if isinstance(x, Tensor)])
 
     return operator
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors of PyTorch's own, and nothing but its autograd looks at what is done with them."""
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(type(x) in _OWN and not torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+
+
+_OWN = (Tensor, torch.nn.Parameter)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -24,6 +24,8 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, owner: Tensor) -> Tensor:
     longer than filling it. NumPy asks for huge pages (Linux, from 4 MB on), PyTorch does not.
     """
     size = prod(shape) * dtype.itemsize
+    if size < 2**20:
+        return torch.empty(*shape, dtype=dtype)
     memory = _idle.pop(owner, None)
     if memory is None or len(memory) != size + _LINE:
         memory = np.empty(size + _LINE, dtype=np.uint8)

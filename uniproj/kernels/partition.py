@@ -5,7 +5,9 @@ A backend may keep such an index in a form of its own, or compute it in its kern
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,14 @@ def _copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype
 def _sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """y (n, D), index (D,) int32 -> (n, d): each column sums its rows."""
     return summed(y, index, size[1], dtype)
+
+
+def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor | None:
+    """P x of x (1, d), or P^T x of x (1, D), in float32 outside autograd; None where nothing beats the operators.
+
+    scale (d,): of the columns; source: an index or a `Deal`, and [D, d].
+    """
+    return None
 
 
 sum_by_index, copy_by_index = register_form(

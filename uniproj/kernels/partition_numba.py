@@ -9,7 +9,9 @@ bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -29,6 +31,8 @@ _MOST_SUMS = 8
 
 # by the tensor that decides them, as long as it lives: made at the first use
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# by the scale of a P
+_ones: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
@@ -42,21 +46,50 @@ def sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) 
 def deal_out(
     x: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
-    deal = Deal(by_row, by_position, groups, tables)
-    return _copy(x, *_tiles_of(tables, deal.index, size), size, dtype)
+    return _copy(x, *_tiles_of(tables, lambda: Deal(by_row, by_position, groups, tables).index(), size), size, dtype)
 
 
 def gather_in(
     y: Tensor, by_row: Tensor, by_position: Tensor, groups: Tensor, tables: Tensor, size: list[int], dtype: torch.dtype
 ) -> Tensor:
-    deal = Deal(by_row, by_position, groups, tables)
-    return _sum(y, *_tiles_of(tables, deal.index, size), size, dtype)
+    return _sum(y, *_tiles_of(tables, lambda: Deal(by_row, by_position, groups, tables).index(), size), size, dtype)
+
+
+def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor:
+    one, key = _ones.get(scale), source[-2]
+    if one is None or one.key() is not key:
+        index = (lambda: key) if len(source) == 2 else Deal(*source[:-1]).index
+        one = _ones[scale] = _One(key, *_tiles_of(key, index, source[-1]), source[-1], scale)
+    return one.sum(x) if transposed else one.copy(x)
+
+
+class _One:
+    """What a product with one float32 vector, (1, d) or (1, D), needs, as arrays."""
+
+    def __init__(self, key: Tensor, words: Tensor, ends: Tensor, size: list[int], scale: Tensor):
+        self.key, self.words = weakref.ref(key), words
+        self.tiles = words.numpy(), ends.numpy()
+        (self.D, self.d), self.chunks = size, len(ends)
+        self.runs = _runs(size)
+        self.scale = scale.float()
+
+    def copy(self, x: Tensor) -> Tensor:
+        y = fresh((1, self.D), x.dtype, owner=self.words)
+        together = min(_TOGETHER, -(-self.chunks // torch.get_num_threads()))
+        call(_gather, x * self.scale, *self.tiles, y, together, *_BITS)
+        return y
+
+    def sum(self, y: Tensor) -> Tensor:
+        sums = torch.empty(self.runs, 1, self.d)
+        call(_add, y, *self.tiles, sums, _TOGETHER, *_BITS)
+        return (sums.sum(0) if self.runs > 1 else sums[0]).mul_(self.scale)
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
-    if key not in _tiles:
-        _tiles[key] = tile(index(), size[1])
-    return _tiles[key]
+    found = _tiles.get(key)
+    if found is None:
+        found = _tiles[key] = tile(index(), size[1])
+    return found
 
 
 def tile(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -81,12 +114,16 @@ def _sum(y: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.d
     The chunks are cut into as many runs as D and d decide, never the number of threads, and the sums of the runs added
     in order: the result has the same bits everywhere.
     """
-    D, d = size
     y = y.detach().to(accumulation_dtype(y.dtype, dtype)).contiguous()
-    runs = max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
-    sums = torch.empty(runs, len(y), d, dtype=y.dtype)
+    runs = _runs(size)
+    sums = torch.empty(runs, len(y), size[1], dtype=y.dtype)
     call(_add, y, words, ends, sums, _TOGETHER, *_BITS)
     return (sums.sum(0) if runs > 1 else sums[0]).to(dtype)
+
+
+def _runs(size: list[int]) -> int:
+    D, d = size
+    return max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
 
 
 # ---- loops --------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def _deal_out(x, y, by_row, pieces, piece_steps, groups, group_count, group_step
 
 @triton.jit
 def _gather_in(
-    y, x, by_position, pieces, piece_steps, groups, group_count, group_steps, tables, D, d, most, BLOCK: tl.constexpr
+    y, x, by_position, pieces, piece_steps, groups, group_count, group_steps, tables, D, d, BLOCK: tl.constexpr
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
@@ -99,6 +99,7 @@ def _gather_in(
     batch = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], dtype=x.dtype.element_ty)
     image = column - tl.load(group + 3)
+    most = tl.max((n + columns - 1) // columns, 0)  # rows of a column
     for _ in range(most):
         here = inside & (image < n)
         position = tl.load(group) + _permute(image, group, tables, here, True)
@@ -128,9 +129,8 @@ def gather_in(
     y = y.detach().contiguous()
     x = torch.empty(len(y), size[1], dtype=accumulation_dtype(y.dtype, dtype), device=y.device)
     cells = (triton.cdiv(size[1], _BLOCK), len(y))
-    most = int((-(-groups[:, 1] // groups[:, 2])).max())
     search = (by_position, *_sizes(by_position), groups, *_sizes(groups))
-    _gather_in[cells](y, x, *search, tables, *size, most, BLOCK=_BLOCK, enable_fp_fusion=False)
+    _gather_in[cells](y, x, *search, tables, *size, BLOCK=_BLOCK, enable_fp_fusion=False)
     return x.to(dtype)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import implementation
+from uniproj.kernels.dispatch import run
 from uniproj.kernels.threads import cut, in_parallel
 
 VERSION = 1
@@ -160,7 +160,7 @@ def _draw(key: list[int], start: int, count: int, device: torch.device) -> Tenso
 @torch.library.custom_op("uniproj::bits", mutates_args=())
 def draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
     """Words start .. of the stream of key = [lo32(seed), hi32(seed), stream, part] on a device."""
-    return implementation(_draw, device)(key, start, count, device)
+    return run(_draw, device, key, start, count, device)
 
 
 @draw.register_fake

@@ -111,7 +111,7 @@ class SingularFactors(Projection):
     @property
     def offset(self) -> Tensor:
         other = "A" if self.side == "B" else "B"
-        return self._place([stack.unsqueeze(0) for stack in self._stacks(other, torch.float64)], other).squeeze(0)
+        return self._place([stack.unsqueeze(0) for stack in self._stacks(other, self.widest)], other).squeeze(0)
 
     def to_dense(self) -> Tensor:
         """Column j is theta_D of the j-th unit vector, written with Kronecker products: vec(B R) = (B kron I) vec R."""
