@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ from experiments.errors import ExperimentError
 from experiments.files import write_text
 from paper_figures import published, style
 from paper_figures.committed import Committed
-from paper_figures.registry import Maker, makers
+from paper_figures.registry import Maker, Product, makers
 from paper_figures.typesetting import Table
 from uniproj import ProjectionError, console, plugins
 
@@ -23,7 +23,7 @@ OUT = Path(__file__).with_name("out")
 def write(committed: Committed, chosen: Mapping[str, Maker], out: Path) -> list[Table]:
     """The files of these tables and figures, once all of them are made."""
     with style.use():
-        made = {name: list(make(committed)) for name, make in chosen.items()}
+        made = {name: _products(name, make(committed)) for name, make in chosen.items()}
     for name, products in made.items():
         if not any(isinstance(product, Figure) for product in products):
             # an earlier call may have had something to draw
@@ -35,6 +35,14 @@ def write(committed: Committed, chosen: Mapping[str, Maker], out: Path) -> list[
             else:
                 style.save(product, out / name)
     return [product for products in made.values() for product in products if isinstance(product, Table)]
+
+
+def _products(name: str, found: Product | Sequence[Product]) -> list[Product]:
+    """What a figure's function returned, alone or in a sequence. Raises ExperimentError for anything else."""
+    products = list(found) if isinstance(found, Sequence) else [found]
+    if other := [type(product).__name__ for product in products if not isinstance(product, Product)]:
+        raise ExperimentError(f"figures: {name} must return tables and figures, got a {other[0]}. Repair it.")
+    return products
 
 
 @console.command

@@ -212,7 +212,7 @@ def differences(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
     """
     found = [{**about, **_difference(both)} for about, both in _pairs(runs, reference)]
     keys = [key for key in SETTINGS if key in runs]
-    return pd.DataFrame(found, columns=None if found else ["row", *keys, *PAIRED])
+    return pd.DataFrame(found, columns=None if found else list(dict.fromkeys(["row", *keys, *PAIRED])))
 
 
 def paired(runs: pd.DataFrame, reference: str) -> pd.DataFrame:

@@ -452,6 +452,19 @@ def test_nothing_is_computed_where_figures_are_drawn() -> None:
         assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & banned, path
 
 
+def test_a_figure_of_ones_own_may_return_one_thing_and_another_thing_is_refused(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"one": Table("One", ["a"], [["1"]]), "none": None, "words": ["no table"]}
+    known = {name: lambda _, found=found: found for name, found in made.items()}
+    monkeypatch.setattr("paper_figures.__main__.makers", lambda: known)
+    asked = ["--results", str(results), "--out", str(tmp_path / "out"), "--only"]
+    for name, found in (("none", "NoneType"), ("words", "str")):
+        assert main([*asked, "one", name]) == 2 and not (tmp_path / "out").exists()
+        assert f"figures: {name} must return tables and figures, got a {found}" in capsys.readouterr().err
+    assert main([*asked, "one"]) == 0 and "| 1 |" in (tmp_path / "out" / "one.md").read_text()
+
+
 @pytest.mark.parametrize("where", ["figures", "plugin", "entry point"])
 def test_one_new_file_is_a_new_figure_and_a_new_table(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from scipy import stats
 
 from experiments.records import statistics
 from experiments.records.statistics import bootstrap, cells, differences, paired, summary, t_interval
+from tests.sweeps import made_up
 
 SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 
@@ -160,6 +161,11 @@ def test_lists_of_modules_pair(records: pd.DataFrame) -> None:
     listed = records.assign(target_modules=asked, **{"cell.target_modules": asked})
     (row,) = paired(listed, "lora").to_dict("records")
     assert row["pairs"] == 3 and row["target_modules"] == '["query"]'
+
+
+def test_differences_to_a_reference_that_has_no_run_are_an_empty_table_with_each_column_once() -> None:
+    found = differences(made_up(["glue/sst2"], ["unilora"]).assign(sweep="mine"), "lora")
+    assert found.empty and found.columns.is_unique and {"row", "difference"} <= set(found)
 
 
 ROOT = Path(__file__).parents[3]
