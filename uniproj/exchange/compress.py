@@ -20,7 +20,6 @@ from uniproj.tuner.config import UniProjConfig
 IDENTITY = "lora"
 # A theta_D in the image of P loses at most this share: the square of float32's rounding, over long sums.
 _IN_IMAGE = 1e-10
-# A captured energy that changes by more than this with the gauge gets the note.
 
 
 def compress(

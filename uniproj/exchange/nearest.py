@@ -18,8 +18,8 @@ from uniproj.projection import Projection
 
 # LSMR stops at this relative residual; a learned P is trained by Adam for so many steps at this rate.
 ACCURACY, MOST_ITERATIONS = 1e-10, 1000
-_GAUGE = 0.01
 STEPS, RATE = 300, 3e-2
+_GAUGE = 0.01  # captured energies further apart depend on the lengths of A and B
 
 
 @dataclass(frozen=True)
