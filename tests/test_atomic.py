@@ -64,11 +64,13 @@ def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
     (other_begun, say_begun), (may_end, let_end) = os.pipe(), os.pipe()
 
     def theirs() -> Iterator[bytes]:
+        os.close(let_end)  # of this process, which would wait for itself
         os.write(say_begun, b"x")
         os.read(may_end, 1)
         yield b"theirs"
 
     other = _forked(lambda: replace({tmp_path / "theirs": theirs()}))
+    os.close(say_begun)  # so that the end of a process that never begins is seen
     begun, go_on = threading.Event(), threading.Event()
 
     def slow() -> Iterator[bytes]:
@@ -79,15 +81,16 @@ def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=lambda: replace({tmp_path / "mine": slow()}))
     thread.start()
-    assert os.read(other_begun, 1) == b"x" and begun.wait(60)
-    write(tmp_path / "now", b"now")
-    assert len(_names(tmp_path)) == 3
-    go_on.set()
-    thread.join()
-    os.write(let_end, b"x")
-    os.waitpid(other, 0)
-    for descriptor in (other_begun, say_begun, may_end, let_end):
-        os.close(descriptor)
+    try:
+        assert os.read(other_begun, 1) == b"x" and begun.wait(60)
+        write(tmp_path / "now", b"now")
+        assert len(_names(tmp_path)) == 3
+    finally:  # or both would wait for ever
+        go_on.set()
+        os.close(let_end)
+        thread.join()
+        os.waitpid(other, 0)
+        os.close(other_begun), os.close(may_end)
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert found == {"mine": b"ab", "theirs": b"theirs", "now": b"now"}
 

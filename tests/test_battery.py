@@ -10,7 +10,7 @@ from uniproj.algebra import BlockDiagonal, Compose, ConcatColumns, Restrict, Sca
 from uniproj.testing import BATTERY, check_projection, sample
 
 CASES = [(name, i) for name in names() for i in range(len(get(name).variants))]
-# the longest checks: test_transforms.py makes programs of every method, the composites below pass these checks too
+# the longest checks: test_transforms.py makes programs of every method, the tests below of variants and composites
 PROGRAMS = {"compiles", "exports"}
 
 
@@ -22,6 +22,11 @@ def test_battery(name: str, i: int, data: st.DataObject) -> None:
 
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (7, 5) for i in range(2) for m in ("q", "v")}, r=2)
+
+
+@pytest.mark.parametrize(("name", "i"), [case for case in CASES if case[1]], ids=lambda v: str(v))
+def test_every_variant_becomes_programs(name: str, i: int) -> None:
+    check_projection(sample(name, LAYOUT, 16, **get(name).variants[i]), only=PROGRAMS)
 
 
 def _uni(D: int, d: int, seed: int = 0):

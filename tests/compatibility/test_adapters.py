@@ -21,6 +21,7 @@ from peft import (
 )
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.compatibility.subjects import (
@@ -31,6 +32,7 @@ from tests.compatibility.subjects import (
     Remark,
     adapted,
     config,
+    gpt2,
     gradient,
     llama,
     logits,
@@ -210,12 +212,19 @@ def test_merge_and_unload_also_safe_merge_true() -> None:
 
 @capability("`merge_adapter`, `unmerge_adapter`")
 def test_merge_adapter_unmerge_adapter() -> None:
-    model = trained_model()
-    expected = logits(model)
-    model.merge_adapter()
-    same(logits(model), expected, "logits merged", ROUNDING)
-    model.unmerge_adapter()
-    same(logits(model), expected, "logits unmerged", ROUNDING)
+    for model in (trained_model(), trained_model(gpt2(), target_modules=["c_attn", "c_proj"])):
+        expected, before = logits(model), _base_layers(model)
+        model.merge_adapter()
+        same(logits(model), expected, "logits merged", ROUNDING)
+        assert not all(torch.equal(weight, before[name]) for name, weight in _base_layers(model).items())
+        model.unmerge_adapter()
+        same(logits(model), expected, "logits unmerged", ROUNDING)
+        for name, weight in _base_layers(model).items():
+            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)
+
+
+def _base_layers(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
 
 
 @capability("`unload`")

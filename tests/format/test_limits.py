@@ -213,6 +213,12 @@ def test_tensors_are_read_where_the_header_says_and_nowhere_else(tmp_path: Path)
         path.write_bytes(joined({**header, **change}, numbers))
         with pytest.raises(AdapterError, match="must be a whole safetensors file"):
             file.read(tmp_path)
+    last = max({*header} - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    begin, end = header[last]["data_offsets"]
+    apart = {**header, last: {**header[last], "data_offsets": [begin + 4, end + 4]}}
+    path.write_bytes(joined(apart, numbers[:begin] + b"more" + numbers[begin:]))  # which no digest would cover
+    with pytest.raises(AdapterError, match="tensors that do not follow one another"):
+        file.read(tmp_path)
     text = json.dumps(header)
     twice = f'{text[:-1]}, "{one}": {json.dumps(header[one])}}}'.encode()
     path.write_bytes(len(twice).to_bytes(8, "little") + twice + numbers)

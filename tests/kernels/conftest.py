@@ -9,9 +9,17 @@ import torch
 
 from uniproj.kernels import backend
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def compiling_device(request: pytest.FixtureRequest) -> str:
+    """As `device`, for tests of what PyTorch makes of an operator, which Triton's interpreter leaves out."""
     return request.param
 
 

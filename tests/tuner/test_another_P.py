@@ -96,6 +96,15 @@ def test_numbers_of_another_P_or_scale_are_refused(
         assert torch.equal(adapter_of(model).theta_d, before)
 
 
+def test_a_file_of_another_P_or_scale_is_not_loaded_over_an_adapter(folder: Path, others: dict[str, PeftModel]) -> None:
+    """As the Trainer loads a checkpoint: into the adapter that is there, by its name."""
+    for word, model in others.items():
+        before = adapter_of(model).theta_d.clone()
+        with pytest.raises(AdapterError, match=f"the adapter 'default' of this model must be as .*({word}|lora_alpha)"):
+            model.load_adapter(folder, "default")
+        assert torch.equal(adapter_of(model).theta_d, before)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_numbers_of_the_same_P_are_taken(way: str, trained_model: PeftModel, folder: Path, tmp_path: Path) -> None:
     model = _model(init_seed=3)

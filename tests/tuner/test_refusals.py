@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 
 from tests.format.saved import rewrite
 from tests.tuner.models import base_model, batch, config
-from uniproj import AdapterError
+from uniproj import AdapterError, ProjectionError
 from uniproj.format.keys import THETA_D as THETA
 from uniproj.tuner import adapter_of
 
@@ -72,6 +72,11 @@ def test_a_dead_adapter_is_refused(monkeypatch) -> None:
 def test_a_reserved_hyperparameter_is_named() -> None:
     with pytest.raises(AdapterError, match=r"got \['seed'\]. Use the fields d, projection_seed"):
         config("llama", projection_kwargs={"seed": 3})
+
+
+def test_an_unknown_projection_is_named_with_the_nearest() -> None:
+    with pytest.raises(ProjectionError, match=r"unknown projection 'uni_lora'.*Did you mean 'unilora'"):
+        config("llama", "uni_lora")
 
 
 def test_few_sparse_coordinates_attach() -> None:

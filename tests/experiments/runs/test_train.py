@@ -15,14 +15,17 @@ from experiments import compare, tasks, train
 from experiments.files import read_json
 from experiments.records import statistics
 from experiments.records.reading import load, losses
+from experiments.runs import result
 from experiments.runs.callbacks import StopOnSignal, checkpoints
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.result import did_not_train
+from experiments.runs.run import Run
 from experiments.runs.training import INTERRUPTED, last_checkpoint
 from experiments.sweeps import launchers
 from uniproj.format import THETA_D
+from uniproj.tuner import adapter_of
 
 CYCLIC = (Path(__file__).parents[3] / "examples" / "cyclic.py").read_text()
 
@@ -126,6 +129,21 @@ def test_what_follows_a_best_checkpoint_that_is_damaged_is_passed_over(
     assert read_json(folder / "checkpoint-10" / "trainer_state.json")["best_global_step"] == 6
     (folder / "checkpoint-6" / "optimizer.pt").unlink()
     assert last_checkpoint(folder) is None
+
+
+def test_the_best_checkpoint_is_scored_with_its_own_numbers(
+    interrupted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose scores may equal those of the last: here they are theta_d itself."""
+    folder = Path(shutil.copytree(interrupted[0], tmp_path / "run"))
+    run = Run.load(folder)
+    run.trainer.state.best_global_step, run.trainer.state.global_step = 6, 10
+    theta_d = adapter_of(run.model).theta_d
+    monkeypatch.setattr(result, "_scores", lambda *_: {"score": theta_d.tolist(), "scores": {}})
+    last = theta_d.tolist()
+    found = result._tested(run)
+    best = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")[THETA_D].tolist()
+    assert (found["score"], found["best"]["score"]) == (last, best) and theta_d.tolist() == last != best
 
 
 @pytest.mark.parametrize("step", [6, 10])
