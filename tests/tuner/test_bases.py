@@ -63,6 +63,9 @@ def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: Pa
     drift = math.sqrt(errors / sum(change.square().sum() for change in changes.values()))
     assert told == [pytest.approx(drift, abs=0.006)]
     assert 0.0 < drift < 0.5
+    merged = {name: dequantised(layer.get_base_layer()) for name, layer in layers.items()}
+    model.merge_adapter()  # which is merged already
+    assert all(torch.equal(dequantised(layer.get_base_layer()), merged[name]) for name, layer in layers.items())
 
 
 def test_merging_measures_the_adapters_that_are_named(folder: Path) -> None:
