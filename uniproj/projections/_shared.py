@@ -136,9 +136,10 @@ class SharedFactors(Projection):
         if all(side.numbers for side in self.sides):
             return None
         # the sides in theta_d leave c at 0: their scalers are 0 here
-        scalers = [getattr(self, s.letter).detach().to(self.widest) * float(s.numbers == 0) for s in self.sides]
+        dtype = self.B.dtype  # float64, where the device has it
+        scalers = [getattr(self, s.letter).detach().to(dtype) * float(s.numbers == 0) for s in self.sides]
         matrix, scale = torch.cat([self.B, self.A]).unsqueeze(0), torch.cat(scalers).unsqueeze(0)
-        return product(matrix, scale, self.table, self.extents, self.widest).squeeze(0)
+        return product(matrix, scale, self.table, self.extents, dtype).squeeze(0)
 
     def entries(self) -> Entries:
         parts: list[Entries] = []

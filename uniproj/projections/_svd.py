@@ -71,7 +71,7 @@ class SingularFactors(Projection):
     def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
         """The adjoint of `_R`: (n, r, r) per module -> (n, d)."""
 
-    def _stacks(self, letter: str, dtype: torch.dtype) -> list[Tensor]:
+    def _stacks(self, letter: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         return [getattr(self, f"{letter}_{g}").to(dtype) for g in range(len(self.alike))]
 
     def frozen(self, letter: str) -> list[Tensor]:
@@ -111,7 +111,7 @@ class SingularFactors(Projection):
     @property
     def offset(self) -> Tensor:
         other = "A" if self.side == "B" else "B"
-        return self._place([stack.unsqueeze(0) for stack in self._stacks(other, self.widest)], other).squeeze(0)
+        return self._place([stack.unsqueeze(0) for stack in self._stacks(other)], other).squeeze(0)
 
     def to_dense(self) -> Tensor:
         """Column j is theta_D of the j-th unit vector, written with Kronecker products: vec(B R) = (B kron I) vec R."""
