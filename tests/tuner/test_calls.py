@@ -201,18 +201,23 @@ def test_functional_call_uses_the_numbers_it_is_given(projection: str) -> None:
         assert torch.equal(loss(theta_d), model(**batch("llama")).loss)  # nothing of the transforms is left behind
 
 
-@pytest.mark.parametrize("call", [lambda m: m(IDS).logits, PARTS["backbone"][1]], ids=["whole", "backbone"])
-@torch.no_grad()
-def test_an_interrupted_call_ends_with_the_next(call) -> None:
-    model = _llama()
+def _interrupted(model, layer: int, call) -> None:
+    """A call that Ctrl-C ends before this layer."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    hook = model.base_model.model.model.layers[0].register_forward_pre_hook(interrupt)
+    hook = model.base_model.model.model.layers[layer].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         call(model)
     hook.remove()
+
+
+@pytest.mark.parametrize("call", [lambda m: m(IDS).logits, PARTS["backbone"][1]], ids=["whole", "backbone"])
+@torch.no_grad()
+def test_an_interrupted_call_ends_with_the_next(call) -> None:
+    model = _llama()
+    _interrupted(model, 0, call)
     adapter_of(model).theta_d.data.mul_(3)
     assert torch.equal(call(model), _fresh(model, call))
 
@@ -220,14 +225,7 @@ def test_an_interrupted_call_ends_with_the_next(call) -> None:
 @torch.no_grad()
 def test_an_interrupted_call_leaves_nothing_to_a_new_adapter_of_its_name() -> None:
     model = _llama()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    hook = model.base_model.model.model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(IDS)
-    hook.remove()
+    _interrupted(model, 1, lambda m: m(IDS))
     model.delete_adapter("default")
     model.add_adapter("default", config("llama", "fastfood", 60))
     model.set_adapter("default")
