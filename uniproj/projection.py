@@ -377,7 +377,7 @@ class Projection(nn.Module, metaclass=_Maker):
         Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device; of a P on a device
         without float64, by a copy on the CPU.
         """
-        if self.widest != torch.float64:
+        if widest(self.device) != torch.float64:
             return copy.deepcopy(self).cpu().checksum()
         count = min(self.D, _CHECKSUM_ROWS)
         rows = torch.arange(count) * (self.D - 1) // max(count - 1, 1)
@@ -418,11 +418,6 @@ class Projection(nn.Module, metaclass=_Maker):
             return exact.to(device)
         moved = fn(constant)
         return moved if moved.dtype == constant.dtype else constant.to(moved.device)
-
-    @property
-    def widest(self) -> torch.dtype:
-        """float64, or float32 where P lies on a device that has none."""
-        return widest(self.device)
 
     def extra_repr(self) -> str:
         return f"{self.name}, D={self.D}, d={self.d}, seed={self.seed}"

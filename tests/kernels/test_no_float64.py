@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.test_battery import CASES, LAYOUT
-from uniproj import Projection, get
+from uniproj import get
 from uniproj.kernels.forms import widest
 from uniproj.testing import sample
 
@@ -59,7 +59,7 @@ def test_back_on_the_cpu_it_has_its_bits_again(name: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(P(theta_d.float()), expected.float())
         P = copy.deepcopy(P)
     with monkeypatch.context() as without:
-        there = property(lambda self: torch.float32 if self is P else torch.float64)
-        without.setattr(Projection, "widest", there)
+        devices = iter([torch.float32])  # that of P has none, that of its copy, the CPU, has
+        without.setattr("uniproj.projection.widest", lambda device: next(devices, torch.float64))
         assert P.checksum() == checksum
     assert torch.equal(P.to("cpu")(theta_d), expected)

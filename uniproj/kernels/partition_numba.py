@@ -9,7 +9,6 @@ bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes p
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +30,8 @@ _MOST_SUMS = 8
 
 # by the tensor that decides them, as long as it lives: made at the first use
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# by the scale of a P
-_ones: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# by the scale of a P: the same in float32
+_scales: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
@@ -56,33 +55,20 @@ def gather_in(
 
 
 def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor:
-    one, key = _ones.get(scale), source[-2]
-    if one is None or one.key() is not key:
-        index = (lambda: key) if len(source) == 2 else Deal(*source[:-1]).index
-        one = _ones[scale] = _One(key, *_tiles_of(key, index, source[-1]), source[-1], scale)
-    return one.sum(x) if transposed else one.copy(x)
+    *decides, size = source
+    index = (lambda: decides[0]) if len(decides) == 1 else Deal(*decides).index
+    tiles, rounded = _tiles_of(decides[-1], index, size), _rounded(scale)
+    if transposed:
+        return _sum(x, *tiles, size, x.dtype).mul_(rounded)
+    return _copy(x * rounded, *tiles, size, x.dtype)
 
 
-class _One:
-    """What a product with one float32 vector, (1, d) or (1, D), needs, as arrays."""
-
-    def __init__(self, key: Tensor, words: Tensor, ends: Tensor, size: list[int], scale: Tensor):
-        self.key, self.words = weakref.ref(key), words
-        self.tiles = words.numpy(), ends.numpy()
-        (self.D, self.d), self.chunks = size, len(ends)
-        self.runs = _runs(size)
-        self.scale = scale.float()
-
-    def copy(self, x: Tensor) -> Tensor:
-        y = fresh((1, self.D), x.dtype, owner=self.words)
-        together = min(_TOGETHER, -(-self.chunks // torch.get_num_threads()))
-        call(_gather, x * self.scale, *self.tiles, y, together, *_BITS)
-        return y
-
-    def sum(self, y: Tensor) -> Tensor:
-        sums = torch.empty(self.runs, 1, self.d)
-        call(_add, y, *self.tiles, sums, _TOGETHER, *_BITS)
-        return (sums.sum(0) if self.runs > 1 else sums[0]).mul_(self.scale)
+def _rounded(scale: Tensor) -> Tensor:
+    """`scale` in float32, kept as long as it lives."""
+    found = _scales.get(scale)
+    if found is None:
+        found = _scales[scale] = scale.float()
+    return found
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
@@ -115,15 +101,11 @@ def _sum(y: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.d
     in order: the result has the same bits everywhere.
     """
     y = y.detach().to(accumulation_dtype(y.dtype, dtype)).contiguous()
-    runs = _runs(size)
-    sums = torch.empty(runs, len(y), size[1], dtype=y.dtype)
+    D, d = size
+    runs = max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
+    sums = torch.empty(runs, len(y), d, dtype=y.dtype)
     call(_add, y, words, ends, sums, _TOGETHER, *_BITS)
     return (sums.sum(0) if runs > 1 else sums[0]).to(dtype)
-
-
-def _runs(size: list[int]) -> int:
-    D, d = size
-    return max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
 
 
 # ---- loops --------------------------------------------------------------------------------------------
