@@ -92,7 +92,7 @@ def test_tiles_are_made_once_and_go_with_P(assignment: str, monkeypatch) -> None
     monkeypatch.setattr(
         partition_numba, "tile", lambda index, d, tile=partition_numba.tile: made.append(d) or tile(index, d)
     )
-    P = uniproj.build("unilora", D=1000, d=30, assignment=assignment)
+    P = uniproj.build("unilora", D=40_000, d=30, assignment=assignment)
     gc.collect()  # or those of earlier tests would go at any moment
     kept = len(partition_numba._tiles)
     P.checksum(), P.to_dense()

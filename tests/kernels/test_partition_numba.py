@@ -18,11 +18,11 @@ def test_tiles_hold_their_index(D: int, d: int, seed: int) -> None:
     index = torch.randint(0, d, (D,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
     words, ends = (t.long() for t in tile(index, d))
     place = torch.arange(D)
-    chunk = place >> 15
+    chunk = place >> 14
     bucket = (ends[chunk, 1:] <= place.unsqueeze(1)).sum(1)
-    rows = (chunk << 15) + (words & 0x7FFF)
+    rows = (chunk << 14) + (words & 0x3FFF)
     assert torch.equal(rows.sort().values, place)
-    assert torch.equal(index[rows].long(), (bucket << 17) + (words >> 15))
+    assert torch.equal(index[rows].long(), (bucket << 18) + (words >> 14))
     in_order = (rows[1:] > rows[:-1]) | (bucket[1:] != bucket[:-1]) | (chunk[1:] != chunk[:-1])
     assert in_order.all()
 

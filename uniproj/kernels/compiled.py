@@ -18,18 +18,22 @@ parallel = numba.njit(parallel=True, cache=True)
 _GRAIN = 2**17  # numbers for which one more thread is worth waking
 
 
-def call(loop: Any, *arguments: Tensor | np.ndarray[Any, Any] | int) -> None:
+def call(loop: Any, *arguments: Tensor | np.ndarray[Any, Any] | int | None) -> None:
     """Call a compiled loop; tensors go in as the arrays of their memory."""
     arrays = [_array(value) if isinstance(value, Tensor) else value for value in arguments]
-    largest = max(value.size for value in arrays if isinstance(value, np.ndarray))
+    launch(loop, max(value.size for value in arrays if isinstance(value, np.ndarray)), *arrays)
+
+
+def launch(loop: Any, size: int, *arguments: np.ndarray[Any, Any] | int | None) -> None:
+    """Call a compiled loop, `size` the most numbers of an argument, on the threads that these are worth."""
     allowed = torch.get_num_threads()
-    threads = min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, largest // _GRAIN))
+    threads = min(allowed, numba.config.NUMBA_NUM_THREADS, max(1, size // _GRAIN))
     with ONE_CALLER:
         if threads == 1 or forked():
-            _serial(loop)(*arrays)
+            _serial(loop)(*arguments)
             return
         numba.set_num_threads(threads)
-        loop(*arrays)
+        loop(*arguments)
     if torch.get_num_threads() != allowed:
         # Numba starts its threads at the first call, and may share OpenMP and its number of threads with PyTorch
         torch.set_num_threads(allowed)

@@ -42,6 +42,21 @@ def accumulated(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [t.detach().to(accumulate).contiguous() for t in tensors]
 
 
+@dataclass(frozen=True)
+class MapsOfOne:
+    """A linear map of one float32 vector (d,) -> (D,) and its adjoint (D,) -> (d,), called on plain tensors alone.
+
+    differentiable: whether they are made of PyTorch's operators, so that its autograd goes through them.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    differentiable: bool = False
+
+    def __call__(self, x: Tensor, transposed: bool) -> Tensor:
+        return self.adjoint(x) if transposed else self.forward(x)
+
+
 def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes: Sequence[Shape]) -> list[_Operator]:
     """Operator i of the form as `uniproj::name_i`, with fake kernel, derivatives of both modes to any order, and vmap.
 

@@ -5,7 +5,6 @@ A backend may keep such an index in a form of its own, or compute it in its kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from uniproj.kernels.deal import Deal
-from uniproj.kernels.forms import register_form
+from uniproj.kernels.forms import MapsOfOne, register_form
 from uniproj.kernels.gather import gathered, summed
+
+_SMALL = 2**15  # rows
 
 # by the tables that decide them, as long as these live: made at the first use
 _indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -31,12 +32,22 @@ def _sum_by_index(y: Tensor, index: Tensor, size: list[int], dtype: torch.dtype)
     return summed(y, index, size[1], dtype)
 
 
-def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor | None:
-    """P x of x (1, d), or P^T x of x (1, D), in float32 outside autograd; None where nothing beats the operators.
+def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne | None:
+    """x -> P x and y -> P^T y of single vectors, where there are any that are quicker than the operators.
 
-    scale (d,): of the columns; source: an index or a `Deal`, and [D, d].
+    scale (d,): of the columns; source: an index or a `Deal`, and [D, d]. For a small D they are PyTorch's own
+    operators, whose derivatives need no Python.
     """
-    return None
+    *decides, (D, d) = source
+    if D > _SMALL or scale.device.type != "cpu":
+        return None
+    index = decides[0] if len(decides) == 1 else Deal(*decides).index()
+    rounded = scale.float()
+
+    def adjoint(y: Tensor) -> Tensor:
+        return torch.zeros(d).index_add(0, index, y) * rounded
+
+    return MapsOfOne(lambda x: (x * rounded).index_select(0, index), adjoint, differentiable=True)
 
 
 sum_by_index, copy_by_index = register_form(

@@ -1,7 +1,7 @@
 """The operators of `partition.py` on the CPU, by tiles: an order of the index that keeps both ends in the cache.
 
-Where x outgrows the second-level cache, each random read of it waits. So rows are cut into chunks of 2^15 and columns
-into buckets of 2^17; a word, (column in its bucket) 2^15 + (row in its chunk), stands for each row, ordered by chunk,
+Where x outgrows the second-level cache, each random read of it waits. So rows are cut into chunks of 2^14 and columns
+into buckets of 2^18; a word, (column in its bucket) 2^14 + (row in its chunk), stands for each row, ordered by chunk,
 bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes per row, as the index has.
 """
 
@@ -9,7 +9,7 @@ bucket and row, and some chunks at a time are walked bucket by bucket. 4 bytes p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from uniproj.kernels.compiled import call, parallel
+from uniproj.kernels import partition
+from uniproj.kernels.compiled import call, launch, parallel
 from uniproj.kernels.deal import Deal
-from uniproj.kernels.forms import accumulation_dtype
+from uniproj.kernels.forms import MapsOfOne, accumulation_dtype
 from uniproj.kernels.memory import fresh
 
-_BITS = (15, 17)  # of a row in its chunk, of a column in its bucket
+_Array = np.ndarray[Any, Any]
+
+_BITS = (14, 18)  # of a row in its chunk, of a column in its bucket
 _CHUNK = 1 << _BITS[0]
-_TOGETHER = 32  # chunks whose rows, 4 MB, are walked bucket by bucket
+_TOGETHER = 32  # chunks whose rows, 2 MB, are walked bucket by bucket
 _MOST_SUMS = 8
 
 # by the tensor that decides them, as long as it lives: made at the first use
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# by the scale of a P: the same in float32
-_scales: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def copy_by_index(x: Tensor, index: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
@@ -54,21 +55,27 @@ def gather_in(
     return _sum(y, *_tiles_of(tables, lambda: Deal(by_row, by_position, groups, tables).index(), size), size, dtype)
 
 
-def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor:
-    *decides, size = source
+def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne:
+    if small := partition.maps_of_one(scale, *source):
+        return small
+    *decides, (D, d) = source
     index = (lambda: decides[0]) if len(decides) == 1 else Deal(*decides).index
-    tiles, rounded = _tiles_of(decides[-1], index, size), _rounded(scale)
-    if transposed:
-        return _sum(x, *tiles, size, x.dtype).mul_(rounded)
-    return _copy(x * rounded, *tiles, size, x.dtype)
+    words, ends = _tiles_of(decides[-1], index, [D, d])
+    rounded, tiles = scale.float().numpy(), (words.numpy(), ends.numpy())
+    runs, largest, chunks = _runs(D, d), max(D, d), len(ends)
 
+    def forward(x: Tensor) -> Tensor:
+        y = fresh((D,), torch.float32, owner=words)
+        launch(_gather, largest, x.detach().numpy()[None], rounded, *tiles, y.numpy()[None], _together(chunks), *_BITS)
+        return y
 
-def _rounded(scale: Tensor) -> Tensor:
-    """`scale` in float32, kept as long as it lives."""
-    found = _scales.get(scale)
-    if found is None:
-        found = _scales[scale] = scale.float()
-    return found
+    def adjoint(y: Tensor) -> Tensor:
+        x = torch.empty(d)
+        values, sums = y.detach().contiguous().numpy()[None], x.numpy()[None]
+        launch(_add, largest, values, rounded, *tiles, _of_runs(sums, runs), sums, _TOGETHER, *_BITS)
+        return x
+
+    return MapsOfOne(forward, adjoint)
 
 
 def _tiles_of(key: Tensor, index: Callable[[], Tensor], size: list[int]) -> tuple[Tensor, Tensor]:
@@ -89,9 +96,12 @@ def tile(index: Tensor, d: int) -> tuple[Tensor, Tensor]:
 def _copy(x: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """x (n, d) -> (n, D) in dtype, rounded before the copy."""
     y = fresh((len(x), size[0]), dtype, owner=words)
-    together = min(_TOGETHER, -(-len(ends) // torch.get_num_threads()))
-    call(_gather, x.detach().to(dtype).contiguous(), words, ends, y, together, *_BITS)
+    call(_gather, x.detach().to(dtype).contiguous(), None, words, ends, y, _together(len(ends)), *_BITS)
     return y
+
+
+def _together(chunks: int) -> int:
+    return min(_TOGETHER, -(-chunks // torch.get_num_threads()))
 
 
 def _sum(y: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
@@ -101,11 +111,18 @@ def _sum(y: Tensor, words: Tensor, ends: Tensor, size: list[int], dtype: torch.d
     in order: the result has the same bits everywhere.
     """
     y = y.detach().to(accumulation_dtype(y.dtype, dtype)).contiguous()
-    D, d = size
-    runs = max(1, min(_MOST_SUMS, D // max(8 * d, 4 * _CHUNK)))
-    sums = torch.empty(runs, len(y), d, dtype=y.dtype)
-    call(_add, y, words, ends, sums, _TOGETHER, *_BITS)
-    return (sums.sum(0) if runs > 1 else sums[0]).to(dtype)
+    x = torch.empty(len(y), size[1], dtype=y.dtype)
+    call(_add, y, None, words, ends, _of_runs(x.numpy(), _runs(*size)), x, _TOGETHER, *_BITS)
+    return x.to(dtype)
+
+
+def _runs(D: int, d: int) -> int:
+    return max(1, min(_MOST_SUMS, D // max(8 * d, 8 * _CHUNK)))
+
+
+def _of_runs(sums: _Array, runs: int) -> _Array:
+    """Memory for the sums of every run, (runs, n, d): one alone is all."""
+    return sums[None] if runs == 1 else np.empty((runs, *sums.shape), sums.dtype)
 
 
 # ---- loops --------------------------------------------------------------------------------------------
@@ -131,8 +148,10 @@ def _tile(index, words, ends, row_bits, column_bits):
 
 
 @parallel
-def _gather(x, words, ends, y, together, row_bits, column_bits):
-    """y[n, row] = x[n, column]; `together` chunks are walked bucket by bucket."""
+def _gather(x, scale, words, ends, y, together, row_bits, column_bits):
+    """y[n, row] = x[n, column] (times scale[column], if any); `together` chunks are walked bucket by bucket."""
+    if scale is not None:
+        x = x * scale
     low = np.uint32((1 << row_bits) - 1)
     for group in numba.prange(-(-len(ends) // together)):
         chunks = range(group * together, min(len(ends), (group + 1) * together))
@@ -141,13 +160,21 @@ def _gather(x, words, ends, y, together, row_bits, column_bits):
                 columns = x[n, bucket << column_bits : (bucket + 1) << column_bits]
                 for chunk in chunks:
                     rows = y[n, chunk << row_bits : (chunk + 1) << row_bits]
-                    for k in range(ends[chunk, bucket], ends[chunk, bucket + 1]):
-                        rows[words[k] & low] = columns[words[k] >> np.uint32(row_bits)]
+                    mine = words[ends[chunk, bucket] : ends[chunk, bucket + 1]]
+                    if len(mine) == len(rows):  # one bucket, so the words are in the order of the rows
+                        for k in range(len(rows)):
+                            rows[k] = columns[mine[k] >> np.uint32(row_bits)]
+                    else:
+                        for k in range(len(mine)):
+                            rows[mine[k] & low] = columns[mine[k] >> np.uint32(row_bits)]
 
 
 @parallel
-def _add(y, words, ends, sums, together, row_bits, column_bits):
-    """sums[run, n, column] += y[n, row], for each column in the order of the rows, a run taking equally many chunks."""
+def _add(y, scale, words, ends, sums, x, together, row_bits, column_bits):
+    """x[n, column] (times scale[column], if any) = sum of y[n, row], in the order of the rows, run by run.
+
+    A run takes equally many chunks; sums (runs, n, d) are added in order, and are x itself if there is one.
+    """
     low = np.uint32((1 << row_bits) - 1)
     each = -(-len(ends) // len(sums))
     for run in numba.prange(len(sums)):
@@ -159,5 +186,16 @@ def _add(y, words, ends, sums, together, row_bits, column_bits):
                     columns = sums[run, n, bucket << column_bits : (bucket + 1) << column_bits]
                     for chunk in range(group, min(group + together, last)):
                         rows = y[n, chunk << row_bits : (chunk + 1) << row_bits]
-                        for k in range(ends[chunk, bucket], ends[chunk, bucket + 1]):
-                            columns[words[k] >> np.uint32(row_bits)] += rows[words[k] & low]
+                        mine = words[ends[chunk, bucket] : ends[chunk, bucket + 1]]
+                        for k in range(len(mine)):
+                            columns[mine[k] >> np.uint32(row_bits)] += rows[mine[k] & low]
+    for n in range(len(x)):
+        if len(sums) > 1:
+            for j in numba.prange(x.shape[1]):
+                total = sums[0, n, j]
+                for run in range(1, len(sums)):
+                    total += sums[run, n, j]
+                x[n, j] = total
+        if scale is not None:
+            for j in numba.prange(x.shape[1]):
+                x[n, j] *= scale[j]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from uniproj.errors import ProjectionError
 from uniproj.kernels.deal import Deal, Group
 from uniproj.kernels.dispatch import run
-from uniproj.kernels.forms import accumulation_dtype, is_plain
-from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, product_of_one, sum_by_index
+from uniproj.kernels.forms import MapsOfOne, accumulation_dtype
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, maps_of_one, sum_by_index
 from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 
+# of every P: what its maps of one vector were made of, for which device, and the maps
+_maps: WeakKeyDictionary[Partition, tuple[Tensor, Tensor, torch.device, MapsOfOne | None]] = WeakKeyDictionary()
 _DEAL = ("by_row", "by_position", "groups", "tables")
 
 
@@ -33,6 +36,7 @@ class Partition(Projection):
 
     sparse = True
     casts = True
+    _tables: Tensor
 
     def __init__(self, layout: LoRALayout, d: int, seed: int, dealt: Tensor | Sequence[Group], normalise: bool = True):
         super().__init__(layout, d, seed)
@@ -78,24 +82,23 @@ class Partition(Projection):
 
     def _matvec(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or theta_d.dtype
-        if (found := self._of_one(theta_d, False, dtype)) is not None:
-            return found
         compute = accumulation_dtype(theta_d.dtype, dtype)
         copy = deal_out if self._index is None else copy_by_index
         return copy(theta_d.to(compute) * self.scale.to(compute), *self._source(), dtype)
 
     def _rmatvec(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or theta_D.dtype
-        if (found := self._of_one(theta_D, True, dtype)) is not None:
-            return found
         compute = accumulation_dtype(theta_D.dtype, dtype)
         add = gather_in if self._index is None else sum_by_index
         return (add(theta_D, *self._source(), compute) * self.scale.to(compute)).to(dtype)
 
-    def _of_one(self, x: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor | None:
-        """The product with a batch of one in float32, where there is a way that is quicker than the operators."""
-        plain = len(x) == 1 and x.dtype == dtype == torch.float32 and is_plain(x) and not x.requires_grad
-        return run(product_of_one, x.device, x, transposed, self.scale, self._source()) if plain else None
+    def _of_one(self, device: torch.device) -> MapsOfOne | None:
+        decides = self._tables if self._index is None else self._index
+        found = _maps.get(self)
+        if found is None or found[0] is not self.scale or found[1] is not decides or found[2] != device:
+            maps = run(maps_of_one, device, self.scale, *self._source())
+            found = _maps[self] = (self.scale, decides, device, maps)
+        return found[3]
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
         """(P theta_d)[rows] from the columns of these rows alone."""
