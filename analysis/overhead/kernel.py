@@ -7,7 +7,7 @@ median of ratios within one turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from analysis.overhead import methods
 from analysis.overhead.methods import CLONE, COPY, FLOORS, candidate
 from analysis.overhead.problem import SLOW, Candidate, Entrant, Problem, TooLarge, enter
-from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, roberta_large_query_value, sub_vectors
+from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, TINY, roberta_large_query_value, sub_vectors
 from experiments.timing import interleave, ratio
 from uniproj import LoRALayout, kernels
 
@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "RoBERTa-large q,v": roberta_large_query_value,
     "Llama-2-7B": LLAMA_2_7B.all_linear,
     "Llama-3.1-8B": LLAMA_31_8B.all_linear,
+    "tiny": TINY.all_linear,
 }
 # The first of a family is uniproj's, which the others are compared with. The figures are bytes per coordinate that
 # building and calling it may take.
@@ -55,9 +56,9 @@ CASES = (
 )
 
 
-def jobs() -> list[dict[str, Any]]:
-    """The configuration of every measurement of this part."""
-    return [{"part": "kernel", "family": family, **asdict(case)} for case in CASES for family in FAMILIES]
+def jobs(cases: Sequence[Case] | None = None) -> list[dict[str, Any]]:
+    """The configuration of every measurement of this part, on these cases or on all."""
+    return [{"part": "kernel", "family": family, **asdict(case)} for case in cases or CASES for family in FAMILIES]
 
 
 def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from analysis.markdown import markdown
 from analysis.overhead import summary
@@ -173,8 +172,17 @@ def _table(columns: Mapping[str, Cell], found: Sequence[Row]) -> str:
     return markdown(list(columns), *lines) + "\n"
 
 
-def write(out: Path, records: Sequence[Mapping[str, Any]], as_json: bool, draw: Draw) -> None:
-    """Write every file into `out`, and what `draw` makes of kernels and models; print the tables or JSON.
+def _csv(found: Sequence[Row]) -> str:
+    lines = io.StringIO()
+    columns = dict.fromkeys(key for row in found for key in row)
+    table = csv.DictWriter(lines, list(columns), lineterminator="\n")
+    table.writeheader()
+    table.writerows(found)
+    return lines.getvalue()
+
+
+def write(out: Path, records: Sequence[Mapping[str, Any]], draw: Draw | None = None) -> tuple[dict[str, Any], str]:
+    """Write every file into `out`, and what `draw` makes of kernels and models; returns the JSON and the tables.
 
     Needs at least one record.
     """
@@ -193,8 +201,8 @@ def write(out: Path, records: Sequence[Mapping[str, Any]], as_json: bool, draw: 
     write_text(out / "overhead.md", text)
     for part, found in parts.items():
         if found:
-            write_text(out / f"overhead-{part}.csv", pd.DataFrame(found).to_csv(index=False))
-    picture = draw(parts["kernel"], parts["model"])
+            write_text(out / f"overhead-{part}.csv", _csv(found))
+    picture = draw(parts["kernel"], parts["model"]) if draw else None
     if picture is not None:
         write_bytes(out / "overhead.png", picture)
-    print(json.dumps(everything, indent=2) if as_json else f"{text}\nTables, CSV, JSON and picture: {out}")
+    return everything, text
