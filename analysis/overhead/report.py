@@ -146,7 +146,7 @@ def _about_growth() -> str:
 
 def _as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) -> str:
     """The hardware line and one section for each part that has rows, with what its columns mean."""
-    sections = [f"{_hardware_line(origin)}\n"]
+    sections = [f"{hardware_line(origin)}\n"]
     if parts["kernel"]:
         sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + _table(KERNEL, parts["kernel"]))
     if parts["model"]:
@@ -156,7 +156,7 @@ def _as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) 
     return "\n".join(sections)
 
 
-def _hardware_line(origin: Mapping[str, Any]) -> str:
+def hardware_line(origin: Mapping[str, Any]) -> str:
     """Device, threads, versions, commits and dates in one sentence."""
     hardware = origin["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
