@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -44,9 +45,11 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     options = ["-v", "-s", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "addopts=", "-m", ""]
     if config["keyword"]:
+        if find_spec("hypothesis") is None:
+            return [{"test": config["paths"], "seconds": 0.0, "note": "skipped: hypothesis is not installed"}]
         options += ["-k", config["keyword"]]
     else:
-        # tests/conftest.py is of the whole suite, and needs its packages
+        # without tests/conftest.py, which needs the packages of the whole suite
         options += ["--device", config["device"], "--confcutdir", str((ROOT / config["paths"]).parent)]
     kept = _Rows()
     pytest.main([*options, str(ROOT / config["paths"])], plugins=[kept])
