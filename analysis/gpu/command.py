@@ -18,7 +18,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m analysis.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="small models and few methods: a rehearsal")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for all parts (480); the rest is left out")
+    parser.add_argument("--seconds", type=float, default=460.0, help="for all parts (460); the rest is left out")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder of records and tables")
     return parser.parse_args(argv)
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from analysis.bank.models import TARGETS
 from analysis.overhead import kernel, model
-from analysis.overhead.workloads import DEFAULT
+from analysis.overhead.workloads import DEFAULT, WORKLOADS
 from experiments.timing import LEAST_VALUES
 
 _TINY = "tiny"
 # of the model part: fewer than `analysis.overhead` takes, so that more methods fit
 _PAIRS, _NEW_TOKENS = 8, 8
-_USERS = (16, 256)
+# of theta_d, as in results/bank
+_USERS, _MIXED_D = (16, 256), 23_040
 TESTS = ("test_numbers", "test_waiting", "test_operators", "test_compiling", "test_models", "test_two_devices")
 
 
@@ -57,9 +59,9 @@ def _models(bases: Sequence[str], device: str, tiny: bool) -> list[dict[str, Any
 
 
 def _mixed(base: str, users: Sequence[int]) -> list[dict[str, Any]]:
-    common = {"part": "mixed", "package": "analysis.gpu", "base": base, "new_tokens": _NEW_TOKENS}
+    common = {"part": "mixed", "package": "analysis.gpu", "base": base, "d": min(_MIXED_D, WORKLOADS[base].d)}
     return [
-        {**common, "targets": targets, "users": count, "rounds": LEAST_VALUES}
+        {**common, "targets": targets, "users": count, "new_tokens": _NEW_TOKENS, "rounds": LEAST_VALUES}
+        for targets in reversed(TARGETS)
         for count in users
-        for targets in ("all linear", "q, v")
     ]

@@ -9,9 +9,23 @@ from typing import Any
 from analysis.bank.report import table
 from analysis.markdown import markdown
 from analysis.overhead import report, runner, summary
+from analysis.overhead.report import Cell, count, interval, number, text
 from experiments.files import write_json, write_text
 
 _Many = Sequence[Mapping[str, Any]]
+_ABOUT = (
+    "Without the time in which the GPU waits for the processor, beside a copy of D floats (8 D bytes). At D = 1e7 a "
+    "part of theta_D stays in the cache, of the copy as of the others."
+)
+_ALONE: Mapping[str, Cell] = {
+    "case": text("case"),
+    "D": count("D"),
+    "method": text("method"),
+    "forward, µs": number("gpu_forward_seconds", 1e6),
+    "adjoint, µs": number("gpu_adjoint_seconds", 1e6),
+    "forward / copy": interval("gpu_forward_per_copy", "{:.3g}".format),
+    "adjoint / copy": interval("gpu_adjoint_per_copy", "{:.3g}".format),
+}
 
 
 def write(out: Path, asked: Mapping[str, _Many]) -> tuple[str, bool]:
@@ -31,6 +45,7 @@ def write(out: Path, asked: Mapping[str, _Many]) -> tuple[str, bool]:
         report.hardware_line(where_from),
         table(progress),
         "Kernels, training steps and decoding: [overhead.md](overhead.md).",
+        *_alone(summary.rows(everything, "kernel")),
         *_tests(tests),
         *_mixed(mixed),
     ]
@@ -54,6 +69,12 @@ def _describe(row: Mapping[str, Any]) -> str:
     """A row of any part whose note says how it failed."""
     keys = ("test", "paths", "case", "family", "base", "method", "targets", "users")
     return f"{' '.join(str(row[key]) for key in keys if key in row)} {row['note']}"
+
+
+def _alone(rows: _Many) -> list[str]:
+    """The kernels, timed by the GPU itself where there is one."""
+    timed = [dict(row) for row in rows if "gpu_forward_seconds" in row]
+    return ["## Kernels, the GPU alone", _ABOUT, report.table(_ALONE, timed).rstrip()] if timed else []
 
 
 def _tests(rows: _Many) -> list[str]:

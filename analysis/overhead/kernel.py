@@ -87,6 +87,9 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     own = family[0].name
     for entrant in entrants:
         rows[entrant.name] |= _timed(entrant, seconds, own)
+    if device.type == "cuda":
+        for name, found in _timed_on_gpu(racing, config["rounds"]).items():
+            rows[name] |= found
     rows[own]["backend"] = kernels.backend(device)
     common = {
         "case": f"{config['architecture']} r={config['r']}",
@@ -135,3 +138,17 @@ def _timed(entrant: Entrant, seconds: Mapping[str, np.ndarray], own: str) -> dic
     if entrant.name != own and own in seconds:
         timed |= ratio("both_per_ours", both, seconds[own].sum(1))
     return timed
+
+
+def _timed_on_gpu(racing: Sequence[Entrant], rounds: int) -> dict[str, dict[str, float]]:
+    """Of every method the medians in s and the ratios to the copy, both of the GPU alone."""
+    times: np.ndarray = np.array(interleave([entrant.run_on_gpu for entrant in racing], rounds, WARM_UP))
+    copied = times[:, [entrant.name for entrant in racing].index(COPY), 0]
+    found = {}
+    for i, entrant in enumerate(racing):
+        timed = {}
+        for k, way in enumerate(("forward", "adjoint")[: 1 if entrant.name in (COPY, CLONE) else 2]):
+            timed[f"gpu_{way}_seconds"] = float(np.median(times[:, i, k]))
+            timed |= ratio(f"gpu_{way}_per_copy", times[:, i, k], copied)
+        found[entrant.name] = timed
+    return found

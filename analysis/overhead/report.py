@@ -148,11 +148,11 @@ def _as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) 
     """The hardware line and one section for each part that has rows, with what its columns mean."""
     sections = [f"{hardware_line(origin)}\n"]
     if parts["kernel"]:
-        sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + _table(KERNEL, parts["kernel"]))
+        sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + table(KERNEL, parts["kernel"]))
     if parts["model"]:
-        sections.append(f"## Model\n\n{_ABOUT_MODEL}\n\n" + _table(MODEL, parts["model"]))
+        sections.append(f"## Model\n\n{_ABOUT_MODEL}\n\n" + table(MODEL, parts["model"]))
     if parts["exponents"]:
-        sections.append(f"## Growth\n\n{_about_growth()}\n\n" + _table(GROWTH, parts["exponents"]))
+        sections.append(f"## Growth\n\n{_about_growth()}\n\n" + table(GROWTH, parts["exponents"]))
     return "\n".join(sections)
 
 
@@ -166,7 +166,7 @@ def hardware_line(origin: Mapping[str, Any]) -> str:
     )
 
 
-def _table(columns: Mapping[str, Cell], found: Sequence[Row]) -> str:
+def table(columns: Mapping[str, Cell], found: Sequence[Row]) -> str:
     # a row without a note has none
     lines = ([cell({"note": "", **row}) for cell in columns.values()] for row in found)
     return markdown(list(columns), *lines) + "\n"

@@ -11,10 +11,12 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 
 from analysis.gpu import __main__, packages, report, tests
 from analysis.gpu.parts import TESTS, parts
-from analysis.overhead import model, runner
+from analysis.overhead import kernel, model, problem, runner
+from analysis.overhead.problem import Entrant, Method
 from analysis.overhead.workloads import DEFAULT
 from experiments.timing import LEAST_VALUES
 from uniproj import names
@@ -164,3 +166,47 @@ def test_a_row_for_every_test(tmp_path: Path) -> None:
     empty.touch()
     with pytest.raises(RuntimeError, match=r"test_empty.py must hold tests that can be run here, got none"):
         tests.measure({**config, "paths": str(empty)})
+
+
+def test_the_gpu_is_timed_while_all_calls_wait_in_its_queue(monkeypatch) -> None:
+    """Events around the calls, behind work that keeps the GPU busy for longer than they take to be launched."""
+    log: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, _: "Event") -> float:
+            return 6.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "_sleep", log.append)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(problem, "_SHORTEST", 3e-3)
+    method = Method(lambda: log.append("forward"), lambda _: log.append("adjoint"))
+    entrant = Entrant("any", method, torch.device("cuda"), 0.0, 0, (1e-3, 5e-3))
+    assert entrant.run_on_gpu() == pytest.approx((6e-3 / 3, 6e-3))
+    sleep, *rest = log
+    assert sleep > 3e-3 * 1.9e9  # cycles of a clock below 2 GHz
+    assert rest[:6] == ["event", "forward", "forward", "forward", "event", "wait"]
+    assert rest[6] == "forward" and rest[8:] == ["event", "adjoint", "event", "wait"] and rest[7] > 5e-3 * 1.9e9
+
+
+def test_the_page_shows_the_time_of_the_gpu_alone(tmp_path: Path) -> None:
+    class Racer:
+        def __init__(self, name: str, *seconds: float) -> None:
+            self.name, self.run_on_gpu = name, lambda: seconds
+
+    racing = [Racer("copy", 2e-6, 0.0), Racer("clone", 3e-6, 0.0), Racer("own", 3e-6, 8e-6)]
+    found = kernel._timed_on_gpu(racing, 6)
+    assert "gpu_adjoint_per_copy" not in found["copy"] and found["clone"]["gpu_forward_per_copy"] == pytest.approx(1.5)
+    jobs = {part.name: [{**job, **MACHINE} for job in part.jobs] for part in parts("cpu", True)}
+    common = {"case": "a model", "family": "f", "D": 1000, "d": 9, "note": ""}
+    runner.save(tmp_path, jobs["kernel"][0], [{**common, "method": name, **row} for name, row in found.items()])
+    page, _ = report.write(tmp_path, jobs)
+    assert "| a model | 1,000 | own | 3 | 8 | 1.5 [1.5, 1.5] | 4 [4, 4] |" in page
