@@ -9,7 +9,7 @@ PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra
 	tests/exchange/test_peft_formats.py tests/test_transforms.py::test_export \
 	tests/test_transforms.py::test_compile_after_a_call_without_gradients
 
-.PHONY: compare sweep overhead figures docs test test-system test-all test-lowest lint .venv .venv-lowest
+.PHONY: compare sweep overhead gpu figures docs test test-system test-all test-lowest lint .venv .venv-lowest
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -19,6 +19,10 @@ sweep: .venv
 
 overhead: .venv
 	@$(PY) -m analysis.overhead $(ARGS)
+
+# on a machine with a GPU, by the Python at hand
+gpu:
+	@$(PYTHON) -m analysis.gpu $(ARGS)
 
 figures: .venv
 	@$(PY) -m paper_figures $(ARGS)

@@ -1,5 +1,9 @@
 """Measurements of projections: each is a package or module that runs as `python -m analysis.<name>`."""
 
-from uniproj import console
+from contextlib import suppress
 
-console.quiet_bitsandbytes()
+# `analysis.gpu` names all packages that are missing, of which this import would name the first
+with suppress(ModuleNotFoundError):
+    from uniproj import console
+
+    console.quiet_bitsandbytes()

@@ -13,16 +13,15 @@ import pandas as pd
 from tqdm import tqdm
 
 import uniproj
-from experiments.errors import ExperimentError
+from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import write_json, write_text
 from experiments.models import trust
-from experiments.provenance import provenance
+from experiments.provenance import asked
 from uniproj import console
 from uniproj.errors import AdapterError, ProjectionError
 
 Tables = Mapping[str, pd.DataFrame]
 T = TypeVar("T")
-INTERRUPTED = 130
 _DIGITS = 15
 # Rows of a table that is printed, and repeated in the JSON file.
 _MOST_PRINTED = 120
@@ -108,12 +107,6 @@ def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[T
     print(json.dumps(everything, indent=2) if args.json else as_text(tables))
     if not args.json:
         print(f"Tables, JSON and picture: {out}")
-
-
-def asked(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
-    """How the record of a measurement begins: what was asked for, and where and of which versions it is."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
-    return {"settings": settings, "provenance": provenance("cpu")}
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -64,3 +65,9 @@ def provenance(device: str) -> dict[str, Any]:
         "hardware": hardware,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def asked(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    """How the record of a measurement begins: what was asked for, and where and of which versions it is."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
+    return {"settings": settings, "provenance": provenance("cpu")}

@@ -7,15 +7,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from analysis.bank import batches, models, report, soak, storage, switching
-from analysis.command import INTERRUPTED
-from experiments.errors import ExperimentError
-from experiments.models import BaseModel
+from experiments.errors import INTERRUPTED, ExperimentError
+from experiments.models import BaseModel, load_causal
 from uniproj import console
 from uniproj.bank import AdapterBank
 from uniproj.errors import AdapterError
@@ -42,6 +42,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _shape(args: argparse.Namespace, targets: str) -> models.Shape:
+    return models.Shape(partial(load_causal, BaseModel(args.base, args.dtype)), targets, args.d)
+
+
 @console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the soak lost something, 2 bad input, 130 interrupted."""
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Room and switching, on banks of 10, 100, .. adapters with q and v adapted."""
-    shape = models.Shape(BaseModel(args.base, args.dtype), "q, v", args.d)
+    shape = _shape(args, "q, v")
     model = models.ours(shape)
     sizes = sorted({*(10**k for k in range(1, len(str(args.adapters - 1)))), args.adapters})
     banks = {n: AdapterBank.create(scratch / f"{n}", model) for n in sizes}
@@ -86,20 +90,11 @@ def _bank(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def _mixed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Mixed batches, with q and v adapted and with all linear layers."""
     found: dict[str, list[dict[str, Any]]] = {"seconds": [], "ratios": []}
-    base = BaseModel(args.base, args.dtype)
-    users = [f"user-{k}" for k in range(args.users)]
     for targets in models.TARGETS:
-        shape = models.Shape(base, targets, args.d)
-        model = models.ours(shape)
-        bank = AdapterBank.create(scratch / targets, model)
-        storage.fill(bank, args.users)
-        rows = batches.measure(model, bank, models.lora(shape, users), users, args.new_tokens, args.rounds)
-        for key, of_shape in rows.items():
-            found[key] += [{"targets": targets, **row} for row in of_shape]
-    return {
-        **found,
-        "adapter_names with UNILORA": batches.mixes(models.unilora(models.Shape(base, "q, v", args.d))),
-    }
+        shape = _shape(args, targets)
+        for key, rows in batches.measure(shape, args.users, args.new_tokens, args.rounds, scratch / targets).items():
+            found[key] += rows
+    return {**found, "adapter_names with UNILORA": batches.mixes(models.unilora(_shape(args, "q, v")))}
 
 
 def _soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from analysis.bank import models, storage
 from analysis.overhead.workloads import greedy
-from experiments.timing import of_turns, ratio_of_turns, take_turns
+from experiments.timing import now, of_turns, ratio_of_turns, take_turns
 from uniproj.bank import AdapterBank, mixed
 
 # one token, so that every pass over the model decodes one token per row
 PROMPT = 1
+_MIXED, _LORA = "bank: mixed", "LoRA: adapter_names"
+
+
+# PEFT takes longer for each adapter the more there are: 256 of them on all linear layers of 28 blocks take minutes
+_MOST_BESIDE = 64
 
 
 def measure(
-    model: PeftModel, bank: AdapterBank, peer: PeftModel, users: list[str], new_tokens: int, rounds: int
+    shape: models.Shape, count: int, new_tokens: int, rounds: int, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows in s per decoded token of the whole batch (one row per user), and their ratios to PEFT's LoRA.
+    """`_measure` for `count` users on bases of this shape, with a bank in `folder`; beyond 64 users without PEFT's."""
+    users = [f"user-{k}" for k in range(count)]
+    model = models.ours(shape)
+    bank = AdapterBank.create(folder, model)
+    storage.fill(bank, count)
+    peer = models.lora(shape, users) if count <= _MOST_BESIDE else None
+    found = _measure(model, bank, peer, users, new_tokens, rounds)
+    return {key: [{"targets": shape.targets, "users": count, **row} for row in rows] for key, rows in found.items()}
+
+
+def _measure(
+    model: PeftModel, bank: AdapterBank, peer: PeftModel | None, users: Sequence[str], new_tokens: int, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows in s per decoded token of the whole batch (one row per user), and their ratios.
 
     Reading the users' vectors and projecting them counts as ours; peer holds one LoRA adapter per user in memory, under
     the same names. `base` is the model without any adapter, `one adapter` the same batch with one for all rows.
@@ -31,6 +51,7 @@ def measure(
         def run() -> None:
             with torch.no_grad():
                 each.generate(**inputs, **greedy(new_tokens), **more)
+            now(each.device)
 
         return run
 
@@ -42,20 +63,13 @@ def measure(
         with model.disable_adapter():
             generate(model)()
 
-    seconds = take_turns(
-        {
-            "bank: mixed": ours,
-            "LoRA: adapter_names": generate(peer, adapter_names=users),
-            "base": bare,
-            "bank: one adapter": generate(model),
-        },
-        rounds,
-        per=new_tokens,
-    )
-    return {
-        "seconds": of_turns(seconds),
-        "ratios": [ratio_of_turns(seconds, "LoRA: adapter_names", name) for name in ("bank: mixed", "base")],
-    }
+    ways = {_MIXED: ours, "base": bare, "bank: one adapter": generate(model)}
+    pairs = [(_MIXED, "base")]
+    if peer is not None:
+        ways[_LORA] = generate(peer, adapter_names=list(users))
+        pairs = [(_LORA, _MIXED), (_LORA, "base"), *pairs]
+    seconds = take_turns(ways, rounds, per=new_tokens)
+    return {"seconds": of_turns(seconds), "ratios": [ratio_of_turns(seconds, *pair) for pair in pairs]}
 
 
 def mixes(peer: PeftModel) -> str:
@@ -72,5 +86,5 @@ def mixes(peer: PeftModel) -> str:
 
 def _prompt(rows: int, model: PeftModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, (rows, PROMPT), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

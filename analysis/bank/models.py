@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, UniLoraConfig, get_peft_model
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from experiments.models import BaseModel, load_causal
 from uniproj.kernels.random import uniform
 from uniproj.tuner import UniProjConfig
 
@@ -22,9 +22,9 @@ RANK = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """Where the adapters sit, and the length of theta_d."""
+    """What makes a base, where the adapters sit, and the length of theta_d."""
 
-    base: BaseModel
+    base: Callable[[], PreTrainedModel]
     targets: str
     d: int
 
@@ -36,13 +36,13 @@ class Shape:
 def ours(shape: Shape) -> PeftModel:
     """Uni-LoRA through uniproj on a base of its own."""
     config = UniProjConfig(d=shape.d, r=RANK, target_modules=shape.modules, task_type="CAUSAL_LM")
-    return get_peft_model(load_causal(shape.base), config).eval()
+    return get_peft_model(shape.base(), config).eval()
 
 
 def lora(shape: Shape, names: Sequence[str]) -> PeftModel:
     """PEFT's LoRA, one adapter per name, all of them away from zero."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=shape.modules, task_type="CAUSAL_LM")
-    model = get_peft_model(load_causal(shape.base), config, adapter_name=names[0])
+    model = get_peft_model(shape.base(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def lora(shape: Shape, names: Sequence[str]) -> PeftModel:
 def unilora(shape: Shape) -> PeftModel:
     """PEFT's UNILORA with as many numbers as ours."""
     config = UniLoraConfig(r=RANK, theta_d_length=shape.d, target_modules=shape.modules, task_type="CAUSAL_LM")
-    return get_peft_model(load_causal(shape.base), config).eval()
+    return get_peft_model(shape.base(), config).eval()
 
 
 def theta(seed: int, d: int) -> Tensor:

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from analysis.command import asked
 from analysis.markdown import markdown
 from experiments.files import read_json, write_json, write_text
+from experiments.provenance import asked
 
 TARGETS = (
     "10,000 adapters of d = 23,040 in at most 1.05 times their bytes, opened in under 1 s; a switch at N = 10,000 in "
@@ -46,17 +44,18 @@ def _part(part: str, record: Mapping[str, Any]) -> list[str]:
         f"{hardware['device']}, {hardware['cores']} cores, {hardware['threads']} threads, load average "
         f"{record['load_average']['5 min']:.1f}; {versions}; commit {where['commit']}; {where['finished']}."
     )
-    tables = [f"{key}:\n\n{_table(value)}" for key, value in record.items() if isinstance(value, list)]
+    tables = [f"{key}:\n\n{table(value)}" for key, value in record.items() if isinstance(value, list)]
     notes = [f"{key}: {value}" for key, value in record.items() if isinstance(value, str)]
     return [f"## {part}", origin, *tables, *notes]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    table = pd.DataFrame(rows)
-    return markdown(list(table.columns), *([_cell(value) for value in row] for row in table.itertuples(index=False)))
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as they are, with a column for each of their keys."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return markdown(list(columns), *([_cell(row.get(key, "")) for key in columns] for row in rows))
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return "" if value != value else f"{value:,.0f}" if value == int(value) and abs(value) > 99 else f"{value:.4g}"
+        return f"{value:,.0f}" if value == int(value) and abs(value) > 99 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -6,19 +6,14 @@ What is measured is not measured again: an interrupted run goes on where it stop
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from analysis.command import INTERRUPTED
-from analysis.overhead import growth, kernel, model, report, runner, summary
-from analysis.overhead.problem import SEED
+from analysis.overhead import growth, kernel, model, report, runner, summary, surroundings
 from analysis.overhead.workloads import DEFAULT, WORKLOADS
-from experiments.errors import ExperimentError
-from experiments.provenance import device_name, versions
+from experiments.errors import INTERRUPTED, ExperimentError
 from paper_figures.figures.overhead import draw
 from uniproj import console
 
@@ -38,30 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The configuration of every measurement of all parts; another machine, version or count of threads is another."""
     models = model.jobs(args.models or DEFAULT[args.device], args.methods or model.names(), args.device)
-    surroundings = {
-        "seed": SEED,
-        "device": args.device,
-        "hardware": device_name(args.device),
-        "threads": _count_threads(),
-        "versions": versions(),
-    }
-    return [{**job, **surroundings} for job in [*kernel.jobs(), *models, *growth.jobs()]]
-
-
-def _count_threads() -> int:
-    """OMP_NUM_THREADS, or one thread per core: OpenMP's own default may be fewer."""
-    asked = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ExperimentError(f"overhead: OMP_NUM_THREADS must be a count of at least 1, got {asked!r}. Unset it.")
-    return int(asked)
-
-
-def _check_machine(device: str) -> None:
-    """Raises ExperimentError where nothing could be measured."""
-    if sys.platform != "linux":
-        raise ExperimentError(f"overhead: memory is read from Linux's /proc, got {sys.platform}. Run it on Linux.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ExperimentError("overhead: --device cuda must be available, got none. Use --device cpu.")
+    machine = surroundings.of(args.device)
+    return [{**job, **machine} for job in [*kernel.jobs(), *models, *growth.jobs()]]
 
 
 @console.command
@@ -69,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some measurement failed, 2 bad input, 130 interrupted."""
     args = parse(argv)
     try:
-        _check_machine(args.device)
+        surroundings.check(args.device)
         everything = jobs(args)
         asked = [job for job in everything if job["part"] in args.parts]
         runner.run_all(asked, args.out)
-        report.write(args.out, runner.load(args.out, everything), args.json, draw)
+        found, text = report.write(args.out, runner.load(args.out, everything), draw)
+        print(json.dumps(found, indent=2) if args.json else f"{text}\nTables, CSV, JSON and picture: {args.out}")
         failed = summary.failures(runner.load(args.out, asked))
     except ExperimentError as error:
         print(error, file=sys.stderr)

@@ -7,7 +7,7 @@ median of ratios within one turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from analysis.overhead import methods
 from analysis.overhead.methods import CLONE, COPY, FLOORS, candidate
 from analysis.overhead.problem import SLOW, Candidate, Entrant, Problem, TooLarge, enter
-from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, roberta_large_query_value, sub_vectors
+from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, TINY, roberta_large_query_value, sub_vectors
 from experiments.timing import interleave, ratio
 from uniproj import LoRALayout, kernels
 
@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "RoBERTa-large q,v": roberta_large_query_value,
     "Llama-2-7B": LLAMA_2_7B.all_linear,
     "Llama-3.1-8B": LLAMA_31_8B.all_linear,
+    "tiny": TINY.all_linear,
 }
 # The first of a family is uniproj's, which the others are compared with. The figures are bytes per coordinate that
 # building and calling it may take.
@@ -55,9 +56,9 @@ CASES = (
 )
 
 
-def jobs() -> list[dict[str, Any]]:
-    """The configuration of every measurement of this part."""
-    return [{"part": "kernel", "family": family, **asdict(case)} for case in CASES for family in FAMILIES]
+def jobs(cases: Sequence[Case] | None = None) -> list[dict[str, Any]]:
+    """The configuration of every measurement of this part, on these cases or on all."""
+    return [{"part": "kernel", "family": family, **asdict(case)} for case in cases or CASES for family in FAMILIES]
 
 
 def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,6 +87,9 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     own = family[0].name
     for entrant in entrants:
         rows[entrant.name] |= _timed(entrant, seconds, own)
+    if device.type == "cuda":
+        for name, found in _timed_on_gpu(racing, config["rounds"]).items():
+            rows[name] |= found
     rows[own]["backend"] = kernels.backend(device)
     common = {
         "case": f"{config['architecture']} r={config['r']}",
@@ -134,3 +138,17 @@ def _timed(entrant: Entrant, seconds: Mapping[str, np.ndarray], own: str) -> dic
     if entrant.name != own and own in seconds:
         timed |= ratio("both_per_ours", both, seconds[own].sum(1))
     return timed
+
+
+def _timed_on_gpu(racing: Sequence[Entrant], rounds: int) -> dict[str, dict[str, float]]:
+    """Of every method the medians in s and the ratios to the copy, both of the GPU alone."""
+    times: np.ndarray = np.array(interleave([entrant.run_on_gpu for entrant in racing], rounds, WARM_UP))
+    copied = times[:, [entrant.name for entrant in racing].index(COPY), 0]
+    found = {}
+    for i, entrant in enumerate(racing):
+        timed = {}
+        for k, way in enumerate(("forward", "adjoint")[: 1 if entrant.name in (COPY, CLONE) else 2]):
+            timed[f"gpu_{way}_seconds"] = float(np.median(times[:, i, k]))
+            timed |= ratio(f"gpu_{way}_per_copy", times[:, i, k], copied)
+        found[entrant.name] = timed
+    return found

@@ -137,7 +137,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         row |= {f"checkpointing_{key}" if checkpointing else key: value for key, value in found.items()}
     for each in (model, reference):
         _set_checkpointing(each, False)
-    row |= _inference(model, reference, prompt, work.new_tokens, config["pairs"])
+    row |= _inference(model, reference, prompt, config["new_tokens"], config["pairs"])
     return [row | _on_disk(model, device)]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from analysis.markdown import markdown
 from analysis.overhead import summary
@@ -147,17 +146,17 @@ def _about_growth() -> str:
 
 def _as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) -> str:
     """The hardware line and one section for each part that has rows, with what its columns mean."""
-    sections = [f"{_hardware_line(origin)}\n"]
+    sections = [f"{hardware_line(origin)}\n"]
     if parts["kernel"]:
-        sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + _table(KERNEL, parts["kernel"]))
+        sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + table(KERNEL, parts["kernel"]))
     if parts["model"]:
-        sections.append(f"## Model\n\n{_ABOUT_MODEL}\n\n" + _table(MODEL, parts["model"]))
+        sections.append(f"## Model\n\n{_ABOUT_MODEL}\n\n" + table(MODEL, parts["model"]))
     if parts["exponents"]:
-        sections.append(f"## Growth\n\n{_about_growth()}\n\n" + _table(GROWTH, parts["exponents"]))
+        sections.append(f"## Growth\n\n{_about_growth()}\n\n" + table(GROWTH, parts["exponents"]))
     return "\n".join(sections)
 
 
-def _hardware_line(origin: Mapping[str, Any]) -> str:
+def hardware_line(origin: Mapping[str, Any]) -> str:
     """Device, threads, versions, commits and dates in one sentence."""
     hardware = origin["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
@@ -167,14 +166,23 @@ def _hardware_line(origin: Mapping[str, Any]) -> str:
     )
 
 
-def _table(columns: Mapping[str, Cell], found: Sequence[Row]) -> str:
+def table(columns: Mapping[str, Cell], found: Sequence[Row]) -> str:
     # a row without a note has none
     lines = ([cell({"note": "", **row}) for cell in columns.values()] for row in found)
     return markdown(list(columns), *lines) + "\n"
 
 
-def write(out: Path, records: Sequence[Mapping[str, Any]], as_json: bool, draw: Draw) -> None:
-    """Write every file into `out`, and what `draw` makes of kernels and models; print the tables or JSON.
+def _csv(found: Sequence[Row]) -> str:
+    lines = io.StringIO()
+    columns = dict.fromkeys(key for row in found for key in row)
+    table = csv.DictWriter(lines, list(columns), lineterminator="\n")
+    table.writeheader()
+    table.writerows(found)
+    return lines.getvalue()
+
+
+def write(out: Path, records: Sequence[Mapping[str, Any]], draw: Draw | None = None) -> tuple[dict[str, Any], str]:
+    """Write every file into `out`, and what `draw` makes of kernels and models; returns the JSON and the tables.
 
     Needs at least one record.
     """
@@ -193,8 +201,8 @@ def write(out: Path, records: Sequence[Mapping[str, Any]], as_json: bool, draw: 
     write_text(out / "overhead.md", text)
     for part, found in parts.items():
         if found:
-            write_text(out / f"overhead-{part}.csv", pd.DataFrame(found).to_csv(index=False))
-    picture = draw(parts["kernel"], parts["model"])
+            write_text(out / f"overhead-{part}.csv", _csv(found))
+    picture = draw(parts["kernel"], parts["model"]) if draw else None
     if picture is not None:
         write_bytes(out / "overhead.png", picture)
-    print(json.dumps(everything, indent=2) if as_json else f"{text}\nTables, CSV, JSON and picture: {out}")
+    return everything, text

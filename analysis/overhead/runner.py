@@ -1,8 +1,8 @@
 """Measurements one after another, each in a process of its own, and their records: one file per configuration.
 
-`python -m analysis.overhead.runner OUT CONFIG PARENT` is such a process: CONFIG is JSON, PARENT the id of the process
-with which it ends. It has its own peak of memory, and a crash of one method costs no other's result. A record is
-written whole; its presence with status "done" means measured.
+`python -m analysis.overhead.runner OUT CONFIGS PARENT` is such a process: CONFIGS is a list in JSON, PARENT the id of
+the process with which it ends. It has its own peak of memory, and a crash of one method costs no other's result. A
+record is written whole; its presence with status "done" means measured.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from uniproj import console
 ROOT = Path(__file__).parent.parent.parent
 DONE, FAILED = "done", "failed"
 _KEYS = {"config", "status", "rows", "provenance"}
+# seconds between two looks at what a process has measured
+_LOOK = 0.5
 
 
 def path(out: Path, config: Mapping[str, Any]) -> Path:
@@ -71,36 +76,49 @@ def load(out: Path, configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return [read(path(out, config)) for config in configs if path(out, config).exists()]
 
 
-def run_all(configs: Sequence[Mapping[str, Any]], out: Path) -> None:
+def run_all(configs: Sequence[Mapping[str, Any]], out: Path, together: bool = False, seconds: float = math.inf) -> None:
     """Measure what is not recorded yet; a failure is recorded too. One at a time: they must not share the machine.
+
+    together: one process measures all, and after a failure another one the rest. On a GPU, where the allocator counts
+    each peak, to import the libraries anew would take longer than most measurements. seconds: what runs then is
+    cut off, which is a failure, and the rest is left out. What failed earlier comes last, so that it starves nothing.
 
     KeyboardInterrupt passes through after the running process was ended.
     """
+    end = time.monotonic() + seconds
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     waiting = [config for config in configs if not is_done(out, config)]
+    waiting.sort(key=lambda config: path(out, config).exists())
     with (
         tempfile.TemporaryDirectory() as scratch,
         console.Progress("measurement", len(configs), len(configs) - len(waiting)) as progress,
     ):
-        for config in waiting:
-            progress.bar.set_postfix_str(describe(config))
-            reason = _run(config, out, scratch)
-            if reason is not None:
-                _write(out, config, {"status": FAILED, "reason": reason, "rows": []})
-            progress.ended(describe(config), console.DONE if reason is None else f"failed: {reason}")
+        while waiting and time.monotonic() < end:
+            progress.bar.set_postfix_str(describe(waiting[0]))
+            for reason in _run(waiting[: len(waiting) if together else 1], out, scratch, end):
+                config = waiting.pop(0)
+                if reason is not None:
+                    _write(out, config, {"status": FAILED, "reason": reason, "rows": []})
+                progress.ended(describe(config), console.DONE if reason is None else f"failed: {reason}")
+                progress.bar.set_postfix_str(describe(waiting[0]) if waiting else "")
 
 
 def describe(config: Mapping[str, Any]) -> str:
     """A measurement in a few words."""
     return " ".join(
-        str(config[key]) for key in ("part", "architecture", "base", "family", "method", "axis", "r") if key in config
+        str(config[key])
+        for key in ("part", "architecture", "base", "family", "method", "axis", "r", "targets", "users", "paths")
+        if key in config
     )
 
 
-def _run(config: Mapping[str, Any], out: Path, scratch: str) -> str | None:
-    """None, or why the process failed: the last line it wrote, or the signal that ended it."""
-    threads = str(config["threads"])
+def _run(configs: Sequence[Mapping[str, Any]], out: Path, scratch: str, end: float) -> Iterator[str | None]:
+    """One process for these: None for each as it is measured, and last why the process failed at the next, if it did.
+
+    That is the last line it wrote, or the signal that ended it.
+    """
+    threads = str(configs[0]["threads"])
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": threads,
@@ -112,22 +130,36 @@ def _run(config: Mapping[str, Any], out: Path, scratch: str) -> str | None:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    command = [sys.executable, "-m", "analysis.overhead.runner", str(out), json.dumps(config), str(os.getpid())]
+    command = [sys.executable, "-m", "analysis.overhead.runner", str(out), json.dumps(configs), str(os.getpid())]
+    measured, cut = 0, False
     with tempfile.TemporaryFile("w+") as words:
         # a session of its own: Ctrl-C reaches the parent only
         child = subprocess.Popen(command, stdout=words, stderr=words, env=environment, start_new_session=True)
         try:
-            status = child.wait()
+            while child.returncode is None:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(min(_LOOK, max(0.0, end - time.monotonic())))
+                cut = child.returncode is None and time.monotonic() >= end
+                if cut:
+                    child.kill()
+                    child.wait()
+                while measured < len(configs) and is_done(out, configs[measured]):
+                    measured += 1
+                    yield None
         except BaseException:
             child.kill()
             child.wait()
             raise
-        if status == 0:
-            return None
-        if status < 0:
-            return f"ended by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
+        if measured == len(configs):
+            return
         words.seek(0)
-        return (words.read().strip().splitlines() or [f"ended with status {status} without a word"])[-1]
+        said, status = words.read().strip().splitlines()[-1:], child.returncode
+        if cut:
+            yield " ".join(["cut off when the time was over.", *(f"Its last words: {line}" for line in said)])
+        elif status < 0:
+            yield f"ended by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
+        else:
+            yield (said or [f"ended with status {status} without a word"])[0]
 
 
 def main(argv: list[str]) -> None:
@@ -135,7 +167,8 @@ def main(argv: list[str]) -> None:
     # or it would go on beside the next run and disturb its times
     end_with(int(argv[2]))
     try:
-        measure(Path(argv[0]), json.loads(argv[1]))
+        for config in json.loads(argv[1]):
+            measure(Path(argv[0]), config)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
@@ -148,7 +181,10 @@ def measure(out: Path, config: Mapping[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     # each part imports much that the others do not need
-    part = importlib.import_module(f"analysis.overhead.{config['part']}")
+    part = importlib.import_module(f"{config.get('package', 'analysis.overhead')}.{config['part']}")
+    # what the measurement before left
+    gc.collect()
+    torch.cuda.empty_cache()
     # what is imported is no method's: the count of live tensors may pass over it, which saves 0.3 s each time
     gc.freeze()
     save(out, config, part.measure(config))

@@ -41,6 +41,7 @@ LLAMA_2_7B = Llama(layers=32, hidden=4096, intermediate=11008, heads=32, kv_head
 LLAMA_31_8B = Llama(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8)
 LLAMA_32_3B = Llama(layers=28, hidden=3072, intermediate=8192, heads=24, kv_heads=8)
 LLAMA_31_405B = Llama(layers=126, hidden=16384, intermediate=53248, heads=128, kv_heads=8)
+TINY = Llama(layers=1, hidden=32, intermediate=64, heads=4, kv_heads=2)
 
 GROWTH_RANK = 4
 # hidden / layers is 128 in the 7B and 8B models, 130 in the 405B one

@@ -24,7 +24,11 @@ def rows(records: Iterable[Mapping[str, Any]], part: str) -> list[Row]:
     for record in records:
         config = record["config"]
         if config["part"] == part:
-            failed = {key: config[key] for key in ("base", "method", "family", "axis") if key in config}
+            failed = {
+                key: config[key]
+                for key in ("base", "method", "family", "axis", "targets", "users", "paths")
+                if key in config
+            }
             if "architecture" in config:
                 failed["case"] = f"{config['architecture']} r={config['r']}"
             found += record["rows"] or [{**failed, "note": f"failed: {record['reason']}"}]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from analysis.overhead.problem import SEED
-from analysis.overhead.shapes import LLAMA_31_8B, LLAMA_32_3B, Llama
-from experiments import models
+from analysis.overhead.shapes import LLAMA_31_8B, LLAMA_32_3B, TINY, Llama
 
 _ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT = 8
@@ -79,8 +78,16 @@ def _random(shape: Llama, vocabulary: int, tied: bool) -> Callable[[], PreTraine
     return load
 
 
+def _classifier(name: str) -> PreTrainedModel:
+    from experiments import models  # which needs packages that random weights do without
+
+    return models.load_classifier(models.BaseModel(name), 2, 0, seed=SEED)
+
+
 def _unpacked(name: str) -> PreTrainedModel:
     """The model, kept as safetensors in the temporary folder of all measurements: a GGUF file takes 12 s to parse."""
+    from experiments import models
+
     folder = Path(tempfile.gettempdir()) / f"base-{name}"
     if not folder.exists():
         part = Path(tempfile.mkdtemp())
@@ -91,7 +98,7 @@ def _unpacked(name: str) -> PreTrainedModel:
 
 WORKLOADS = {
     "minilm": Workload(
-        lambda: models.load_classifier(models.BaseModel("minilm"), 2, 0, seed=SEED),
+        lambda: _classifier("minilm"),
         ("query", "value"),
         "SEQ_CLS",
         vocabulary=30_522,
@@ -115,16 +122,19 @@ WORKLOADS = {
     "Llama-3.1-8B shape": Workload(
         _random(LLAMA_31_8B, 128_256, tied=False), _ALL_LINEAR, "CAUSAL_LM", 128_256, 524_288, (4, 512), 32
     ),
-    "tiny": Workload(_random(Llama(1, 32, 64, 4, 2), 256, tied=True), _ALL_LINEAR, "CAUSAL_LM", 256, 128, (2, 16), 4),
+    "tiny": Workload(_random(TINY, 256, tied=True), _ALL_LINEAR, "CAUSAL_LM", 256, 128, (2, 16), 4),
 }
 DEFAULT = {"cpu": ("minilm", "smollm2"), "cuda": ("Llama-3.2-3B shape", "Llama-3.1-8B shape")}
 
 
 def load(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The model twice on its device: float32 on the CPU, bfloat16 on a GPU, where random weights are also drawn.
+    """The model of `make` twice; both are copies, so that the weights of neither are pages of a file."""
+    model = make(name, device)
+    return copy.deepcopy(model), copy.deepcopy(model)
 
-    Both are copies, so that the weights of neither are pages of a file.
-    """
+
+def make(name: str, device: torch.device) -> PreTrainedModel:
+    """The model on its device: float32 on the CPU, bfloat16 on a GPU, where random weights are also drawn."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -133,5 +143,4 @@ def load(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedMo
             model = WORKLOADS[name].load()
     finally:
         torch.set_default_dtype(before)
-    model = model.to(device=device, dtype=dtype)
-    return copy.deepcopy(model), copy.deepcopy(model)
+    return model.to(device=device, dtype=dtype)

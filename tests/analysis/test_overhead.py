@@ -27,13 +27,14 @@ def measured(monkeypatch) -> list[str]:
     """Few and small jobs, measured in this process; the list names every measurement as it is made."""
     done: list[str] = []
 
-    def run(config: dict, out: Path, _: str) -> str | None:
+    def run(configs: list[dict], out: Path, *_: object) -> list[str | None]:
+        (config,) = configs
         done.append(runner.describe(config))
         try:
             runner.measure(out, config)
         except RuntimeError as error:
-            return f"RuntimeError: {error}"
-        return None
+            return [f"RuntimeError: {error}"]
+        return [None]
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(runner, "_run", run)
@@ -102,8 +103,8 @@ def test_another_machine_count_of_threads_or_version_is_measured_anew(tmp_path, 
     for change in (
         lambda: None,
         lambda: monkeypatch.setenv("OMP_NUM_THREADS", "2"),
-        lambda: monkeypatch.setattr("analysis.overhead.__main__.device_name", lambda _: "another"),
-        lambda: monkeypatch.setattr("analysis.overhead.__main__.versions", lambda: {"torch": "0"}),
+        lambda: monkeypatch.setattr("analysis.overhead.surroundings.device_name", lambda _: "another"),
+        lambda: monkeypatch.setattr("analysis.overhead.surroundings.versions", lambda: {"torch": "0"}),
     ):
         change()
         (job,) = [job for job in jobs(parse([])) if job["part"] == "growth"]
@@ -192,12 +193,12 @@ def test_a_measurement_writes_its_record_and_says_last_why_it_failed(tmp_path, m
     monkeypatch.setattr(runner, "end_with", lambda _: None)
     monkeypatch.setattr(os, "_exit", leave)
     done, failed = growth_job(), growth_job(method="nothing")
-    runner.main([str(tmp_path), json.dumps(done), "1"])
+    runner.main([str(tmp_path), json.dumps([done]), "1"])
     (record,) = runner.load(tmp_path, [done, failed])
     assert [row["D"] for row in record["rows"]] == [10_240, 40_960]
     assert record["provenance"]["hardware"]["threads"] == 1
     with pytest.raises(SystemExit, match="1"):
-        runner.main([str(tmp_path), json.dumps(failed), "1"])
+        runner.main([str(tmp_path), json.dumps([failed]), "1"])
     assert "unknown projection 'nothing'" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -222,11 +223,35 @@ def test_the_reason_of_a_process_that_ended(script: str, reason: str, tmp_path, 
     assert record["status"] == "failed" and record["reason"] == reason
 
 
+def test_one_process_measures_several_and_a_failure_costs_only_its_own(tmp_path, monkeypatch) -> None:
+    first, broken, last = jobs_ = [growth_job(method=name) for name in ("unilora", "fastfood", "vera")]
+    for job in (first, last):
+        runner.save(tmp_path / "prepared", job, [])
+    copies = [f"cp {runner.path(tmp_path / 'prepared', job)} {tmp_path}/records" for job in (first, last)]
+    count = f"echo >> {tmp_path}/processes; mkdir -p {tmp_path}/records"
+    once = f"[ $(wc -l < {tmp_path}/processes) = 1 ]"
+    fake_python(tmp_path, monkeypatch, f"{count}; if {once}; then {copies[0]}; echo no; exit 1; fi; {copies[1]}")
+    runner.run_all(jobs_, tmp_path, together=True)
+    assert [record["status"] for record in runner.load(tmp_path, jobs_)] == ["done", "failed", "done"]
+    assert runner.load(tmp_path, [broken])[0]["reason"] == "no"
+    assert (tmp_path / "processes").read_text() == "\n\n"
+
+
+def test_what_does_not_fit_into_the_time_is_cut_off_or_left_out_and_comes_last(tmp_path, monkeypatch) -> None:
+    cut, left = jobs_ = [growth_job(method=name) for name in ("unilora", "fastfood")]
+    fake_python(tmp_path, monkeypatch, "echo starts; exec sleep 60")
+    for expected in ([cut], [cut, left]):
+        runner.run_all(jobs_, tmp_path, seconds=1.0)
+        assert [record["config"] for record in runner.load(tmp_path, jobs_)] == expected
+    reasons = {record["reason"] for record in runner.load(tmp_path, jobs_)}
+    assert reasons == {"cut off when the time was over. Its last words: starts"}
+
+
 def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, capsys) -> None:
     fake_python(tmp_path, monkeypatch, "exec sleep 60")
     children, wait = [], subprocess.Popen.wait
 
-    def interrupted(child: subprocess.Popen) -> None:
+    def interrupted(child: subprocess.Popen, _: float) -> None:
         children.append(child)
         monkeypatch.setattr(subprocess.Popen, "wait", wait)
         raise KeyboardInterrupt

@@ -1,0 +1,25 @@
+"""The GPU whose products are tested; `--device cpu` rehearses the tests without one."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="where the tests run (cuda)")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    # the option is there where these tests alone are asked for
+    kind = request.config.getoption("--device", "cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU with CUDA")
+    return torch.device(kind)
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """As `device`, for what nothing can stand in for."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU with CUDA")
+    return device
