@@ -18,6 +18,7 @@ CASES: list[tuple[list[tuple[int, int]], list[int], int]] = [
     ([(5, 2), (3, 7), (6, 4), (2, 2)], [0, 1, 0, 1], 3),
     ([(1, 1)], [0], 1),
     ([(300, 20), (17, 280)], [0, 0], 2),
+    ([(1100, 3), (2, 1500)], [0, 0], 3),  # and one of more rows than Numba sums at a time
 ]
 
 
@@ -89,6 +90,18 @@ def test_coordinates_outside_every_block_are_zero() -> None:
     for offset, rows, columns, *_ in table[:2].tolist():
         inside[offset : offset + rows * columns] = True
     assert not found[:, ~inside].any() and found[:, inside].all()
+
+
+def test_the_results_have_the_same_bits_on_any_number_of_threads(set_threads) -> None:
+    shapes = {f"m.{i}": (3000 + i, 200) for i in range(20)}
+    layout = LoRALayout.from_shapes(shapes, 4)
+    table, extents, _ = block_table([(b.offset, *b.shape) for b in layout.blocks], [k % 4 for k in range(40)])
+    y, matrix, scale = (torch.randn(2, m) for m in (layout.D, *extents[:2]))
+    found = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        found.append(operators(y, matrix, scale, table, [layout.D, *extents], torch.float32))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.skipif(backend() == "triton-interpreter", reason="the interpreter cuts bfloat16, a GPU rounds it")
