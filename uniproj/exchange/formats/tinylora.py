@@ -28,14 +28,13 @@ class TinyLoRAFormat(PeftMethod):
         weights = BaseWeights({name: layer.get_base_layer() for name, layer in theirs.layers.items()})
         options = {"u": theirs.shared("u"), "weight_tying": config.weight_tying}
         P = TinyLoRA(theirs.layout, weights, config.projection_seed, **options)
-        P.group = [int(_key(theirs, module)) for module in theirs.layout.modules]
-        for i in range(len(P.ranks)):
-            setattr(P, f"P_{i}", P.constants()[f"P_{i}"].double())
+        P.drawn = P.drawn.double()
+        P.share([int(_key(theirs, module)) for module in theirs.layout.modules])
         return P
 
     def pairs(self, theirs: Attached, P: TinyLoRA, theta_d: Tensor) -> Iterator[Pair]:
         keys: dict[int, str] = {}
-        B, A = P.frozen("B"), P.frozen("A")
+        B, A, random = P.frozen("B"), P.frozen("A"), P.random()
         for i, (module, group) in enumerate(zip(P.layout.modules, P.group, strict=True)):
             key = _key(theirs, module)
             if keys.setdefault(group, key) != key or list(keys.values()).count(key) > 1:
@@ -47,7 +46,7 @@ class TinyLoRAFormat(PeftMethod):
             v = theirs.tensor(module, "tinylora_v")[key]
             yield Pair(f"{module}.tinylora_v", v, theta_d.view(-1, P.u)[group])
             drawn = theirs.fixed_without("save_projection")
-            for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", P.constants()[f"P_{i}"], drawn)):
+            for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", random[i], drawn)):
                 name = f"tinylora_{letter}"
                 yield Pair(f"{module}.{name}", theirs.tensor(module, name), ours, fixed)
 
