@@ -82,15 +82,17 @@ def test_operators_follow_the_definition(which: int, n: int, dtype: torch.dtype,
         assert not back[:, varied:].any()
 
 
-def test_sums_in_float64_are_rounded_once(device: str) -> None:
-    F, table, sizes, dense = case(2)
-    x, y = inputs(2, 1, torch.float32)
-    F, table = F.to(device), table.to(device)
-    assert torch.equal(
-        product(x.to(device), F, table, sizes, torch.float32), product(x.to(device), F, table, sizes, F64).float()
-    )
-    back = transpose_product(y.to(device), F, table, sizes, torch.float32).cpu()
-    torch.testing.assert_close(back, (y.double() @ dense).float(), rtol=1e-7, atol=0)
+def test_products_round_after_every_addition(device: str) -> None:
+    """In float32, of rounded numbers: the same bits on every device that has a compiled pass."""
+    if backend(device) == "torch":
+        pytest.skip("the order is that of PyTorch's matrix product")
+    F, table, sizes, _ = case(2)
+    x, _ = inputs(2, 1, torch.float32)
+    matrix, total = F.float().view(280, 3), torch.zeros(280, 20)
+    for j in range(3):
+        total = total + matrix[:, j : j + 1] * x.view(3, 20)[j]
+    found = product(x.to(device), F.to(device), table.to(device), sizes, torch.float32)
+    assert torch.equal(found.cpu().view(280, 20), total)
 
 
 @pytest.mark.skipif(backend() != "numba", reason="needs Numba's loops")

@@ -4,9 +4,9 @@ T(y, x) = sum over blocks b of <Y_b, F_b X_b>
 
 with Y_b (rows, columns) in y (n, D), F_b (rows, inner) in `numbers` (flat, frozen), X_b (inner, columns) in x (n, N).
 Every coordinate of y lies in one block. The constants are `numbers` and what `block_table` gives. The last numbers of
-x may be constants, by which F_b enters the product as it is: they get the gradient 0. Sums run in float64 if an input,
-the result or `numbers` are, else in float32: over the inner axis in the product, over rows and then over the blocks
-of an X in the order of the table in its transpose.
+x may be constants, by which F_b enters the product as it is: they get the gradient 0. Sums run in float32, or float64
+if x, y or the result is float64, of `numbers` rounded to that: over the inner axis in the product, over rows and then
+over the blocks of an X in the order of the table in its transpose.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def block_table(
 
 def _product(x: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     """x (n, N) -> (n, D): F_b X_b at the place of every Y_b."""
-    x, numbers = accumulated(dtype, x, numbers)
+    [x] = accumulated(dtype, x)
     out = torch.empty(len(x), sizes[0], dtype=dtype, device=x.device)
     for Y, F, X in _views(table, out, numbers, x):
         Y.copy_(F @ X)
@@ -54,8 +54,8 @@ def _product(x: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype:
 
 def _transpose_product(y: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     """y (n, D) -> (n, N): the sum of F_b^T Y_b at the place of every X_b that is no constant."""
-    y, numbers = accumulated(dtype, y, numbers)
-    out = torch.zeros(len(y), sizes[1], dtype=numbers.dtype, device=y.device)
+    [y] = accumulated(dtype, y)
+    out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
     for Y, F, X in _views(table, y, numbers, out):
         X += F.mT @ Y
     out[:, sizes[5] :] = 0
@@ -63,11 +63,11 @@ def _transpose_product(y: Tensor, numbers: Tensor, table: Tensor, sizes: list[in
 
 
 def _views(table: Tensor, y: Tensor, numbers: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of every block the views Y (n, rows, columns), F (1, rows, inner), X (n, inner, columns)."""
+    """Of every block the views Y (n, rows, columns) and X (n, inner, columns), and F (1, rows, inner) in x's dtype."""
     for rows, inner, columns, *places, _, _ in table.tolist():
         yield (
             _view(y, rows, columns, *places[:3]),
-            _view(numbers.unsqueeze(0), rows, inner, *places[3:6]),
+            _view(numbers.unsqueeze(0), rows, inner, *places[3:6]).to(x.dtype),
             _view(x, inner, columns, *places[6:]),
         )
 

@@ -10,23 +10,22 @@ import torch
 from torch import Tensor
 
 from uniproj.kernels.compiled import call, parallel
-from uniproj.kernels.forms import accumulated, accumulation_dtype
+from uniproj.kernels.forms import accumulated
 from uniproj.kernels.memory import fresh
 
 _TILE = 256  # rows that are worked on at once: each is copied side by side first, whatever its steps
 
 
 def product(x: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    x, numbers = accumulated(dtype, x, numbers)
-    out = fresh((len(x), sizes[0]), accumulation_dtype(dtype), numbers)
+    [x] = accumulated(dtype, x)
+    out = fresh((len(x), sizes[0]), x.dtype, numbers)
     call(_product, x, numbers, table.contiguous(), out)
     return out.to(dtype)
 
 
 def transpose_product(y: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    y = y.detach().to(accumulation_dtype(y.dtype)).contiguous()
-    _, numbers = accumulated(accumulation_dtype(dtype, y.dtype), y[:0], numbers)
-    out = torch.zeros(len(y), sizes[1], dtype=numbers.dtype)
+    [y] = accumulated(dtype, y)
+    out = torch.zeros(len(y), sizes[1], dtype=y.dtype)
     call(_transpose_product, y, numbers, table.contiguous(), out)
     return out.to(dtype)
 
@@ -52,8 +51,7 @@ def _product(x, numbers, table, out):
     """out[n, Y_b] = F_b X_b."""
     for b in numba.prange(len(table)):
         rows, inner, columns, at, down, along, f_at, f_down, f_along, x_at, x_down, x_along = table[b, :12]
-        F = np.empty((inner, _TILE), numbers.dtype)
-        sums = np.empty(_TILE, numbers.dtype)
+        F, sums = np.empty((inner, _TILE), x.dtype), np.empty(_TILE, x.dtype)
         for first in range(0, rows, _TILE):
             count = min(_TILE, rows - first)
             for j in range(inner):
@@ -81,8 +79,7 @@ def _transpose_product(y, numbers, table, out):
     """out[n, X] = sum over the blocks b of X, in their order, of F_b^T Y_b."""
     for b in numba.prange(len(table)):
         inner, columns = table[b, 1:3]
-        F = np.empty((inner, _TILE), numbers.dtype)
-        Y = np.empty((columns, _TILE), numbers.dtype)
+        F, Y = np.empty((inner, _TILE), y.dtype), np.empty((columns, _TILE), y.dtype)
         block = np.int64(b) if table[b, 12] else -1
         while block >= 0:
             rows, _, _, at, down, along, f_at, f_down, f_along, x_at, x_down, x_along = table[block, :12]

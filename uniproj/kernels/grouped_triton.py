@@ -1,4 +1,7 @@
-"""Many small products with frozen matrices, one launch for all blocks (see `kernels/grouped.py`)."""
+"""Many small products with frozen matrices, one launch for all blocks (see `kernels/grouped.py`).
+
+Without fused multiply-add, so products round as on the CPU.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -9,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniproj.kernels.forms import accumulated, accumulation_dtype
+from uniproj.kernels.forms import accumulated
 from uniproj.kernels.grouped import FIELDS
 
 _TILE = 1024  # entries of Y that a program holds
@@ -31,14 +34,14 @@ def _product(x, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS: tl.const
     if tl.program_id(0).to(tl.int64) * ROWS < rows:
         for first in range(0, columns, COLUMNS):
             k = first + tl.arange(0, COLUMNS).to(tl.int64)
-            total = tl.zeros([ROWS, COLUMNS], dtype=numbers.dtype.element_ty)
+            total = tl.zeros([ROWS, COLUMNS], dtype=out.dtype.element_ty)
             for j in range(inner):
-                F = tl.load(numbers + _place(field + 6, i, j), mask=i < rows, other=0)
+                F = tl.load(numbers + _place(field + 6, i, j), mask=i < rows, other=0).to(out.dtype.element_ty)
                 X = tl.load(x + batch * N + _place(field + 9, j, k), mask=k < columns, other=0)
                 total += F[:, None] * X[None, :]
             place = _place(field + 3, i[:, None], k[None, :])
             inside = (i < rows)[:, None] & (k < columns)[None, :]
-            tl.store(out + batch * D + place, total.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + batch * D + place, total, mask=inside)
 
 
 @triton.jit
@@ -51,13 +54,13 @@ def _transpose_product(y, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS
     batch = tl.program_id(2).to(tl.int64)
     if (more > 0) & (j < inner):
         k = (tl.program_id(0) - j * parts) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros([ROWS, COLUMNS], dtype=numbers.dtype.element_ty)
+        total = tl.zeros([ROWS, COLUMNS], dtype=out.dtype.element_ty)
         target = out + batch * N + _place(field + 9, j, k)
         while more > 0:
             rows = tl.load(field)
             for first in range(0, rows, ROWS):
                 i = first + tl.arange(0, ROWS).to(tl.int64)
-                F = tl.load(numbers + _place(field + 6, i, j), mask=i < rows, other=0)
+                F = tl.load(numbers + _place(field + 6, i, j), mask=i < rows, other=0).to(out.dtype.element_ty)
                 inside = (i < rows)[:, None] & (k < columns)[None, :]
                 Y = tl.load(y + batch * D + _place(field + 3, i[:, None], k[None, :]), mask=inside, other=0)
                 total += F[:, None] * Y
@@ -67,8 +70,8 @@ def _transpose_product(y, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS
 
 
 def product(x: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    x, numbers = accumulated(dtype, x, numbers)
-    out = torch.empty(len(x), sizes[0], dtype=accumulation_dtype(dtype), device=x.device)
+    [x] = accumulated(dtype, x)
+    out = torch.empty(len(x), sizes[0], dtype=x.dtype, device=x.device)
     tile = _tile(sizes)
     cells = (triton.cdiv(sizes[2], tile["ROWS"]), len(table), len(out))
     _product[cells](x, numbers, out, table.contiguous(), *sizes[:2], **tile, enable_fp_fusion=False)
@@ -76,9 +79,8 @@ def product(x: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: 
 
 
 def transpose_product(y: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    y = y.detach().to(accumulation_dtype(y.dtype)).contiguous()
-    _, numbers = accumulated(accumulation_dtype(dtype, y.dtype), y[:0], numbers)
-    out = torch.zeros(len(y), sizes[1], dtype=numbers.dtype, device=y.device)
+    [y] = accumulated(dtype, y)
+    out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
     tile = _tile(sizes)
     cells = (sizes[3] * triton.cdiv(sizes[4], tile["COLUMNS"]), len(table), len(out))
     _transpose_product[cells](y, numbers, out, table.contiguous(), *sizes[:2], **tile, enable_fp_fusion=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,11 +61,13 @@ class TinyLoRAFormat(PeftMethod):
 
     def moved(self, theirs: TinyLoRA, ours: Any, theta_d: Tensor) -> Tensor | None:
         """theta_d with its groups of u numbers in our order, or None where other modules share them."""
-        if super().moved(theirs, ours, theta_d) is None:
-            return None
         pairs = set(zip(ours.group, theirs.group, strict=True))
         order = dict(pairs)
         if len(order) < len(pairs) or len(set(order.values())) < len(order):
+            return None
+        grouped = copy.copy(ours)
+        grouped.share(theirs.group)
+        if super().moved(theirs, grouped, theta_d) is None:
             return None
         return theta_d.view(-1, ours.u)[[order[group] for group in sorted(order)]].flatten()
 
