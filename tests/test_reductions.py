@@ -46,8 +46,8 @@ def test_lora_xs_is_tinylora_with_unit_matrices(seed: int, side: str) -> None:
     xs = LoRAXS(layout, weights, seed, side=side)
     R_tiny = torch.randn(len(SHAPES), r, r, dtype=torch.float64)
     R_xs = torch.empty_like(R_tiny)
+    tiny.drawn = _unit_matrices(r).flatten().repeat(len(SHAPES))
     for i, module in enumerate(layout.modules):
-        setattr(tiny, f"P_{i}", _unit_matrices(r))
         root = torch.linalg.svdvals(weights[module])[:r].sqrt()
         R_xs[i] = root.unsqueeze(1) * R_tiny[i] / root
     ours = _updates(layout, xs(R_xs.flatten()))

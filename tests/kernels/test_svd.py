@@ -1,5 +1,6 @@
 """The truncated SVD that LoRA-XS and TinyLoRA rest on."""
 
+import pytest
 import torch
 
 from uniproj.kernels.svd import truncated_svd
@@ -14,3 +15,32 @@ def test_the_randomised_svd_equals_the_exact_one(monkeypatch) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
     U, _, _ = exact
     assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize(("out", "inside"), [(60, 90), (90, 60), (70, 70)])
+@pytest.mark.parametrize("smallest", [1.0, 0.5, 1e-4, 1e-9])
+def test_any_spectrum_gives_its_singular_vectors(out: int, inside: int, smallest: float) -> None:
+    """W made of known singular vectors; `smallest` is the last of the five singular values asked for."""
+    generator = torch.Generator().manual_seed(out)
+    U, V = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.float64, generator=generator)).Q for n in (out, inside))
+    S = torch.tensor([4.0, 3.0, 2.0, 1.5, smallest, *[0.4 * smallest] * 35], dtype=torch.float64)
+    ours = truncated_svd(U * S @ V.T, 5, 0)
+    torch.testing.assert_close(ours[1], S[:5], rtol=0, atol=1e-14)
+    # of one sign each
+    terms = torch.einsum("ik,k,kj->kij", *ours)
+    torch.testing.assert_close(terms, torch.einsum("ik,k,jk->kij", U, S, V)[:5], rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        (ours[0] * U[:, :5]).sum(0).abs(), torch.ones_like(S[:5]), rtol=0, atol=(1e-15 / smallest) ** 2 + 1e-13
+    )
+
+
+def test_a_weight_of_zeros_has_orthonormal_factors() -> None:
+    U, S, Vh = truncated_svd(torch.zeros(5, 7), 3, 0)
+    assert not S.any()
+    for gram in (U.T @ U, Vh @ Vh.T):
+        torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64))
+
+
+def test_a_weight_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="non-finite"):
+        truncated_svd(torch.full((4, 4), float("nan")), 2, 0)

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from uniproj.kernels import (  # noqa: E402
     gaussian_triton,
+    grouped_triton,
     hadamard_triton,
     partition_triton,
     random_triton,
@@ -23,13 +24,15 @@ from uniproj.kernels import (  # noqa: E402
 HOPPER = GPUTarget("cuda", 90, 32)
 INTEGERS = {"index", "order", "starts", "places", "table", "groups", "by_row", "by_position", "key"}
 WORDS = {"tables"}
-TENSORS = INTEGERS | WORDS | {"divisors", "x", "y", "out", "vectors", "weights", "matrix", "scale"}
+FROZEN = {"divisors", "numbers"}
+TENSORS = INTEGERS | WORDS | FROZEN | {"x", "y", "out", "vectors", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
 CONSTANTS |= {"ROWS": 32, "NORMALS": True, "BITS": 10}
 KERNELS = [
     *(partition_triton._deal_out, partition_triton._gather_in),
     *(topk_triton._mix, topk_triton._vectors_gradient, topk_triton._weights_gradient),
     *(gaussian_triton._times, gaussian_triton._transpose_times, hadamard_triton._pass, random_triton._bits),
+    *(grouped_triton._product, grouped_triton._transpose_product),
     *(shared_triton._product, shared_triton._matrix_gradient, shared_triton._scale_gradient),
 ]
 
@@ -40,7 +43,7 @@ def signature(names: list[str], dtype: str) -> dict[str, str]:
             return "constexpr"
         if name not in TENSORS:
             return "i32"
-        if name == "divisors":
+        if name in FROZEN:
             return "*fp64"
         whole = name in INTEGERS
         return "*i64" if whole else "*i32" if name in WORDS else f"*{dtype}"

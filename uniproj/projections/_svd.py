@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from uniproj.errors import ProjectionError
+from uniproj.kernels.grouped import block_table, product, transpose_product
 from uniproj.kernels.svd import truncated_svd
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
@@ -19,7 +19,8 @@ class SingularFactors(Projection):
     """delta W^l = B^l R^l A^l with frozen B^l (out, r), A^l (r, in) from the SVD of W^l, and R^l(theta_d) linear.
 
     R is absorbed by one side, the other is c: side="B" gives theta_D = [vec(B R); vec A], side="A"
-    [vec B; vec(R A)]. delta W is the same; P, and whether it is isometric, is not.
+    [vec B; vec(R A)]. delta W is the same; P, and whether it is isometric, is not. State: 8 bytes per coordinate,
+    `factors` (D,), which is theta_D where every R is the identity.
 
     base_weights: W^l (out, in) by module name. Raises ProjectionError for a missing or misshaped weight,
     or a rank beyond min(out, in).
@@ -42,8 +43,8 @@ class SingularFactors(Projection):
         super().__init__(layout, d, seed)
         self.side = side
         self.ranks = [a.shape[0] for _, a in layout.pairs()]
-        factors: list[tuple[Tensor, Tensor]] = []
-        for i, (b, a) in enumerate(layout.pairs()):
+        self.factors = torch.empty(layout.D, dtype=torch.float64)
+        for B, A, (b, a) in zip(self.frozen("B"), self.frozen("A"), layout.pairs(), strict=True):
             wanted = (b.shape[0], a.shape[1])
             W = base_weights.get(b.module)
             if W is None or tuple(W.shape) != wanted:
@@ -52,66 +53,54 @@ class SingularFactors(Projection):
                     f"{self.name}: {b.module} needs a base weight of shape {wanted}, got {found}. "
                     "Pass base_weights={name: (out, in) tensor}."
                 )
-            U, S, Vh = truncated_svd(W, self.ranks[i], seed)
-            factors.append((U * S ** self.power[0], (S ** self.power[1]).unsqueeze(1) * Vh))
-        # modules of one shape are multiplied at once
-        alike: dict[Any, list[int]] = {}
-        for i, (b, a) in enumerate(layout.pairs()):
-            alike.setdefault((b.shape, a.shape), []).append(i)
-        self.alike = list(alike.values())
-        for g, members in enumerate(self.alike):
-            for letter, stack in zip("BA", zip(*(factors[i] for i in members), strict=True), strict=True):
-                setattr(self, f"{letter}_{g}", torch.stack(stack))
-
-    @abstractmethod
-    def _R(self, theta_d: Tensor) -> list[Tensor]:
-        """(n, d) -> the (n, r, r) matrix of every module."""
-
-    @abstractmethod
-    def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
-        """The adjoint of `_R`: (n, r, r) per module -> (n, d)."""
-
-    def _stacks(self, letter: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        return [getattr(self, f"{letter}_{g}").to(dtype) for g in range(len(self.alike))]
+            U, S, Vh = truncated_svd(W, a.shape[0], seed)
+            B.copy_(U * S ** self.power[0])
+            A.copy_((S ** self.power[1]).unsqueeze(1) * Vh)
+        self.table, self.sizes = self._blocks()
 
     def frozen(self, letter: str) -> list[Tensor]:
-        """The factor B^l (out, r) or A^l (r, in) of every module, float64; views of P's own numbers."""
-        by_module = {
-            i: x
-            for members, stack in zip(self.alike, self._stacks(letter, torch.float64), strict=True)
-            for i, x in zip(members, stack, strict=True)
-        }
-        return [by_module[i] for i in range(len(self.ranks))]
+        """The factor B^l (out, r) or A^l (r, in) of every module; views of P's own numbers."""
+        return self.layout.split(self.factors)["BA".index(letter) :: 2]
 
-    def _place(self, stacks: list[Tensor], letter: str) -> Tensor:
-        """theta_D (n, D) with these (n, modules alike, rows, columns) factors on one side and zeros on the other."""
-        theta_D = stacks[0].new_zeros(stacks[0].shape[0], self.D)
-        blocks = [pair["BA".index(letter)] for pair in self.layout.pairs()]
-        for members, stack in zip(self.alike, stacks, strict=True):
-            for i, x in zip(members, stack.flatten(2).unbind(1), strict=True):
-                theta_D[:, blocks[i].rows] = x
-        return theta_D
+    def _blocks(self) -> tuple[Tensor, list[int]]:
+        """Of every module B R, or A^T R^T, in the place of that factor; and the other one, as a column, times 1."""
+        squares = [r * r for r in self.ranks]
+        *R, one = torch.empty(sum(squares) + 1).split([*squares, 1])
+        blocks = []
+        for x, r, B, A in zip(R, self.ranks, self.frozen("B"), self.frozen("A"), strict=True):
+            moved, matrix, still = (B, x.view(r, r), A) if self.side == "B" else (A.T, x.view(r, r).T, B)
+            column = still.flatten().unsqueeze(1)
+            blocks += [(moved, moved, matrix), (column, column, one.view(1, 1))]
+        return block_table(blocks, self.D, sum(squares) + 1, constants=1)
+
+    @abstractmethod
+    def _R(self, theta_d: Tensor) -> Tensor:
+        """(n, d) -> (n, sum r^2): the stacked vec(R^l) of all modules."""
+
+    @abstractmethod
+    def _R_adjoint(self, grad: Tensor) -> Tensor:
+        """The adjoint of `_R`: (n, sum r^2) -> (n, d)."""
+
+    def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As of every projection; c is written in the same pass."""
+        self._check(theta_d, "theta_d", "d", self.d)
+        return self._batched(self._affine, theta_d, self.D, dtype or theta_d.dtype)
+
+    def _affine(self, theta_d: Tensor, one: float = 1.0) -> Tensor:
+        """(n, d) -> (n, D): P theta_d + c times `one`."""
+        x = torch.cat([self._R(theta_d), theta_d.new_full((len(theta_d), 1), one)], dim=1)
+        return product(x, self.factors, self.table, self.sizes, theta_d.dtype)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        R, moved = self._R(theta_d), []
-        for members, stack in zip(self.alike, self._stacks(self.side, theta_d.dtype), strict=True):
-            ours = torch.stack([R[i] for i in members], dim=1)
-            moved.append(stack @ ours if self.side == "B" else ours @ stack)
-        return self._place(moved, self.side)
+        return self._affine(theta_d, 0.0)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        factors = self.layout.split(theta_D)[0 if self.side == "B" else 1 :: 2]
-        grads: dict[int, Tensor] = {}
-        for members, stack in zip(self.alike, self._stacks(self.side, theta_D.dtype), strict=True):
-            ours = torch.stack([factors[i] for i in members], dim=1)
-            of_R = stack.mT @ ours if self.side == "B" else ours @ stack.mT
-            grads |= dict(zip(members, of_R.unbind(1), strict=True))
-        return self._R_adjoint([grads[i] for i in range(len(self.ranks))])
+        of_x = transpose_product(theta_D, self.factors, self.table, self.sizes, theta_D.dtype)
+        return self._R_adjoint(of_x[:, :-1])
 
     @property
     def offset(self) -> Tensor:
-        other = "A" if self.side == "B" else "B"
-        return self._place([stack.unsqueeze(0) for stack in self._stacks(other)], other).squeeze(0)
+        return self._affine(self.factors.new_zeros(1, self.d)).squeeze(0)
 
     def to_dense(self) -> Tensor:
         """Column j is theta_D of the j-th unit vector, written with Kronecker products: vec(B R) = (B kron I) vec R."""

@@ -42,14 +42,11 @@ class LoRAXS(SingularFactors):
         top = min(min(shape) for shape in shapes.values())
         return nearest(budget, range(1, top + 1), lambda r: len(shapes) * r * r)
 
-    def _R(self, theta_d: Tensor) -> list[Tensor]:
-        return [
-            R.unflatten(1, (r, r))
-            for R, r in zip(theta_d.split([r * r for r in self.ranks], 1), self.ranks, strict=True)
-        ]
+    def _R(self, theta_d: Tensor) -> Tensor:
+        return theta_d
 
-    def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
-        return torch.cat([g.flatten(1) for g in grads], dim=1)
+    def _R_adjoint(self, grad: Tensor) -> Tensor:
+        return grad
 
     def entries(self) -> Entries:
         """Row (i, k) of vec(B R) meets R_jk with B_ij; row (k, i) of vec(R A) meets R_kj with A_ji."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from uniproj.budget import Budget
 from uniproj.errors import ProjectionError
+from uniproj.kernels.grouped import block_table, product, transpose_product
 from uniproj.kernels.random import normal
 from uniproj.layout import LoRALayout
 from uniproj.projections._svd import SingularFactors
@@ -52,10 +53,23 @@ class TinyLoRA(SingularFactors):
         groups = max(1, round(modules * (1.0 - weight_tying)))
         group = [min(i // max(1, modules // groups), groups - 1) for i in range(modules)]
         super().__init__(layout, u * (1 + max(group)), seed, base_weights, side)
-        self.u, self.weight_tying, self.group = u, weight_tying, group
-        for i, r in enumerate(self.ranks):
-            numbers = normal(seed, "tinylora.P", u * r * r, part=i) / r**0.5
-            setattr(self, f"P_{i}", numbers.view(u, r, r))
+        self.u, self.weight_tying = u, weight_tying
+        numbers = [normal(seed, "tinylora.P", u * r * r, part=i) / r**0.5 for i, r in enumerate(self.ranks)]
+        self.drawn = torch.cat(numbers)
+        self.share(group)
+
+    def share(self, group: list[int]) -> None:
+        """Give every module the u numbers of its group."""
+        self.group = group
+        v = torch.empty(self.d, 1).split(self.u)
+        R = torch.empty(sum(r * r for r in self.ranks), 1).split([r * r for r in self.ranks])
+        blocks = [(x, P.flatten(1).T, v[g]) for x, P, g in zip(R, self.random(), group, strict=True)]
+        self.of_v, self.v_sizes = block_table(blocks, sum(map(len, R)), self.d)
+
+    def random(self) -> list[Tensor]:
+        """P^l (u, r, r) of every module; views of P's own numbers."""
+        parts = self.drawn.split([self.u * r * r for r in self.ranks])
+        return [part.view(self.u, r, r) for part, r in zip(parts, self.ranks, strict=True)]
 
     @classmethod
     def draws(cls, layout: LoRALayout, d: int, u: int = 64, **_: Any) -> int:
@@ -66,25 +80,17 @@ class TinyLoRA(SingularFactors):
         u = max(1, round(budget / len(shapes)))
         return Budget(r, u * len(shapes), None, {"u": u})
 
-    def _drawn(self, dtype: torch.dtype) -> list[Tensor]:
-        return [getattr(self, f"P_{i}").to(dtype) for i in range(len(self.ranks))]
+    def _R(self, theta_d: Tensor) -> Tensor:
+        return product(theta_d, self.drawn, self.of_v, self.v_sizes, theta_d.dtype)
 
-    def _R(self, theta_d: Tensor) -> list[Tensor]:
-        v = theta_d.unflatten(1, (-1, self.u))
-        drawn = self._drawn(theta_d.dtype)
-        return [torch.einsum("nu,uij->nij", v[:, g], P) for g, P in zip(self.group, drawn, strict=True)]
-
-    def _R_adjoint(self, grads: list[Tensor]) -> Tensor:
-        sums = [grads[0].new_zeros(grads[0].shape[0], self.u) for _ in range(self.d // self.u)]
-        for g, x, P in zip(self.group, grads, self._drawn(grads[0].dtype), strict=True):
-            sums[g] = sums[g] + torch.einsum("nij,uij->nu", x, P)
-        return torch.cat(sums, dim=1)
+    def _R_adjoint(self, grad: Tensor) -> Tensor:
+        return transpose_product(grad, self.drawn, self.of_v, self.v_sizes, grad.dtype)
 
     def _R_matrix(self) -> Tensor:
         stacked = []
-        for g, P in zip(self.group, self._drawn(torch.float64), strict=True):
+        for g, P in zip(self.group, self.random(), strict=True):
             J = torch.zeros(P[0].numel(), self.d, dtype=torch.float64, device=P.device)
-            J[:, g * self.u : (g + 1) * self.u] = P.flatten(1).T
+            J[:, g * self.u : (g + 1) * self.u] = P.flatten(1).T.double()
             stacked.append(J)
         return torch.cat(stacked)
 

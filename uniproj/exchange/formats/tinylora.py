@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,14 +29,13 @@ class TinyLoRAFormat(PeftMethod):
         weights = BaseWeights({name: layer.get_base_layer() for name, layer in theirs.layers.items()})
         options = {"u": theirs.shared("u"), "weight_tying": config.weight_tying}
         P = TinyLoRA(theirs.layout, weights, config.projection_seed, **options)
-        P.group = [int(_key(theirs, module)) for module in theirs.layout.modules]
-        for i in range(len(P.ranks)):
-            setattr(P, f"P_{i}", P.constants()[f"P_{i}"].double())
+        P.drawn = P.drawn.double()
+        P.share([int(_key(theirs, module)) for module in theirs.layout.modules])
         return P
 
     def pairs(self, theirs: Attached, P: TinyLoRA, theta_d: Tensor) -> Iterator[Pair]:
         keys: dict[int, str] = {}
-        B, A = P.frozen("B"), P.frozen("A")
+        B, A, random = P.frozen("B"), P.frozen("A"), P.random()
         for i, (module, group) in enumerate(zip(P.layout.modules, P.group, strict=True)):
             key = _key(theirs, module)
             if keys.setdefault(group, key) != key or list(keys.values()).count(key) > 1:
@@ -47,7 +47,7 @@ class TinyLoRAFormat(PeftMethod):
             v = theirs.tensor(module, "tinylora_v")[key]
             yield Pair(f"{module}.tinylora_v", v, theta_d.view(-1, P.u)[group])
             drawn = theirs.fixed_without("save_projection")
-            for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", P.constants()[f"P_{i}"], drawn)):
+            for letter, ours, fixed in (("B", B[i], ""), ("A", A[i], ""), ("P", random[i], drawn)):
                 name = f"tinylora_{letter}"
                 yield Pair(f"{module}.{name}", theirs.tensor(module, name), ours, fixed)
 
@@ -61,11 +61,13 @@ class TinyLoRAFormat(PeftMethod):
 
     def moved(self, theirs: TinyLoRA, ours: Any, theta_d: Tensor) -> Tensor | None:
         """theta_d with its groups of u numbers in our order, or None where other modules share them."""
-        if super().moved(theirs, ours, theta_d) is None:
-            return None
         pairs = set(zip(ours.group, theirs.group, strict=True))
         order = dict(pairs)
         if len(order) < len(pairs) or len(set(order.values())) < len(order):
+            return None
+        grouped = copy.copy(ours)
+        grouped.share(theirs.group)
+        if super().moved(theirs, grouped, theta_d) is None:
             return None
         return theta_d.view(-1, ours.u)[[order[group] for group in sorted(order)]].flatten()
 
