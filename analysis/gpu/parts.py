@@ -54,7 +54,12 @@ def _models(bases: Sequence[str], device: str, tiny: bool) -> list[dict[str, Any
     peers = [name for peer in model.PEFT for name in (peer.removeprefix("PEFT ").lower(), peer)][1:]
     others = [] if tiny else [name for name in model.names() if name not in peers]
     order = [(base, name) for names in (peers, others) for base in bases for name in names]
-    smaller = {"pairs": _PAIRS, "pairs_checkpointing": LEAST_VALUES, "new_tokens": _NEW_TOKENS}
+    smaller = {
+        "pairs": _PAIRS,
+        "pairs_checkpointing": LEAST_VALUES,
+        "pairs_inference": _PAIRS,
+        "new_tokens": _NEW_TOKENS,
+    }
     return [{**job, **smaller} for base, name in order for job in model.jobs([base], [name], device)]
 
 

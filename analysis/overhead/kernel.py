@@ -17,12 +17,20 @@ import torch
 from analysis.overhead import methods
 from analysis.overhead.methods import CLONE, COPY, FLOORS, candidate
 from analysis.overhead.problem import SLOW, Candidate, Entrant, Problem, TooLarge, enter
-from analysis.overhead.shapes import LLAMA_2_7B, LLAMA_31_8B, TINY, roberta_large_query_value, sub_vectors
+from analysis.overhead.shapes import (
+    LLAMA_2_7B,
+    LLAMA_31_8B,
+    TINY,
+    minilm_query_value,
+    roberta_large_query_value,
+    sub_vectors,
+)
 from experiments.timing import interleave, ratio
 from uniproj import LoRALayout, kernels
 
 WARM_UP = 1
 ARCHITECTURES = {
+    "MiniLM q,v": minilm_query_value,
     "RoBERTa-large q,v": roberta_large_query_value,
     "Llama-2-7B": LLAMA_2_7B.all_linear,
     "Llama-3.1-8B": LLAMA_31_8B.all_linear,
@@ -48,6 +56,8 @@ class Case:
 
 
 CASES = (
+    Case("MiniLM q,v", 1, 1_000, 31),
+    Case("MiniLM q,v", 4, 4_740, 31),
     Case("RoBERTa-large q,v", 4, 23_040, 15),
     Case("RoBERTa-large q,v", 8, 23_040, 15),
     Case("Llama-2-7B", 4, 524_288, 9),

@@ -1,7 +1,8 @@
 """The methods of the kernel part: uniproj's projections, PEFT's layers, PyTorch's own operators, and the floors.
 
 PyTorch's operators compute Uni-LoRA's theta_D[i] = theta_d[index[i]] scale[index[i]]: each holds its own copy of what
-it needs, and applies the scale to d numbers, before the gather and after the sum.
+it needs, and applies the scale to d numbers, before the gather and after the sum. All methods go through autograd:
+PyTorch's own where it has the derivative, else a Function that calls the adjoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from analysis.overhead.shapes import sub_vectors
 from uniproj import Projection
 
 ADAPTER = "default"
-_Transform = Callable[[Tensor], Tensor]
+_Map = Callable[[Tensor], Tensor]
 
 
 def build(problem: Problem, name: str) -> Projection:
@@ -112,33 +113,59 @@ def clone(problem: Problem) -> Method:
     return Method(lambda: source.clone(), lambda _: None)
 
 
-def _index_autograd(problem: Problem) -> Method:
-    """x[index] with int64 indices, and its backward."""
-    index = problem.index.clone().to(problem.device)
-    theta_d, y, scale = problem.x.clone().requires_grad_(), problem.y, problem.scale
-    return Method(lambda: (theta_d * scale)[index], lambda out: backward([out], [theta_d], [y]), [theta_d])
+class _Linear(torch.autograd.Function):
+    """What calls a forward, and its adjoint in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: _Map, adjoint: _Map) -> Tensor:  # type: ignore[override]
+        ctx.adjoint = adjoint
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.adjoint(grad), None, None
 
 
-def index_select(problem: Problem) -> Method:
+def _differentiated(problem: Problem, forward: _Map, adjoint: _Map | None = None) -> Method:
+    """x -> `forward`(x), and back through autograd: by `adjoint` where it is given, else by PyTorch's derivative."""
+    theta_d, y = problem.x.clone().requires_grad_(), problem.y
+    if adjoint is None:
+        return Method(lambda: forward(theta_d), lambda out: backward([out], [theta_d], [y]), [theta_d])
+    return Method(
+        lambda: _Linear.apply(theta_d, forward, adjoint), lambda out: backward([out], [theta_d], [y]), [theta_d]
+    )
+
+
+def _indexing(problem: Problem) -> Method:
+    """x[index] with int64 indices."""
+    index, scale = problem.index.clone().to(problem.device), problem.scale
+    return _differentiated(problem, lambda x: (x * scale)[index])
+
+
+def _index_select(problem: Problem) -> Method:
+    """index_select with int32 indices."""
+    index, scale = problem.index.int().to(problem.device), problem.scale
+    return _differentiated(problem, lambda x: (x * scale).index_select(0, index))
+
+
+def _index_add(problem: Problem) -> Method:
     """index_select forward and index_add_ back, with int32 indices."""
-    index = problem.index.int().to(problem.device)
-    x, y, scale = problem.x, problem.y, problem.scale
+    index, scale, d = problem.index.int().to(problem.device), problem.scale, problem.d
+    return _differentiated(
+        problem,
+        lambda x: (x * scale).index_select(0, index),
+        lambda y: y.new_zeros(d).index_add_(0, index, y).mul_(scale),
+    )
 
-    def adjoint(_: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_add_(0, index, y).mul_(scale)
 
-    return Method(lambda: (x * scale).index_select(0, index), adjoint)
-
-
-def sparse_csr(problem: Problem) -> Method:
+def _sparse_csr(problem: Problem) -> Method:
     """P and P^T as torch.sparse CSR matrices with int32 indices, both built beforehand."""
-    x, y = problem.x, problem.y
     columns = problem.index.int().numpy()
     values = problem.scale.cpu().numpy()[columns]
     rows = np.arange(problem.D + 1, dtype=np.int32)
     P = sparse.csr_matrix((values, columns, rows), shape=(problem.D, problem.d))
     forth, back = (_to_torch(matrix, problem.device) for matrix in (P, P.T.tocsr()))
-    return Method(lambda: forth @ x, lambda _: back @ y)
+    return _differentiated(problem, lambda x: forth @ x, lambda y: back @ y)
 
 
 def _to_torch(matrix: sparse.csr_matrix, device: torch.device) -> Tensor:
@@ -146,9 +173,9 @@ def _to_torch(matrix: sparse.csr_matrix, device: torch.device) -> Tensor:
     return torch.sparse_csr_tensor(pointers, indices, values, matrix.shape, check_invariants=False)
 
 
-def embedding_bag(problem: Problem) -> Method:
+def _embedding_bag(problem: Problem) -> Method:
     """embedding_bag both ways: D bags of one row of theta_d, and d bags that sum rows of y."""
-    x, y, scale, device = problem.x, problem.y, problem.scale, problem.device
+    scale, device = problem.scale, problem.device
     index = problem.index.int().to(device).unsqueeze(1)
     by_column = sparse.csr_matrix(
         (np.empty(problem.D, dtype=np.bool_), problem.index.int().numpy(), np.arange(problem.D + 1, dtype=np.int32)),
@@ -156,23 +183,21 @@ def embedding_bag(problem: Problem) -> Method:
     ).tocsc()
     order = torch.from_numpy(by_column.indices).to(device)
     first = torch.from_numpy(by_column.indptr[:-1].copy()).to(device)
-
-    def forward() -> Tensor:
-        return F.embedding_bag(index, (x * scale).unsqueeze(1), mode="sum").squeeze(1)
-
-    def adjoint(_: Tensor) -> Tensor:
-        return F.embedding_bag(order, y.unsqueeze(1), first, mode="sum").squeeze(1).mul_(scale)
-
-    return Method(forward, adjoint)
+    return _differentiated(
+        problem,
+        lambda x: F.embedding_bag(index, (x * scale).unsqueeze(1), mode="sum").squeeze(1),
+        lambda y: F.embedding_bag(order, y.unsqueeze(1), first, mode="sum").squeeze(1).mul_(scale),
+    )
 
 
 COPY, CLONE = "copy", "clone"
 FLOORS = (Candidate(COPY, copy, 4), Candidate(CLONE, clone, 8))
 PEERS = (
-    Candidate("x[idx]", _index_autograd, 32),
-    Candidate("index_select", index_select, 12),
-    Candidate("sparse CSR", sparse_csr, 64),
-    Candidate("embedding_bag", embedding_bag, 48),
+    Candidate("x[idx]", _indexing, 32),
+    Candidate("index_select", _index_select, 16),
+    Candidate("index_select + index_add_", _index_add, 16),
+    Candidate("sparse CSR", _sparse_csr, 64),
+    Candidate("embedding_bag", _embedding_bag, 48),
 )
 
 
@@ -190,13 +215,13 @@ def butterfly(x: Tensor) -> Tensor:
     return source
 
 
-def fastfood(problem: Problem, hadamard: _Transform) -> Method:
+def fastfood(problem: Problem, hadamard: _Map) -> Method:
     """Fastfood from PyTorch's operators around a function that computes H x along the last axis.
 
     theta_D = first D rows of [H G_b Pi_b H B_b]_b (theta_d, 0) / sqrt(n D), n the power of two at or above d. The
     signs, the permutation and the Gaussian diagonal of every block are drawn once and held: 16 bytes per row.
     """
-    D, d, x, y = problem.D, problem.d, problem.x, problem.y
+    D, d = problem.D, problem.d
     n = 1 << (d - 1).bit_length()
     blocks = -(-D // n)
     generator = torch.Generator().manual_seed(SEED)
@@ -205,16 +230,16 @@ def fastfood(problem: Problem, hadamard: _Transform) -> Method:
     Pi = torch.stack([torch.randperm(n, generator=generator) for _ in range(blocks)]).to(problem.device)
     scale = (n * D) ** -0.5
 
-    def forward() -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         z = hadamard(F.pad(x, (0, n - d)) * B)
         return hadamard(z.gather(1, Pi).mul_(G)).view(-1)[:D] * scale
 
-    def adjoint(_: Tensor) -> Tensor:
+    def adjoint(y: Tensor) -> Tensor:
         z = hadamard(F.pad(y, (0, blocks * n - D)).view(blocks, n)).mul_(G)
         z = hadamard(torch.empty_like(z).scatter_(1, Pi, z))
         return z.mul_(B).sum(0)[:d] * scale
 
-    return Method(forward, adjoint)
+    return _differentiated(problem, forward, adjoint)
 
 
 def _packaged(problem: Problem) -> Method:

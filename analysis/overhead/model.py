@@ -31,8 +31,8 @@ PEFT = (REFERENCE, "PEFT UNILORA", "PEFT VERA", "PEFT VBLORA")
 _DENSE = ("gaussian", "gaussian_orthonormal", "nola")
 _MOST_ENTRIES = 2**26
 HEAD = "modules_to_save"
-# Turns of training steps and of generations, and of steps with checkpointing.
-PAIRS = {"cpu": (9, 6), "cuda": (25, 25)}
+# Turns of training steps, of steps with checkpointing, and of generations, whose interval should tell 1 % apart.
+PAIRS = {"cpu": (9, 6, 41), "cuda": (25, 25, 25)}
 WARM_UP = 1
 WEIGHTS = "adapter_model.safetensors"
 
@@ -94,6 +94,7 @@ def jobs(bases: Iterable[str], methods: Iterable[str], device: str) -> list[dict
             "new_tokens": WORKLOADS[base].new_tokens,
             "pairs": PAIRS[device][0],
             "pairs_checkpointing": PAIRS[device][1],
+            "pairs_inference": PAIRS[device][2],
         }
         for base in bases
         for method in methods
@@ -137,7 +138,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         row |= {f"checkpointing_{key}" if checkpointing else key: value for key, value in found.items()}
     for each in (model, reference):
         _set_checkpointing(each, False)
-    row |= _inference(model, reference, prompt, config["new_tokens"], config["pairs"])
+    row |= _inference(model, reference, prompt, config["new_tokens"], config["pairs_inference"])
     return [row | _on_disk(model, device)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from analysis.markdown import markdown
 from analysis.overhead import summary
+from analysis.overhead.goals import goals
 from analysis.overhead.growth import PER_COLUMN
 from analysis.overhead.shapes import GROWTH_RANK
 from analysis.overhead.summary import PREDICTED_RANK, Row, beside_lora, exponents, predicted_D, rows
@@ -69,8 +70,8 @@ _ABOUT_KERNEL = (
     "Forward and adjoint over all modules in float32. Ratios: median of paired ratios, 95 % interval; the methods of "
     "one family take turns with the two floors. `copy`: D floats into memory that is there, which reads 4 D bytes and "
     "writes 4 D, as a forward and an adjoint together must. `clone`: the same into fresh memory, with its page faults, "
-    "which every method that returns a new theta_D asks for. `uniproj`, PEFT and `x[idx]` go through autograd, the "
-    "other operators are called bare."
+    "which every method that returns a new theta_D asks for. All methods go through autograd, those of PyTorch's "
+    "operators that lack the derivative by a Function of ten lines."
 )
 _ABOUT_MODEL = (
     "Each adapter in turn with PEFT's LoRA of the same rank on the same base. Step: forward, backward, AdamW; "
@@ -117,6 +118,12 @@ MODEL: Mapping[str, Cell] = {
     "pairs": count("step_pairs"),
     "note": text("note"),
 }
+GOALS: Mapping[str, Cell] = {
+    "goal": text("what"),
+    "bound": text("goal"),
+    "measured": lambda row: interval("value", _short)(row) if "value_low" in row else number("value")(row),
+    "reached": text("reached"),
+}
 GROWTH: Mapping[str, Cell] = {
     "method": text("method"),
     "along": text("axis"),
@@ -147,6 +154,8 @@ def _about_growth() -> str:
 def _as_markdown(parts: Mapping[str, Sequence[Row]], origin: Mapping[str, Any]) -> str:
     """The hardware line and one section for each part that has rows, with what its columns mean."""
     sections = [f"{hardware_line(origin)}\n"]
+    if parts["goals"]:
+        sections.append("## Goals\n\n" + table(GOALS, parts["goals"]))
     if parts["kernel"]:
         sections.append(f"## Kernel\n\n{_ABOUT_KERNEL}\n\n" + table(KERNEL, parts["kernel"]))
     if parts["model"]:
@@ -190,11 +199,13 @@ def write(out: Path, records: Sequence[Mapping[str, Any]], draw: Draw | None = N
     parts = {part: rows(records, part) for part in PARTS}
     # the points of the growth part and their fits are two tables
     parts |= {"model": beside_lora(parts["model"]), "exponents": exponents(parts["growth"])}
+    parts["goals"] = goals(parts["kernel"], parts["model"])
     everything = {
         "provenance": where_from,
         "records": list(records),
         "model": parts["model"],
         "growth": parts["exponents"],
+        "goals": parts["goals"],
     }
     text = _as_markdown(parts, where_from)
     write_json(out / "overhead.json", everything)

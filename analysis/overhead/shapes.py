@@ -48,6 +48,11 @@ GROWTH_RANK = 4
 _HIDDEN_PER_LAYER = 128
 
 
+def minilm_query_value() -> Shapes:
+    """The modules of the comparison on all-MiniLM-L6-v2: 6 layers of width 384."""
+    return {f"layer.{i}.attention.self.{name}": (384, 384) for i in range(6) for name in ("query", "value")}
+
+
 def roberta_large_query_value() -> Shapes:
     """The modules that Uni-LoRA's paper adapts on GLUE: 24 layers of width 1024."""
     return {f"layer.{i}.attention.self.{name}": (1024, 1024) for i in range(24) for name in ("query", "value")}

@@ -15,8 +15,8 @@ from experiments import names
 from paper_figures import style
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell them apart in grey.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
-MARKERS = ("o", "s", "^", "D", "v")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STACK = (("trained", "#0072B2"), ("state", "#E69F00"), ("rest of the peak", "#BBBBBB"))
 ROW_HEIGHT, WIDTH = 0.27, 7.2
 # In medians of all bars.

@@ -18,7 +18,7 @@ from analysis.overhead.shapes import Llama
 from analysis.overhead.workloads import WORKLOADS
 
 SMALL = Llama(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2)
-KERNEL_ROWS = {"unilora": 2 + 6, "fastfood": 2 + 2, "vblora": 2 + 2}
+KERNEL_ROWS = {"unilora": 2 + 7, "fastfood": 2 + 2, "vblora": 2 + 2}
 METHODS = ("PEFT LORA", "unilora")
 
 
@@ -44,7 +44,7 @@ def measured(monkeypatch) -> list[str]:
     monkeypatch.setattr(growth, "SIZES_D", (1e4, 4e4, 1e5))
     monkeypatch.setattr(growth, "ALONG_D", ("unilora",))
     monkeypatch.setattr(growth, "ALONG_d", ())
-    monkeypatch.setattr(model, "PAIRS", {"cpu": (6, 6)})
+    monkeypatch.setattr(model, "PAIRS", {"cpu": (6, 6, 6)})
     return done
 
 

@@ -1,0 +1,49 @@
+"""The table of goals says of hand-made rows what their numbers say."""
+
+from typing import Any
+
+import pytest
+
+from analysis.overhead.goals import goals
+
+
+def _kernel(method: str, **numbers: Any) -> dict[str, Any]:
+    return {"case": "Llama-2-7B r=4", "family": "unilora", "D": 9_994_240, "method": method, **numbers}
+
+
+def _ratio(key: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {key: value, f"{key}_low": low, f"{key}_high": high}
+
+
+def test_kernels() -> None:
+    rows = [
+        _kernel("unilora", **_ratio("both_per_copy", 9.0, 7.5, 9.5)),
+        _kernel("PEFT UNILORA", **_ratio("both_per_ours", 11.0, 10.5, 12.0)),
+        _kernel("x[idx]", **_ratio("both_per_ours", 0.9, 0.8, 0.95)),
+        _kernel("huge", note="skipped: needs about 900 GB"),
+    ]
+    found = {goal["what"]: (goal["value"], goal["goal"], goal["reached"]) for goal in goals(rows, [])}
+    assert found == {
+        "D = 9,994,240: time of the fastest competitor, x[idx], over uniproj's": (0.9, ">= 1", "no"),
+        "D = 9,994,240: PEFT UNILORA over uniproj": (11.0, ">= 10", "yes"),
+        "D = 9,994,240: forward and adjoint over a copy": (9.0, "<= 8", "no, within the interval"),
+    }
+
+
+def test_models() -> None:
+    rows = [
+        {"base": "smollm2", "method": "PEFT LORA", **_ratio("inference_ratio", 1.0, 0.99, 1.02)},
+        {
+            "base": "smollm2", "method": "fastfood", "D": 100, "state_bytes": 450,
+            **_ratio("step_ratio", 1.01, 1.0, 1.015), **_ratio("inference_ratio", 1.05, 1.04, 1.06),
+            "peak_bytes_per_coordinate_beyond_lora": 42.0,
+        },
+        {"base": "minilm", "method": "vblora", **_ratio("step_ratio", 1.5, 1.4, 1.6)},
+        {"base": "smollm2", "method": "vblora", "note": "failed: no memory"},
+    ]  # fmt: skip
+    found = {goal["what"]: (goal["value"], goal["goal"], goal["reached"]) for goal in goals([], rows)}
+    assert found["fastfood: step over LoRA's"] == (1.01, "<= 1.02", "yes")
+    assert found["fastfood: token over LoRA's, PEFT LORA beside itself up to"] == (1.05, "<= 1.02", "no")
+    assert found["fastfood: peak beyond LoRA's, bytes per coordinate"] == (42.0, "<= 8", "no")
+    assert found["fastfood: state, bytes per coordinate"] == (pytest.approx(4.5), "<= 5", "yes")
+    assert found["vblora: step over LoRA's"] == (None, "<= 1.02", "not measured")
