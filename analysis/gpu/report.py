@@ -87,7 +87,7 @@ def _tests(rows: _Many) -> list[str]:
         counts[row["note"].partition(":")[0] or "passed"] += 1
     skipped = sorted({f"{row['test'].split('::')[-1].split('[')[0]}: {row['note']}" for row in rows if _skipped(row)})
     counted = markdown(["tests", *_OUTCOMES], *([file, *map(str, c.values())] for file, c in outcomes.items()))
-    return ["## Tests", counted, "\n".join(f"- {line}" for line in skipped)]
+    return ["## Tests", counted, *(["\n".join(f"- {line}" for line in skipped)] if skipped else [])]
 
 
 _OUTCOMES = ("passed", "failed", "skipped")

@@ -1,4 +1,4 @@
-"""Every projection with every variant, on a layout that fills many programs of a kernel and none evenly."""
+"""Every projection with every variant, on a layout whose blocks fill no program of a kernel evenly."""
 
 import torch
 

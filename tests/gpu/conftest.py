@@ -8,6 +8,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="where the tests run (cuda)")
 
 
+@pytest.fixture(autouse=True)
+def _plain_pytorch_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba would compile its loops for longer than the tests take."""
+    monkeypatch.setattr("uniproj.kernels.dispatch.HAS_NUMBA", False)
+    monkeypatch.setattr("uniproj.kernels.dispatch._warn_once", lambda missing: None)
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     # the option is there where these tests alone are asked for
