@@ -6,6 +6,7 @@ import copy
 import hashlib
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
@@ -113,6 +114,17 @@ def _is_one(P: Projection, x: Tensor, transposed: bool, dtype: torch.dtype | Non
     return same and x.ndim == 1 and len(x) == (P.D if transposed else P.d)
 
 
+def _in_float64(form: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A form of P in float64; of a P on a device that has none, that of its exact copy on the CPU."""
+
+    @wraps(form)
+    def formed(P: Projection) -> Any:
+        exact = P._in_full()
+        return form(P) if exact is P else getattr(exact, form.__name__)()
+
+    return formed
+
+
 class _Maker(ABCMeta):
     """Records on every new P its hyperparameters and the conditional claims it meets, whatever its `__init__` does."""
 
@@ -170,6 +182,8 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in vars(cls).keys() & {"entries", "to_dense"}:
+            setattr(cls, name, _in_float64(vars(cls)[name]))
         # a map that is written anew takes one argument, whatever that of the parent took
         if vars(cls).keys() & {"_matvec", "_rmatvec"} and "casts" not in vars(cls):
             cls.casts = False
@@ -212,7 +226,7 @@ class Projection(nn.Module, metaclass=_Maker):
         return None
 
     def entries(self) -> Entries:
-        """(rows, columns, values) of every stored entry of a sparse P: int64, int64, float64."""
+        """(rows, columns, values) of every stored entry of a sparse P: int64, int64, float64; where `to_dense` is."""
         raise ProjectionError(f"{self.name}: P has no sparse form. Use to_dense() or to_scipy().")
 
     @property
@@ -347,8 +361,13 @@ class Projection(nn.Module, metaclass=_Maker):
             y = raw(rows, *more)
         return y.to(dtype).reshape(*x.shape[:-1], m)
 
+    def _in_full(self) -> Projection:
+        """P, or on a device without float64 a copy of it on the CPU, where it has its own bits again."""
+        return self if widest(self.device) == torch.float64 else copy.deepcopy(self).cpu()
+
+    @_in_float64
     def to_dense(self) -> Tensor:
-        """P itself, (D, d) float64, on P's device."""
+        """P itself, (D, d) float64, on P's device, or on the CPU where that has no float64."""
         rows, columns, values = self.entries()
         P = torch.zeros(self.shape, dtype=torch.float64, device=values.device)
         return P.index_put_((rows, columns), values.detach(), accumulate=True)
@@ -362,6 +381,7 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def to_scipy(self) -> LinearOperator:
         """P as a SciPy LinearOperator in float64, for svds, lsmr, onenormest and the like; complex vectors as well."""
+        P = self._in_full()
 
         def apply(raw: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
             @torch.no_grad()
@@ -369,11 +389,11 @@ class Projection(nn.Module, metaclass=_Maker):
                 if np.iscomplexobj(x):
                     return on_columns(x.real) + 1j * on_columns(x.imag)
                 rows = torch.from_numpy(np.array(x.T, dtype=np.float64, order="C"))
-                return raw(rows.to(self.device)).cpu().numpy().T
+                return raw(rows.to(P.device)).cpu().numpy().T
 
             return on_columns
 
-        forward, adjoint = apply(self.matvec), apply(self.rmatvec)
+        forward, adjoint = apply(P.matvec), apply(P.rmatvec)
         return LinearOperator(self.shape, forward, adjoint, forward, np.float64, adjoint)  # type: ignore[call-arg]
 
     def rebuild(self, **changes: Any) -> Projection:
@@ -396,8 +416,8 @@ class Projection(nn.Module, metaclass=_Maker):
         Computed in float64 and rounded to multiples of 2^-16, so it does not depend on the device; of a P on a device
         without float64, by a copy on the CPU.
         """
-        if widest(self.device) != torch.float64:
-            return copy.deepcopy(self).cpu().checksum()
+        if (exact := self._in_full()) is not self:
+            return exact.checksum()
         count = min(self.D, _CHECKSUM_ROWS)
         rows = torch.arange(count) * (self.D - 1) // max(count - 1, 1)
         with torch.no_grad():

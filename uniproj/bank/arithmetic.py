@@ -15,10 +15,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from uniproj.errors import AdapterError
+from uniproj.kernels.forms import widest
 
 
 def mean(thetas: Tensor) -> Tensor:
-    """The mean of K vectors, (K, d) -> (d,), summed in float64. Not the mean of their updates: B A is bilinear.
+    """The mean of K vectors, (K, d) -> (d,), in float64 where their device has it.
+
+    Not the mean of their updates: B A is bilinear.
 
     Raises AdapterError for anything but a non-empty stack of vectors.
     """
@@ -26,7 +29,7 @@ def mean(thetas: Tensor) -> Tensor:
         raise AdapterError(
             f"mean: thetas must have shape (K, d) with K >= 1, got {tuple(thetas.shape)}. Use bank.get_many(names)."
         )
-    return thetas.double().mean(0).to(thetas.dtype)
+    return thetas.to(widest(thetas.device)).mean(0).to(thetas.dtype)
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -39,4 +42,5 @@ def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
             f"interpolate: a and b must be vectors of one length, got {tuple(a.shape)} and {tuple(b.shape)}. "
             "Take both from one bank."
         )
-    return ((1 - t) * a.double() + t * b.double()).to(a.dtype)
+    wide = widest(a.device)
+    return ((1 - t) * a.to(wide) + t * b.to(wide)).to(a.dtype)

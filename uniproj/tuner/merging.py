@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from uniproj.errors import AdapterError
+from uniproj.kernels.forms import widest
 from uniproj.tuner.quantised import dequantised
 
 # relative to the adapter's own change of the weights; at 1, those without the adapter are as near as the merged ones
@@ -85,12 +86,12 @@ def _moves(layer: LoraLayer, adapters: Sequence[str]) -> Iterator[tuple[float, f
         if W is base_layer.weight:
             return
         names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
-        delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, torch.float64)
+        delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, widest(W.device))
         twin = copy.copy(layer)
         twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base_layer)}
         twin.merged_adapters = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twin.merge(adapter_names=names)
-        error = dequantised(twin.get_base_layer()).double() - (W.double() + delta)
+        error = dequantised(twin.get_base_layer()).to(delta.dtype) - (W.to(delta.dtype) + delta)
         yield float(error.square().sum()), float(delta.square().sum())
