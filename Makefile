@@ -5,10 +5,9 @@ PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 ON_ALL_CORES := -n auto --dist loadfile
 VERSIONS := -m pytest -o addopts= -q -m "not slow and not system" $(ON_ALL_CORES)
 TOOLS := pytest pytest-xdist hypothesis
-PART := tests/kernels tests/test_registry.py tests/test_battery.py::test_algebra_passes_the_battery \
-	tests/tuner/test_life.py tests/tuner/test_fresh_process.py tests/format/test_fixtures.py \
-	tests/exchange/test_peft_formats.py tests/test_transforms.py::test_export \
-	tests/test_transforms.py::test_compile_after_a_call_without_gradients
+PART := tests/kernels tests/test_registry.py tests/test_battery.py tests/test_parity.py tests/tuner/test_life.py \
+	tests/tuner/test_fresh_process.py tests/format/test_fixtures.py tests/exchange/test_peft_formats.py \
+	tests/test_transforms.py::test_export tests/test_transforms.py::test_compile_after_a_call_without_gradients
 
 .PHONY: compare sweep overhead gpu figures docs test test-system test-all test-lowest test-newest lint .venv
 
