@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.configuration_utils import CompileConfig
-from trl.models.utils import unwrap_model_for_generation
 
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
@@ -83,7 +83,8 @@ def _streamed(model: PeftModel, **more: Any) -> Tensor:
 
 
 def _by_trl(model: PeftModel, **more: Any) -> Tensor:
-    with torch.no_grad(), unwrap_model_for_generation(model, Accelerator(cpu=True)) as unwrapped:
+    trl = pytest.importorskip("trl.models.utils")
+    with torch.no_grad(), trl.unwrap_model_for_generation(model, Accelerator(cpu=True)) as unwrapped:
         return unwrapped.generate(**{"input_ids": IDS, **GREEDY, **more})
 
 
@@ -416,6 +417,16 @@ def test_off_the_CPU_nothing_is_compared(compared: list[bool], monkeypatch: pyte
                 part(x)
         assert len(projected) == 5 and not compared
         assert model.base_model._sources["default"]._kept is None
+
+
+@torch.no_grad()
+def test_a_call_on_fake_tensors_leaves_nothing_to_the_next() -> None:
+    model = _llama()
+    expected = copy.deepcopy(model)(IDS).logits
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.get_base_model().model.layers[0].mlp(torch.randn(2, 32))
+        assert torch.equal(model(IDS).logits, expected)
 
 
 # ---- the attribute that begins a generation -----------------------------------------------------------
