@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -74,45 +75,42 @@ class _Words:
         return "".join(f"{int(token)} " for token in tokens)
 
 
-def _streamed(model: PeftModel, **more: Any) -> Tensor:
-    ids, streamer = more.pop("input_ids", IDS)[:1], TextIteratorStreamer(_Words())
-    thread = threading.Thread(target=model.generate, kwargs={**GREEDY, "input_ids": ids, "streamer": streamer, **more})
+def _streamed(model: PeftModel) -> Tensor:
+    streamer = TextIteratorStreamer(_Words())
+    thread = threading.Thread(target=model.generate, kwargs={**GREEDY, "input_ids": IDS[:1], "streamer": streamer})
     thread.start()
     tokens = [int(word) for text in streamer for word in text.split()]
     thread.join()
-    return torch.tensor([tokens])
+    return torch.tensor(tokens)
 
 
-def _by_trl(model: PeftModel, **more: Any) -> Tensor:
+def _by_trl(model: PeftModel) -> Tensor:
     trl = pytest.importorskip("trl.models.utils")
     with torch.no_grad(), trl.unwrap_model_for_generation(model, Accelerator(cpu=True)) as unwrapped:
-        return unwrapped.generate(**{"input_ids": IDS, **GREEDY, **more})
+        return _tokens(unwrapped)
 
 
-def _generate(**options: Any) -> Callable[..., Tensor]:
-    return lambda model, **more: model.generate(**{"input_ids": IDS, **GREEDY, **options, **more})
+def _tokens(model: nn.Module, **options: Any) -> Tensor:
+    return model.generate(**{"input_ids": IDS, **GREEDY, **options})
 
 
-ASSISTANT = base_model("llama", num_hidden_layers=1)
-
-
-def _assisted(assistant: nn.Module) -> Callable[..., Tensor]:
+def _assisted(model: nn.Module, assistant: nn.Module) -> Tensor:
     # without min_new_tokens, with which Transformers 5.0 assists nobody
-    return _generate(input_ids=IDS[:1], assistant_model=assistant, min_new_tokens=None)
+    return _tokens(model, input_ids=IDS[:1], assistant_model=assistant, min_new_tokens=None)
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {
-    "dynamic cache": _generate(),
-    "static cache": _generate(cache_implementation="static"),
-    "no cache": _generate(use_cache=False),
-    "beams": _generate(num_beams=3),
-    "prompt lookup": _generate(input_ids=IDS[:1], prompt_lookup_num_tokens=2),
-    "assisted": _assisted(ASSISTANT),
-    "its own assistant": lambda model, **more: _assisted(model)(model, **more),
+WAYS: dict[str, Callable[[PeftModel], Tensor]] = {
+    "dynamic cache": _tokens,
+    "static cache": partial(_tokens, cache_implementation="static"),
+    "no cache": partial(_tokens, use_cache=False),
+    "beams": partial(_tokens, num_beams=3),
+    "prompt lookup": partial(_tokens, input_ids=IDS[:1], prompt_lookup_num_tokens=2),
+    "assisted": partial(_assisted, assistant=base_model("llama", num_hidden_layers=1)),
+    "its own assistant": lambda model: _assisted(model, model),
     "streaming": _streamed,
-    "the tuner's": lambda model, **more: _generate()(model.base_model, **more),
-    "the base model's": lambda model, **more: _generate()(model.get_base_model(), **more),
-    "under inference_mode": lambda model, **more: torch.inference_mode()(_generate())(model, **more),
+    "the tuner's": lambda model: _tokens(model.base_model),
+    "the base model's": lambda model: _tokens(model.get_base_model()),
+    "under inference_mode": torch.inference_mode()(_tokens),
     "TRL": _by_trl,
 }
 
@@ -225,11 +223,11 @@ def test_an_edit_in_a_callback(edit: str) -> None:
     model = _llama()
     before = _BA(model)
     callback = _Callback(model, lambda: EDITS[edit](adapter_of(model).theta_d))
-    model.generate(input_ids=IDS, stopping_criteria=StoppingCriteriaList([callback]), **GREEDY)
+    _tokens(model, stopping_criteria=StoppingCriteriaList([callback]))
     after = _BA(model)
     assert not torch.allclose(before, after, rtol=1e-2)
     callback.check([before] * 2 + [before if edit == "through data" else after] * (TOKENS - 2))
-    model.generate(input_ids=IDS, **GREEDY)
+    _tokens(model)
     callback.check([after] * TOKENS)
 
 
@@ -256,7 +254,7 @@ def test_adapters_change_between_tokens(work: str) -> None:
 
     def within() -> None:
         adapter_of(model).theta_d.mul_(2)
-        model.generate(input_ids=IDS, **{**GREEDY, "max_new_tokens": 1, "min_new_tokens": 1})
+        _tokens(model, max_new_tokens=1, min_new_tokens=1)
 
     def anew() -> None:
         model.delete_adapter("default")
@@ -271,7 +269,7 @@ def test_adapters_change_between_tokens(work: str) -> None:
         "delete and add": anew,
     }
     callback, before = _Callback(model, works[work]), _BA(model)
-    model.generate(input_ids=IDS, stopping_criteria=StoppingCriteriaList([callback]), **GREEDY)
+    _tokens(model, stopping_criteria=StoppingCriteriaList([callback]))
     after = 0 * before if work == "disable" else _BA(model, model.active_adapter)
     assert not torch.allclose(before, after, rtol=1e-2)
     callback.check([before] * 2 + [after] * (TOKENS - 2 + (work == "generate within")))
@@ -281,11 +279,11 @@ def test_adapters_change_between_tokens(work: str) -> None:
 def test_a_generation_of_the_bare_base_between_two(compared: list[bool]) -> None:
     model = _llama()
     projected = _projected(model)
-    whole = model.generate(input_ids=IDS, **GREEDY)
+    whole = _tokens(model)
     with model.disable_adapter():
-        bare = model.generate(input_ids=IDS, **GREEDY)
-    assert torch.equal(bare, base_model("llama").generate(input_ids=IDS, **GREEDY)) and not torch.equal(bare, whole)
-    assert torch.equal(model.generate(input_ids=IDS, **GREEDY), whole)
+        bare = _tokens(model)
+    assert torch.equal(bare, _tokens(base_model("llama"))) and not torch.equal(bare, whole)
+    assert torch.equal(_tokens(model), whole)
     assert (len(projected), compared) == (1, [True])
 
 
@@ -300,17 +298,17 @@ def test_a_mixed_batch_projects_once_per_generation(compared: list[bool]) -> Non
     projected = _projected(model)
     for _ in range(2):  # and again after an edit
         with mixed(model, thetas, users):
-            found = model.generate(input_ids=IDS, **GREEDY)
+            found = _tokens(model)
         twin = copy.deepcopy(model)
         for row, user in enumerate(users):
             with mixed(twin, thetas, [user]):
-                assert torch.equal(found[row], twin.generate(input_ids=IDS[row : row + 1], **GREEDY)[0])
+                assert torch.equal(found[row], _tokens(twin, input_ids=IDS[row : row + 1])[0])
         thetas.data.mul_(-1)
     projected.clear()
     compared.clear()
     with mixed(model, thetas, users):
-        model.generate(input_ids=IDS, **GREEDY)
-        model.generate(input_ids=IDS, **GREEDY)
+        _tokens(model)
+        _tokens(model)
     assert (len(projected), compared) == (1, [False, True])
 
 
@@ -322,7 +320,7 @@ def test_threads_generate_with_what_is_theirs() -> None:
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
             nullcontext() if rows is None else mixed(model, THETAS, rows),
         ):
-            return model.generate(input_ids=IDS, **GREEDY)
+            return _tokens(model)
 
     def work(*given: Any) -> None:
         try:
@@ -371,16 +369,16 @@ def test_compiled_decoding_takes_the_theta_D_of_its_generation(compiling: dict[s
     projected, counts = _projected(model), []
     for scale in (1, -2, 1):
         adapter_of(model).theta_d.data.mul_(scale)
-        expected = copy.deepcopy(model).generate(input_ids=IDS, cache_implementation="static", **GREEDY)
+        expected = _tokens(copy.deepcopy(model), cache_implementation="static")
         projected.clear()
-        assert torch.equal(model.generate(input_ids=IDS, **compiling, **GREEDY), expected)
+        assert torch.equal(_tokens(model, **compiling), expected)
         assert projected == [False] * (scale != 1 or not counts)
         counts.append(len(_compiled))
     assert counts[0] > 0 and len(set(counts)) == 1  # an edit compiles nothing again
     for change in (lambda: model.set_adapter("other"), model.base_model.disable_adapter_layers):
         change()
-        expected = copy.deepcopy(model).generate(input_ids=IDS, cache_implementation="static", **GREEDY)
-        assert torch.equal(model.generate(input_ids=IDS, **compiling, **GREEDY), expected)
+        expected = _tokens(copy.deepcopy(model), cache_implementation="static")
+        assert torch.equal(_tokens(model, **compiling), expected)
 
 
 @torch.no_grad()
@@ -388,16 +386,16 @@ def test_a_mixed_batch_decoded_by_compiled_code(compiling: dict[str, Any]) -> No
     model = _llama(layers=1)
     for rows in ([0, 1, 2], [4, 3, 3]):
         with mixed(model, THETAS, rows):
-            expected = model.generate(input_ids=IDS, cache_implementation="static", **GREEDY)
+            expected = _tokens(model, cache_implementation="static")
             projected = _projected(model)
-            assert torch.equal(model.generate(input_ids=IDS, **compiling, **GREEDY), expected)
+            assert torch.equal(_tokens(model, **compiling), expected)
             assert not any(projected)
 
 
 @torch.no_grad()
 def test_code_compiled_in_a_generation_projects_outside_of_one(compiling: dict[str, Any]) -> None:
     model = _llama(layers=1)
-    model.generate(input_ids=IDS, **compiling, **GREEDY)
+    _tokens(model, **compiling)
     compiled = torch.compile(model.get_base_model().__call__, backend="eager", fullgraph=True)
     for scale in (1, 2):
         adapter_of(model).theta_d.data.mul_(scale)
@@ -465,7 +463,7 @@ def test_a_generation_that_fails_ends() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.generate(input_ids=IDS, stopping_criteria=StoppingCriteriaList([_Callback(model, interrupt)]), **GREEDY)
+        _tokens(model, stopping_criteria=StoppingCriteriaList([_Callback(model, interrupt)]))
     with torch.no_grad():
         adapter_of(model).theta_d.data.mul_(2)
         assert torch.equal(model(IDS).logits, copy.deepcopy(model)(IDS).logits)
