@@ -90,7 +90,7 @@ def test_a_cast_after_a_forward_is_seen() -> None:
         model(**batch("llama"))
         model.double()
         assert model(**batch("llama")).logits.dtype == torch.float64
-    assert model.base_model._sources["default"].view(0).dtype == torch.float64
+    assert model.base_model._sources["default"].views()[0].dtype == torch.float64
 
 
 def test_the_probe_leaves_no_trace() -> None:

@@ -161,6 +161,13 @@ class UniProjModel(LoraModel):
             enter = self._enter if name else self._begin_call
             self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        if hasattr(type(self.model), "generate"):  # in the model itself, where every way to generate ends
+            self.model.__dict__.setdefault("generate", self._generate)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, all of it as one."""
+        with self._call.generation():
+            return type(self.model).generate(self.model, *args, **kwargs)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # the same module again: a KeyboardInterrupt ended its last call, and PyTorch then runs no hooks
@@ -176,7 +183,7 @@ class UniProjModel(LoraModel):
                 source = self._sources[name]
                 if (source.per_row is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
-                source.refresh()
+                source.views()
         self._guard.begin(module, self.active_adapters, args, kwargs)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
@@ -230,6 +237,8 @@ class UniProjModel(LoraModel):
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
+        if self.model.__dict__.get("generate") == self._generate:
+            del self.model.generate
         self._guard.remove()
         return model
 

@@ -7,11 +7,16 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _current_graph_task_id, _is_tracing
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from uniproj.errors import AdapterError
@@ -38,50 +43,68 @@ class PerRow:
     rows: Tensor
 
 
-class _Phase(Enum):
-    """What PyTorch is doing in a thread that asks for theta_D."""
-
-    COMPILED = auto()  # torch.compile is at work
-    TRANSFORMED = auto()  # torch.func, forward mode or torch.jit.trace, whose tensors must not outlive it
-    BACKWARD = auto()  # a backward runs, and within it a checkpointed part runs again
-    EAGER = auto()
-
-    @staticmethod
-    def now() -> _Phase:
-        if torch.compiler.is_compiling():
-            return _Phase.COMPILED
-        if (
-            torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
-            or torch.jit._trace.is_tracing()
-        ):
-            return _Phase.TRANSFORMED
-        return _Phase.EAGER if torch._C._current_graph_task_id() == -1 else _Phase.BACKWARD
+def _is_transformed() -> bool:
+    """Whether torch.func, forward mode or torch.jit.trace is at work, whose tensors must not outlive it."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _is_tracing()
 
 
-@dataclass
+def _is_backward() -> bool:
+    """Whether a backward runs, and within it a checkpointed part runs again."""
+    return _current_graph_task_id() != -1
+
+
+@dataclass(eq=False)
 class _ThetaD:
-    """One theta_D, as the views of all blocks of the layout, and what it was made of.
+    """One theta_D, as the views of all blocks of the layout.
 
     No views are left once a backward has passed through. step: optimiser steps of this process before it was made; None
-    if it was made while compiled or transformed. node: that of the graph which made it. inputs: without a graph, copies
-    of theta_d (or of `PerRow`) and of P's Parameters, since it may serve another call.
+    if it was made while compiled or transformed. node: that of the graph which made it.
     """
 
     views: Sequence[Tensor]
     step: int | None = None
     node: Any = None
-    dtype: torch.dtype | None = None
-    inputs: Sequence[Tensor] = ()
 
-    def is_current(self, phase: _Phase) -> bool:
-        """Whether the call it was made in may go on using it."""
-        if phase is _Phase.COMPILED:
+    def is_current(self) -> bool:
+        """Whether the call it was made in may go on using it. Asked three times per layer: the likely comes first."""
+        if is_compiling():
             return True
-        if self.step is None:
-            return phase is _Phase.TRANSFORMED
+        if _is_transformed():
+            return self.step is None
         # a step taken during backward must not part a checkpointed layer that runs again from its forward
-        return bool(self.views) and (self.step == _optimizer_steps or phase is _Phase.BACKWARD)
+        is_of_now = self.step == _optimizer_steps or (self.step is not None and _is_backward())
+        return is_of_now and bool(self.views)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Kept(_ThetaD):
+    """A theta_D without a graph, which may serve another call.
+
+    flat: what its views are views of. inputs: copies of theta_d (or of `PerRow`) and of P's Parameters, on the CPU.
+    """
+
+    flat: Tensor
+    dtype: torch.dtype
+    inputs: Sequence[Tensor]
+
+
+class _Unwritten:
+    """Tells without reading a number that tensors are the same and were not written to, except through their `.data`.
+
+    It holds on to their memory, so that no later tensor can lie at the same address.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._memory, self._versions = [t.detach() for t in tensors], _versions(tensors)
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        same = [t.data_ptr() for t in tensors] == [t.data_ptr() for t in self._memory]
+        return same and None not in self._versions and _versions(tensors) == self._versions
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    """How often each was written to; None for a tensor made under inference_mode, of which PyTorch counts nothing."""
+    return [None if t.is_inference() else t._version for t in tensors]
 
 
 class _OfThread(threading.local):
@@ -92,12 +115,17 @@ class _OfThread(threading.local):
 
 
 class Call(_OfThread):
-    """The call of a model that a thread is in. module: where it entered, None between calls; theta_Ds: by adapter."""
+    """The call of a model that a thread is in. module: where it entered, None between calls; theta_Ds: by adapter.
+
+    generated: the theta_Ds of the `generate` that the thread is in, by adapter; None outside of one.
+    """
 
     module: nn.Module | None
     theta_Ds: dict[str, _ThetaD]
+    generated: dict[str, tuple[_Kept, _Unwritten]] | None
 
     def __init__(self) -> None:
+        self.generated = None
         self.end()
 
     def begin(self, module: nn.Module) -> None:
@@ -105,6 +133,22 @@ class Call(_OfThread):
 
     def end(self) -> None:
         self.module, self.theta_Ds = None, {}
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Within the block, theta_D is compared with what makes it once, and not in each call."""
+        outer = self.generated
+        self.generated = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self.generated = outer
+
+    def forget(self, name: str) -> None:
+        """Nothing made so far serves this adapter."""
+        self.theta_Ds.pop(name, None)
+        if self.generated is not None:
+            self.generated.pop(name, None)
 
 
 class _Here(_OfThread):
@@ -122,11 +166,15 @@ class FactorSource:
     outside, at any of its modules (`UniProjModel` says when it begins and ends); within it, all layers use one theta_D,
     until an optimiser steps or a backward passes through it. A new call
     - with gradients projects anew, so that every forward has a graph of its own;
-    - without them takes the last theta_D again, if what made it is the same *by value* and the dtype is the same, so
-      that generation projects once and an edit through `.data` is seen;
+    - without them takes the last theta_D again on the CPU, if what made it is the same *by value* and the dtype is the
+      same, so that an edit through `.data` is seen. Elsewhere it projects anew, as comparing would wait for the device;
+    - within one `generate` takes the theta_D of the call before, unless an optimiser stepped or PyTorch has counted a
+      write to what made it. What a callback writes through `.data`, which is not counted, is seen by the next
+      `generate`, and so is by compiled code what a callback writes in any way;
     - within a backward is a checkpointed part that runs again: it takes the theta_D of its forward, or, where a
       backward has passed through that, projects anew;
-    - under torch.compile, torch.func or forward-mode differentiation projects anew and keeps nothing.
+    - under torch.func or forward-mode differentiation, and under torch.compile outside of `generate`, projects anew and
+      keeps nothing. So does the capture of a CUDA graph, whose replays then see every edit.
     A layer called by itself is a call of its own.
 
     The call belongs to its thread. Threads share a theta_D without a graph, which nobody changes, and during a
@@ -142,9 +190,9 @@ class FactorSource:
         # looked up by name on each use: loading with assign=True replaces the Parameter object
         self._theta_ds, self._projections, self._name = theta_ds, projections, adapter_name
         self._call, self._here = call, _Here()
-        self._kept: _ThetaD | None = None
+        self._kept: _Kept | None = None
         self._live: list[weakref.ref[_ThetaD]] = []
-        self._forget()  # what an interrupted call left of another adapter of this name
+        call.forget(adapter_name)  # what an interrupted call left of another adapter of this name
 
     @property
     def projection(self) -> Projection:
@@ -158,46 +206,41 @@ class FactorSource:
     def parameters(self) -> list[nn.Parameter]:
         return [self._theta_ds[self._name], *self.projection.parameters()]
 
-    def view(self, slot: int) -> Tensor:
-        """The factor of block number `slot`."""
-        return self._theta_D().views[slot]
+    def views(self) -> Sequence[Tensor]:
+        """The factors of all blocks of the layout, now."""
+        theta_D = self._call.theta_Ds.get(self._name)
+        if theta_D is None or not theta_D.is_current():
+            theta_D = self._new()
+            if self._call.module is not None:
+                self._call.theta_Ds[self._name] = theta_D
+        return theta_D.views
 
     def refresh(self) -> None:
-        """Have theta_D ready for the layers of this call, or for the next one without gradients."""
-        self._forget()
-        self._theta_D()
+        """Make `views` anew, and have them ready for the next call without gradients."""
+        self._call.forget(self._name)
+        self.views()
 
     @contextmanager
     def using(self, per_row: PerRow) -> Iterator[None]:
         """Within the block, and in this thread, every factor has one matrix per row of the batch."""
         before, self._here.per_row = self._here.per_row, per_row
-        self._forget()
+        self._call.forget(self._name)
         try:
             yield
         finally:
             self._here.per_row = before
-            self._forget()
-
-    def _forget(self) -> None:
-        self._call.theta_Ds.pop(self._name, None)
+            self._call.forget(self._name)
 
     # ---- theta_D ------------------------------------------------------------------------------------
 
-    def _theta_D(self) -> _ThetaD:
-        phase = _Phase.now()
-        theta_D = self._call.theta_Ds.get(self._name)
-        if theta_D is None or not theta_D.is_current(phase):
-            theta_D = self._new(phase)
-            if self._call.module is not None:
-                self._call.theta_Ds[self._name] = theta_D
-        return theta_D
-
-    def _new(self, phase: _Phase) -> _ThetaD:
-        if phase in (_Phase.COMPILED, _Phase.TRANSFORMED):
-            return _ThetaD(self._views(self._project()))
+    def _new(self) -> _ThetaD:
+        if is_compiling():
+            return _ThetaD(self._split(self._generated()))
+        if _is_transformed():
+            return _ThetaD(self._split(self._project()))
         if not self.wants_grad():
             return self._without_graph()
-        return (self._of_forward() if phase is _Phase.BACKWARD else None) or self._with_graph()
+        return (self._of_forward() if _is_backward() else None) or self._with_graph()
 
     def wants_grad(self) -> bool:
         """Whether what is projected now may be differentiated by backward."""
@@ -212,24 +255,48 @@ class FactorSource:
         self._here.last = None  # the old theta_D goes first, so that there are never two
         with uncounted():  # a checkpointed layer may find theta_D ready when it runs again
             flat = self._project()
-        self._here.last = theta_D = _ThetaD(self._views(flat), _optimizer_steps, flat.grad_fn)
+        self._here.last = theta_D = _ThetaD(self._split(flat), _optimizer_steps, flat.grad_fn)
         flat.register_hook(_end(weakref.ref(theta_D)))
         self._live = [*(ref for ref in self._live if ref() is not None), weakref.ref(theta_D)]
         return theta_D
 
     def _without_graph(self) -> _ThetaD:
-        dtype, inputs, kept = self._dtype(), self._inputs(), self._kept
-        if kept is not None and kept.dtype == dtype and _equal(kept.inputs, inputs):
+        inputs, generated = self._inputs(), self._call.generated
+        if generated is None:
+            return self._of_values(inputs)
+        if known := generated.get(self._name):
+            theta_D, unwritten = known
+            if theta_D.dtype == self._dtype() and theta_D.step == _optimizer_steps and unwritten.holds(inputs):
+                return theta_D
+        unwritten = _Unwritten(inputs)  # first: what is written from here on is seen
+        theta_D = self._of_values(inputs)
+        generated[self._name] = theta_D, unwritten
+        return theta_D
+
+    def _of_values(self, inputs: Sequence[Tensor]) -> _Kept:
+        """The theta_D of these numbers: the last one, if they are at hand on the CPU and the same."""
+        dtype, kept = self._dtype(), self._kept
+        # detached, as a real tensor is a fake one only to what is done with it under FakeTensorMode
+        at_hand = inputs[0].device.type == "cpu" and not is_fake(inputs[0].detach())
+        if at_hand and kept is not None and kept.dtype == dtype and _equal(kept.inputs, inputs):
             kept.step = _optimizer_steps
             return kept
         self._kept = None
         # normal tensors even under inference_mode, so that a later training step may use them
         with torch.inference_mode(False), torch.no_grad():
             # copied first: what another thread changes meanwhile then differs from the copy
-            copies = [p.detach().clone() for p in inputs]
-            theta_D = _ThetaD(self._views(self._project()), _optimizer_steps, None, dtype, copies)
-        self._kept = theta_D
+            copies = [p.detach().clone() for p in inputs] if at_hand else []
+            flat = self._project()
+        theta_D = _Kept(self._split(flat), _optimizer_steps, flat=flat, dtype=dtype, inputs=copies)
+        self._kept = theta_D if at_hand else None
         return theta_D
+
+    def _generated(self) -> Tensor:
+        """theta_D for compiled code: an input of it within `generate`, once there is one, else made by it."""
+        known = (self._call.generated or {}).get(self._name)
+        if known and known[0].dtype == self._dtype() and not self.wants_grad():
+            return known[0].flat
+        return self._project()
 
     def _inputs(self) -> list[Tensor]:
         """What theta_D is made of."""
@@ -252,7 +319,7 @@ class FactorSource:
             return self.projection(per_row.thetas.index_select(0, per_row.rows), dtype)
         return self.projection(per_row.thetas, dtype).index_select(0, per_row.rows)
 
-    def _views(self, theta_D: Tensor) -> Sequence[Tensor]:
+    def _split(self, theta_D: Tensor) -> Sequence[Tensor]:
         return self.projection.layout.split(theta_D)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,9 +337,16 @@ def _end(theta_D: weakref.ref[_ThetaD]) -> Callable[[Tensor], None]:
 
 
 def _equal(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
+    """Whether all bits are the same. old: on the CPU."""
     return len(old) == len(new) and all(
-        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(old, new, strict=True)
+        (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and np.array_equal(_bits(a), _bits(b))
+        for a, b in zip(old, new, strict=True)
     )
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    # NumPy compares integers in a fifth of the time of `torch.equal` on floats that lie in the cache
+    return x.detach().contiguous().view(-1).view(getattr(torch, f"int{8 * x.itemsize}")).numpy()
 
 
 class Factor(nn.Module):
@@ -287,7 +361,7 @@ class Factor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self._source.view(self._slot)
+        return self._source.views()[self._slot]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The numbers this weight is made of, so that PEFT trains and freezes them as it does a LoRA weight.
@@ -298,9 +372,11 @@ class Factor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). In a mixed batch x (n, ..., in), and row i has a weight of its own."""
-        weight = self.weight.to(x.device)
+        weight = self._source.views()[self._slot]
+        if weight.device != x.device:
+            weight = weight.to(x.device)
         if weight.ndim == 2:
-            return nn.functional.linear(x, weight)
+            return linear(x, weight)
         if x.ndim < 3 or len(x) != len(weight):
             module = self._source.projection.layout.blocks[self._slot].module
             raise AdapterError(
