@@ -398,6 +398,16 @@ def test_what_a_forward_leaves_goes_with_its_thread_and_its_model() -> None:
     assert gone() is None
 
 
+def test_training_holds_no_theta_D_of_an_evaluation_before_it() -> None:
+    model = _llama()
+    with torch.no_grad():
+        model(IDS)
+        factor = weakref.ref(next(m for m in model.modules() if hasattr(m, "lora_A")).lora_A["default"].weight)
+    assert factor() is not None
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert factor() is None
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_around_the_whole_model(use_reentrant: bool) -> None:
     model = _llama("vblora", None)

@@ -252,7 +252,7 @@ class FactorSource:
         return next((theta_D for theta_D in live if torch._C._will_engine_execute_node(theta_D.node)), None)
 
     def _with_graph(self) -> _ThetaD:
-        self._here.last = None  # the old theta_D goes first, so that there are never two
+        self._here.last = self._kept = None  # the old theta_Ds go first, so that there are never two
         with uncounted():  # a checkpointed layer may find theta_D ready when it runs again
             flat = self._project()
         self._here.last = theta_D = _ThetaD(self._split(flat), _optimizer_steps, flat.grad_fn)
