@@ -25,9 +25,9 @@ INTEGERS = {"index", "order", "starts", "table", "groups", "by_row", "by_positio
 WORDS = {"tables"}
 TENSORS = INTEGERS | WORDS | {"divisors", "x", "y", "out", "vectors", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
-CONSTANTS |= {"ROWS": 32, "NORMALS": True, "BITS": 10}
+CONSTANTS |= {"PIECE_STEPS": 3, "GROUP_STEPS": 2, "ROWS": 32, "NORMALS": True, "BITS": 10}
 KERNELS = [
-    *(partition_triton._deal_out, partition_triton._gather_in),
+    *(partition_triton._deal_out, partition_triton._gather_in, partition_triton._scaled),
     *(topk_triton._mix, topk_triton._vectors_gradient, topk_triton._weights_gradient),
     *(gaussian_triton._times, gaussian_triton._transpose_times, hadamard_triton._pass, random_triton._bits),
     *(shared_triton._product, shared_triton._matrix_gradient, shared_triton._scale_gradient),

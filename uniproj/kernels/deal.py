@@ -20,7 +20,9 @@ from uniproj.kernels.permutation import ROUNDS, evaluate, grid, tables_of_all
 from uniproj.kernels.threads import cut, in_parallel
 
 _CHUNK = 2**15
-FIELDS = 7  # of a group: first position, rows, columns, first column, b and start of its tables, a
+# of a group: first position, rows, columns, first column, b and start of its tables, a, and what divides by b and by
+# the columns (`_divisor`)
+FIELDS = 11
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Deal:
         fields, position, column, taken = [], 0, 0, 0
         for group, length in zip(groups, lengths, strict=True):
             a, b = grid(group.size)
-            fields.append([position, group.size, group.columns, column, b, taken, a])
+            grids = [b, taken, a, *_divisor(b), *_divisor(group.columns)]
+            fields.append([position, group.size, group.columns, column, *grids])
             position, column, taken = position + group.size, column + group.columns, taken + length
         return cls(by_row, by_position, torch.tensor(fields), tables)
 
@@ -76,7 +79,7 @@ class Deal:
         found = torch.empty(int(self.groups[:, 1].sum()), dtype=torch.int32)
         ends = [*self.by_position[1:, 1].tolist(), len(found)]
         groups = self.groups[self._group_of(self.by_position[:, 1])].tolist()
-        for (row, position), end, (first, n, d, column, _, start, a) in zip(
+        for (row, position), end, (first, n, d, column, _, start, a, *_) in zip(
             self.by_position.tolist(), ends, groups, strict=True
         ):
             mine = found[row : row + end - position]
@@ -91,7 +94,7 @@ class Deal:
         group = self._group_of(position)
         found = torch.empty(len(rows), dtype=torch.int32)
         for g in group.unique().tolist():
-            first, n, d, column, _, start, a = self.groups[g].tolist()
+            first, n, d, column, _, start, a, *_ = self.groups[g].tolist()
             here = group == g
             tables = self.tables[start : start + ROUNDS * a]
             found[here] = column + evaluate((position[here] - first).int(), n, tables) % d
@@ -99,6 +102,16 @@ class Deal:
 
     def _group_of(self, position: Tensor) -> Tensor:
         return torch.searchsorted(self.groups[:, 0].contiguous(), position.contiguous(), right=True) - 1
+
+
+def _divisor(n: int) -> tuple[int, int]:
+    """(m, s) with x // n = (2 x m >> 32) >> s for every x in [0, 2^31): the multiplication that stands for a division.
+
+    s = ceil(log2 n) and m = ceil(2^(31 + s) / n) < 2^32 (Granlund and Montgomery 1994, "Division by invariant integers
+    using multiplication", theorem 4.2).
+    """
+    s = (n - 1).bit_length()
+    return -(-(1 << (31 + s)) // n), s
 
 
 def _columns_from(first: int, n: int, columns: int, first_column: int, tables: Tensor, out: Tensor) -> None:
