@@ -43,7 +43,7 @@ def signature(names: list[str], dtype: str) -> dict[str, str]:
         if name == "divisors":
             return "*fp64"
         whole = name in INTEGERS
-        return "*i64" if whole else "*i32" if name in WORDS else f"*{dtype}"
+        return "*i64" if whole else "*i16" if name in WORDS else f"*{dtype}"
 
     return {name: kind(name) for name in names}
 

@@ -43,7 +43,9 @@ class Deal:
     """The groups as small tensors that a kernel reads.
 
     by_row (s, 2): first row and first position of each contiguous piece, sorted by row; by_position the same,
-    sorted by position; groups (g, FIELDS), all int64; tables (t,) int32, F of every group's permutation.
+    sorted by position; groups (g, FIELDS), all int64; tables (t,) int16, F of every group's permutation without its
+    upper bits, which are 0 for so few points. Each row reads six of them, and a GPU's cache holds twice as many as of
+    int32. (PyTorch has uint16, and cannot pickle it.)
     """
 
     by_row: Tensor
@@ -66,7 +68,7 @@ class Deal:
             grids = [b, taken, a, *_divisor(b), *_divisor(group.columns)]
             fields.append([position, group.size, group.columns, column, *grids])
             position, column, taken = position + group.size, column + group.columns, taken + length
-        return cls(by_row, by_position, torch.tensor(fields), tables)
+        return cls(by_row, by_position, torch.tensor(fields), tables.short())
 
     def counts(self) -> Tensor:
         """(d,) int64: how many rows each column has."""
@@ -83,7 +85,7 @@ class Deal:
             self.by_position.tolist(), ends, groups, strict=True
         ):
             mine = found[row : row + end - position]
-            tables = self.tables[start : start + ROUNDS * a]
+            tables = self._tables(start, a)
             run(_columns_from, found.device, position - first, n, d, column, tables, mine)
         return found
 
@@ -96,9 +98,13 @@ class Deal:
         for g in group.unique().tolist():
             first, n, d, column, _, start, a, *_ = self.groups[g].tolist()
             here = group == g
-            tables = self.tables[start : start + ROUNDS * a]
+            tables = self._tables(start, a)
             found[here] = column + evaluate((position[here] - first).int(), n, tables) % d
         return found
+
+    def _tables(self, start: int, a: int) -> Tensor:
+        """F of one group's permutation, int32."""
+        return self.tables[start : start + ROUNDS * a].int() & 0xFFFF
 
     def _group_of(self, position: Tensor) -> Tensor:
         return torch.searchsorted(self.groups[:, 0].contiguous(), position.contiguous(), right=True) - 1

@@ -23,7 +23,7 @@ from uniproj.kernels.permutation import ROUNDS
 
 _ROWS = 256  # of a program of the gather: 8 a thread
 _COLUMNS = 32  # of a program of the adjoint: 1 a thread, which reads 4 rows at once
-_SCALED = 1024
+_SCALED = 128
 _FIELDS, _ROUNDS = tl.constexpr(FIELDS), tl.constexpr(ROUNDS)
 _WARP = {"num_warps": 1, "enable_fp_fusion": False}
 
@@ -62,7 +62,8 @@ def _divide(x, divisor):
 @triton.jit
 def _round(L, R, a, b, tables, t: tl.constexpr, INVERSE: tl.constexpr):
     key = L if t % 2 == 0 else R
-    moved = tl.load(tables + t * a + key.to(tl.int32), eviction_policy="evict_last").to(tl.uint32)
+    moved = tl.load(tables + t * a + key.to(tl.int32), eviction_policy="evict_last")
+    moved = moved.to(tl.uint16, bitcast=True).to(tl.uint32)
     if t % 2 == 0:
         R = _sub_mod(R, moved, b) if INVERSE else _add_mod(R, moved, b)
     else:
@@ -192,7 +193,7 @@ def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[
         _launch(_gather_in, _COLUMNS, sums, [x, sums, scale], by_position, groups, tables, size)
         return sums
     scaled, y = torch.empty_like(x), x.new_empty(1, size[0])
-    _scaled[(triton.cdiv(size[1], _SCALED),)](x, scale, scaled, size[1], BLOCK=_SCALED)
+    _scaled[(triton.cdiv(size[1], _SCALED),)](x, scale, scaled, size[1], BLOCK=_SCALED, **_WARP)
     _launch(_deal_out, _ROWS, y, [scaled, y], by_row, groups, tables, size)
     return y
 
