@@ -21,7 +21,7 @@ from uniproj.kernels import (  # noqa: E402
 )
 
 HOPPER = GPUTarget("cuda", 90, 32)
-INTEGERS = {"index", "order", "starts", "table", "groups", "by_row", "by_position", "key"}
+INTEGERS = {"index", "order", "starts", "places", "table", "groups", "by_row", "by_position", "key"}
 WORDS = {"tables"}
 TENSORS = INTEGERS | WORDS | {"divisors", "x", "y", "out", "vectors", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}

@@ -63,7 +63,8 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
         op.register_autograd(_backward(registered, i), setup_context=_setup(len(registered)))
         op.register_vmap(_vmap(op, len(registered)))
     ops: list[_Operator] = []
-    ops.extend(_differentiable(op, raw, ops, i) for i, (op, raw) in enumerate(zip(registered, operators, strict=True)))
+    pairs = zip(registered, map(_by_device, operators), strict=True)
+    ops.extend(_differentiable(op, compute, ops, i) for i, (op, compute) in enumerate(pairs))
     return ops
 
 
@@ -131,7 +132,7 @@ def _backward(ops: Sequence[_Operator], i: int) -> Callable[..., tuple[Tensor | 
 class _Call:
     """A call of operator i but for its tensors. One object, as torch.func would look for tensors in a list."""
 
-    registered: _Operator
+    compute: _Operator
     ops: Sequence[_Operator]
     i: int
     rest: Sequence[Any]  # the arguments, None in the places of tensors
@@ -148,7 +149,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> Tensor:
-        return call.registered(*call.inputs(tensors))
+        return call.compute(*call.inputs(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -171,17 +172,29 @@ class _Differentiable(torch.autograd.Function):
         return _tangent(ctx, ctx.call.ops, ctx.call.i, tangents)
 
 
-def _differentiable(registered: _Operator, own: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
+class _Plain(torch.autograd.Function):
+    """`_Differentiable` where nothing but autograd looks on: the operator itself, and no binding of arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        _Differentiable.setup_context(ctx, (call, *tensors), tensors[0])
+        return call.compute(*call.inputs(tensors))
+
+    backward = _Differentiable.backward
+
+
+def _differentiable(registered: _Operator, compute: _Operator, ops: Sequence[_Operator], i: int) -> _Operator:
     def operator(*inputs: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
-            tensors = [x for x in inputs if isinstance(x, Tensor)]
-            if is_plain(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-                return run(own, inputs[0].device, *inputs)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        rest = [None if isinstance(x, Tensor) else x for x in inputs]
+        if not torch.compiler.is_compiling() and is_plain(*tensors):
+            if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+                return compute(*inputs)
+            return _Plain.apply(_Call(compute, ops, i, rest), *tensors)
         if torch.jit._trace.is_tracing() or (torch.compiler.is_compiling() and not _differentiated()):
             return registered(*inputs)  # whose gradients, not its forward mode, are known by its registration
         torch._dynamo.graph_break("uniproj: torch.compile cannot trace torch.func's derivatives of this operator.")
-        call = _Call(registered, ops, i, [None if isinstance(x, Tensor) else x for x in inputs])
-        return _Differentiable.apply(call, *[x for x in inputs if isinstance(x, Tensor)])
+        return _Differentiable.apply(_Call(registered, ops, i, rest), *tensors)
 
     return operator
 

@@ -20,7 +20,16 @@ _TILE = {"PIECES": _PIECES, "COLUMNS": _COLUMNS, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _mix(vectors, weights, index, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+def _place(places, s, c, inside):
+    """Where number c of piece s lies."""
+    start = tl.load(places + 2 * s, mask=inside, other=0)
+    return start[:, None] + tl.load(places + 2 * s + 1, mask=inside, other=0)[:, None] * c[None, :]
+
+
+@triton.jit
+def _mix(
+    vectors, weights, index, places, out, S, D, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+):
     s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     batch = tl.program_id(2).to(tl.int64)
@@ -30,12 +39,13 @@ def _mix(vectors, weights, index, out, S, h, b, K: tl.constexpr, PIECES: tl.cons
         row = tl.load(index + s * K + k, mask=s < S, other=0)
         weight = tl.load(weights + s * K + k, mask=s < S, other=0)
         total += weight[:, None] * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
-    tl.store(out + (batch * S + s)[:, None] * b + c[None, :], total.to(out.dtype.element_ty), mask=inside)
+    place = _place(places, s, c, s < S)
+    tl.store(out + batch * D + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _vectors_gradient(
-    y, weights, order, starts, out, S, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+    y, weights, order, starts, places, out, D, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -43,16 +53,19 @@ def _vectors_gradient(
     total = tl.zeros([PIECES, COLUMNS], dtype=y.dtype.element_ty)
     stop = tl.load(starts + row + 1)
     for first in range(tl.load(starts + row), stop, PIECES):
-        place = first + tl.arange(0, PIECES)
-        pair = tl.load(order + place, mask=place < stop, other=0)
-        weight = tl.load(weights + pair, mask=place < stop, other=0)
-        inside = (place < stop)[:, None] & (c < b)[None, :]
-        total += weight[:, None] * tl.load(y + (batch * S + pair // K)[:, None] * b + c[None, :], mask=inside, other=0)
+        of_pair = first + tl.arange(0, PIECES)
+        pair = tl.load(order + of_pair, mask=of_pair < stop, other=0)
+        weight = tl.load(weights + pair, mask=of_pair < stop, other=0)
+        inside = (of_pair < stop)[:, None] & (c < b)[None, :]
+        place = _place(places, pair // K, c, of_pair < stop)
+        total += weight[:, None] * tl.load(y + batch * D + place, mask=inside, other=0)
     tl.store(out + (batch * h + row) * b + c, tl.sum(total, 0).to(out.dtype.element_ty), mask=c < b)
 
 
 @triton.jit
-def _weights_gradient(y, vectors, index, out, S, h, b, n, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+def _weights_gradient(
+    y, vectors, index, places, out, S, D, h, b, n, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+):
     s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     pair = s * K + tl.program_id(1)
     row = tl.load(index + pair, mask=s < S, other=0)
@@ -61,35 +74,41 @@ def _weights_gradient(y, vectors, index, out, S, h, b, n, K: tl.constexpr, PIECE
         for first in range(0, b, COLUMNS):
             c = first + tl.arange(0, COLUMNS)
             inside = (s < S)[:, None] & (c < b)[None, :]
-            ours = tl.load(y + (batch * S + s)[:, None] * b + c[None, :], mask=inside, other=0)
+            ours = tl.load(y + batch * D + _place(places, s, c, s < S), mask=inside, other=0)
             total += ours * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
     tl.store(out + pair, tl.sum(total, 1).to(out.dtype.element_ty), mask=s < S)
 
 
-def mix(vectors: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+def mix(
+    vectors: Tensor, weights: Tensor, index: Tensor, places: Tensor, sizes: list[int], dtype: torch.dtype
+) -> Tensor:
     """Summed in the order of k."""
     vectors, weights = accumulated(dtype, vectors, weights)
-    (n, _, b), (S, K) = vectors.shape, index.shape
-    out = torch.empty(n, S, b, dtype=dtype, device=vectors.device)
+    (D, h, b), (S, K), n = sizes, index.shape, len(vectors)
+    out = torch.empty(n, D, dtype=dtype, device=vectors.device)
     cells = (triton.cdiv(S, _PIECES), triton.cdiv(b, _COLUMNS), n)
-    _mix[cells](vectors, weights, index.contiguous(), out, S, h, b, K=K, **_TILE)
+    _mix[cells](vectors, weights, index.contiguous(), places, out, S, D, h, b, K=K, **_TILE)
     return out
 
 
-def vectors_gradient(y: Tensor, weights: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+def vectors_gradient(
+    y: Tensor, weights: Tensor, index: Tensor, places: Tensor, sizes: list[int], dtype: torch.dtype
+) -> Tensor:
+    (D, h, b), n = sizes, len(y)
     order, starts = pairs_by_vector(index, h)
     y, weights = accumulated(dtype, y, weights)
-    n, S, b = y.shape
     out = torch.empty(n, h, b, dtype=dtype, device=y.device)
     cells = (h, triton.cdiv(b, _COLUMNS), n)
-    _vectors_gradient[cells](y, weights, order, starts, out, S, h, b, K=index.shape[1], **_TILE)
+    _vectors_gradient[cells](y, weights, order, starts, places, out, D, h, b, K=index.shape[1], **_TILE)
     return out
 
 
-def weights_gradient(y: Tensor, vectors: Tensor, index: Tensor, h: int, dtype: torch.dtype) -> Tensor:
+def weights_gradient(
+    y: Tensor, vectors: Tensor, index: Tensor, places: Tensor, sizes: list[int], dtype: torch.dtype
+) -> Tensor:
     y, vectors = accumulated(dtype, y, vectors)
-    (n, S, b), K = y.shape, index.shape[1]
+    (D, h, b), (S, K) = sizes, index.shape
     out = torch.empty(S, K, dtype=dtype, device=y.device)
     cells = (triton.cdiv(S, _PIECES), K)
-    _weights_gradient[cells](y, vectors, index.contiguous(), out, S, h, b, n, K=K, **_TILE)
+    _weights_gradient[cells](y, vectors, index.contiguous(), places, out, S, D, h, b, len(y), K=K, **_TILE)
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from uniproj.budget import TOLERANCE, Budget
 from uniproj.errors import ProjectionError
 from uniproj.kernels.random import normal
-from uniproj.kernels.topk import mix, vectors_gradient
-from uniproj.layout import LoRALayout
+from uniproj.kernels.topk import largest, mix, vectors_gradient
+from uniproj.layout import Block, LoRALayout
 from uniproj.projection import Entries, Projection
 from uniproj.registry import register
 
@@ -39,6 +39,7 @@ class VBLoRA(Projection):
     learned = True
     sparse = True
     needs_modules = True
+    places: Tensor
     variants = ({}, {"topk": 1}, {"num_vectors": 3, "vector_length": 1, "topk": 3})
 
     def __init__(
@@ -54,6 +55,7 @@ class VBLoRA(Projection):
         h, b = self._sizes(layout, num_vectors, vector_length, topk)
         super().__init__(layout, h * b, seed)
         self.h, self.b, self.topk = h, b, topk
+        self.places = torch.cat([_places(block, b) for block in layout.blocks])
         pieces = layout.D // b
         start = init_logits_std * normal(seed, "vblora.logits", pieces * h)
         self.logits = nn.Parameter(start.view(pieces, h))
@@ -109,45 +111,43 @@ class VBLoRA(Projection):
 
     def _top_k(self) -> tuple[Tensor, Tensor]:
         """Weights and indices of the k vectors of every piece, each (D / b, topk)."""
-        top = self.logits.topk(self.topk, dim=-1)
-        return top.values.softmax(-1), top.indices
-
-    def _assemble(self, pieces: Tensor) -> Tensor:
-        """(n, D / b, b) pieces -> (n, D) rows of theta_D."""
-        blocks = self.layout.blocks
-        parts = pieces.split([block.numel // self.b for block in blocks], dim=1)
-        return torch.cat([self._turn(p, *blk.shape, blk.factor) for p, blk in zip(parts, blocks, strict=True)], dim=1)
-
-    def _turn(self, piece: Tensor, rows: int, columns: int, factor: str) -> Tensor:
-        if factor == "A":
-            return piece.flatten(1)
-        return piece.view(piece.shape[0], rows // self.b, columns, self.b).transpose(2, 3).flatten(1)
-
-    def _disassemble(self, theta_D: Tensor) -> Tensor:
-        """(n, D) -> (n, D / b, b), the inverse of `_assemble`."""
-        pieces = []
-        for x, block in zip(self.layout.split(theta_D), self.layout.blocks, strict=True):
-            if block.factor == "B":
-                x = x.unflatten(1, (-1, self.b)).transpose(2, 3)
-            pieces.append(x.reshape(x.shape[0], -1, self.b))
-        return torch.cat(pieces, dim=1)
+        index = largest(self.logits, self.topk)
+        return self.logits.gather(-1, index).softmax(-1), index
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
         vectors = theta_d.view(-1, self.h, self.b)
-        return self._assemble(mix(vectors, *self._top_k(), self.h, theta_d.dtype))
+        return mix(vectors, *self._top_k(), self.places, [self.D, self.h, self.b], theta_d.dtype)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        pieces = self._disassemble(theta_D)
-        return vectors_gradient(pieces, *self._top_k(), self.h, theta_D.dtype).flatten(1)
+        sizes = [self.D, self.h, self.b]
+        return vectors_gradient(theta_D, *self._top_k(), self.places, sizes, theta_D.dtype).flatten(1)
 
     def entries(self) -> Entries:
         weights, index = self._top_k()
-        device = weights.device
-        place = self._assemble(torch.arange(self.D, device=device).view(1, -1, self.b))[0]
-        piece, within = place // self.b, place % self.b
-        rows = torch.arange(self.D, device=device).repeat_interleave(self.topk)
+        piece, within = (torch.cat(parts).to(index.device) for parts in zip(*self._pieces(), strict=True))
+        rows = torch.arange(self.D, device=index.device).repeat_interleave(self.topk)
         columns = (index[piece] * self.b + within.unsqueeze(1)).flatten()
         return rows, columns, weights[piece].double().flatten()
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Block by block, for every coordinate its piece and its place within that."""
+        for block in self.layout.blocks:
+            rows, columns = block.shape
+            i, j = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            if block.factor == "B":
+                piece, within = i // self.b * columns + j, i % self.b
+            else:
+                piece, within = i * (columns // self.b) + j // self.b, j % self.b
+            yield (block.offset // self.b + piece).flatten(), within.flatten()
+
+
+def _places(block: Block, b: int) -> Tensor:
+    """(pieces, 2): the first coordinate of every piece of a block, and the step from one to the next."""
+    # pieces of one number lie one after another in both factors
+    step = block.shape[1] if block.factor == "B" and b > 1 else 1
+    piece = torch.arange(block.numel // b)
+    start = block.offset + piece // step * step * b + piece % step
+    return torch.stack([start, torch.full_like(start, step)], dim=1)
 
 
 def _largest_divisor(n: int, limit: int) -> int:
