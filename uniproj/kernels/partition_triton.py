@@ -20,10 +20,12 @@ from torch import Tensor
 from uniproj.kernels.deal import FIELDS
 from uniproj.kernels.forms import accumulation_dtype
 from uniproj.kernels.permutation import ROUNDS
+from uniproj.kernels.threads import cut
 
 _ROWS = 256  # of a program of the gather: 8 a thread
 _COLUMNS = 32  # of a program of the adjoint: 1 a thread, which reads 4 rows at once
 _SCALED = 128
+_VECTORS = 2**16 - 1  # of a launch: where CUDA ends the second axis of a grid
 _FIELDS, _ROUNDS = tl.constexpr(FIELDS), tl.constexpr(ROUNDS)
 _WARP = {"num_warps": 1, "enable_fp_fusion": False}
 
@@ -113,8 +115,8 @@ def _deal_out(
         point = tl.minimum(x_of_first + i.to(tl.uint32), tl.load(group + 1).to(tl.uint32) - 1)
         place = _permute(point, group, tables, False)
         place -= _divide(place, group + 9) * tl.load(group + 2).to(tl.uint32)
-        from_here = i >= tl.maximum(begin - first, 0).to(tl.int32)
-        column = tl.where(from_here, place + tl.load(group + 3).to(tl.uint32), column)
+        place += tl.load(group + 3).to(tl.uint32)
+        column = place if PIECE_STEPS == 0 else tl.where(i >= tl.maximum(begin - first, 0).to(tl.int32), place, column)
     value = tl.load(x + batch * d + column.to(tl.int32))
     y += batch * D + first
     if first + BLOCK <= D:
@@ -202,7 +204,10 @@ def _launch(
     kernel: Any, block: int, out: Tensor, numbers: list[Tensor | None], pieces: Tensor, groups: Tensor, tables: Tensor,
     size: list[int],
 ) -> None:  # fmt: skip
-    """Over the numbers of each vector of `out`."""
-    cells = (triton.cdiv(out.shape[1], block), len(out))
+    """Over the numbers of each vector of `out`, which is among the `numbers` of all vectors."""
     steps = {"PIECE_STEPS": (len(pieces) - 1).bit_length(), "GROUP_STEPS": (len(groups) - 1).bit_length()}
-    kernel[cells](*numbers, pieces, len(pieces), groups, len(groups), tables, *size, **steps, BLOCK=block, **_WARP)
+    shared = (pieces, len(pieces), groups, len(groups), tables, *size)
+    for vectors in cut(len(out), _VECTORS):
+        cells = (triton.cdiv(out.shape[1], block), vectors.stop - vectors.start)
+        here = [x if x is None or x.ndim == 1 else x[vectors] for x in numbers]
+        kernel[cells](*here, *shared, **steps, BLOCK=block, **_WARP)
