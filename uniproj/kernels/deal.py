@@ -45,7 +45,7 @@ class Deal:
     by_row (s, 2): first row and first position of each contiguous piece, sorted by row; by_position the same,
     sorted by position; groups (g, FIELDS), all int64; tables (t,) int16, F of every group's permutation without its
     upper bits, which are 0 for so few points. Each row reads six of them, and a GPU's cache holds twice as many as of
-    int32. (PyTorch has uint16, and cannot pickle it.)
+    int32. (PyTorch has uint16, and cannot save it.)
     """
 
     by_row: Tensor
