@@ -38,3 +38,18 @@ def test_columns_of_a_few_rows_of_many(n: int) -> None:
     rows = torch.arange(0, n, n // 500)
     deal = Deal.of([Group([slice(0, n)], 1000, "large")], 5)
     assert torch.equal(deal.columns(rows).long(), permute(rows, n, 5, "large") % 1000)
+
+
+def test_vectors_of_several_launches(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deal = Deal.of([Group([slice(0, 300)], 40, "a")], 5)
+    source = [getattr(deal, name).to(triton_device) for name in ("by_row", "by_position", "groups", "tables")]
+    x, y = (torch.arange(5.0 * n).view(5, n).to(triton_device) for n in (40, 300))
+    at_once = [
+        partition_triton.deal_out(x, *source, [300, 40], torch.float32),
+        partition_triton.gather_in(y, *source, [300, 40], torch.float32),
+    ]
+    index = deal.index().long()
+    monkeypatch.setattr(partition_triton, "_VECTORS", 2)
+    assert torch.equal(at_once[0].cpu(), x.cpu()[:, index])
+    assert torch.equal(partition_triton.deal_out(x, *source, [300, 40], torch.float32), at_once[0])
+    assert torch.equal(partition_triton.gather_in(y, *source, [300, 40], torch.float32), at_once[1])
