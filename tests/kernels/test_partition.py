@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from uniproj import LoRALayout, ProjectionError
-from uniproj.kernels.deal import Deal, Group
+from uniproj.kernels.deal import Deal, Group, _divisor
+from uniproj.kernels.dispatch import run
 from uniproj.kernels.gather import sum_by_column, take
 from uniproj.kernels.memory import fresh
-from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, sum_by_index
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, product_of_one, sum_by_index
 from uniproj.kernels.permutation import permute
 from uniproj.projections._partition import Partition
 
@@ -60,6 +61,14 @@ def test_a_deal_is_the_permutation_of_each_group(sizes: list[int], seed: int, da
     assert torch.equal(deal.counts(), torch.bincount(index, minlength=column))
     rows = torch.randperm(first)[:50]
     assert torch.equal(deal.columns(rows), index[rows])
+
+
+@given(x=st.integers(0, 2**31 - 1), n=st.integers(1, 2**31 - 1), near=st.integers(0, 2**31))
+def test_a_multiplication_divides(x: int, n: int, near: int) -> None:
+    m, s = _divisor(n)
+    assert 0 < m < 2**32
+    for point in {x, min(near // n * n, 2**31 - 1), max(near // n * n - 1, 0)}:
+        assert (2 * point * m >> 32) >> s == point // n
 
 
 @given(D=st.integers(1, 4000), d=st.integers(1, 4000), seed=st.integers(0, 2**40))
@@ -178,3 +187,14 @@ def test_triton_sums_in_the_documented_order(triton_device: str) -> None:
         rows = inverse[k : k + d]
         expected[: len(rows)] += y.cpu()[0, rows]
     assert torch.equal(gather_in(y, *deal, torch.float32)[0].cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_triton_scales_one_vector_in_its_kernels(kind: str, triton_device: str) -> None:
+    index, deal, D, d = dealt(kind, triton_device)
+    scale = drawn(triton_device, d).abs()
+    x, y = (drawn(triton_device, 1, size, dtype=torch.float32) for size in (d, D))
+    copied, summed = (run(product_of_one, v.device, v, t, scale, deal) for v, t in ((x, False), (y, True)))
+    assert torch.equal(copied, (x * scale.float())[:, index.long()])
+    assert torch.equal(summed, gather_in(y, *deal, torch.float32) * scale.float())
+    assert run(product_of_one, x.device, x, False, scale, [index, [D, d]]) is None

@@ -27,9 +27,9 @@ WORDS = {"tables"}
 FROZEN = {"divisors", "numbers"}
 TENSORS = INTEGERS | WORDS | FROZEN | {"x", "y", "out", "vectors", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
-CONSTANTS |= {"ROWS": 32, "NORMALS": True, "BITS": 10}
+CONSTANTS |= {"PIECE_STEPS": 3, "GROUP_STEPS": 2, "ROWS": 32, "NORMALS": True, "BITS": 10}
 KERNELS = [
-    *(partition_triton._deal_out, partition_triton._gather_in),
+    *(partition_triton._deal_out, partition_triton._gather_in, partition_triton._scaled),
     *(topk_triton._mix, topk_triton._vectors_gradient, topk_triton._weights_gradient),
     *(gaussian_triton._times, gaussian_triton._transpose_times, hadamard_triton._pass, random_triton._bits),
     *(grouped_triton._product, grouped_triton._transpose_product),
@@ -46,7 +46,7 @@ def signature(names: list[str], dtype: str) -> dict[str, str]:
         if name in FROZEN:
             return "*fp64"
         whole = name in INTEGERS
-        return "*i64" if whole else "*i32" if name in WORDS else f"*{dtype}"
+        return "*i64" if whole else "*i16" if name in WORDS else f"*{dtype}"
 
     return {name: kind(name) for name in names}
 

@@ -20,7 +20,9 @@ from uniproj.kernels.permutation import ROUNDS, evaluate, grid, tables_of_all
 from uniproj.kernels.threads import cut, in_parallel
 
 _CHUNK = 2**15
-FIELDS = 7  # of a group: first position, rows, columns, first column, b and start of its tables, a
+# of a group: first position, rows, columns, first column, b and start of its tables, a, and what divides by b and by
+# the columns (`_divisor`)
+FIELDS = 11
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Deal:
     """The groups as small tensors that a kernel reads.
 
     by_row (s, 2): first row and first position of each contiguous piece, sorted by row; by_position the same,
-    sorted by position; groups (g, FIELDS), all int64; tables (t,) int32, F of every group's permutation.
+    sorted by position; groups (g, FIELDS), all int64; tables (t,) int16, F of every group's permutation without its
+    upper bits, which are 0 for so few points. Each row reads six of them, and a GPU's cache holds twice as many as of
+    int32. (PyTorch has uint16, and cannot save it.)
     """
 
     by_row: Tensor
@@ -61,9 +65,10 @@ class Deal:
         fields, position, column, taken = [], 0, 0, 0
         for group, length in zip(groups, lengths, strict=True):
             a, b = grid(group.size)
-            fields.append([position, group.size, group.columns, column, b, taken, a])
+            grids = [b, taken, a, *_divisor(b), *_divisor(group.columns)]
+            fields.append([position, group.size, group.columns, column, *grids])
             position, column, taken = position + group.size, column + group.columns, taken + length
-        return cls(by_row, by_position, torch.tensor(fields), tables)
+        return cls(by_row, by_position, torch.tensor(fields), tables.short())
 
     def counts(self) -> Tensor:
         """(d,) int64: how many rows each column has."""
@@ -76,11 +81,11 @@ class Deal:
         found = torch.empty(int(self.groups[:, 1].sum()), dtype=torch.int32)
         ends = [*self.by_position[1:, 1].tolist(), len(found)]
         groups = self.groups[self._group_of(self.by_position[:, 1])].tolist()
-        for (row, position), end, (first, n, d, column, _, start, a) in zip(
+        for (row, position), end, (first, n, d, column, _, start, a, *_) in zip(
             self.by_position.tolist(), ends, groups, strict=True
         ):
             mine = found[row : row + end - position]
-            tables = self.tables[start : start + ROUNDS * a]
+            tables = self._tables(start, a)
             run(_columns_from, found.device, position - first, n, d, column, tables, mine)
         return found
 
@@ -91,14 +96,28 @@ class Deal:
         group = self._group_of(position)
         found = torch.empty(len(rows), dtype=torch.int32)
         for g in group.unique().tolist():
-            first, n, d, column, _, start, a = self.groups[g].tolist()
+            first, n, d, column, _, start, a, *_ = self.groups[g].tolist()
             here = group == g
-            tables = self.tables[start : start + ROUNDS * a]
+            tables = self._tables(start, a)
             found[here] = column + evaluate((position[here] - first).int(), n, tables) % d
         return found
 
+    def _tables(self, start: int, a: int) -> Tensor:
+        """F of one group's permutation, int32."""
+        return self.tables[start : start + ROUNDS * a].int() & 0xFFFF
+
     def _group_of(self, position: Tensor) -> Tensor:
         return torch.searchsorted(self.groups[:, 0].contiguous(), position.contiguous(), right=True) - 1
+
+
+def _divisor(n: int) -> tuple[int, int]:
+    """(m, s) with x // n = (2 x m >> 32) >> s for every x in [0, 2^31): the multiplication that stands for a division.
+
+    s = ceil(log2 n) and m = ceil(2^(31 + s) / n) < 2^32 (Granlund and Montgomery 1994, "Division by invariant integers
+    using multiplication", theorem 4.2).
+    """
+    s = (n - 1).bit_length()
+    return -(-(1 << (31 + s)) // n), s
 
 
 def _columns_from(first: int, n: int, columns: int, first_column: int, tables: Tensor, out: Tensor) -> None:

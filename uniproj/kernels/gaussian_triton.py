@@ -11,7 +11,8 @@ from torch import Tensor
 
 from uniproj.kernels.forms import accumulated
 from uniproj.kernels.gaussian import FIELDS
-from uniproj.kernels.random_triton import normal, uniform
+from uniproj.kernels.grid_triton import place
+from uniproj.kernels.random_triton import key_at, normal, uniform
 
 _ROWS, _COLUMNS = 32, 64
 _RUN = 2**10  # rows that one program of the adjoint adds, more where
@@ -30,36 +31,39 @@ def _entries(i, j, columns, divisor, key, dtype: tl.constexpr, NORMALS: tl.const
 
 
 @triton.jit
-def _times(x, y, table, divisors, D, d, NORMALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    key = table + tl.program_id(1) * _FIELDS
-    rows, columns = tl.load(key + 5), tl.load(key + 7)
-    first = tl.program_id(0).to(tl.int64) * ROWS
+def _times(
+    x, y, table, divisors, cells, blocks, D, d, NORMALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    cell, block, batch = place(cells, blocks)
+    field = table + block * _FIELDS
+    key, rows, columns = key_at(field), tl.load(field + 5), tl.load(field + 7)
+    first = cell.to(tl.int64) * ROWS
     if first < rows:
-        divisor = tl.load(divisors + tl.program_id(1))
-        batch = tl.program_id(2).to(tl.int64)
-        x += batch * d + tl.load(key + 6)
+        divisor = tl.load(divisors + block)
+        x += batch * d + tl.load(field + 6)
         i = first + tl.arange(0, ROWS)
         total = tl.zeros([ROWS, COLUMNS], dtype=x.dtype.element_ty)
         for start in range(0, columns, COLUMNS):
             j = start + tl.arange(0, COLUMNS)
             entries = _entries(i, j, columns, divisor, key, x.dtype.element_ty, NORMALS)
             total += entries * tl.load(x + j, mask=j < columns, other=0)[None, :]
-        y += batch * D + tl.load(key + 4)
+        y += batch * D + tl.load(field + 4)
         tl.store(y + i, tl.sum(total, 1), mask=i < rows)
 
 
 @triton.jit
 def _transpose_times(
-    y, x, table, divisors, D, d, runs, run, NORMALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    key = table + tl.program_id(1) * _FIELDS
-    rows, columns = tl.load(key + 5), tl.load(key + 7)
-    first = (tl.program_id(0) // runs).to(tl.int64) * COLUMNS
+    y, x, table, divisors, cells, blocks, D, d, runs, run,
+    NORMALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    cell, block, batch = place(cells, blocks)
+    field = table + block * _FIELDS
+    key, rows, columns = key_at(field), tl.load(field + 5), tl.load(field + 7)
+    first = (cell // runs).to(tl.int64) * COLUMNS
     if first < columns:
-        divisor = tl.load(divisors + tl.program_id(1))
-        batch = tl.program_id(2).to(tl.int64)
-        part = (tl.program_id(0) % runs).to(tl.int64)
-        y += batch * D + tl.load(key + 4)
+        divisor = tl.load(divisors + block)
+        part = (cell % runs).to(tl.int64)
+        y += batch * D + tl.load(field + 4)
         j = first + tl.arange(0, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], dtype=y.dtype.element_ty)
         stop = tl.minimum(part * run + run, rows)
@@ -67,7 +71,7 @@ def _transpose_times(
             i = start + tl.arange(0, ROWS)
             entries = _entries(i, j, columns, divisor, key, y.dtype.element_ty, NORMALS)
             total += entries * tl.load(y + i, mask=i < stop, other=0)[:, None]
-        x += (batch * runs + part) * d + tl.load(key + 6)
+        x += (batch * runs + part) * d + tl.load(field + 6)
         tl.store(x + j, tl.sum(total, 0), mask=j < columns)
 
 
@@ -75,9 +79,9 @@ def times(x: Tensor, table: Tensor, divisors: Tensor, normals: bool, size: list[
     """A row sums columns j, j + _COLUMNS, .. first."""
     (x,) = accumulated(dtype, x)
     y = torch.empty(len(x), size[0], dtype=x.dtype, device=x.device)
-    cells = (triton.cdiv(size[2], _ROWS), len(table), len(x))
-    _times[cells](
-        x, y, *_contiguous(table, divisors), *size[:2],
+    cells, blocks = triton.cdiv(size[2], _ROWS), len(table)
+    _times[(cells * blocks * len(x),)](
+        x, y, *_contiguous(table, divisors), cells, blocks, *size[:2],
         NORMALS=normals, ROWS=_ROWS, COLUMNS=_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip
     return y.to(dtype)
@@ -91,9 +95,9 @@ def transpose_times(
     run = max(_RUN, triton.cdiv(rows, max(1, _PARTIAL // d)))
     runs = triton.cdiv(rows, run)
     partial = torch.empty(len(y), runs, d, dtype=y.dtype, device=y.device)
-    cells = (triton.cdiv(columns, _COLUMNS) * runs, len(table), len(y))
-    _transpose_times[cells](
-        y, partial, *_contiguous(table, divisors), D, d, runs, run,
+    cells, blocks = triton.cdiv(columns, _COLUMNS) * runs, len(table)
+    _transpose_times[(cells * blocks * len(y),)](
+        y, partial, *_contiguous(table, divisors), cells, blocks, D, d, runs, run,
         NORMALS=normals, ROWS=_ROWS, COLUMNS=_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip
     return partial.sum(1).to(dtype)

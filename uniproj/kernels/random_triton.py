@@ -22,13 +22,19 @@ _ANGLE = tl.constexpr(2.0 * math.pi * 2.0**-32)
 
 
 @triton.jit
+def key_at(numbers):
+    """The key of a stream: lo32(seed), hi32(seed), stream and part, four int64 numbers in memory."""
+    return tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+
+
+@triton.jit
 def philox(block, key):
-    """The four uint32 words 4 block .. of a stream; key points at lo32(seed), hi32(seed), stream, part (int64)."""
+    """The four uint32 words 4 block .. of the stream of a key."""
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + tl.load(key + 2).to(tl.uint32)
-    c3 = tl.zeros_like(c0) + tl.load(key + 3).to(tl.uint32)
-    k0, k1 = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + key[2].to(tl.uint32)
+    c3 = tl.zeros_like(c0) + key[3].to(tl.uint32)
+    k0, k1 = key[0].to(tl.uint32), key[1].to(tl.uint32)
     m0, m1 = tl.full(c0.shape, _M0, tl.uint32), tl.full(c0.shape, _M1, tl.uint32)
     s0, s1 = tl.full(k0.shape, _K0, tl.uint32), tl.full(k0.shape, _K1, tl.uint32)
     for _ in tl.static_range(_ROUNDS):
@@ -64,15 +70,15 @@ def normal(i, key):
     return (radius * tl.cos(angle * second)).to(tl.float32)
 
 
-@triton.jit
-def _bits(out, key, start, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["low", "high", "stream", "part", "start", "count"])
+def _bits(out, low, high, stream, part, start, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, word(start + place, key).to(tl.int64), mask=place < count)
+    tl.store(out + place, word(start + place, (low, high, stream, part)).to(tl.int64), mask=place < count)
 
 
 def draw(key: list[int], start: int, count: int, device: torch.device) -> Tensor:
     out = torch.empty(count, dtype=torch.int64, device=device)
     if count:
         cells = (triton.cdiv(count, _BLOCK),)
-        _bits[cells](out, torch.tensor(key, device=device), start, count, BLOCK=_BLOCK, enable_fp_fusion=False)
+        _bits[cells](out, *key, start, count, BLOCK=_BLOCK, enable_fp_fusion=False)
     return out

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniproj.kernels.forms import accumulated
+from uniproj.kernels.grid_triton import place
 from uniproj.kernels.topk import pairs_by_vector
 
 _PIECES, _COLUMNS = 32, 64
@@ -28,28 +29,38 @@ def _place(places, s, c, inside):
 
 @triton.jit
 def _mix(
-    vectors, weights, index, places, out, S, D, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
+    vectors,
+    weights,
+    index,
+    places,
+    out,
+    cells,
+    S,
+    D,
+    h,
+    b,
+    K: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    s = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
+    cell, _, batch = place(cells, 1)
+    s = cell.to(tl.int64) * PIECES + tl.arange(0, PIECES)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    batch = tl.program_id(2).to(tl.int64)
     inside = (s < S)[:, None] & (c < b)[None, :]
     total = tl.zeros([PIECES, COLUMNS], dtype=vectors.dtype.element_ty)
     for k in range(K):
         row = tl.load(index + s * K + k, mask=s < S, other=0)
         weight = tl.load(weights + s * K + k, mask=s < S, other=0)
         total += weight[:, None] * tl.load(vectors + (batch * h + row)[:, None] * b + c[None, :], mask=inside, other=0)
-    place = _place(places, s, c, s < S)
-    tl.store(out + batch * D + place, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + batch * D + _place(places, s, c, s < S), total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _vectors_gradient(
     y, weights, order, starts, places, out, D, h, b, K: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, _, batch = place(h, 1)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    batch = tl.program_id(2).to(tl.int64)
     total = tl.zeros([PIECES, COLUMNS], dtype=y.dtype.element_ty)
     stop = tl.load(starts + row + 1)
     for first in range(tl.load(starts + row), stop, PIECES):
@@ -57,8 +68,8 @@ def _vectors_gradient(
         pair = tl.load(order + of_pair, mask=of_pair < stop, other=0)
         weight = tl.load(weights + pair, mask=of_pair < stop, other=0)
         inside = (of_pair < stop)[:, None] & (c < b)[None, :]
-        place = _place(places, pair // K, c, of_pair < stop)
-        total += weight[:, None] * tl.load(y + batch * D + place, mask=inside, other=0)
+        ours = y + batch * D + _place(places, pair // K, c, of_pair < stop)
+        total += weight[:, None] * tl.load(ours, mask=inside, other=0)
     tl.store(out + (batch * h + row) * b + c, tl.sum(total, 0).to(out.dtype.element_ty), mask=c < b)
 
 
@@ -86,8 +97,9 @@ def mix(
     vectors, weights = accumulated(dtype, vectors, weights)
     (D, h, b), (S, K), n = sizes, index.shape, len(vectors)
     out = torch.empty(n, D, dtype=dtype, device=vectors.device)
-    cells = (triton.cdiv(S, _PIECES), triton.cdiv(b, _COLUMNS), n)
-    _mix[cells](vectors, weights, index.contiguous(), places, out, S, D, h, b, K=K, **_TILE)
+    cells = triton.cdiv(S, _PIECES)
+    grid = (cells * n, triton.cdiv(b, _COLUMNS))
+    _mix[grid](vectors, weights, index.contiguous(), places, out, cells, S, D, h, b, K=K, **_TILE)
     return out
 
 
@@ -98,8 +110,8 @@ def vectors_gradient(
     order, starts = pairs_by_vector(index, h)
     y, weights = accumulated(dtype, y, weights)
     out = torch.empty(n, h, b, dtype=dtype, device=y.device)
-    cells = (h, triton.cdiv(b, _COLUMNS), n)
-    _vectors_gradient[cells](y, weights, order, starts, places, out, D, h, b, K=index.shape[1], **_TILE)
+    grid = (h * n, triton.cdiv(b, _COLUMNS))
+    _vectors_gradient[grid](y, weights, order, starts, places, out, D, h, b, K=index.shape[1], **_TILE)
     return out
 
 
