@@ -13,8 +13,9 @@ import pandas as pd
 from analysis import command
 from analysis.markdown import markdown
 from analysis.prediction import operators, predicted
-from experiments.errors import ExperimentError
+from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import write_json, write_text
+from experiments.provenance import asked
 from uniproj import console
 
 _SIZES = ("10000000:524288", "100000000:1048576")  # as the d that analysis.overhead takes at such D
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Triton's, of a default that the launches do not take
             table = pd.DataFrame([row for op in command.bar(found, "compiled") for row in predicted(op)])
-        record = {**command.asked(args, "json", "out"), "floors": command.rows(table)}
+        record = {**asked(args, "json", "out"), "floors": command.rows(table)}
         write_text(args.out / "prediction.csv", table.to_csv(index=False))
         write_json(args.out / "prediction.json", record)
         write_text(args.out / "prediction.md", _as_markdown(table))
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted: nothing was written.", file=sys.stderr)
-        return command.INTERRUPTED
+        return INTERRUPTED
     print(json.dumps(record, indent=2) if args.json else _as_markdown(table), end="\n")
     return 0
 

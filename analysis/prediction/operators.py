@@ -63,19 +63,19 @@ def _partition(D: int, d: int) -> Iterator[Operator]:
     kernels = import_module("uniproj.kernels.deal")
     deal = kernels.Deal.of([kernels.Group([slice(0, D)], d, "prediction")], 0)
     source = [*_meta(deal.by_row, deal.by_position, deal.groups, deal.tables), [D, d]]
-    product, scale = _operator("partition", "product_of_one"), _empty(d, dtype=torch.float64)
+    maps = _operator("partition", "maps_of_one")(_empty(d, dtype=torch.float64), *source)
     tables = float(deal.tables.nbytes)
     a = isqrt(D - 1) + 1
     kept = D / (a * -(-D // a))  # the chance that a point of the grid is one of [0, D)
     walks = {rows: (1 - kept**rows) for rows in (256, 128)}  # of the points of a warp
     # round 0 and round 1 of a row read the tables next to where its neighbours do, and so does round 5 backwards
     yield Operator(
-        "Uni-LoRA, forward", D, d, partial(product, _empty(1, d), False, scale, source),
+        "Uni-LoRA, forward", D, d, partial(maps.forward, _empty(d)),
         {"_scaled": (), "_deal_out": (walks[256],)}, 4.0 * D + 16.0 * d,
         reads=(Read((_ROUNDS - 2) * D, tables), Read(D, 4.0 * d)), goal=1.5,
     )  # fmt: skip
     yield Operator(
-        "Uni-LoRA, adjoint", D, d, partial(product, _empty(1, D), True, scale, source),
+        "Uni-LoRA, adjoint", D, d, partial(maps.adjoint, _empty(D)),
         {"_gather_in": (-(-D // d) / 4, walks[128])}, 12.0 * d,
         reads=(Read((_ROUNDS - 1) * D, tables), Read(D, 4.0 * D, cold=True)), goal=4.0,
     )  # fmt: skip

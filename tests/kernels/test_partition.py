@@ -13,7 +13,7 @@ from uniproj.kernels.deal import Deal, Group, _divisor
 from uniproj.kernels.dispatch import run
 from uniproj.kernels.gather import sum_by_column, take
 from uniproj.kernels.memory import fresh
-from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, product_of_one, sum_by_index
+from uniproj.kernels.partition import copy_by_index, deal_out, gather_in, maps_of_one, sum_by_index
 from uniproj.kernels.permutation import permute
 from uniproj.projections._partition import Partition
 
@@ -193,8 +193,8 @@ def test_triton_sums_in_the_documented_order(triton_device: str) -> None:
 def test_triton_scales_one_vector_in_its_kernels(kind: str, triton_device: str) -> None:
     index, deal, D, d = dealt(kind, triton_device)
     scale = drawn(triton_device, d).abs()
-    x, y = (drawn(triton_device, 1, size, dtype=torch.float32) for size in (d, D))
-    copied, summed = (run(product_of_one, v.device, v, t, scale, deal) for v, t in ((x, False), (y, True)))
-    assert torch.equal(copied, (x * scale.float())[:, index.long()])
-    assert torch.equal(summed, gather_in(y, *deal, torch.float32) * scale.float())
-    assert run(product_of_one, x.device, x, False, scale, [index, [D, d]]) is None
+    x, y = (drawn(triton_device, size, dtype=torch.float32) for size in (d, D))
+    maps = run(maps_of_one, x.device, scale, *deal)
+    assert torch.equal(maps(x, False), (x * scale.float())[index.long()])
+    assert torch.equal(maps(y, True), gather_in(y.unsqueeze(0), *deal, torch.float32)[0] * scale.float())
+    assert run(maps_of_one, x.device, scale, index, [D, d]) is None

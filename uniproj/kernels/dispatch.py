@@ -15,6 +15,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -24,6 +25,7 @@ import torch
 
 from uniproj.kernels.threads import ONE_CALLER
 
+_NOTHING = nullcontext()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
@@ -47,12 +49,15 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 
 def run(operator: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
-    """What an operator gives on a device, which is the current one meanwhile: Triton launches there."""
+    """What an operator gives on a device."""
     compute = implementation(operator, device)
-    if device.index is None:
+    with on(device):
         return compute(*arguments)
-    with torch.accelerator.device_index(device.index):
-        return compute(*arguments)
+
+
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which a device is the current one of its kind: Triton launches there."""
+    return _NOTHING if device.index is None else torch.accelerator.device_index(device.index)
 
 
 def implementation(operator: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

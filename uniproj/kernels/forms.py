@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniproj.kernels.dispatch import run
+from uniproj.kernels.dispatch import on, run
 
 Shape = Callable[..., Sequence[int]]
 _Operator = Callable[..., Tensor]
@@ -54,7 +54,8 @@ class MapsOfOne:
     differentiable: bool = False
 
     def __call__(self, x: Tensor, transposed: bool) -> Tensor:
-        return self.adjoint(x) if transposed else self.forward(x)
+        with on(x.device):
+            return self.adjoint(x) if transposed else self.forward(x)
 
 
 def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes: Sequence[Shape]) -> list[_Operator]:

@@ -9,7 +9,6 @@ divide, and a minimum with the difference that wraps below 0 reduces a sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniproj.kernels.deal import FIELDS
-from uniproj.kernels.forms import accumulation_dtype
+from uniproj.kernels.forms import MapsOfOne, accumulation_dtype
 from uniproj.kernels.permutation import ROUNDS
 from uniproj.kernels.threads import cut
 
@@ -185,19 +184,26 @@ def gather_in(
     return x.to(dtype)
 
 
-def product_of_one(x: Tensor, transposed: bool, scale: Tensor, source: Sequence[Any]) -> Tensor | None:
+def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne | None:
     """The scale is applied before the gather, where d numbers pay for it and not D, and at the end of the sums."""
     if len(source) == 2:
         return None
     by_row, by_position, groups, tables, size = source
-    if transposed:
-        sums = x.new_empty(1, size[1])
-        _launch(_gather_in, _COLUMNS, sums, [x, sums, scale], by_position, groups, tables, size)
-        return sums
-    scaled, y = torch.empty_like(x), x.new_empty(1, size[0])
-    _scaled[(triton.cdiv(size[1], _SCALED),)](x, scale, scaled, size[1], BLOCK=_SCALED, **_WARP)
-    _launch(_deal_out, _ROWS, y, [scaled, y], by_row, groups, tables, size)
-    return y
+    D, d = size
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.detach().contiguous()
+        scaled, y = torch.empty_like(x), x.new_empty(1, D)
+        _scaled[(triton.cdiv(d, _SCALED),)](x, scale, scaled, d, BLOCK=_SCALED, **_WARP)
+        _launch(_deal_out, _ROWS, y, [scaled, y], by_row, groups, tables, size)
+        return y[0]
+
+    def adjoint(y: Tensor) -> Tensor:
+        sums = y.new_empty(1, d)
+        _launch(_gather_in, _COLUMNS, sums, [y.detach().contiguous(), sums, scale], by_position, groups, tables, size)
+        return sums[0]
+
+    return MapsOfOne(forward, adjoint)
 
 
 def _launch(
