@@ -27,3 +27,33 @@ def test_a_step_and_a_generation_are_those_of_the_cpu(name: str, device: torch.d
     for a, b in zip(parameters(there), parameters(here), strict=True):
         torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item())
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("name", ["unilora", "vblora"])
+def test_a_static_cache_decodes_the_same_tokens_before_and_after_an_edit(name: str, device: torch.device) -> None:
+    """With such a cache Transformers compiles each step for CUDA graphs on a GPU."""
+    torch.manual_seed(0)
+    model = attach(WORK.load(), WORK, name).eval().to(device)
+    for _ in range(2):
+        static = model.generate(**WORK.prompt(device), **greedy(6), cache_implementation="static")
+        assert torch.equal(static, model.generate(**WORK.prompt(device), **greedy(6)))
+        parameters(model)[0].data.mul_(-30)
+
+
+def test_a_captured_call_sees_what_is_written_into_theta_d(gpu: torch.device) -> None:
+    torch.manual_seed(0)
+    model, inputs = attach(WORK.load(), WORK, "unilora").eval().to(gpu), WORK.prompt(gpu)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(beside):
+        for _ in range(3):
+            model(**inputs, use_cache=False)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = model(**inputs, use_cache=False).logits
+    for factor in (1, -30):
+        parameters(model)[0].data.mul_(factor)
+        graph.replay()
+        with torch.no_grad():
+            torch.testing.assert_close(captured, model(**inputs, use_cache=False).logits)
