@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from uniproj.kernels import (  # noqa: E402
+    fastfood_triton,
     gaussian_triton,
     grouped_triton,
     hadamard_triton,
@@ -27,8 +28,9 @@ WORDS = {"tables"}
 FROZEN = {"divisors", "numbers"}
 TENSORS = INTEGERS | WORDS | FROZEN | {"x", "y", "out", "vectors", "weights", "matrix", "scale"}
 CONSTANTS = {"BLOCK": 1024, "K": 2, "PIECES": 32, "COLUMNS": 64, "WIDE": 256, "NARROW": 16}
-CONSTANTS |= {"PIECE_STEPS": 3, "GROUP_STEPS": 2, "ROWS": 32, "NORMALS": True, "BITS": 10}
+CONSTANTS |= {"PIECE_STEPS": 3, "GROUP_STEPS": 2, "ROWS": 32, "NORMALS": True, "BITS": 10, "BACK": True}
 KERNELS = [
+    fastfood_triton._permute,
     *(partition_triton._deal_out, partition_triton._gather_in, partition_triton._scaled),
     *(topk_triton._mix, topk_triton._vectors_gradient, topk_triton._weights_gradient),
     *(gaussian_triton._times, gaussian_triton._transpose_times, hadamard_triton._pass, random_triton._bits),

@@ -75,6 +75,20 @@ def permute(x: Tensor, n: int, seed: int, stream: str, part: Tensor | None = Non
     return images.view(x.shape)
 
 
+def images(n: int, tables: Tensor) -> Tensor:
+    """(parts, n) int32: pi(0), pi(1), .. of each bijection of [0, n) that has its `round_tables` in `tables`."""
+    a, _ = grid(n)
+    found = torch.empty(len(tables) // (ROUNDS * a), n, dtype=torch.int32)
+    flat = found.view(-1)
+
+    def piece(where: slice) -> None:
+        i = torch.arange(where.start, where.stop)
+        flat[where] = evaluate((i % n).int(), n, tables, i // n * (ROUNDS * a))
+
+    in_parallel(piece, cut(len(flat), _CHUNK))
+    return found
+
+
 def evaluate(x: Tensor, n: int, tables: Tensor, first: Tensor | int = 0) -> Tensor:
     """pi(x), a fresh int32 tensor, for x (m,) int32. `first`: where in `tables` those of a point begin."""
     y = _rounds(x, n, tables, first)
