@@ -33,7 +33,7 @@ _MISSING = {
     "triton": "uniproj: Triton is not installed, so projections on the GPU run in plain PyTorch: slower, and Uni-LoRA "
     "keeps 4 bytes per LoRA parameter there. Install it with `pip install triton`.",
     "numba": "uniproj: Numba is not installed, so projections on the CPU run in plain PyTorch: Uni-LoRA, VeRA, "
-    "Tied-LoRA and VB-LoRA take two to three times as long. Install it with `pip install numba`.",
+    "Tied-LoRA and VB-LoRA take two to four times as long. Install it with `pip install numba`.",
 }
 _OWN = {"cuda": ["triton"], "cpu": ["numba"]}
 
