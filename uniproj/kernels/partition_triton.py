@@ -31,12 +31,12 @@ _WARP = {"num_warps": 1, "enable_fp_fusion": False}
 
 @triton.jit
 def _last_at_most(keys, stride: tl.constexpr, count, STEPS: tl.constexpr, x):
-    """Place of the last of `count` sorted keys that is <= x, by halving."""
+    """Place of the last of `count` sorted keys that is <= x, which the first one is, by halving."""
     low = tl.zeros_like(x)
     high = low + count
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
-        right = (middle < count) & (tl.load(keys + tl.minimum(middle, count - 1) * stride) <= x)
+        right = tl.load(keys + middle * stride) <= x
         low = tl.where(right, middle, low)
         high = tl.where(right, high, middle)
     return low
