@@ -32,8 +32,8 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 _MISSING = {
     "triton": "uniproj: Triton is not installed, so projections on the GPU run in plain PyTorch: slower, and Uni-LoRA "
     "keeps 4 bytes per LoRA parameter there. Install it with `pip install triton`.",
-    "numba": "uniproj: Numba is not installed, so projections on the CPU run in plain PyTorch: Uni-LoRA, VeRA, "
-    "Tied-LoRA and VB-LoRA take two to four times as long. Install it with `pip install numba`.",
+    "numba": "uniproj: Numba is not installed, so projections on the CPU run in plain PyTorch: most "
+    "take two to four times as long. Install it with `pip install numba`.",
 }
 _OWN = {"cuda": ["triton"], "cpu": ["numba"]}
 
@@ -41,9 +41,9 @@ _OWN = {"cuda": ["triton"], "cpu": ["numba"]}
 def backend(device: torch.device | str = "cpu") -> str:
     """What runs on a device: "triton" on a GPU, "numba" on the CPU, "triton-interpreter" (TRITON_INTERPRET=1), "torch".
 
-    Without Triton a GPU, without Numba the CPU takes the torch path, after one warning. Numba compiles the loops of
-    Uni-LoRA's partition, of the shared matrices and of the top-k mixtures; the other operators of the CPU are
-    PyTorch's. A backend that was added for this kind of device comes first, with the operators that it has.
+    Without Triton a GPU, without Numba the CPU takes the torch path, after one warning. Numba compiles the operators of
+    the CPU but those of dense and sparse matrices and of runs of neighbours, which are PyTorch's. A backend that was
+    added for this kind of device comes first, with the operators that it has.
     """
     return next((name for name in _preferred(torch.device(device).type) if _installed(name)), "torch")
 

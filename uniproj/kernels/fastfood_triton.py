@@ -29,9 +29,9 @@ def _image(x, a, b, tables):
 
 
 @triton.jit
-def _permute(x, y, tables, numbers, blocks, log2_n, a, b, BACK: tl.constexpr, BLOCK: tl.constexpr):
+def _permute(x, y, tables, count, blocks, log2_n, a, b, BACK: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < numbers
+    inside = i < count
     n = 1 << log2_n
     place = (i & (n - 1)).to(tl.int32)
     tables += (i >> log2_n) % blocks * (_ROUNDS * a)
