@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.tuner.models import base_model, config, logits
+from tests.tuner.models import base_model, batch, config, logits
 from uniproj import AdapterError
-from uniproj.tuner import UniProjConfig, adapter_of
+from uniproj.tuner import UniProjConfig, adapter_of, bypass
+from uniproj.tuner.bypass import _Reads
 
 
 @pytest.fixture(autouse=True)
@@ -346,3 +347,16 @@ def test_copies_threads_and_compiled_blocks() -> None:
             thread.join()
         outputs += [logits(model), logits(twin), logits(twin), logits(copy.deepcopy(twin))]
     assert len(outputs) == 8 and all(torch.allclose(logits, outputs[0], atol=1e-5) for logits in outputs)
+
+
+def test_a_checkpointed_step_is_watched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its forward, and not in the parts that run again, which would be watched at every step."""
+    model = get_peft_model(base_model("llama"), config("llama")).train()
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    watched: list[nn.Module] = []
+    monkeypatch.setattr(
+        bypass, "_Reads", lambda base, call, layers: watched.append(call[0]) or _Reads(base, call, layers)
+    )
+    for _ in range(3):
+        model(**batch("llama")).loss.backward()
+    assert watched == [model.get_base_model()]

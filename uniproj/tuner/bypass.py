@@ -86,6 +86,8 @@ class Guard:
         """A call of the model begins at this module."""
         if torch.compiler.is_compiling() or is_tracing() or not self._layers:
             return
+        if torch._C._current_graph_task_id() != -1:  # checkpointing runs a part again, whose forward was watched
+            return
         if (left := _reads.get()) is not None:  # by a call that was interrupted
             left.end()
         first = next(iter(self._layers.values()))
