@@ -143,8 +143,10 @@ class TransposedBlock(LoRAXS):
 
     name, caught_by = "transposed_block", {"dense_equals_matvec", "adjoint_dot_test"}
 
-    def _R(self, theta_d: Tensor) -> list[Tensor]:
-        return [R.transpose(1, 2) for R in super()._R(theta_d)]
+    def _R(self, theta_d: Tensor) -> Tensor:
+        sizes = [r * r for r in self.ranks]
+        R = [x.unflatten(1, (r, r)).mT for x, r in zip(theta_d.split(sizes, 1), self.ranks, strict=True)]
+        return torch.cat([x.flatten(1) for x in R], dim=1)
 
 
 class StartsAtTheSaddle(UniLoRA):

@@ -184,9 +184,10 @@ class Projection(nn.Module, metaclass=_Maker):
         super().__init_subclass__(**kwargs)
         for name in vars(cls).keys() & {"entries", "to_dense"}:
             setattr(cls, name, _in_float64(vars(cls)[name]))
-        # a map that is written anew takes one argument, whatever that of the parent took
-        if vars(cls).keys() & {"_matvec", "_rmatvec"} and "casts" not in vars(cls):
-            cls.casts = False
+        if vars(cls).keys() & {"_matvec", "_rmatvec"}:
+            # a map that is written anew takes one argument, and has no other way, whatever the parent had
+            cls.casts = vars(cls).get("casts", False)
+            cls._of_one = vars(cls).get("_of_one", Projection._of_one)  # type: ignore[method-assign]
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__()

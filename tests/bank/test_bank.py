@@ -14,7 +14,7 @@ from torch import nn
 from tests.bank.models import D, adapted, vector
 from tests.bank.processes import in_child
 from tests.tuner.models import base_model, batch
-from uniproj import AdapterError
+from uniproj import AdapterError, Projection
 from uniproj.bank import AdapterBank
 from uniproj.tuner import adapter_of
 
@@ -86,6 +86,7 @@ def test_select_is_one_copy_and_one_projection(monkeypatch, bank: AdapterBank) -
             expected[name] = model(**batch("llama")).logits
     calls = []
     original = type(projection)._matvec
+    monkeypatch.setattr(type(projection), "_of_one", Projection._of_one)
     monkeypatch.setattr(type(projection), "_matvec", lambda self, x, dtype: calls.append(1) or original(self, x, dtype))
     for count, name in enumerate(("a", "b", "a"), 1):
         bank.select(model, name)

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig  # noqa: F401  (the import must not disturb the tuner)
 
 from tests.tuner.models import base_model, batch, config, train_steps
-from uniproj import AdapterError, ProjectionError, get
+from uniproj import AdapterError, Projection, ProjectionError, get
 from uniproj.tuner import adapter_of
 
 
@@ -36,6 +36,7 @@ def applied(monkeypatch) -> Counter:
             return original(self, x, dtype)
 
         monkeypatch.setattr(get("unilora"), name, counted)
+    monkeypatch.setattr(get("unilora"), "_of_one", Projection._of_one)
     return counts
 
 

@@ -17,7 +17,7 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import register
 
-_DRAWN = 2**20  # numbers drawn, or rows of theta_D computed, at once
+_DRAWN = 2**18  # numbers drawn, or rows of theta_D computed, at once
 
 
 @register("fastfood")
@@ -44,16 +44,19 @@ class Fastfood(Projection):
         self.n = length(d)
         self.blocks = -(-self.D // self.n)
         self.scale = 1.0 / (self.n * self.D) ** 0.5
-        drawn = [
-            (
-                packed(self._bits("fastfood.B", blocks)),
-                self._numbers(blocks),
-                round_tables(self.n, seed, "fastfood.Pi", blocks.stop - blocks.start, blocks.start),
-            )
-            for blocks in cut(self.blocks, max(1, _DRAWN // self.n))
-        ]
-        self._B, self._G, self._tables = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        self.norm = self.n**0.5 / diagonal(self._G, self.n, torch.float64).norm(dim=1, keepdim=True)
+        drawn = [self._drawn(blocks) for blocks in self._parts()]
+        self._B, self._G, self._tables, self.norm = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+
+    def _parts(self) -> list[slice]:
+        """The blocks, a few at a time; one of few numbers takes a whole word of signs."""
+        return cut(self.blocks, max(1, _DRAWN // max(self.n, 32)))
+
+    def _drawn(self, blocks: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """B, G, the tables of Pi and what scales G to its norm, of some blocks."""
+        G = self._numbers(blocks)
+        tables = round_tables(self.n, self.seed, "fastfood.Pi", blocks.stop - blocks.start, blocks.start)
+        norm = self.n**0.5 / diagonal(G, self.n, torch.float64).norm(dim=1, keepdim=True)
+        return packed(self._bits("fastfood.B", blocks)), G, tables, norm
 
     def _numbers(self, blocks: slice) -> Tensor:
         """Of the diagonals G_b, not yet scaled to their norm: (blocks, n') float32, or signs as `packed` gives them."""
@@ -98,7 +101,7 @@ class Fastfood(Projection):
         """(P theta_d)[rows], a few blocks at a time."""
         rows = rows.to(theta_d.device)
         found = theta_d.new_empty(len(rows))
-        for blocks in cut(self.blocks, max(1, _DRAWN // self.n)):
+        for blocks in self._parts():
             piece = product(theta_d.unsqueeze(0), *self._constants(blocks), theta_d.dtype)[0]
             first = blocks.start * self.n
             here = (rows >= first) & (rows < first + len(piece))

@@ -63,10 +63,6 @@ class BlockUniLoRA(Partition):
     def _source(self) -> list[Any]:
         return [self.runs, self.order, self.starts, self.d]
 
-    def _of_one(self, device: torch.device) -> None:
-        """None: the maps of a partition would read its index, where these operators read whole runs."""
-        return None
-
     def _matvec(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or theta_d.dtype
         compute = accumulation_dtype(theta_d.dtype, dtype)
