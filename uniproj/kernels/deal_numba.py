@@ -8,7 +8,8 @@ import numba
 from torch import Tensor
 
 from uniproj.kernels.compiled import call, parallel
-from uniproj.kernels.permutation import ROUNDS, grid
+from uniproj.kernels.permutation import grid
+from uniproj.kernels.permutation_numba import rounds
 
 
 def columns_from(first: int, n: int, columns: int, first_column: int, tables: Tensor, out: Tensor) -> None:
@@ -20,16 +21,7 @@ def _columns_from(first, n, a, b, columns, first_column, tables, out):
     for k in numba.prange(len(out)):
         x = first + k
         while True:
-            L = x // b
-            R = x - L * b
-            for t in range(0, ROUNDS, 2):
-                R += tables[t * a + L]
-                if b <= R:
-                    R -= b
-                L += tables[(t + 1) * a + R]
-                if a <= L:
-                    L -= a
-            x = L * b + R
+            x = rounds(x, a, b, tables)
             if x < n:
                 break
         out[k] = first_column + x % columns

@@ -23,6 +23,7 @@ from uniproj.kernels.forms import accumulated
 from uniproj.kernels.hadamard_numba import LANES, TILE, extend, in_place, interleaved, vector_at, vectors_at
 from uniproj.kernels.memory import fresh
 from uniproj.kernels.permutation import ROUNDS, grid
+from uniproj.kernels.permutation_numba import rounds
 
 _MOST_SUMS = 8
 
@@ -181,20 +182,10 @@ def _copy(target, source):
 @numba.njit(cache=True)
 def _image(x, n, a, b, tables):
     """pi(x) for x < n; for another point of the grid where it walks to, or x itself if it never meets [0, n)."""
-    y = x
-    while True:
-        L = y // b
-        R = y - L * b
-        for t in range(0, ROUNDS, 2):
-            R += tables[t * a + L]
-            if b <= R:
-                R -= b
-            L += tables[(t + 1) * a + R]
-            if a <= L:
-                L -= a
-        y = L * b + R
-        if y < n or y == x:
-            return y
+    y = rounds(x, a, b, tables)
+    while y >= n and y != x:
+        y = rounds(y, a, b, tables)
+    return y
 
 
 @numba.njit(cache=True)
