@@ -70,10 +70,8 @@ lint: .venv
 	@.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . $(TOOLS)
 	@touch $@
 
-# PyTorch with CUDA takes the Triton that it was built with.
 .venv-newest/.complete: constraints.txt pyproject.toml
 	@echo "Setting up .venv-newest (once; a minute or two)"
 	@$(PYTHON) -m venv .venv-newest
-	@grep -v "^triton==" constraints.txt > .venv-newest/constraints.txt
-	@.venv-newest/bin/python -m pip install --quiet --constraint .venv-newest/constraints.txt --editable .[numba] $(TOOLS)
+	@.venv-newest/bin/python -m pip install --quiet --constraint constraints.txt --editable .[numba] $(TOOLS)
 	@touch $@

@@ -12,6 +12,7 @@ over the blocks of an X in the order of the table in its transpose.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,20 +27,20 @@ def block_table(
 ) -> tuple[Tensor, list[int]]:
     """(blocks, FIELDS) int64 and the sizes, of the views (Y_b, F_b, X_b) of flat tensors with any numbers.
 
-    Row: rows, inner, columns; start, step of rows, step of columns of Y, of F and of X; whether it is the first block
-    of an X that gets a gradient, and the number of the next one with this X (0 at the last). X_b of different blocks
-    are one or do not overlap. Sizes: D, N, most rows, most of the inner axis, most columns, N - constants.
+    Row: rows, inner, columns; start, step of rows, step of columns of Y, of F and of X; how many blocks have this X (0
+    but at the first of one that gets a gradient), and the number of the next one (0 at the last). X_b of different
+    blocks are one or do not overlap. Sizes: D, N, most rows, most of the inner axis, most columns, N - constants.
     """
     rows: list[list[int]] = []
-    last: dict[int, int] = {}
+    of_X: dict[int, list[int]] = {}
     for k, (Y, F, X) in enumerate(blocks):
-        start = int(X.storage_offset())
-        if start in last:
-            rows[last[start]][-1] = k
-        first = start not in last and start < N - constants
         places = [int(field) for view in (Y, F, X) for field in (view.storage_offset(), *view.stride())]
-        rows.append([*F.shape, X.shape[1], *places, int(first), 0])
-        last[start] = k
+        rows.append([*F.shape, X.shape[1], *places, 0, 0])
+        of_X.setdefault(int(X.storage_offset()), []).append(k)
+    for start, members in of_X.items():
+        rows[members[0]][-2] = len(members) if start < N - constants else 0
+        for k, following in pairwise(members):
+            rows[k][-1] = following
     return torch.tensor(rows), [D, N, *(max(row[i] for row in rows) for i in range(3)), N - constants]
 
 

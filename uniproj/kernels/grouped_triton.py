@@ -48,15 +48,15 @@ def _product(x, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS: tl.const
 def _transpose_product(y, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program holds a few columns of one row of an X."""
     field = table + tl.program_id(1) * _FIELDS
-    inner, columns, more = tl.load(field + 1), tl.load(field + 2), tl.load(field + 12)
+    inner, columns, members = tl.load(field + 1), tl.load(field + 2), tl.load(field + 12)
     parts = tl.cdiv(columns, COLUMNS)
     j = tl.program_id(0) // parts
     batch = tl.program_id(2).to(tl.int64)
-    if (more > 0) & (j < inner):
+    if (members > 0) & (j < inner):
         k = (tl.program_id(0) - j * parts) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], dtype=out.dtype.element_ty)
         target = out + batch * N + _place(field + 9, j, k)
-        while more > 0:
+        for _ in range(members):
             rows = tl.load(field)
             for first in range(0, rows, ROWS):
                 i = first + tl.arange(0, ROWS).to(tl.int64)
@@ -64,8 +64,7 @@ def _transpose_product(y, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS
                 inside = (i < rows)[:, None] & (k < columns)[None, :]
                 Y = tl.load(y + batch * D + _place(field + 3, i[:, None], k[None, :]), mask=inside, other=0)
                 total += F[:, None] * Y
-            more = tl.load(field + 13)
-            field = table + more * _FIELDS
+            field = table + tl.load(field + 13) * _FIELDS
         tl.store(target, tl.sum(total, 0), mask=k < columns)
 
 
