@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from analysis.bank.models import TARGETS
@@ -41,7 +41,7 @@ def parts(device: str, tiny: bool) -> list[Part]:
 
 
 def _small_case() -> kernel.Case:
-    return replace(kernel.CASES[0], architecture=_TINY, d=128, rounds=LEAST_VALUES)
+    return kernel.Case(_TINY, 4, 128, LEAST_VALUES)
 
 
 def _tests(paths: str, keyword: str = "") -> dict[str, Any]:
