@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,15 +12,15 @@ import pandas as pd
 from tqdm import tqdm
 
 import uniproj
-from experiments.errors import INTERRUPTED, ExperimentError
+from experiments.errors import status
 from experiments.files import write_json, write_text
 from experiments.models import trust
 from experiments.provenance import asked
 from uniproj import console
-from uniproj.errors import AdapterError, ProjectionError
 
 Tables = Mapping[str, pd.DataFrame]
 T = TypeVar("T")
+NOTHING_KEPT = ": nothing was written."  # of a command that is interrupted
 _DIGITS = 15
 # Rows of a table that is printed, and repeated in the JSON file.
 _MOST_PRINTED = 120
@@ -82,17 +81,13 @@ def run(
     Exit status: 0 done, 2 bad input, 130 interrupted.
     """
     args = options.parse_args(argv)
-    try:
+
+    def action() -> int:
         trust.apply(args)
-        tables = measure(args)
-        write(name, args, tables, draw)
-    except (ExperimentError, ProjectionError, AdapterError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written.", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        write(name, args, measure(args), draw)
+        return 0
+
+    return status(action, interrupted=NOTHING_KEPT)
 
 
 def write(name: str, args: argparse.Namespace, tables: Tables, draw: Callable[[Tables, Path], None]) -> None:

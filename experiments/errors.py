@@ -14,10 +14,11 @@ class ExperimentError(OneLineError):
     """Unknown names, unreadable data, damaged results: the message says what to do next."""
 
 
-def status(action: Callable[[], int], runs: Path | None = None) -> int:
+def status(action: Callable[[], int], runs: Path | None = None, interrupted: str | None = None) -> int:
     """The exit status of a command: that of `action`, or 2 and one line on standard error for bad input.
 
-    runs: for a command that trains, the folder of its results: status 130 where it is interrupted.
+    runs: for a command that trains, the folder of its results: status 130 where it is interrupted. interrupted: the
+    same for one that measures: how the sentence "Interrupted" goes on, on standard error.
     """
     try:
         return action()
@@ -25,6 +26,9 @@ def status(action: Callable[[], int], runs: Path | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if interrupted is not None:
+            print(f"\nInterrupted{interrupted}", file=sys.stderr)
+            return INTERRUPTED
         if runs is None:
             raise
         print(f"\nInterrupted; finished runs and checkpoints are in {runs}. The same command resumes.")

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from analysis.bank import batches, models, report, soak, storage, switching
-from experiments.errors import INTERRUPTED, ExperimentError
+from experiments.errors import status
 from experiments.models import BaseModel, load_causal
 from uniproj import console
 from uniproj.bank import AdapterBank
-from uniproj.errors import AdapterError
 
 _OF_SOAK = {"d": 2048, "processes": 4, "seed": 0}
 
@@ -51,20 +50,18 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 the soak lost something, 2 bad input, 130 interrupted."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    return status(lambda: _measure(args), interrupted=": the parts that were finished are kept.")
+
+
+def _measure(args: argparse.Namespace) -> int:
     try:
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             for part in args.parts:
                 report.save(args.out, part, args, PARTS[part](args, Path(scratch) / part))
         print(report.write(args.out))
-    except (ExperimentError, AdapterError) as error:
-        print(error, file=sys.stderr)
-        return 2
     except AssertionError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted: the parts that were finished are kept.", file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 

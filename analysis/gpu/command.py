@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.gpu import report
 from analysis.gpu.parts import parts
 from analysis.overhead import runner, surroundings
-from experiments.errors import INTERRUPTED, ExperimentError
+from experiments.errors import status
 from uniproj import console
 
 
@@ -27,25 +27,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 all of it is done, 1 something failed or did not fit, 2 bad input, 130 interrupted."""
     args = _parse(argv)
+    return status(lambda: _measure(args), interrupted=runner.kept(args.out))
+
+
+def _measure(args: argparse.Namespace) -> int:
     ends = time.monotonic()
-    try:
-        surroundings.check(args.device)
-        machine = surroundings.of(args.device)
-        all_parts = parts(args.device, args.tiny)
-        jobs = {part.name: [{**job, **machine} for job in part.jobs] for part in all_parts}
-        for part in all_parts:
-            # what a part does not use is the next one's
-            ends += part.share * args.seconds
-            print(f"{part.name}: {max(0.0, ends - time.monotonic()):.0f} s at most", file=sys.stderr, flush=True)
-            try:
-                runner.run_all(jobs[part.name], args.out, together=True, seconds=ends - time.monotonic())
-            finally:
-                page, whole = report.write(args.out, jobs)
-        print(page)
-    except ExperimentError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is in {args.out}. The same command goes on.", file=sys.stderr)
-        return INTERRUPTED
+    surroundings.check(args.device)
+    machine = surroundings.of(args.device)
+    all_parts = parts(args.device, args.tiny)
+    jobs = {part.name: [{**job, **machine} for job in part.jobs] for part in all_parts}
+    for part in all_parts:
+        # what a part does not use is the next one's
+        ends += part.share * args.seconds
+        print(f"{part.name}: {max(0.0, ends - time.monotonic()):.0f} s at most", file=sys.stderr, flush=True)
+        try:
+            runner.run_all(jobs[part.name], args.out, together=True, seconds=ends - time.monotonic())
+        finally:
+            page, whole = report.write(args.out, jobs)
+    print(page)
     return 0 if whole else 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from analysis.overhead import growth, kernel, model, report, runner, summary, surroundings
 from analysis.overhead.workloads import DEFAULT, WORKLOADS
-from experiments.errors import INTERRUPTED, ExperimentError
+from experiments.errors import status
 from paper_figures.figures.overhead import draw
 from uniproj import console
 
@@ -41,21 +41,17 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 1 some measurement failed, 2 bad input, 130 interrupted."""
     args = parse(argv)
-    try:
-        surroundings.check(args.device)
-        everything = jobs(args)
-        asked = [job for job in everything if job["part"] in args.parts]
-        runner.run_all(asked, args.out)
-        found, text = report.write(args.out, runner.load(args.out, everything), draw)
-        print(json.dumps(found, indent=2) if args.json else f"{text}\nTables, CSV, JSON and picture: {args.out}")
-        failed = summary.failures(runner.load(args.out, asked))
-    except ExperimentError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; what was measured is in {args.out}. The same command goes on.", file=sys.stderr)
-        return INTERRUPTED
-    return 1 if failed else 0
+    return status(lambda: _measure(args), interrupted=runner.kept(args.out))
+
+
+def _measure(args: argparse.Namespace) -> int:
+    surroundings.check(args.device)
+    everything = jobs(args)
+    asked = [job for job in everything if job["part"] in args.parts]
+    runner.run_all(asked, args.out)
+    found, text = report.write(args.out, runner.load(args.out, everything), draw)
+    print(json.dumps(found, indent=2) if args.json else f"{text}\nTables, CSV, JSON and picture: {args.out}")
+    return 1 if summary.failures(runner.load(args.out, asked)) else 0
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def run_all(configs: Sequence[Mapping[str, Any]], out: Path, together: bool = Fa
                 progress.bar.set_postfix_str(describe(waiting[0]) if waiting else "")
 
 
+def kept(out: Path) -> str:
+    """What is said of records when a command is interrupted."""
+    return f"; what was measured is in {out}. The same command goes on."
+
+
 def describe(config: Mapping[str, Any]) -> str:
     """A measurement in a few words."""
     return " ".join(

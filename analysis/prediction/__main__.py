@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import command
 from analysis.markdown import markdown
 from analysis.prediction import operators, predicted
-from experiments.errors import INTERRUPTED, ExperimentError
+from experiments.errors import status
 from experiments.files import write_json, write_text
 from experiments.provenance import asked
 from uniproj import console
@@ -56,21 +56,18 @@ def _as_markdown(table: pd.DataFrame) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input or no Triton that compiles, 130 interrupted."""
     args = _parse(argv)
-    try:
-        found = [op for D, d in args.sizes for op in operators(D, d)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Triton's, of a default that the launches do not take
-            table = pd.DataFrame([row for op in command.bar(found, "compiled") for row in predicted(op)])
-        record = {**asked(args, "json", "out"), "floors": command.rows(table)}
-        write_text(args.out / "prediction.csv", table.to_csv(index=False))
-        write_json(args.out / "prediction.json", record)
-        write_text(args.out / "prediction.md", _as_markdown(table))
-    except ExperimentError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written.", file=sys.stderr)
-        return INTERRUPTED
+    return status(lambda: _predict(args), interrupted=command.NOTHING_KEPT)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    found = [op for D, d in args.sizes for op in operators(D, d)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Triton's, of a default that the launches do not take
+        table = pd.DataFrame([row for op in command.bar(found, "compiled") for row in predicted(op)])
+    record = {**asked(args, "json", "out"), "floors": command.rows(table)}
+    write_text(args.out / "prediction.csv", table.to_csv(index=False))
+    write_json(args.out / "prediction.json", record)
+    write_text(args.out / "prediction.md", _as_markdown(table))
     print(json.dumps(record, indent=2) if args.json else _as_markdown(table), end="\n")
     return 0
 

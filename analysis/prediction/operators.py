@@ -16,7 +16,6 @@ _WIDTH, _RANK = 4096, 4  # of the modules whose factors the operators of shared 
 _VECTORS, _LENGTH, _TOP = 2048, 256, 2  # the bank of a mixture
 _SEGMENT = 2**17  # numbers that one Walsh-Hadamard transform takes
 _DENSE = 1024  # columns of a dense random P
-_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,19 @@ def _partition(D: int, d: int) -> Iterator[Operator]:
     source = [*_meta(deal.by_row, deal.by_position, deal.groups, deal.tables), [D, d]]
     maps = _operator("partition", "maps_of_one")(_empty(d, dtype=torch.float64), *source)
     tables = float(deal.tables.nbytes)
-    a = isqrt(D - 1) + 1
+    a, rounds = isqrt(D - 1) + 1, import_module("uniproj.kernels.permutation").ROUNDS
     kept = D / (a * -(-D // a))  # the chance that a point of the grid is one of [0, D)
     walks = {rows: (1 - kept**rows) for rows in (256, 128)}  # of the points of a warp
     # round 0 and round 1 of a row read the tables next to where its neighbours do, and so does round 5 backwards
     yield Operator(
         "Uni-LoRA, forward", D, d, partial(maps.forward, _empty(d)),
         {"_scaled": (), "_deal_out": (walks[256],)}, 4.0 * D + 16.0 * d,
-        reads=(Read((_ROUNDS - 2) * D, tables), Read(D, 4.0 * d)), goal=1.5,
+        reads=(Read((rounds - 2) * D, tables), Read(D, 4.0 * d)), goal=1.5,
     )  # fmt: skip
     yield Operator(
         "Uni-LoRA, adjoint", D, d, partial(maps.adjoint, _empty(D)),
         {"_gather_in": (-(-D // d) / 4, walks[128])}, 12.0 * d,
-        reads=(Read((_ROUNDS - 1) * D, tables), Read(D, 4.0 * D, cold=True)), goal=4.0,
+        reads=(Read((rounds - 1) * D, tables), Read(D, 4.0 * D, cold=True)), goal=4.0,
     )  # fmt: skip
 
 
