@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from uniproj.kernels import backend, gaussian, shared
+from uniproj.kernels import backend, gaussian, grouped, shared
 from uniproj.kernels.deal import Deal, Group
 
 if backend() == "triton-interpreter":
     pytest.skip("the interpreter has grids of any size", allow_module_level=True)
 
 jit = pytest.importorskip("triton.runtime.jit")
-from uniproj.kernels import gaussian_triton, partition_triton, shared_triton, topk_triton  # noqa: E402
+from uniproj.kernels import gaussian_triton, grouped_triton, partition_triton, shared_triton, topk_triton  # noqa: E402
 
 MANY = 70_000
 F32 = torch.float32
@@ -64,7 +64,16 @@ def dense(blocks: int) -> None:
     gaussian_triton.transpose_times(on_meta(1, 3 * blocks), table, divisors, False, sizes, F32)
 
 
-@pytest.mark.parametrize("launch", [partition, mixtures, shared_matrices, dense])
+def grouped_products(blocks: int) -> None:
+    x, y, F = torch.empty(blocks, 2), torch.empty(blocks, 3), torch.empty(3, 2)
+    views = [(y[k].unsqueeze(1), F, x[k].unsqueeze(1)) for k in range(blocks)]
+    table, sizes = grouped.block_table(views, 3 * blocks, 2 * blocks)
+    rest: Any = (on_meta(6), table.to("meta"), sizes, F32)
+    assert grouped_triton.product(on_meta(1, 2 * blocks), *rest).shape == (1, 3 * blocks)
+    assert grouped_triton.transpose_product(on_meta(1, 3 * blocks), *rest).shape == (1, 2 * blocks)
+
+
+@pytest.mark.parametrize("launch", [partition, mixtures, shared_matrices, grouped_products, dense])
 def test_many_vectors_or_blocks(launch: Any, grids: list[tuple[int, ...]]) -> None:
     launch(MANY)
     assert grids and all(max(grid[1:], default=1) < 2**16 and max(grid) < 2**31 for grid in grids)

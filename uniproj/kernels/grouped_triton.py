@@ -7,12 +7,15 @@ Without fused multiply-add, so products round as on the CPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from uniproj.kernels.forms import accumulated
+from uniproj.kernels.grid_triton import place
 from uniproj.kernels.grouped import FIELDS
 
 _TILE = 1024  # entries of Y that a program holds
@@ -26,12 +29,12 @@ def _place(field, down, along):
 
 
 @triton.jit
-def _product(x, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    field = table + tl.program_id(1) * _FIELDS
+def _product(x, numbers, out, table, cells, blocks, D, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    cell, block, batch = place(cells, blocks)
+    field = table + block * _FIELDS
     rows, inner, columns = tl.load(field), tl.load(field + 1), tl.load(field + 2)
-    batch = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0).to(tl.int64) * ROWS < rows:
+    i = cell.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if cell.to(tl.int64) * ROWS < rows:
         for first in range(0, columns, COLUMNS):
             k = first + tl.arange(0, COLUMNS).to(tl.int64)
             total = tl.zeros([ROWS, COLUMNS], dtype=out.dtype.element_ty)
@@ -39,21 +42,20 @@ def _product(x, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS: tl.const
                 F = tl.load(numbers + _place(field + 6, i, j), mask=i < rows, other=0).to(out.dtype.element_ty)
                 X = tl.load(x + batch * N + _place(field + 9, j, k), mask=k < columns, other=0)
                 total += F[:, None] * X[None, :]
-            place = _place(field + 3, i[:, None], k[None, :])
-            inside = (i < rows)[:, None] & (k < columns)[None, :]
-            tl.store(out + batch * D + place, total, mask=inside)
+            target = out + batch * D + _place(field + 3, i[:, None], k[None, :])
+            tl.store(target, total, mask=(i < rows)[:, None] & (k < columns)[None, :])
 
 
 @triton.jit
-def _transpose_product(y, numbers, out, table, D, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _transpose_product(y, numbers, out, table, cells, blocks, D, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program holds a few columns of one row of an X."""
-    field = table + tl.program_id(1) * _FIELDS
+    cell, block, batch = place(cells, blocks)
+    field = table + block * _FIELDS
     inner, columns, members = tl.load(field + 1), tl.load(field + 2), tl.load(field + 12)
     parts = tl.cdiv(columns, COLUMNS)
-    j = tl.program_id(0) // parts
-    batch = tl.program_id(2).to(tl.int64)
+    j = cell // parts
     if (members > 0) & (j < inner):
-        k = (tl.program_id(0) - j * parts) * COLUMNS + tl.arange(0, COLUMNS)
+        k = (cell - j * parts) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], dtype=out.dtype.element_ty)
         target = out + batch * N + _place(field + 9, j, k)
         for _ in range(members):
@@ -72,8 +74,7 @@ def product(x: Tensor, numbers: Tensor, table: Tensor, sizes: list[int], dtype: 
     [x] = accumulated(dtype, x)
     out = torch.empty(len(x), sizes[0], dtype=x.dtype, device=x.device)
     tile = _tile(sizes)
-    cells = (triton.cdiv(sizes[2], tile["ROWS"]), len(table), len(out))
-    _product[cells](x, numbers, out, table.contiguous(), *sizes[:2], **tile, enable_fp_fusion=False)
+    _launch(_product, triton.cdiv(sizes[2], tile["ROWS"]), [x, numbers, out], table, sizes, tile)
     return out.to(dtype)
 
 
@@ -81,9 +82,17 @@ def transpose_product(y: Tensor, numbers: Tensor, table: Tensor, sizes: list[int
     [y] = accumulated(dtype, y)
     out = torch.zeros(len(y), sizes[1], dtype=y.dtype, device=y.device)
     tile = _tile(sizes)
-    cells = (sizes[3] * triton.cdiv(sizes[4], tile["COLUMNS"]), len(table), len(out))
-    _transpose_product[cells](y, numbers, out, table.contiguous(), *sizes[:2], **tile, enable_fp_fusion=False)
+    cells = sizes[3] * triton.cdiv(sizes[4], tile["COLUMNS"])
+    _launch(_transpose_product, cells, [y, numbers, out], table, sizes, tile)
     return out.to(dtype)
+
+
+def _launch(
+    kernel: Any, cells: int, tensors: list[Tensor], table: Tensor, sizes: list[int], tile: dict[str, int]
+) -> None:
+    """`cells` programs for each block of each vector."""
+    programs = (cells * len(table) * len(tensors[-1]),)
+    kernel[programs](*tensors, table.contiguous(), cells, len(table), *sizes[:2], **tile, enable_fp_fusion=False)
 
 
 def _tile(sizes: list[int]) -> dict[str, int]:
