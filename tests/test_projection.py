@@ -34,6 +34,22 @@ def test_a_map_written_anew_gets_float32_or_better_and_no_dtype(dtype: torch.dty
     assert torch.equal(ours.adjoint(y), 2 * theirs.adjoint(y)) and ours.adjoint(y).dtype == dtype
 
 
+class DoubledXS(get("lora_xs")):
+    """Overrides the product of a method whose forward writes c in the same pass."""
+
+    name = "doubled_xs"
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        return 2 * super()._matvec(theta_d)
+
+
+def test_a_product_written_anew_counts_where_the_forward_is_the_parents_own() -> None:
+    weights = {name: torch.randn(shape) for name, shape in LAYOUT.shapes().items()}
+    theirs, ours = (cls(LAYOUT, weights) for cls in (get("lora_xs"), DoubledXS))
+    x, c = torch.randn(theirs.d), theirs.offset.float()
+    torch.testing.assert_close(ours(x) - c, 2 * (theirs(x) - c))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "claim", "holds"),
     [

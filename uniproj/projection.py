@@ -307,8 +307,7 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
-        if self._parameters or self._modules or self._buffers:
-            self._refuse_undeclared()
+        self._refuse_undeclared()
         c = self.offset
         first = dtype if c is None else None  # a sum with c is rounded once, at the end
         theta_D = _apply_map(self, theta_d, False, first)
@@ -316,8 +315,7 @@ class Projection(nn.Module, metaclass=_Maker):
 
     def adjoint(self, theta_D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """P^T theta_D: (..., D) -> (..., d); differentiable to any order. It is the backward of `forward`."""
-        if self._parameters or self._modules or self._buffers:
-            self._refuse_undeclared()
+        self._refuse_undeclared()
         return _apply_map(self, theta_D, True, dtype)
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
@@ -325,6 +323,8 @@ class Projection(nn.Module, metaclass=_Maker):
         return self(theta_d)[rows.to(theta_d.device)]
 
     def _refuse_undeclared(self) -> None:
+        if not (self._parameters or self._modules or self._buffers):
+            return
         if not self.learned and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             names = ", ".join(name for name, p in self.named_parameters() if p.requires_grad)
             raise ProjectionError(

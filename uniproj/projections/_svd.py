@@ -82,7 +82,10 @@ class SingularFactors(Projection):
         """The adjoint of `_R`: (n, sum r^2) -> (n, d)."""
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """As of every projection; c is written in the same pass."""
+        """As of every projection; c is written in the same pass, unless a subclass writes the product anew."""
+        if type(self)._matvec is not SingularFactors._matvec:
+            return super().forward(theta_d, dtype)
+        self._refuse_undeclared()
         self._check(theta_d, "theta_d", "d", self.d)
         return self._batched(self._affine, theta_d, self.D, dtype or theta_d.dtype)
 
