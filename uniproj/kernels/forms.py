@@ -65,21 +65,22 @@ def register_form(name: str, operators: Sequence[Callable[..., Tensor]], shapes:
     takes the same arguments without dtype. Constants may be tensors without gradient, integers and lists of them.
     Where a backend runs that has an operator of this name, that one computes (see `dispatch.py`).
     """
+    computed = [_by_device(operator) for operator in operators]
     registered: list[Any] = [
         torch.library.custom_op(
             f"uniproj::{name}_{i}",
-            _by_device(operator),
+            compute,
             mutates_args=(),
             schema=torch.library.infer_schema(operator, mutates_args=()),
         )
-        for i, operator in enumerate(operators)
+        for i, (operator, compute) in enumerate(zip(operators, computed, strict=True))
     ]
     for i, (op, shape) in enumerate(zip(registered, shapes, strict=True)):
         op.register_fake(_fake(shape))
         op.register_autograd(_backward(registered, i), setup_context=_setup(len(registered)))
         op.register_vmap(_vmap(op, len(registered)))
     ops: list[_Operator] = []
-    pairs = zip(registered, map(_by_device, operators), strict=True)
+    pairs = zip(registered, computed, strict=True)
     ops.extend(_differentiable(op, compute, ops, i) for i, (op, compute) in enumerate(pairs))
     return ops
 

@@ -41,7 +41,7 @@ def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne | None:
     *decides, (D, d) = source
     if D > _SMALL or scale.device.type != "cpu":
         return None
-    index = decides[0] if len(decides) == 1 else Deal(*decides).index()
+    index = decides[0] if len(decides) == 1 else _index_of(Deal(*decides))
     rounded = scale.float()
 
     def adjoint(y: Tensor) -> Tensor:
