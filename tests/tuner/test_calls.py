@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 
+from tests.threads import in_threads
 from tests.tuner.models import base_model, batch, config
 from uniproj import get
 from uniproj.bank import mixed
@@ -286,24 +287,6 @@ def _occurrences(model: PeftModel) -> Tensor:
 # ---- threads ------------------------------------------------------------------------------------------
 
 
-def _in_threads(*works: Callable[[], None]) -> None:
-    failures: list[BaseException] = []
-
-    def guarded(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
 def test_threads_of_several_dtypes_do_not_mix_their_factors() -> None:
     model = _llama().eval()
 
@@ -320,7 +303,7 @@ def test_threads_of_several_dtypes_do_not_mix_their_factors() -> None:
 
         return run
 
-    _in_threads(work(False), work(True), work(False), work(True))
+    in_threads(work(False), work(True), work(False), work(True))
 
 
 @pytest.mark.parametrize("projection", ["unilora", "vblora"])
@@ -347,7 +330,7 @@ def test_evaluating_in_one_thread_leaves_training_in_another_alone(projection: s
             with torch.no_grad():
                 torch.testing.assert_close(model(IDS, use_cache=False).logits, logits)
 
-    _in_threads(train, evaluate)
+    in_threads(train, evaluate)
 
 
 def test_a_backward_in_another_thread_uses_the_theta_D_of_its_forward() -> None:
@@ -359,7 +342,7 @@ def test_a_backward_in_another_thread_uses_the_theta_D_of_its_forward() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     projected = []
     P.register_forward_hook(lambda *_: projected.append(1))
-    _in_threads(model(**batch("llama")).loss.backward)
+    in_threads(model(**batch("llama")).loss.backward)
     torch.testing.assert_close(theta_d.grad, expected)
     assert len(projected) == 1
 
@@ -382,13 +365,13 @@ def test_threads_mix_batches_of_their_own() -> None:
 
         return run
 
-    _in_threads(work([0, 1, 2]), work([3, 4, 0]), work([2, 2, 2]))
+    in_threads(work([0, 1, 2]), work([3, 4, 0]), work([2, 2, 2]))
 
 
 def test_what_a_forward_leaves_goes_with_its_thread_and_its_model() -> None:
     model = _llama()
     source = model.base_model._sources["default"]
-    _in_threads(partial(model, IDS))  # with a graph, and never walked back
+    in_threads(partial(model, IDS))  # with a graph, and never walked back
     gc.collect()
     assert not any(ref() for ref in source._live)
     model(IDS)
@@ -435,7 +418,7 @@ def test_a_first_use_by_many_threads_at_once() -> None:
             with torch.no_grad():
                 assert torch.equal(model(IDS).logits, expected)
 
-        _in_threads(*[work] * 4)
+        in_threads(*[work] * 4)
 
 
 # ---- inference mode -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.configuration_utils import CompileConfig
 
+from tests.threads import in_threads
 from tests.tuner.models import base_model, batch, config
 from uniproj import AdapterError
 from uniproj.bank import mixed
@@ -313,7 +314,7 @@ def test_a_mixed_batch_projects_once_per_generation(compared: list[bool]) -> Non
 
 
 def test_threads_generate_with_what_is_theirs() -> None:
-    model, failures = _llama(), []
+    model = _llama()
 
     def tokens(rows: list[int] | None, autocast: bool) -> Tensor:
         with (
@@ -322,22 +323,14 @@ def test_threads_generate_with_what_is_theirs() -> None:
         ):
             return _tokens(model)
 
-    def work(*given: Any) -> None:
-        try:
-            for _ in range(4):
-                assert torch.equal(tokens(*given), expected[given[1], str(given[0])])
-        except BaseException as error:
-            failures.append(error)
-
     cases = [(None, False), (None, True), ([0, 1, 2], False), ([4, 3, 0], False)]
-    expected = {(autocast, str(rows)): tokens(rows, autocast) for rows, autocast in cases}
-    threads = [threading.Thread(target=work, args=case) for case in cases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    expected = [tokens(*case) for case in cases]
+
+    def work(k: int) -> None:
+        for _ in range(4):
+            assert torch.equal(tokens(*cases[k]), expected[k])
+
+    in_threads(*(partial(work, k) for k in range(len(cases))))
 
 
 # ---- compiled -----------------------------------------------------------------------------------------
