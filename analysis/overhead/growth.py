@@ -10,7 +10,7 @@ import torch
 
 import uniproj
 from analysis.overhead.memory import Peak, give_back_at_once
-from analysis.overhead.methods import candidate
+from analysis.overhead.methods import candidate, load
 from analysis.overhead.problem import Problem, TooLarge, enter
 from analysis.overhead.shapes import growing
 
@@ -51,8 +51,7 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     method = candidate(config["method"], PEAK_PER_COORDINATE)
     peak = Peak(device)
     rows: list[dict[str, Any]] = []
-    # what is loaded on first use is no size's memory
-    enter(method, Problem(growing(0), PER_COLUMN, device))
+    load(config["method"], device)
     for size in config["sizes"]:
         following = f"ends here: {config['axis']} = {size:.1e}"
         if rows and (expected := _expected(rows, size)) > LIMIT:

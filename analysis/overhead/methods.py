@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 import uniproj
 from analysis.overhead.problem import SEED, Candidate, Method, Problem, backward
-from analysis.overhead.shapes import sub_vectors
+from analysis.overhead.shapes import growing, sub_vectors
 from uniproj import Projection
 
 ADAPTER = "default"
+_SHARED_BY_THREADS, _FEW = 3.7e5, 128  # a D, and a d that every method accepts there
 _Map = Callable[[Tensor], Tensor]
 
 
@@ -48,6 +49,16 @@ def _as_method(P: Projection, problem: Problem) -> Method:
 def candidate(name: str, peak: float) -> Candidate:
     """A projection of uniproj as a candidate under its own name."""
     return Candidate(name, lambda problem: _as_method(build(problem, name), problem), peak)
+
+
+def load(name: str, device: torch.device) -> None:
+    """Use a projection once on few numbers and once on many, which threads share by loops of their own.
+
+    What is loaded on first use is neither its memory nor its time.
+    """
+    for D in (0, _SHARED_BY_THREADS):
+        method = _as_method(build(problem := Problem(growing(D), _FEW, device), name), problem)
+        method.adjoint(method.forward())
 
 
 class _Stack(nn.Module):

@@ -105,9 +105,9 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row: the adapter's sizes in bytes, times in s, and ratios of times to PEFT's LoRA."""
     work, device = WORKLOADS[config["base"]], torch.device(config["device"])
     give_back_at_once(True)
-    _load_on_tiny(config["method"], device)
     plain, other = load(config["base"], device)
     batch, prompt = work.training_batch(device), work.prompt(device)
+    other = _used_before(other, work, config["method"], batch, prompt)
     layout = LoRALayout.from_shapes(work.shapes(plain), RANK)
     peak = Peak(device)
     before, tensors = peak.reset(), tensor_bytes(device)
@@ -142,16 +142,28 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row | _on_disk(model, device)]
 
 
-def _load_on_tiny(method: str, device: torch.device) -> None:
-    """Use the method once on a tiny model: what is loaded on first use is neither its memory nor its time."""
-    work = WORKLOADS["tiny"]
-    model = attach(load("tiny", device)[0], work, method)
-    batch = work.training_batch(device)
-    training_step(model, batch, optimizer(model), device.type == "cuda")()
+def _used_before(
+    base: nn.Module, work: Workload, method: str, batch: Mapping[str, Tensor], prompt: Mapping[str, Tensor]
+) -> nn.Module:
+    """The base as it was, after a forward pass and training steps with the method.
+
+    What is loaded on first use, some 15 MB for any model and up to 10 for a method, is neither its memory nor its time.
+    """
+    device = prompt["input_ids"].device
+    model = attach(base, work, method)
+    _evaluate(model, prompt)
+    _peak(model, batch, device, Peak(device))
+    return model.unload()
 
 
 def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _evaluate(model: PeftModel, prompt: Mapping[str, Tensor]) -> None:
+    model.eval()
+    with torch.no_grad(), _autocast(prompt["input_ids"].device):
+        model(**prompt)
 
 
 def _sizes(model: PeftModel, prompt: Mapping[str, Tensor], device: torch.device, before: int) -> dict[str, int]:
@@ -159,9 +171,7 @@ def _sizes(model: PeftModel, prompt: Mapping[str, Tensor], device: torch.device,
 
     The head's copy is a part of every adapter's state that no method decides: it is left out.
     """
-    model.eval()
-    with torch.no_grad(), _autocast(device):
-        model(**prompt)
+    _evaluate(model, prompt)
     own = parameters(model)
     head = sum(p.nbytes for name, p in model.named_parameters() if HEAD in name)
     trained_bytes = sum(p.nbytes for p in own)
