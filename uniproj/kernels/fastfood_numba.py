@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 from uniproj.kernels.compiled import call, parallel
@@ -26,6 +26,7 @@ from uniproj.kernels.permutation import ROUNDS, grid
 from uniproj.kernels.permutation_numba import rounds
 
 _MOST_SUMS = 8
+_NUMBERS, _SIGNS, _ONES = 0, 1, 2  # what the words of a diagonal stand for
 
 
 def product(
@@ -33,7 +34,8 @@ def product(
 ) -> Tensor:
     (x,), (D, d) = accumulated(dtype, x), size
     y = fresh((len(x), D), x.dtype, owner=tables)
-    call(_product, x, B, G, tables, scales.to(x.dtype), y, _buffers(x, d, len(x) * len(scales)), *_shape(d))
+    buffers = _buffers(x, d, len(x) * len(scales))
+    call(_product, x, B, *_words(G), tables, scales.to(x.dtype), y, buffers, *_shape(d))
     return y.to(dtype)
 
 
@@ -43,8 +45,13 @@ def adjoint(
     """The blocks are cut into as many runs as D and d decide, never the number of threads, and their sums added."""
     (y,), (_, d) = accumulated(dtype, y), size
     sums = y.new_empty(min(_MOST_SUMS, len(scales)), len(y), d)
-    call(_adjoint, y, B, G, tables, scales.to(y.dtype), sums, _buffers(y, d, len(sums)), *_shape(d))
+    call(_adjoint, y, B, *_words(G), tables, scales.to(y.dtype), sums, _buffers(y, d, len(sums)), *_shape(d))
     return sums.sum(0).to(dtype)
+
+
+def _words(diagonal: Tensor) -> tuple[Tensor, int]:
+    """Its words of 32 bits, and what they hold: one compiled loop serves both."""
+    return diagonal.view(torch.int32), _SIGNS if diagonal.dtype == torch.int32 else _NUMBERS
 
 
 def _shape(d: int) -> tuple[int, int, int]:
@@ -63,22 +70,22 @@ def _buffers(x: Tensor, d: int, jobs: int) -> Tensor:
 
 
 @parallel
-def _product(x, B, G, tables, scales, y, buffers, n, a, b):
+def _product(x, B, G, kind, tables, scales, y, buffers, n, a, b):
     D, blocks = y.shape[1], len(scales)
     for worker in numba.prange(len(buffers)):
         z, other = buffers[worker, 0], buffers[worker, 1]
         for job in range(worker, len(x) * blocks, len(buffers)):
             k = job % blocks
-            _transform(z[:n], x[job // blocks], B[k])
+            _transform(z[:n], x[job // blocks], B[k], _SIGNS)
             _gather(z, other, n, a, b, tables[k * ROUNDS * a : (k + 1) * ROUNDS * a])
-            _transform(z[:n], z[:n], G[k])
+            _transform(z[:n], z[:n], G[k], kind)
             rows = y[job // blocks, k * n : min(D, (k + 1) * n)]
             for i in range(len(rows)):
                 rows[i] = z[i] * scales[k]
 
 
 @parallel
-def _adjoint(y, B, G, tables, scales, sums, buffers, n, a, b):
+def _adjoint(y, B, G, kind, tables, scales, sums, buffers, n, a, b):
     D, blocks = y.shape[1], len(scales)
     for worker in numba.prange(len(buffers)):
         z, other = buffers[worker, 0], buffers[worker, 1]
@@ -86,48 +93,42 @@ def _adjoint(y, B, G, tables, scales, sums, buffers, n, a, b):
             sums[run] = 0
             for k in range(run * blocks // len(sums), (run + 1) * blocks // len(sums)):
                 for job in range(len(y)):
-                    _transform(z[:n], y[job, k * n : min(D, (k + 1) * n)], None)
-                    _weigh(z[:n], z[:n], G[k])
+                    _transform(z[:n], y[job, k * n : min(D, (k + 1) * n)], G[k], _ONES)
+                    _weigh(z[:n], z[:n], G[k], kind)
                     _scatter(z, other, n, a, b, tables[k * ROUNDS * a : (k + 1) * ROUNDS * a])
                     in_place(z[:n])
                     total = sums[run, job]
-                    _weigh(z[: len(total)], z[: len(total)], B[k])
+                    _weigh(z[: len(total)], z[: len(total)], B[k], _SIGNS)
                     for i in range(len(total)):
                         total[i] += z[i] * scales[k]
 
 
 @numba.njit(cache=True)
-def _transform(z, source, diagonal):
+def _transform(z, source, diagonal, kind):
     """z <- H (diagonal source, 0), tile by tile."""
+    per = 1 if kind == _NUMBERS else 32
     for first in range(0, len(z), TILE):
         part = source[first : first + TILE]
         tile = z[first : first + TILE]
-        if diagonal is None:
-            _copy(tile[: len(part)], part)
-        else:
-            per = len(z) // len(diagonal)  # numbers for each of the diagonal: 1, or those whose signs a word holds
-            _weigh(tile[: len(part)], part, diagonal[first // per : (first + TILE) // per + 1])
+        _weigh(tile[: len(part)], part, diagonal[first // per : (first + TILE) // per + 1], kind)
         tile[len(part) :] = 0
         extend(z, first)
 
 
-def _weigh(target, source, diagonal):
-    """target <- source times the diagonal: numbers, or signs as `packed` gives them."""
-
-
-@overload(_weigh)
-def _(target, source, diagonal):
-    def by_numbers(target, source, diagonal):
+@numba.njit(cache=True)
+def _weigh(target, source, diagonal, kind):
+    """target <- source times the diagonal: numbers, signs as `packed` gives them, or ones."""
+    if kind == _NUMBERS:
+        numbers = diagonal.view(np.float32)
         for i in range(len(target)):
-            target[i] = source[i] * diagonal[i]
-
-    def by_signs(target, source, diagonal):
+            target[i] = source[i] * numbers[i]
+    elif kind == _SIGNS:
         for first in range(0, len(target), 32):
             word, to, numbers = diagonal[first // 32], target[first : first + 32], source[first : first + 32]
             for i in range(len(to)):
                 to[i] = -numbers[i] if word >> np.int32(i) & 1 else numbers[i]
-
-    return by_numbers if isinstance(diagonal.dtype, types.Float) else by_signs
+    else:
+        _copy(target, source)
 
 
 @numba.njit(cache=True)
