@@ -47,5 +47,7 @@ def test_they_are_those_of_the_P_at_hand(D: int, d: int) -> None:
     other = copy.deepcopy(P)
     other.scale = 2 * P.scale
     assert torch.equal(other(x), 2 * before) and torch.equal(P(x), before)
+    other.scale.mul_(2)
+    assert torch.equal(other(x), 4 * before)
     other.index = (P.index + 1) % d
     assert torch.equal(other(x), (x * other.scale.float())[other.index.long()])
