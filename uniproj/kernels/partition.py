@@ -41,11 +41,13 @@ def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne | None:
     *decides, (D, d) = source
     if D > _SMALL or scale.device.type != "cpu":
         return None
-    index = decides[0] if len(decides) == 1 else _index_of(Deal(*decides))
-    rounded = scale.float()
+    with torch.inference_mode(False):  # autograd keeps them, and no tensor of inference mode
+        index = decides[0] if len(decides) == 1 else _index_of(Deal(*decides))
+        index = index.clone() if index.is_inference() else index
+        rounded = scale.float()
 
     def adjoint(y: Tensor) -> Tensor:
-        return torch.zeros(d).index_add(0, index, y) * rounded
+        return y.new_zeros(d).index_add(0, index, y) * rounded
 
     return MapsOfOne(lambda x: (x * rounded).index_select(0, index), adjoint, differentiable=True)
 
