@@ -184,10 +184,16 @@ class Projection(nn.Module, metaclass=_Maker):
         super().__init_subclass__(**kwargs)
         for name in vars(cls).keys() & {"entries", "to_dense"}:
             setattr(cls, name, _in_float64(vars(cls)[name]))
-        if vars(cls).keys() & {"_matvec", "_rmatvec"}:
-            # a map that is written anew takes one argument, and has no other way, whatever the parent had
-            cls.casts = vars(cls).get("casts", False)
-            cls._of_one = vars(cls).get("_of_one", Projection._of_one)  # type: ignore[method-assign]
+
+        def place(name: str) -> int:
+            return next(k for k, parent in enumerate(cls.__mro__) if name in vars(parent))
+
+        # a map that is written anew, here or in a mixin, takes one argument, and has no other way, whatever others had
+        written = min(place("_matvec"), place("_rmatvec"))
+        if written < place("casts"):
+            cls.casts = False
+        if min(written, place("matvec"), place("rmatvec")) < place("_of_one"):
+            cls._of_one = Projection._of_one  # type: ignore[method-assign]
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__()
