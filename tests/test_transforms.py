@@ -187,3 +187,12 @@ def test_scipy_operators_take_what_a_matrix_takes() -> None:
         for found, expected in ((A @ x, M @ x), (square @ x, M.T @ (M @ x)), (A.H @ (M @ x), M.T @ (M @ x))):
             assert found.shape == expected.shape and np.iscomplexobj(found) == np.iscomplexobj(expected), kind
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12, err_msg=kind)
+
+
+@each_P
+def test_no_vectors_have_a_gradient(name: str, i: int) -> None:
+    P, *_ = case(name, i)
+    for product, n in ((P, P.d), (P.adjoint, P.D)):
+        none = torch.zeros(2, 0, n, requires_grad=True)
+        (gradient,) = torch.autograd.grad(product(none).sum(), none)
+        assert gradient.shape == none.shape

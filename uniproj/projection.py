@@ -356,7 +356,7 @@ class Projection(nn.Module, metaclass=_Maker):
     def _batched(self, raw: Callable[..., Tensor], x: Tensor, m: int, dtype: torch.dtype) -> Tensor:
         """(..., n) -> (..., m) in `dtype` by the raw map (batch, n) -> (batch, m), in float32 or float64."""
         if x.numel() == 0:
-            return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
+            return x.to(dtype).sum(-1, keepdim=True).expand(*x.shape[:-1], m)  # nothing, with a gradient
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         more = (dtype,) if self.casts else ()
         if not self.casts:
