@@ -93,7 +93,7 @@ class SingularFactors(Projection):
 
     def _affine(self, theta_d: Tensor, one: float = 1.0) -> Tensor:
         """(n, d) -> (n, D): P theta_d + c times `one`."""
-        x = torch.cat([self._R(theta_d), theta_d.new_full((len(theta_d), 1), one)], dim=1)
+        x = torch.cat([self._R(theta_d), theta_d.new_full((theta_d.shape[0], 1), one)], dim=1)
         return product(x, self.factors, self.table, self.sizes, theta_d.dtype)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
