@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import uniproj
-from uniproj import LoRALayout, Projection, ProjectionError, build, get, registry
+from uniproj import LoRALayout, Projection, ProjectionError, build, get, names, registry
 from uniproj.testing import sample
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in "qv"}, r=2)
@@ -88,6 +88,14 @@ def test_a_c_and_an_adjoint_written_anew_count_there_too() -> None:
     theta_D = P(x)
     assert torch.equal(theta_D, P.matvec(x.detach()))
     assert torch.equal(torch.autograd.grad(theta_D, x, y)[0], P.adjoint(y))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_wider_result_has_the_bits_of_a_wider_theta_d(name: str) -> None:
+    P = sample(name, LAYOUT, 16, seed=1, **get(name).variants[0])
+    for given, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        x = torch.randn(P.d, dtype=given)
+        assert torch.equal(P(x, wanted), P(x.to(wanted)))
 
 
 @pytest.mark.parametrize(

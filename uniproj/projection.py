@@ -315,7 +315,8 @@ class Projection(nn.Module, metaclass=_Maker):
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
         self._refuse_undeclared()
         c = self.offset
-        first = dtype if c is None else None  # a sum with c is rounded once, at the end
+        # a sum with c is rounded to a narrower dtype once, at the end
+        first = dtype if c is None else torch.promote_types(theta_d.dtype, dtype or theta_d.dtype)
         theta_D = _apply_map(self, theta_d, False, first)
         return theta_D if c is None else (theta_D + c.to(theta_D.dtype)).to(dtype or theta_D.dtype)
 
