@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import uniproj
-from uniproj import LoRALayout, Projection, ProjectionError, build, get, registry
+from uniproj import LoRALayout, Projection, ProjectionError, build, get, names, registry
 from uniproj.testing import sample
 
 LAYOUT = LoRALayout.from_shapes({f"h.{i}.{m}": (8, 4) for i in range(2) for m in "qv"}, r=2)
@@ -34,6 +34,27 @@ def test_a_map_written_anew_gets_float32_or_better_and_no_dtype(dtype: torch.dty
     assert torch.equal(ours.adjoint(y), 2 * theirs.adjoint(y)) and ours.adjoint(y).dtype == dtype
 
 
+class DoubledByMixin:
+    """Rewrites a map in a class of its own, before that of the method."""
+
+    def _matvec(self, theta_d: Tensor) -> Tensor:
+        return 2 * super()._matvec(theta_d)
+
+
+class DoubledOutside(get("unilora")):
+    """Rewrites the public map and not the one beneath it."""
+
+    def matvec(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return 2 * super().matvec(theta_d, dtype)
+
+
+def test_a_map_of_a_mixin_or_a_public_one_written_anew_counts() -> None:
+    x = torch.randn(5)
+    mixed = type("Mixed", (DoubledByMixin, get("unilora")), {})
+    for cls in (mixed, type("Below", (mixed,), {}), DoubledOutside):
+        assert torch.equal(cls(LoRALayout.flat(40), 5)(x), 2 * build("unilora", 40, 5)(x))
+
+
 class DoubledXS(get("lora_xs")):
     """Overrides the product of a method whose forward writes c in the same pass."""
 
@@ -48,6 +69,33 @@ def test_a_product_written_anew_counts_where_the_forward_is_the_parents_own() ->
     theirs, ours = (cls(LAYOUT, weights) for cls in (get("lora_xs"), DoubledXS))
     x, c = torch.randn(theirs.d), theirs.offset.float()
     torch.testing.assert_close(ours(x) - c, 2 * (theirs(x) - c))
+
+
+class XSWithoutC(get("lora_xs")):
+    """Overrides c and the adjoint, and not the product."""
+
+    name = "xs_without_c"
+    offset = None
+
+    def _rmatvec(self, theta_D: Tensor) -> Tensor:
+        return 3 * super()._rmatvec(theta_D)
+
+
+def test_a_c_and_an_adjoint_written_anew_count_there_too() -> None:
+    weights = {name: torch.randn(shape) for name, shape in LAYOUT.shapes().items()}
+    P = XSWithoutC(LAYOUT, weights)
+    x, y = torch.randn(P.d, requires_grad=True), torch.randn(P.D)
+    theta_D = P(x)
+    assert torch.equal(theta_D, P.matvec(x.detach()))
+    assert torch.equal(torch.autograd.grad(theta_D, x, y)[0], P.adjoint(y))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_wider_result_has_the_bits_of_a_wider_theta_d(name: str) -> None:
+    P = sample(name, LAYOUT, 16, seed=1, **get(name).variants[0])
+    for given, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        x = torch.randn(P.d, dtype=given)
+        assert torch.equal(P(x, wanted), P(x.to(wanted)))
 
 
 @pytest.mark.parametrize(

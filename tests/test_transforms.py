@@ -187,3 +187,29 @@ def test_scipy_operators_take_what_a_matrix_takes() -> None:
         for found, expected in ((A @ x, M @ x), (square @ x, M.T @ (M @ x)), (A.H @ (M @ x), M.T @ (M @ x))):
             assert found.shape == expected.shape and np.iscomplexobj(found) == np.iscomplexobj(expected), kind
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12, err_msg=kind)
+
+
+@each_P
+def test_no_vectors_have_a_gradient(name: str, i: int) -> None:
+    P, *_ = case(name, i)
+    for product, n in ((P, P.d), (P.adjoint, P.D)):
+        none = torch.zeros(2, 0, n, requires_grad=True)
+        (gradient,) = torch.autograd.grad(product(none).sum(), none)
+        assert gradient.shape == none.shape
+
+
+@pytest.mark.parametrize(("name", "i"), PROGRAMS, ids=str)
+def test_one_exported_program_takes_batches_of_any_size(name: str, i: int) -> None:
+    P, M, *_ = case(name, i)
+
+    class Product(nn.Module):
+        def forward(self, theta_d: Tensor) -> Tensor:
+            return P(theta_d)
+
+    c = 0 if P.offset is None else P.offset.detach()
+    batch = torch.export.Dim("batch", min=2, max=50)
+    program = torch.export.export(Product(), (torch.randn(2, P.d),), dynamic_shapes=[{0: batch}])
+    for size in (2, 5):
+        x = torch.randn(size, P.d)
+        found = program.module()(x).detach().double()
+        torch.testing.assert_close(found, x.double() @ M.T + c, rtol=1e-4, atol=1e-5)

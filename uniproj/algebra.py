@@ -38,7 +38,7 @@ class Select(Projection):
         return Select(**{"layout": self.layout, "rows": self.rows.cpu(), "seed": self.seed, **changes})
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
-        return theta_d.new_zeros(len(theta_d), self.D).index_copy(1, self.rows, theta_d)
+        return theta_d.new_zeros(theta_d.shape[0], self.D).index_copy(1, self.rows, theta_d)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
         return theta_D.index_select(1, self.rows)
@@ -252,7 +252,7 @@ class Restrict(_Composite):
         return self._children()[0]._matvec(theta_d).index_select(1, self.rows)
 
     def _rmatvec(self, theta_D: Tensor) -> Tensor:
-        whole = theta_D.new_zeros(len(theta_D), self._children()[0].D)
+        whole = theta_D.new_zeros(theta_D.shape[0], self._children()[0].D)
         return self._children()[0]._rmatvec(whole.index_copy(1, self.rows, theta_D))
 
     @property

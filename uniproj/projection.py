@@ -184,10 +184,16 @@ class Projection(nn.Module, metaclass=_Maker):
         super().__init_subclass__(**kwargs)
         for name in vars(cls).keys() & {"entries", "to_dense"}:
             setattr(cls, name, _in_float64(vars(cls)[name]))
-        if vars(cls).keys() & {"_matvec", "_rmatvec"}:
-            # a map that is written anew takes one argument, and has no other way, whatever the parent had
-            cls.casts = vars(cls).get("casts", False)
-            cls._of_one = vars(cls).get("_of_one", Projection._of_one)  # type: ignore[method-assign]
+
+        def place(name: str) -> int:
+            return next(k for k, parent in enumerate(cls.__mro__) if name in vars(parent))
+
+        # a map that is written anew, here or in a mixin, takes one argument, and has no other way, whatever others had
+        written = min(place("_matvec"), place("_rmatvec"))
+        if written < place("casts"):
+            cls.casts = False
+        if min(written, place("matvec"), place("rmatvec")) < place("_of_one"):
+            cls._of_one = Projection._of_one  # type: ignore[method-assign]
 
     def __init__(self, layout: LoRALayout, d: int, seed: int = 0):
         super().__init__()
@@ -309,7 +315,8 @@ class Projection(nn.Module, metaclass=_Maker):
         """theta_D = P theta_d + c: (..., d) -> (..., D), in theta_d's dtype or `dtype`; differentiable to any order."""
         self._refuse_undeclared()
         c = self.offset
-        first = dtype if c is None else None  # a sum with c is rounded once, at the end
+        # a sum with c is rounded to a narrower dtype once, at the end
+        first = dtype if c is None else torch.promote_types(theta_d.dtype, dtype or theta_d.dtype)
         theta_D = _apply_map(self, theta_d, False, first)
         return theta_D if c is None else (theta_D + c.to(theta_D.dtype)).to(dtype or theta_D.dtype)
 
@@ -350,7 +357,7 @@ class Projection(nn.Module, metaclass=_Maker):
     def _batched(self, raw: Callable[..., Tensor], x: Tensor, m: int, dtype: torch.dtype) -> Tensor:
         """(..., n) -> (..., m) in `dtype` by the raw map (batch, n) -> (batch, m), in float32 or float64."""
         if x.numel() == 0:
-            return x.new_zeros(*x.shape[:-1], m, dtype=dtype)
+            return x.to(dtype).sum(-1, keepdim=True).expand(*x.shape[:-1], m)  # nothing, with a gradient
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         more = (dtype,) if self.casts else ()
         if not self.casts:

@@ -47,5 +47,36 @@ def test_they_are_those_of_the_P_at_hand(D: int, d: int) -> None:
     other = copy.deepcopy(P)
     other.scale = 2 * P.scale
     assert torch.equal(other(x), 2 * before) and torch.equal(P(x), before)
+    other.scale.mul_(2)
+    assert torch.equal(other(x), 4 * before)
     other.index = (P.index + 1) % d
     assert torch.equal(other(x), (x * other.scale.float())[other.index.long()])
+
+
+@pytest.mark.parametrize("assignment", ["balanced", "peft"])
+@pytest.mark.parametrize(("D", "d"), SIZES[:2])
+def test_a_P_made_and_used_in_inference_mode_trains_after_it(D: int, d: int, assignment: str) -> None:
+    x, y = torch.randn(d), torch.randn(D)
+    with torch.inference_mode():
+        P = uniproj.build("unilora", D=D, d=d, assignment=assignment)
+        found = P(x), P.adjoint(y), P.adjoint(y[None])
+    for product, given, other in ((P, x, y), (P.adjoint, y, x)):
+        leaf = given.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(product(leaf), leaf, other)
+        assert torch.equal(gradient, found[1] if given is x else found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("D", "d"), SIZES[:2])
+def test_the_default_dtype_is_nothing_to_them(D: int, d: int, dtype: torch.dtype) -> None:
+    P = uniproj.build("unilora", D=D, d=d)
+    x, y = torch.randn(d), torch.randn(D)
+    expected = P(x[None])[0], P.adjoint(y[None])[0]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = P(x), P.adjoint(y)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)

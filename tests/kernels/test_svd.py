@@ -34,6 +34,16 @@ def test_any_spectrum_gives_its_singular_vectors(out: int, inside: int, smallest
     )
 
 
+@pytest.mark.parametrize("S", [[1] * 40, [4, 2, 2, *[1] * 37], [5, 4, 3, 3, *[1] * 36]])
+def test_equal_singular_values_have_the_vectors_of_the_full_decomposition(S: list[float]) -> None:
+    """Which of them are taken is arbitrary, and part of every P that was saved."""
+    left, right = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.float64)).Q for n in (40, 60))
+    W = left * torch.tensor(S) @ right.T
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    for ours, theirs in zip(truncated_svd(W, 3, 0)[::2], (U[:, :3], Vh[:3]), strict=True):
+        assert torch.equal(ours.abs(), theirs.abs())
+
+
 def test_a_weight_of_zeros_has_orthonormal_factors() -> None:
     U, S, Vh = truncated_svd(torch.zeros(5, 7), 3, 0)
     assert not S.any()

@@ -98,5 +98,5 @@ def _permuted(z: Tensor, tables: Tensor, blocks: slice, back: bool) -> Tensor:
 adjoint, product = register_form(
     "fastfood",
     [_adjoint, _product],
-    [lambda y, *rest: (len(y), rest[-1][1]), lambda x, *rest: (len(x), rest[-1][0])],
+    [lambda y, *rest: (y.shape[0], rest[-1][1]), lambda x, *rest: (x.shape[0], rest[-1][0])],
 )

@@ -63,5 +63,5 @@ def summed(y: Tensor, index: Tensor, d: int, dtype: torch.dtype) -> Tensor:
 sum_by_column, take = register_form(
     "gather",
     [summed, gathered],
-    [lambda y, index, d: (len(y), d), lambda x, index, d: (len(x), len(index))],
+    [lambda y, index, d: (y.shape[0], d), lambda x, index, d: (x.shape[0], len(index))],
 )

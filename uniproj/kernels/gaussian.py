@@ -73,7 +73,7 @@ def _transpose_times(
 transpose_times, times = register_form(
     "gaussian",
     [_transpose_times, _times],
-    [lambda y, *rest: (len(y), rest[-1][1]), lambda x, *rest: (len(x), rest[-1][0])],
+    [lambda y, *rest: (y.shape[0], rest[-1][1]), lambda x, *rest: (x.shape[0], rest[-1][0])],
 )
 
 

@@ -82,7 +82,7 @@ transpose_product, product = register_form(
     "grouped",
     [_transpose_product, _product],
     [
-        lambda y, numbers, table, sizes: (len(y), sizes[1]),
-        lambda x, numbers, table, sizes: (len(x), sizes[0]),
+        lambda y, numbers, table, sizes: (y.shape[0], sizes[1]),
+        lambda x, numbers, table, sizes: (x.shape[0], sizes[0]),
     ],
 )

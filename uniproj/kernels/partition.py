@@ -41,11 +41,13 @@ def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne | None:
     *decides, (D, d) = source
     if D > _SMALL or scale.device.type != "cpu":
         return None
-    index = decides[0] if len(decides) == 1 else _index_of(Deal(*decides))
-    rounded = scale.float()
+    with torch.inference_mode(False):  # autograd keeps them, and no tensor of inference mode
+        index = decides[0] if len(decides) == 1 else _index_of(Deal(*decides))
+        index = index.clone() if index.is_inference() else index
+        rounded = scale.float()
 
     def adjoint(y: Tensor) -> Tensor:
-        return torch.zeros(d).index_add(0, index, y) * rounded
+        return y.new_zeros(d).index_add(0, index, y) * rounded
 
     return MapsOfOne(lambda x: (x * rounded).index_select(0, index), adjoint, differentiable=True)
 
@@ -53,7 +55,7 @@ def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne | None:
 sum_by_index, copy_by_index = register_form(
     "index",
     [_sum_by_index, _copy_by_index],
-    [lambda y, index, size: (len(y), size[1]), lambda x, index, size: (len(x), size[0])],
+    [lambda y, index, size: (y.shape[0], size[1]), lambda x, index, size: (x.shape[0], size[0])],
 )
 
 
@@ -81,5 +83,5 @@ def _index_of(deal: Deal) -> Tensor:
 gather_in, deal_out = register_form(
     "deal",
     [_gather_in, _deal_out],
-    [lambda y, *rest: (len(y), rest[-1][1]), lambda x, *rest: (len(x), rest[-1][0])],
+    [lambda y, *rest: (y.shape[0], rest[-1][1]), lambda x, *rest: (x.shape[0], rest[-1][0])],
 )

@@ -66,11 +66,12 @@ def maps_of_one(scale: Tensor, *source: Any) -> MapsOfOne:
 
     def forward(x: Tensor) -> Tensor:
         y = fresh((D,), torch.float32, owner=words)
-        launch(_gather, largest, x.detach().numpy()[None], rounded, *tiles, y.numpy()[None], _together(chunks), *_BITS)
+        values, rows = x.detach().contiguous().numpy()[None], y.numpy()[None]
+        launch(_gather, largest, values, rounded, *tiles, rows, _together(chunks), *_BITS)
         return y
 
     def adjoint(y: Tensor) -> Tensor:
-        x = torch.empty(d)
+        x = y.new_empty(d)
         values, sums = y.detach().contiguous().numpy()[None], x.numpy()[None]
         launch(_add, largest, values, rounded, *tiles, _of_runs(sums, runs), sums, _TOGETHER, *_BITS)
         return x

@@ -31,5 +31,8 @@ def _sum_rows(y: Tensor, index: Tensor, order: Tensor, starts: Tensor, d: int, d
 sum_rows, copy_rows = register_form(
     "rows",
     [_sum_rows, _copy_rows],
-    [lambda y, *rest: (len(y), rest[-1]), lambda x, index, order, starts, d: (len(x), d // len(starts) * len(index))],
+    [
+        lambda y, *rest: (y.shape[0], rest[-1]),
+        lambda x, index, order, starts, d: (x.shape[0], d // len(starts) * len(index)),
+    ],
 )

@@ -97,8 +97,8 @@ product, matrix_gradient, scale_gradient = register_form(
     "shared",
     [_product, _matrix_gradient, _scale_gradient],
     [
-        lambda matrix, scale, table, sizes: (len(matrix), sizes[0]),
-        lambda y, scale, table, sizes: (len(y), sizes[1]),
-        lambda y, matrix, table, sizes: (len(y), sizes[2]),
+        lambda matrix, scale, table, sizes: (matrix.shape[0], sizes[0]),
+        lambda y, scale, table, sizes: (y.shape[0], sizes[1]),
+        lambda y, matrix, table, sizes: (y.shape[0], sizes[2]),
     ],
 )

@@ -13,6 +13,7 @@ EXACT = 1024  # up to this smaller side the decomposition is exact
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 10
 _LEAST = 0.01  # of the largest singular value: the Gram matrix costs the vectors of smaller ones more than two digits
+_APART = 1e-6  # of the largest singular value: closer neighbours have vectors that are a matter of how they are found
 
 
 def truncated_svd(W: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,10 +23,11 @@ def truncated_svd(W: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
     CPU where that has no float64.
 
     Up to `EXACT` they come from the leading eigenvectors of the smaller Gram matrix, in a fifth of the time that all
-    singular vectors take, unless one of the r singular values is below `_LEAST` of the largest. On 42, 17 and 14
-    weights of SmolLM2 (r = 4, 16, 64; gaps between neighbours down to 3e-4, 5e-4 and 4e-5 of the largest) U and S Vh
-    differ from those of the full decomposition by at most 1e-12, 4e-12 and 7e-12, and two full ones, of W and of its
-    transpose, by 5e-12, 1e-12 and 8e-12: what rounds to the 2^-16 of a checksum stays where it was.
+    singular vectors take, unless one of the r singular values is below `_LEAST` of the largest or within
+    `_APART` of the next one, as in an identity or an orthogonal weight. On 42, 17 and 14 weights of SmolLM2 (r = 4, 16,
+    64; gaps between neighbours down to 3e-4, 5e-4 and 4e-5 of the largest) U and S Vh differ from those of the full
+    decomposition by at most 1e-12, 4e-12 and 7e-12, and two full ones, of W and of its transpose, by 5e-12, 1e-12 and
+    8e-12: what rounds to the 2^-16 of a checksum stays where it was.
 
     Beyond `EXACT`, a randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with our own
     Gaussian draw, which ends before it has converged: its result is a part of P.
@@ -41,7 +43,7 @@ def truncated_svd(W: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _of_gram(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """By Rayleigh and Ritz on the leading eigenvectors; None where these may have lost more than two digits."""
+    """By Rayleigh and Ritz on the leading eigenvectors; None where these may be others than those of all of W."""
     M = W if W.shape[0] <= W.shape[1] else W.T
     G = M @ M.T
     if not G.isfinite().all():
@@ -50,7 +52,7 @@ def _of_gram(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
     _, Q = eigh(G.cpu().numpy(), subset_by_index=[max(0, most + 1 - r - _OVERSAMPLING), most], check_finite=False)
     Q = torch.from_numpy(Q).to(W.device)
     small, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
-    if not S[r - 1] > _LEAST * S[0]:
+    if not S[r - 1] > _LEAST * S[0] or (S[: r + 1].diff().abs() < _APART * S[0]).any():
         return None
     return (Q @ small, S, Vh) if M is W else (Vh.T, S, (Q @ small).T)
 

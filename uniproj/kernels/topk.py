@@ -133,8 +133,8 @@ mix, vectors_gradient, weights_gradient = register_form(
     "topk",
     [_mix, _vectors_gradient, _weights_gradient],
     [
-        lambda vectors, weights, index, places, sizes: (len(vectors), sizes[0]),
-        lambda y, weights, index, places, sizes: (len(y), *sizes[1:]),
+        lambda vectors, weights, index, places, sizes: (vectors.shape[0], sizes[0]),
+        lambda y, weights, index, places, sizes: (y.shape[0], *sizes[1:]),
         lambda y, vectors, index, places, sizes: tuple(index.shape),
     ],
 )

@@ -18,7 +18,7 @@ from uniproj.layout import LoRALayout
 from uniproj.projection import Entries, Projection
 
 # of every P: what its maps of one vector were made of, for which device, and the maps
-_maps: WeakKeyDictionary[Partition, tuple[Tensor, Tensor, torch.device, MapsOfOne | None]] = WeakKeyDictionary()
+_maps: WeakKeyDictionary[Partition, tuple[Tensor, Tensor, int, torch.device, MapsOfOne | None]] = WeakKeyDictionary()
 _DEAL = ("by_row", "by_position", "groups", "tables")
 
 
@@ -93,12 +93,13 @@ class Partition(Projection):
         return (add(theta_D, *self._source(), compute) * self.scale.to(compute)).to(dtype)
 
     def _of_one(self, device: torch.device) -> MapsOfOne | None:
-        decides = self._tables if self._index is None else self._index
+        scale, decides = self.scale, self._tables if self._index is None else self._index
+        written = 0 if scale.is_inference() else scale._version  # how often, in place
         found = _maps.get(self)
-        if found is None or found[0] is not self.scale or found[1] is not decides or found[2] != device:
-            maps = run(maps_of_one, device, self.scale, *self._source())
-            found = _maps[self] = (self.scale, decides, device, maps)
-        return found[3]
+        if found is None or found[0] is not scale or found[1] is not decides or found[2:4] != (written, device):
+            maps = run(maps_of_one, device, scale, *self._source())
+            found = _maps[self] = (scale, decides, written, device, maps)
+        return found[4]
 
     def at_rows(self, theta_d: Tensor, rows: Tensor) -> Tensor:
         """(P theta_d)[rows] from the columns of these rows alone."""

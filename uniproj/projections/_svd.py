@@ -14,6 +14,8 @@ from uniproj.kernels.svd import truncated_svd
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 
+_APART = ("_matvec", "_rmatvec", "matvec", "rmatvec", "offset")
+
 
 class SingularFactors(Projection):
     """delta W^l = B^l R^l A^l with frozen B^l (out, r), A^l (r, in) from the SVD of W^l, and R^l(theta_d) linear.
@@ -82,8 +84,8 @@ class SingularFactors(Projection):
         """The adjoint of `_R`: (n, sum r^2) -> (n, d)."""
 
     def forward(self, theta_d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """As of every projection; c is written in the same pass, unless a subclass writes the product anew."""
-        if type(self)._matvec is not SingularFactors._matvec:
+        """As of every projection; c is written in the same pass, unless a subclass writes one of the maps or c anew."""
+        if any(getattr(type(self), name) is not getattr(SingularFactors, name) for name in _APART):
             return super().forward(theta_d, dtype)
         self._refuse_undeclared()
         self._check(theta_d, "theta_d", "d", self.d)
@@ -91,7 +93,7 @@ class SingularFactors(Projection):
 
     def _affine(self, theta_d: Tensor, one: float = 1.0) -> Tensor:
         """(n, d) -> (n, D): P theta_d + c times `one`."""
-        x = torch.cat([self._R(theta_d), theta_d.new_full((len(theta_d), 1), one)], dim=1)
+        x = torch.cat([self._R(theta_d), theta_d.new_full((theta_d.shape[0], 1), one)], dim=1)
         return product(x, self.factors, self.table, self.sizes, theta_d.dtype)
 
     def _matvec(self, theta_d: Tensor) -> Tensor:
