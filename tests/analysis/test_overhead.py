@@ -86,10 +86,10 @@ def test_everything_is_written_and_a_second_run_measures_nothing(tmp_path, measu
     assert float(unilora["step_ratio_low"]) <= float(unilora["step_ratio"]) <= float(unilora["step_ratio_high"])
 
     text = (tmp_path / "overhead.md").read_text()
-    assert all(f"## {title}" in text for title in ("Kernel", "Model", "Growth")) and "D = 623,443,968" in text
+    assert all(f"## {title}" in text for title in ("Goals", "Kernel", "Model", "Growth")) and "D = 623,443,968" in text
     assert torch.__version__ in text and "threads: 1;" in text
     widths = {block.split("\n")[0].count("|") for block in text.split("\n\n") if block.startswith("|")}
-    assert widths == {len(columns) + 1 for columns in (report.KERNEL, report.MODEL, report.GROWTH)}
+    assert widths == {len(columns) + 1 for columns in (report.GOALS, report.KERNEL, report.MODEL, report.GROWTH)}
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
 
     measured.clear()
