@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.errors import ExperimentError
+
 _WIDTH, _RANK = 4096, 4  # of the modules whose factors the operators of shared matrices make
 _VECTORS, _LENGTH, _TOP = 2048, 256, 2  # the bank of a mixture
 _SEGMENT = 2**17  # numbers that one Walsh-Hadamard transform takes
@@ -46,7 +48,9 @@ class Operator:
 
 
 def operators(D: int, d: int) -> Iterator[Operator]:
-    """All at about D coordinates; d: of the partition."""
+    """All at about D coordinates; d: of the partition. Raises ExperimentError for a D that no partition has."""
+    if (most := _permutation().MOST) < D:
+        raise ExperimentError(f"prediction: D must be at most {most:,}, got {D:,}. Take a smaller one.")
     yield from _partition(D, d)
     yield from _shared(max(1, D // (2 * _WIDTH * _RANK)))
     yield from _grouped(max(1, D // (2 * _WIDTH * _RANK)))

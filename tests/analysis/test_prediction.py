@@ -108,6 +108,8 @@ def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["--sizes", "10:20"])
     assert "must be D:d with 0 < d <= D, got '10:20'" in capsys.readouterr().err
+    assert main(["--sizes", "3000000000:20"]) == 2
+    assert "D must be at most 2,147,352,576, got 3,000,000,000" in capsys.readouterr().err
 
 
 def test_the_partition_at_small_and_large_size_issues_as_much_for_each_row() -> None:
