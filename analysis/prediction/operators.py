@@ -1,4 +1,4 @@
-"""Every operator with Triton kernels at a size of theta_D: the call, on meta tensors, and what no cubin tells of it."""
+"""Every product with Triton kernels at a size of theta_D: the call, on meta tensors, and what no cubin tells of it."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_every_kernel_is_predicted_and_has_its_trips(monkeypatch: pytest.MonkeyP
         before = len(found)
         operator.call()
         assert set(found[before:]) == operator.trips.keys()
-    files = {path.stem for path in KERNELS.glob("*_triton.py")} - {"grid_triton", "random_triton"}  # of no operator
+    files = {path.stem for path in KERNELS.glob("*_triton.py")} - {"grid_triton", "random_triton"}  # of no product
     assert set(found) == {kernel for file in files for kernel in _launched_by(file)}
 
 
