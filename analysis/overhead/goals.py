@@ -56,12 +56,12 @@ def _of_kernels(rows: Sequence[Row]) -> Iterator[_Goal]:
             fastest = min(others, key=lambda row: row["both_per_ours"])
             what = f"D = {fastest['D']:,}: time of the fastest competitor, {fastest['method']}, over uniproj's"
             yield _Goal(what, fastest, "both_per_ours", 1.0, at_least=True)
-        if (peft := _one(mine, lambda row: row["method"] == "PEFT UNILORA")) and peft.get("D", 0) >= _FROM_8E5:
+        if (peft := _one(mine, lambda row: row.get("method") == "PEFT UNILORA")) and peft.get("D", 0) >= _FROM_8E5:
             yield _Goal(f"D = {peft['D']:,}: PEFT UNILORA over uniproj", peft, "both_per_ours", 10.0, at_least=True)
-        if own := _one(mine, lambda row: row["method"] == _OWN and row.get("D") in (_AT_1E7, _AT_4E7)):
+        if own := _one(mine, lambda row: row.get("method") == _OWN and row.get("D") in (_AT_1E7, _AT_4E7)):
             bound = 8.0 if own["D"] == _AT_1E7 else 5.0
             yield _Goal(f"D = {own['D']:,}: forward and adjoint over a copy", own, "both_per_copy", bound)
-    for row in (row for row in rows if row["method"] == "fastfood" and row.get("bytes_per_coordinate") is not None):
+    for row in (row for row in rows if row.get("method") == "fastfood" and row.get("bytes_per_coordinate") is not None):
         yield _Goal(f"D = {row['D']:,}: fastfood's state, bytes per coordinate", row, "bytes_per_coordinate", 5.0)
 
 

@@ -146,14 +146,12 @@ def _run(configs: Sequence[Mapping[str, Any]], out: Path, scratch: str, end: flo
                     child.wait(min(_LOOK, max(0.0, end - time.monotonic())))
                 cut = child.returncode is None and time.monotonic() >= end
                 if cut:
-                    child.kill()
-                    child.wait()
+                    _end(child)
                 while measured < len(configs) and is_done(out, configs[measured]):
                     measured += 1
                     yield None
         except BaseException:
-            child.kill()
-            child.wait()
+            _end(child)
             raise
         if measured == len(configs):
             return
@@ -165,6 +163,13 @@ def _run(configs: Sequence[Mapping[str, Any]], out: Path, scratch: str, end: flo
             yield f"ended by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
         else:
             yield (said or [f"ended with status {status} without a word"])[0]
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it started, which would disturb the next one."""
+    if child.returncode is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def main(argv: list[str]) -> None:

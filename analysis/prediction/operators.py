@@ -1,4 +1,4 @@
-"""Every operator with Triton kernels at a size of theta_D: the call, on meta tensors, and what no cubin tells of it."""
+"""Every product with Triton kernels at a size of theta_D: the call, on meta tensors, and what no cubin tells of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from experiments.errors import ExperimentError
 
 _WIDTH, _RANK = 4096, 4  # of the modules whose factors the operators of shared matrices make
 _VECTORS, _LENGTH, _TOP = 2048, 256, 2  # the bank of a mixture
@@ -47,15 +48,15 @@ class Operator:
 
 
 def operators(D: int, d: int) -> Iterator[Operator]:
-    """All at about D coordinates; d: of the partition."""
+    """All at about D coordinates; d: of the partition. Raises ExperimentError for a D that no partition has."""
+    if (most := _permutation().MOST) < D:
+        raise ExperimentError(f"prediction: D must be at most {most:,}, got {D:,}. Take a smaller one.")
     yield from _partition(D, d)
     yield from _shared(max(1, D // (2 * _WIDTH * _RANK)))
+    yield from _grouped(max(1, D // (2 * _WIDTH * _RANK)))
     yield from _mixtures(max(1, D // _LENGTH))
     yield from _dense(D)
-    transform, batch = _operator("hadamard", "transform"), max(1, D // _SEGMENT)
-    x, n = _empty(batch, _SEGMENT), batch * _SEGMENT
-    # two passes over groups of bits, each of which reads and writes all numbers
-    yield Operator("Walsh-Hadamard", n, n, partial(transform, x, torch.float32), {"_pass": ()}, 16.0 * n)
+    yield from _segments(max(1, D // _SEGMENT))
 
 
 def _partition(D: int, d: int) -> Iterator[Operator]:
@@ -64,9 +65,8 @@ def _partition(D: int, d: int) -> Iterator[Operator]:
     source = [*_meta(deal.by_row, deal.by_position, deal.groups, deal.tables), [D, d]]
     maps = _operator("partition", "maps_of_one")(_empty(d, dtype=torch.float64), *source)
     tables = float(deal.tables.nbytes)
-    a, rounds = isqrt(D - 1) + 1, import_module("uniproj.kernels.permutation").ROUNDS
-    kept = D / (a * -(-D // a))  # the chance that a point of the grid is one of [0, D)
-    walks = {rows: (1 - kept**rows) for rows in (256, 128)}  # of the points of a warp
+    walks = {rows: _walks(D, rows) for rows in (256, 128)}  # of the points of a warp
+    rounds = _permutation().ROUNDS
     # round 0 and round 1 of a row read the tables next to where its neighbours do, and so does round 5 backwards
     yield Operator(
         "Uni-LoRA, forward", D, d, partial(maps.forward, _empty(d)),
@@ -100,6 +100,55 @@ def _shared(modules: int) -> Iterator[Operator]:
     # half of the blocks are wide: their four rows are one tile, which one of their four programs has; half are tall
     trips = {"_scale_gradient": (1 / 2 / 4, _WIDTH / 256, _WIDTH / 256 / 4 / 2)}
     yield Operator("Shared matrices, scale gradient", D, d, call, trips, 4.0 * D + 2 * scales, 4.0 * D)
+
+
+def _grouped(modules: int) -> Iterator[Operator]:
+    """LoRA-XS: of every module B = U R, and A as it is: a column times 1."""
+    size = _WIDTH * _RANK
+    D, N = 2 * modules * size, modules * _RANK**2 + 1
+    y, x = (torch.empty(n, device="meta") for n in (D, N))
+    factors, (*R, one) = y.split(size), x.split([*[_RANK**2] * modules, 1])
+    blocks = []
+    for B, A, square in zip(factors[::2], factors[1::2], R, strict=True):
+        B, A = B.view(_WIDTH, _RANK), A.view(-1, 1)
+        blocks += [(B, B, square.view(_RANK, _RANK)), (A, A, one.view(1, 1))]
+    table, sizes = import_module("uniproj.kernels.grouped").block_table(blocks, D, N, constants=1)
+    rest = (_empty(D, dtype=torch.float64), *_meta(table), sizes, torch.float32)
+    # all programs of an A but a quarter of those of a B, which has a quarter of the rows, and these take four products
+    trips = {"_product": ((1 + 1 / _RANK) / 2, 2 / (1 + 1 / _RANK))}
+    yield Operator(
+        "Grouped products, forward", D, N - 1, partial(_operator("grouped", "product"), _empty(1, N), *rest),
+        trips, 12.0 * D,
+    )  # fmt: skip
+    # a program for each row of an R: of each B and its gradient four read every sector
+    trips = {"_transpose_product": (1 / 2, _WIDTH / 256)}
+    yield Operator(
+        "Grouped products, adjoint", D, N - 1, partial(_operator("grouped", "transpose_product"), _empty(1, D), *rest),
+        trips, 6.0 * D, 6.0 * D * (_RANK - 1),
+    )  # fmt: skip
+
+
+def _segments(count: int) -> Iterator[Operator]:
+    """Fastfood: the transform and the permutation of each of its blocks."""
+    n, x = count * _SEGMENT, _empty(count, _SEGMENT)
+    # two passes over groups of bits, each of which reads and writes all numbers
+    call = partial(_operator("hadamard", "transform"), x, torch.float32)
+    yield Operator("Walsh-Hadamard", n, n, call, {"_pass": ()}, 16.0 * n)
+    rounds, length = _permutation().ROUNDS, _permutation().grid(_SEGMENT)[0]
+    tables = _empty(count * rounds * length, dtype=torch.int32)
+    call = partial(_operator("fastfood", "permuted"), x.unsqueeze(0), tables, slice(0, count), False)
+    reads = (Read((rounds - 2) * n, 4.0 * rounds * length), Read(n, 4.0 * _SEGMENT))
+    yield Operator("Permutation", n, n, call, {"_permute": (_walks(_SEGMENT, 256),)}, 8.0 * n, reads=reads)
+
+
+def _permutation() -> Any:
+    return import_module("uniproj.kernels.permutation")
+
+
+def _walks(n: int, points: int) -> float:
+    """The chance that one of so many points leaves [0, n), and all of them walk on."""
+    a, b = _permutation().grid(n)
+    return 1 - (n / (a * b)) ** points
 
 
 def _mixtures(pieces: int) -> Iterator[Operator]:

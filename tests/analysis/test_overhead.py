@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,10 @@ def test_everything_is_written_and_a_second_run_measures_nothing(tmp_path, measu
     assert float(unilora["step_ratio_low"]) <= float(unilora["step_ratio"]) <= float(unilora["step_ratio_high"])
 
     text = (tmp_path / "overhead.md").read_text()
-    assert all(f"## {title}" in text for title in ("Kernel", "Model", "Growth")) and "D = 623,443,968" in text
+    assert all(f"## {title}" in text for title in ("Goals", "Kernel", "Model", "Growth")) and "D = 623,443,968" in text
     assert torch.__version__ in text and "threads: 1;" in text
     widths = {block.split("\n")[0].count("|") for block in text.split("\n\n") if block.startswith("|")}
-    assert widths == {len(columns) + 1 for columns in (report.KERNEL, report.MODEL, report.GROWTH)}
+    assert widths == {len(columns) + 1 for columns in (report.GOALS, report.KERNEL, report.MODEL, report.GROWTH)}
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
 
     measured.clear()
@@ -245,6 +246,15 @@ def test_what_does_not_fit_into_the_time_is_cut_off_or_left_out_and_comes_last(t
         assert [record["config"] for record in runner.load(tmp_path, jobs_)] == expected
     reasons = {record["reason"] for record in runner.load(tmp_path, jobs_)}
     assert reasons == {"cut off when the time was over. Its last words: starts"}
+
+
+def test_what_a_measurement_started_is_cut_off_with_it(tmp_path, monkeypatch) -> None:
+    fake_python(tmp_path, monkeypatch, f"sleep 60 & echo $! > {tmp_path}/started; wait")
+    runner.run_all([growth_job()], tmp_path, seconds=1.0)
+    started, end = Path("/proc") / (tmp_path / "started").read_text().strip() / "stat", time.monotonic() + 5
+    # gone, or dead and asked for by no parent yet
+    while started.exists() and started.read_text().rsplit(")")[-1].split()[0] != "Z":
+        assert time.monotonic() < end
 
 
 def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, capsys) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -199,9 +200,9 @@ def _BA(model: PeftModel, name: str = "default") -> Tensor:
     return B @ A
 
 
-def _step(theta_d: nn.Parameter) -> None:
+def _step(theta_d: nn.Parameter, fused: bool = False) -> None:
     theta_d.grad = torch.ones_like(theta_d)
-    torch.optim.SGD([theta_d], lr=0.5).step()
+    torch.optim.SGD([theta_d], lr=0.5, fused=fused).step()
     theta_d.grad = None
 
 
@@ -213,6 +214,7 @@ EDITS: dict[str, Callable[[nn.Parameter], Any]] = {
     "in place": lambda theta_d: theta_d.mul_(2),
     "another tensor as data": _replace,
     "an optimiser's step": _step,
+    "a step that PyTorch counts no write of": partial(_step, fused=True),
     "through data": lambda theta_d: theta_d.data.mul_(2),
 }
 
@@ -313,6 +315,22 @@ def test_a_mixed_batch_projects_once_per_generation(compared: list[bool]) -> Non
     assert (len(projected), compared) == (1, [False, True])
 
 
+@torch.no_grad()
+def test_another_block_of_mixed_within_a_generation_takes_its_own_rows() -> None:
+    """An array of numbers is taken as it lies, and PyTorch counts nothing that is written to it."""
+    model, rows = _llama(layers=1), np.array([0, 1, 2])
+    part = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(3, 2, 32)
+    with model.base_model._call.generation():
+        for _ in range(2):
+            with mixed(model, THETAS, rows):
+                found = part(x)
+            twin = copy.deepcopy(model)
+            with mixed(twin, THETAS, rows.copy()):
+                assert torch.equal(found, twin.get_base_model().model.layers[0].mlp(x))
+            rows += 2
+
+
 def test_threads_generate_with_what_is_theirs() -> None:
     model = _llama()
 
@@ -393,6 +411,24 @@ def test_code_compiled_in_a_generation_projects_outside_of_one(compiling: dict[s
     for scale in (1, 2):
         adapter_of(model).theta_d.data.mul_(scale)
         torch.testing.assert_close(compiled(IDS).logits, copy.deepcopy(model)(IDS).logits)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_autocast_and_gradients_may_change_within_a_generation() -> None:
+    """As in a callback that evaluates or trains."""
+    model = _llama(layers=1)
+    theta_d = adapter_of(model).theta_d
+    compiled = torch.compile(model.get_base_model().__call__, backend="eager")
+    with model.base_model._call.generation():
+        for call in (model, compiled):
+            with torch.no_grad():
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(IDS)
+                torch.testing.assert_close(call(IDS).logits, copy.deepcopy(model)(IDS).logits)
+                model(IDS)
+            call(IDS).logits.square().mean().backward()
+            assert theta_d.grad is not None and theta_d.grad.any()
+            theta_d.grad = None
 
 
 # ---- a GPU --------------------------------------------------------------------------------------------
