@@ -96,7 +96,7 @@ class LoRALayout:
     """
 
     def __init__(self, blocks: Iterable[Block], stacks: Mapping[str, int] | None = None):
-        """stacks: {name: count} of the modules `name.0`, .., `name.(count - 1)` that are one `Site`."""
+        """stacks: {name: count} of the modules `name.0`, .., `name.(count - 1)` that are one `Site` of `sites`."""
         self.blocks = tuple(blocks)
         self._stacks = dict(stacks or {})
         if not self.blocks:
@@ -109,6 +109,20 @@ class LoRALayout:
                 )
             end += block.numel
         self.D = end
+        self.sites = self._found_sites()
+        pairs = ([s.numel] if s.count else [s.out_features * s.r, s.r * s.in_features] for s in self.sites)
+        self._cuts = [numel for pair in pairs for numel in pair]
+
+    def _found_sites(self) -> tuple[Site, ...]:
+        """The modules, with those of a stack as one; none on a flat layout."""
+        found, blocks = [], iter(self.blocks if len(self.blocks) > 1 else ())
+        for b, a in zip(blocks, blocks, strict=True):
+            name = b.module.rpartition(".")[0]
+            count = self._stacks.get(name)
+            found.append(Site(b.module if count is None else name, b.shape[0], a.shape[1], b.shape[1], count))
+            for _ in range(2 * ((count or 1) - 1)):
+                next(blocks)
+        return tuple(found)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sizes], r: int | Mapping[str, int]) -> LoRALayout:
@@ -173,18 +187,6 @@ class LoRALayout:
     @cached_property
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
-
-    @cached_property
-    def sites(self) -> tuple[Site, ...]:
-        """The modules, with those of a stack as one. Raises ProjectionError on a flat layout, which has no modules."""
-        found, pairs = [], iter(self.pairs())
-        for b, a in pairs:
-            name = b.module.rpartition(".")[0]
-            count = self._stacks.get(name)
-            found.append(Site(b.module if count is None else name, b.shape[0], a.shape[1], b.shape[1], count))
-            for _ in range(1, count or 1):
-                next(pairs)
-        return tuple(found)
 
     def to_json(self) -> str:
         """The sites in order, `[[name, out, in, r], ...]`, a stack with its count as fifth; inverse of `from_json`."""
@@ -281,12 +283,6 @@ class LoRALayout:
                 pair = stack.split([rows * columns for rows, columns in shapes], dim=-1)
             found += [part.unflatten(-1, shape) for part, shape in zip(pair, shapes, strict=True)]
         return found
-
-    @cached_property
-    def _cuts(self) -> list[int]:
-        """The numbers of every block, those of a stack together."""
-        pairs = ([s.numel] if s.count else [s.out_features * s.r, s.r * s.in_features] for s in self.sites)
-        return [numel for pair in pairs for numel in pair]
 
     def flatten(self, factors: Mapping[tuple[str, Factor], Tensor]) -> Tensor:
         """theta_D from the matrices {(module, factor): (..., rows, columns)}; the inverse of `split`."""

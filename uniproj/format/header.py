@@ -103,10 +103,11 @@ class Header:
         """s of every site, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
         given, names = self.settings, new_names(self.layout, self.settings.get("remap") or [])
         alphas = of_modules("alpha_pattern", given.get("alpha_pattern"), names.values(), given.get("lora_alpha"))
-        ranks = of_modules("rank_pattern", given.get("rank_pattern"), names.values(), given.get("r"))
+        stacks = [names[site.name] for site in self.layout.sites if site.count]
+        ranks = of_modules("rank_pattern", given.get("rank_pattern"), stacks, given.get("r")) if stacks else {}
         found = {}
         for site in self.layout.sites:
-            alpha, r = alphas[names[site.name]], site.rank_of(ranks[names[site.name]])
+            alpha, r = alphas[names[site.name]], site.rank_of(ranks.get(names[site.name]))
             found[site.name] = scale(r if alpha is None else alpha, r, given.get("use_rslora"))
         return found
 

@@ -113,8 +113,8 @@ def places(base: nn.Module, config: PeftConfig) -> dict[str, Place]:
         found |= places_of(name, module, parameter)
     if not found:
         raise AdapterError(
-            f"base: must have modules called {config.target_modules}, got a {type(base).__name__} without any that can "
-            "be adapted. Check the base model, and the names."
+            f"base: must have modules called {config.target_modules}, got a {type(base).__name__} without any of "
+            "those that PEFT's LoRA adapts. Check the base model, and the names."
         )
     return found
 
@@ -134,7 +134,7 @@ def adapted_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int,
 def layout_on(base: nn.Module, config: LoraConfig) -> LoRALayout:
     """The layout that a configuration gives on a model. Raises AdapterError as `places` does."""
     found = places(base, config)
-    ranks = of_targets("rank_pattern", config.rank_pattern, found, config.r)
+    ranks = _of_targets("rank_pattern", config.rank_pattern, found, config.r)
     return layout_of(found, ranks)
 
 
@@ -144,7 +144,7 @@ def layout_of(found: Mapping[str, Place], ranks: Mapping[str, int]) -> LoRALayou
     return LoRALayout.from_shapes(shapes, {name: ranks[name] // place.groups for name, place in found.items()})
 
 
-def of_targets(field: str, given: Mapping[str, T] | None, found: Mapping[str, Place], default: T) -> dict[str, T]:
+def _of_targets(field: str, given: Mapping[str, T] | None, found: Mapping[str, Place], default: T) -> dict[str, T]:
     """The value of rank_pattern or alpha_pattern for every site. Raises AdapterError as `patterns.of_modules` does."""
     values = patterns.of_modules(field, given, {place.target for place in found.values()}, default)
     return {name: values[place.target] for name, place in found.items()}

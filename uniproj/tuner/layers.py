@@ -54,7 +54,7 @@ def factors_of(layer: LoraLayer) -> tuple[MutableMapping[str, Any], MutableMappi
 def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -> None:
     """Put views of theta_D in the place of the A and B of an adapter. site: its index in the layout."""
     if isinstance(layer, Embedding) and not isinstance(layer.lora_embedding_A, _Weights):
-        layer.lora_embedding_A, layer.lora_embedding_B = _Weights(), _Weights()
+        layer.lora_embedding_A, layer.lora_embedding_B = map(_Weights, (layer.lora_embedding_A, layer.lora_embedding_B))
     for slot, holder in enumerate(factors_of(layer), 2 * site):
         holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
 
@@ -113,6 +113,11 @@ class _OfConvolution(Factor):
 
 class _Weights(nn.ModuleDict):
     """Modules by name, each of which shows its weight, as the layers of embeddings keep a Parameter there."""
+
+    def __init__(self, drawn: nn.ParameterDict):
+        super().__init__()
+        for name, parameter in drawn.items():
+            self[name] = parameter
 
     def __getitem__(self, name: str) -> Any:
         return super().__getitem__(name).weight
