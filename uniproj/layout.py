@@ -7,7 +7,7 @@ import json
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -18,6 +18,8 @@ from torch import Tensor
 from uniproj.errors import ProjectionError
 
 Factor = Literal["B", "A"]
+# (out, in) of one module, or (out, in, count) of a stack of them
+Sizes = tuple[int, int] | tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,31 @@ class Block:
         return slice(self.offset, self.offset + self.numel)
 
 
+@dataclass(frozen=True)
+class Site:
+    """What has one name in a model: a module, or a stack of `count` modules of one size, such as the experts that are
+    one parameter of the model. Those of a stack are called `name.0`, `name.1`, .. in the layout.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    r: int
+    count: int | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.name,) if self.count is None else tuple(f"{self.name}.{i}" for i in range(self.count))
+
+    def rank_of(self, r: int | None) -> int:
+        """The rank of a configuration, which its scale is made of: r, where a convolution parts it among its groups."""
+        return r if r is not None and r == self.r * (self.count or 1) else self.r
+
+    @property
+    def numel(self) -> int:
+        return (self.out_features + self.in_features) * self.r * (self.count or 1)
+
+
 _NUMBER = re.compile(r"\d+")
 
 
@@ -55,6 +82,10 @@ def _sortable(number: re.Match[str]) -> str:
     return f"\0{chr(len(digits))}{digits}"
 
 
+def _site(name: str, sizes: Sizes, r: int) -> Site:
+    return Site(name, *map(operator.index, (*sizes[:2], r, *sizes[2:])))
+
+
 class LoRALayout:
     """theta_D = concat over modules, in natural order of their *names*, of [vec(B), vec(A)], row-major.
 
@@ -64,8 +95,10 @@ class LoRALayout:
     Raises ProjectionError for an empty layout or a shape or rank below 1.
     """
 
-    def __init__(self, blocks: Iterable[Block]):
+    def __init__(self, blocks: Iterable[Block], stacks: Mapping[str, int] | None = None):
+        """stacks: {name: count} of the modules `name.0`, .., `name.(count - 1)` that are one `Site` of `sites`."""
         self.blocks = tuple(blocks)
+        self._stacks = dict(stacks or {})
         if not self.blocks:
             raise ProjectionError("LoRALayout: a layout needs at least one block, got none. Check target_modules.")
         end = 0
@@ -76,33 +109,65 @@ class LoRALayout:
                 )
             end += block.numel
         self.D = end
+        self.sites = self._found_sites()
+        pairs = ([s.numel] if s.count else [s.out_features * s.r, s.r * s.in_features] for s in self.sites)
+        self._cuts = [numel for pair in pairs for numel in pair]
+
+    def _found_sites(self) -> tuple[Site, ...]:
+        """The modules, with those of a stack as one; none on a flat layout."""
+        found, blocks = [], iter(self.blocks if len(self.blocks) > 1 else ())
+        for b, a in zip(blocks, blocks, strict=True):
+            name = b.module.rpartition(".")[0]
+            count = self._stacks.get(name)
+            found.append(Site(b.module if count is None else name, b.shape[0], a.shape[1], b.shape[1], count))
+            for _ in range(2 * ((count or 1) - 1)):
+                next(blocks)
+        return tuple(found)
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, tuple[int, int]], r: int | Mapping[str, int]) -> LoRALayout:
-        """Layout for modules of (out_features, in_features), at one rank or one rank per module."""
+    def from_shapes(cls, shapes: Mapping[str, Sizes], r: int | Mapping[str, int]) -> LoRALayout:
+        """Layout for modules of (out_features, in_features), or stacks of (out_features, in_features, count), at one
+        rank or one rank per name."""
         try:
-            ordered = sorted(shapes, key=_natural)
+            ordered = sorted(shapes, key=lambda name: _natural(f"{name}.0" if len(shapes[name]) == 3 else name))
         except ValueError:  # Python's own bound
             raise ProjectionError("LoRALayout: a number in a name must have at most 4,300 digits. Rename it.") from None
-        return cls._of_rows([(name, *shapes[name], r[name] if isinstance(r, Mapping) else r) for name in ordered])
+        layout = cls._of_sites(_site(n, shapes[n], r[n] if isinstance(r, Mapping) else r) for n in ordered)
+        if layout._stacks:
+            layout._check_order()  # a module may bear the name of one within a stack
+        return layout
 
     @classmethod
-    def _of_rows(cls, rows: Iterable[tuple[str, int, int, int]]) -> LoRALayout:
-        """(module, out, in, r) in the order of the layout."""
+    def _of_sites(cls, sites: Iterable[Site]) -> LoRALayout:
+        """Of sites in the order of the layout."""
         blocks: list[Block] = []
+        stacks: dict[str, int] = {}
         offset = 0
-        for name, *sizes in rows:
-            out_features, in_features, rank = map(operator.index, sizes)
-            if min(out_features, in_features, rank) < 1:
+        for site in sites:
+            name, out_features, in_features, r, count = astuple(site)
+            if min(out_features, in_features, r, 1 if count is None else count) < 1:
+                of_stack = "" if count is None else f", count={count}"
                 raise ProjectionError(
                     f"LoRALayout: {name} must have sizes and rank of at least 1, "
-                    f"got out={out_features}, in={in_features}, r={rank}."
+                    f"got out={out_features}, in={in_features}, r={r}{of_stack}."
                 )
-            blocks.append(Block(name, "B", (out_features, rank), offset))
-            offset += out_features * rank
-            blocks.append(Block(name, "A", (rank, in_features), offset))
-            offset += rank * in_features
-        return cls(blocks)
+            if count is not None:
+                stacks[name] = count
+            for module in site.modules:
+                blocks.append(Block(module, "B", (out_features, r), offset))
+                offset += out_features * r
+                blocks.append(Block(module, "A", (r, in_features), offset))
+                offset += r * in_features
+        return cls(blocks, stacks)
+
+    def _check_order(self) -> None:
+        """Raises ProjectionError where modules do not stand once each, in natural order of their names."""
+        for before, after in pairwise(block.module for block in self.blocks[::2]):
+            if _natural(before) >= _natural(after):
+                raise ProjectionError(
+                    f"LoRALayout: modules must stand once each, in natural order of their names: expected {after}, "
+                    f"got {before}{' twice' if before == after else ''}."
+                )
 
     @classmethod
     def flat(cls, D: int) -> LoRALayout:
@@ -124,8 +189,8 @@ class LoRALayout:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
     def to_json(self) -> str:
-        """The modules in order, `[[module, out, in, r], ...]`, each for its blocks B and A; inverse of `from_json`."""
-        rows = [[b.module, b.shape[0], a.shape[1], b.shape[1]] for b, a in self.pairs()]
+        """The sites in order, `[[name, out, in, r], ...]`, a stack with its count as fifth; inverse of `from_json`."""
+        rows = [[value for value in astuple(site) if value is not None] for site in self.sites]
         return json.dumps(rows, separators=(",", ":"))
 
     @classmethod
@@ -133,18 +198,14 @@ class LoRALayout:
         """The layout that `to_json` wrote. Raises ProjectionError for anything else, and for modules out of order."""
         try:
             rows = json.loads(text)
-            if any([*map(type, row)] != [str, int, int, int] for row in rows):
+            if any([*map(type, row)] not in ([str, int, int, int], [str, int, int, int, int]) for row in rows):
                 raise TypeError("got other types")
-            order = [_natural(row[0]) for row in rows]
-            layout = cls._of_rows(rows)
+            layout = cls._of_sites(Site(*row) for row in rows)
+            layout._check_order()
+        except ProjectionError:
+            raise
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ProjectionError(f"LoRALayout: modules must be rows [module, out, in, r], {error}.") from None
-        if found := next(((before, after) for before, after in pairwise(order) if before >= after), None):
-            (_, before), (_, after) = found
-            raise ProjectionError(
-                f"LoRALayout: modules must stand once each, in natural order of their names: expected {after}, "
-                f"got {before}{' twice' if before == after else ''}."
-            )
         if json.dumps(rows, separators=(",", ":")) != text:
             raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
         return layout
@@ -185,18 +246,43 @@ class LoRALayout:
         return torch.cat([torch.arange(b.rows.start, b.rows.stop) for b in self.blocks if b.module in wanted])
 
     def restrict(self, modules: Iterable[str]) -> LoRALayout:
-        """The layout of a subset of the modules, with offsets counted from 0."""
+        """The layout of a subset of the modules, with offsets counted from 0. A stack of which some modules are missing
+        is none any more."""
         wanted, offset, blocks = set(modules), 0, []
         for block in self.blocks:
             if block.module in wanted:
                 blocks.append(Block(block.module, block.factor, block.shape, offset))
                 offset += block.numel
-        return LoRALayout(blocks)
+        whole = {name: n for name, n in self._stacks.items() if all(f"{name}.{i}" in wanted for i in range(n))}
+        return LoRALayout(blocks, whole)
+
+    def renamed(self, names: Mapping[str, str]) -> LoRALayout:
+        """The same blocks, in the same order, under other names. names: {site: its new name}."""
+        blocks, sites = iter(self.blocks), [replace(site, name=names[site.name]) for site in self.sites]
+        modules = [module for site in sites for module in site.modules for _ in "BA"]
+        renamed = [replace(block, module=module) for block, module in zip(blocks, modules, strict=True)]
+        return LoRALayout(renamed, {site.name: site.count for site in sites if site.count is not None})
 
     def split(self, theta_D: Tensor) -> list[Tensor]:
         """Views (..., rows, columns) of every block, through one autograd node. theta_D: (..., D)."""
         parts = theta_D.split([block.numel for block in self.blocks], dim=-1)
         return [part.unflatten(-1, block.shape) for part, block in zip(parts, self.blocks, strict=True)]
+
+    def split_sites(self, theta_D: Tensor) -> list[Tensor]:
+        """Views B (..., out, r) and A (..., r, in) of every site, one after the other, through one autograd node.
+
+        Those of a stack are (..., count, out, r) and (..., count, r, in), through one node more. theta_D: (..., D).
+        """
+        parts, found = iter(theta_D.split(self._cuts, dim=-1)), []
+        for site in self.sites:
+            shapes = (site.out_features, site.r), (site.r, site.in_features)
+            if site.count is None:
+                pair: Iterable[Tensor] = (next(parts), next(parts))
+            else:
+                stack = next(parts).unflatten(-1, (site.count, -1))
+                pair = stack.split([rows * columns for rows, columns in shapes], dim=-1)
+            found += [part.unflatten(-1, shape) for part, shape in zip(pair, shapes, strict=True)]
+        return found
 
     def flatten(self, factors: Mapping[tuple[str, Factor], Tensor]) -> Tensor:
         """theta_D from the matrices {(module, factor): (..., rows, columns)}; the inverse of `split`."""

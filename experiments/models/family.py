@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from experiments.models.pretrained import BaseModel, target_modules, unloaded
 from experiments.tasks import Task
-from uniproj.format import linear_modules
+from uniproj.format import adapted_modules
 
 
 class Family(ABC):
@@ -88,4 +88,4 @@ def _adapted_shapes(family: str, model: str, targets: tuple[str, ...] | str | No
         chosen = targets if isinstance(targets, str) else list(targets or target_modules(model))
         # a classification head is trained whole: PEFT's LoRA leaves it out under this task type, as the tuner does
         lora = LoraConfig(r=1, target_modules=chosen, task_type=family_of(family).task_type)
-    return linear_modules(base, lora)
+    return adapted_modules(base, lora)

@@ -16,7 +16,7 @@ from uniproj.cli import main
 from uniproj.exchange import bases, export, import_adapter
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.verify import verify
-from uniproj.format.places import linear_modules
+from uniproj.format.places import adapted_modules
 from uniproj.tuner import UniProjConfig
 
 CODE = """
@@ -105,4 +105,4 @@ def test_a_kernel_that_a_configuration_names_is_not_fetched(place: Path) -> None
         config = LoraConfig(target_modules=["q_proj"], task_type=task)
         for weights in (False, True):
             found = bases.load(str(place / "base"), config, weights)
-            assert len(linear_modules(found, config)) == 2
+            assert len(adapted_modules(found, config)) == 2

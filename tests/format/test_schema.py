@@ -292,7 +292,7 @@ def place(tmp_path_factory) -> Path:
         ({"num_hidden_layers": 1e9}, "num_hidden_layers of the base model's configuration must be at most 1024"),
         ({"x": [{"num_experts": 10**9}]}, "num_experts of the base model's configuration must be at most 1024"),
         ({"num_labels": 10**7}, "num_labels of the base model's configuration must be at most 131072"),
-        ({"num_hidden_layers": -1}, "must have linear modules called"),
+        ({"num_hidden_layers": -1}, "must have modules called"),
         ({"architectures": ["os"]}, "model.layers.0.self_attn.q_proj is missing"),
         ({"architectures": ["Trainer"]}, "architectures must begin with a model class"),
         ({"architectures": ["NoSuchModel"]}, "model.layers.0.self_attn.q_proj is missing"),

@@ -29,7 +29,7 @@ def active_adapter(tuner: UniProjModel, where: str) -> str:
 
 def layers_of(tuner: UniProjModel, adapter_name: str) -> list[LoraLayer]:
     """The layers that hold an adapter."""
-    return [m for m in tuner.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+    return [m for m in tuner.modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
 
 
 def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:

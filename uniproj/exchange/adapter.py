@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
@@ -20,7 +19,7 @@ from uniproj.format.compatibility import check_layout
 from uniproj.format.header import Header, scale
 from uniproj.format.keys import OF_P, OWN, THETA_D, plain
 from uniproj.format.patterns import of_modules
-from uniproj.format.places import layout_on, linear_modules
+from uniproj.format.places import adapted_modules, layout_on, places
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import check_numbers, check_shapes, shapes_of
 from uniproj.layout import LoRALayout
@@ -29,6 +28,8 @@ from uniproj.registry import build, get
 from uniproj.tuner import adapter_of
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
+from uniproj.tuner.layers import adapted
+from uniproj.tuner.quantised import BaseWeights
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Adapter:
             weights = None
             if model is not None:
                 names = check_layout(saved.header, layout_on(model, config), config.remap or [])
-                weights = bases.weights_of(model, names) if needs_weights else None
+                weights = bases.weights_of(places(model, config), names) if needs_weights else None
             P = saved.header.build(weights, str(folder), on_base=model is not None)
         else:
             assert model is not None
@@ -102,7 +103,7 @@ class Adapter:
         theta_d = tensors.pop(THETA_D).float()
         own = {name.removeprefix(OF_P): tensors.pop(name) for name in list(tensors) if name.startswith(OF_P)}
         P.load_state_dict(own)
-        order = None if model is None else tuple(linear_modules(model, config))
+        order = None if model is None else tuple(adapted_modules(model, config))
         layout = _as_named_now(P.layout, config)
         return cls(P, theta_d, config, layout, scales(config, layout), tensors, order)
 
@@ -116,13 +117,12 @@ class Adapter:
         other = {name: tensor.detach().cpu() for name, tensor in state.items() if not name.startswith(OWN)}
         config = model.peft_config[adapter_name]
         layout = _as_named_now(P.layout, config)
-        known = {plain(f"{name}."): name for name in layout.modules}  # parts of the model may have been compiled since
-        modules = model.base_model.model.named_modules()
-        layers = {
-            known[plain(f"{name}.")]: m for name, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling
-        }
+        modules = {site.name: site.modules for site in layout.sites}
+        known = {plain(f"{name}."): name for name in modules}  # parts of the model may have been compiled since
+        layers = {known[plain(f"{name}.")]: m for name, m in adapted(model.base_model.model, adapter_name).items()}
         scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
-        return cls(P, theta_d, config, layout, scaling, other, tuple(layers))
+        order = tuple(module for name in layers for module in modules[name])
+        return cls(P, theta_d, config, layout, scaling, other, order)
 
     @torch.no_grad()
     def lora(self) -> LoRAAdapter:
@@ -142,15 +142,14 @@ class Adapter:
 
 
 def _as_named_now(layout: LoRALayout, config: UniProjConfig) -> LoRALayout:
-    names = new_names(layout, config.remap or [])
-    return LoRALayout([dataclasses.replace(block, module=names[block.module]) for block in layout.blocks])
+    return layout.renamed(new_names(layout, config.remap or []))
 
 
 def _without_header(config: UniProjConfig, model: nn.Module, folder: str | Path) -> Projection:
     """P of a file without a header, on the modules of its base model."""
     layout, options = layout_on(model, config), dict(config.projection_kwargs)
     if get(config.projection).needs_base_weights:
-        options["base_weights"] = bases.weights_of(model, {name: name for name in layout.modules})
+        options["base_weights"] = BaseWeights(places(model, config))
     P = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
     found = (layout.fingerprint, P.checksum())
     if (config.layout_fingerprint, config.projection_checksum) != found:
@@ -168,6 +167,11 @@ def lora_fields(config: LoraConfig) -> dict[str, Any]:
 
 
 def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
-    """PEFT's alpha / r, or alpha / sqrt(r), of every module, by the first pattern that matches its name."""
-    alphas = of_modules("alpha_pattern", config.alpha_pattern, layout.modules, config.lora_alpha)
-    return {a.module: scale(alphas[a.module], rank or a.shape[0], config.use_rslora) for _, a in layout.pairs()}
+    """PEFT's alpha / r, or alpha / sqrt(r), of every site, by the first pattern that matches its name."""
+    names = [site.name for site in layout.sites]
+    alphas = of_modules("alpha_pattern", config.alpha_pattern, names, config.lora_alpha)
+    ranks = of_modules("rank_pattern", config.rank_pattern, names, config.r)
+    return {
+        site.name: scale(alphas[site.name], rank or site.rank_of(ranks[site.name]), config.use_rslora)
+        for site in layout.sites
+    }

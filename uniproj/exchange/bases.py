@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import architecture
+from uniproj.format.places import Place
 from uniproj.tuner.quantised import BaseWeights
 
 _CLASSES = {
@@ -26,17 +27,18 @@ _CLASSES = {
 }
 
 
-def weights_of(base: nn.Module, names: Mapping[str, str]) -> BaseWeights:
-    """W (out, in) of modules of a base model; names: theirs in a layout -> in the base.
+def weights_of(found: Mapping[str, Place], names: Mapping[str, str]) -> BaseWeights:
+    """W (out, in) of the modules of a layout.
 
-    Raises AdapterError for a module that the base does not have.
+    found: the places of a base model; names: {site in the layout: site there}. Raises AdapterError for a site that the
+    base does not have.
     """
-    try:
-        return BaseWeights({name: base.get_submodule(module) for name, module in names.items()})
-    except AttributeError as error:
+    if lacking := next((name for name in names.values() if name not in found), None):
         raise AdapterError(
-            f"base: must have every module that the adapter was trained on, got {error}. Pass the adapter's own base."
-        ) from error
+            f"base: must have every module that the adapter was trained on, got none called {lacking}. Pass the "
+            "adapter's own base."
+        )
+    return BaseWeights({name: found[now] for name, now in names.items()})
 
 
 def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_code: bool = False) -> nn.Module:

@@ -14,8 +14,10 @@ from uniproj.exchange import bases
 from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields
 from uniproj.exchange.nearest import balanced, captured, captured_delta_W, gauge_note, least_squares
 from uniproj.format.fields import Role, fields_of
+from uniproj.format.places import places
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.quantised import BaseWeights
 
 IDENTITY = "lora"
 # A theta_D in the image of P loses at most this share: the square of float32's rounding, over long sums.
@@ -50,7 +52,7 @@ def compress(
                 f"compress: {projection} is made of the base weights, which a LoRA folder does not hold. Pass --base."
             )
         model = bases.load(base, adapter.config, True, trust_remote_code)
-        needed["base_weights"] = bases.weights_of(model, {name: name for name in adapter.layout.modules})
+        needed["base_weights"] = BaseWeights(places(model, adapter.config))
     P = build(projection, layout=adapter.layout, d=d, seed=seed, **needed, **options)
     own, target = copy.deepcopy(P), adapter.theta_D.double()
     found = least_squares(own, target)

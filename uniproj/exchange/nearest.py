@@ -119,15 +119,15 @@ def captured_delta_W(layout: LoRALayout, scales: Mapping[str, float], target: Te
     """
 
     def inner(B: Tensor, A: Tensor, C: Tensor, E: Tensor) -> float:
-        return float(((B.T @ C) * (A @ E.T)).sum())
+        return float(((B.mT @ C) * (A @ E.mT)).sum())
 
-    wanted, found = layout.split(target.double()), layout.split(reached.double())
+    wanted, found = layout.split_sites(target.double()), layout.split_sites(reached.double())
     lost = whole = 0.0
-    for k, module in enumerate(b.module for b, _ in layout.pairs()):
+    for k, site in enumerate(layout.sites):
         (B, A), (C, E) = wanted[2 * k : 2 * k + 2], found[2 * k : 2 * k + 2]
         of_target = inner(B, A, B, A)
-        lost += scales[module] ** 2 * (of_target - 2 * inner(B, A, C, E) + inner(C, E, C, E))
-        whole += scales[module] ** 2 * of_target
+        lost += scales[site.name] ** 2 * (of_target - 2 * inner(B, A, C, E) + inner(C, E, C, E))
+        whole += scales[site.name] ** 2 * of_target
     if whole == 0:
         raise AdapterError("compress: a LoRA must change its base, got delta W = 0 in every module. Train it first.")
     return 1.0 - lost / whole

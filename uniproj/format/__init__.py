@@ -8,7 +8,7 @@ from uniproj.format.fields import FIELDS, Role
 from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, of_weights, read, write
 from uniproj.format.header import FORMAT_VERSION, Header
 from uniproj.format.keys import HEADS, THETA_D
-from uniproj.format.places import linear_modules
+from uniproj.format.places import adapted_modules
 
 __all__ = [
     "CONFIG",
@@ -21,9 +21,9 @@ __all__ = [
     "Header",
     "Role",
     "SavedAdapter",
+    "adapted_modules",
     "check_layout",
     "first_difference",
-    "linear_modules",
     "of_weights",
     "read",
     "write",

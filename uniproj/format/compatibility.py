@@ -32,8 +32,12 @@ def check_layout(header: Header, found: LoRALayout, table: Table = ()) -> dict[s
         raise AdapterError(said + _about_missing(missing, extra, wants, has))
     if differs.wanted is None:
         raise AdapterError(f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. {remedy}.")
-    (*size, r), (*size_now, r_now) = differs.wanted, differs.found
-    what, old, now = ("rank", [r], [r_now]) if size == size_now else ("out, in", size, size_now)
+    (out, in_, r, *count), (out_now, in_now, r_now, *count_now) = differs.wanted, differs.found
+    what, old, now = "out, in", [out, in_, *count], [out_now, in_now, *count_now]
+    if old == now:
+        what, old, now = "rank", [r], [r_now]
+    elif count or count_now:
+        what = "out, in, count"
     raise AdapterError(
         f"{said}{differs.module} must have ({what}) = ({', '.join(map(str, old))}), got ({', '.join(map(str, now))}). "
         f"{remedy}, with the ranks of its configuration."
@@ -58,12 +62,12 @@ def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None
         warnings.warn(f"{header.projection}: the adapter was trained on {printable(', '.join(changed))}.", stacklevel=2)
 
 
-_Size = tuple[int, int, int]
+_Size = tuple[int, ...]  # out, in, rank, and the count of a stack
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first module in which two layouts differ, with its (out, in, rank) in each of them, or None."""
+    """The first site in which two layouts differ, with its (out, in, rank) in each of them, or None."""
 
     module: str
     wanted: _Size | None
@@ -86,7 +90,7 @@ def _difference(wants: dict[str, _Size], has: dict[str, _Size]) -> Difference | 
 
 
 def _sizes(layout: LoRALayout) -> dict[str, _Size]:
-    return {b.module: (b.shape[0], a.shape[1], b.shape[1]) for b, a in layout.pairs()}
+    return {s.name: (s.out_features, s.in_features, s.r) + ((s.count,) if s.count else ()) for s in layout.sites}
 
 
 def _about_missing(missing: list[str], extra: list[str], wants: dict, has: dict) -> str:

@@ -94,7 +94,7 @@ FIELDS = {
     "lora_ga_config": Field(Role.START),
     "ensure_weight_tying": Field(Role.OTHER),
     "megatron_config": Field(Role.OTHER),
-    "target_parameters": Field(Role.OTHER),
+    "target_parameters": Field(Role.PLACE, schema.Texts, (None, [])),
     "velora_config": Field(Role.OTHER),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ FORMAT_VERSION = 3
 PREFIX = "uniproj."
 _MEMORY = 2**25
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
+_COUNT = re.compile(r",\d+,\d+,\d+,(\d{1,18})\d*\]")  # of a stack, in a row of a layout
 _ALTERED = "The file was altered: copy or download it again."
 
 
@@ -98,13 +100,15 @@ class Header:
 
     @property
     def scales(self) -> dict[str, float]:
-        """s of every module, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
+        """s of every site, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
         given, names = self.settings, new_names(self.layout, self.settings.get("remap") or [])
         alphas = of_modules("alpha_pattern", given.get("alpha_pattern"), names.values(), given.get("lora_alpha"))
+        stacks = [names[site.name] for site in self.layout.sites if site.count]
+        ranks = of_modules("rank_pattern", given.get("rank_pattern"), stacks, given.get("r")) if stacks else {}
         found = {}
-        for b, _ in self.layout.pairs():
-            r, alpha = b.shape[1], alphas[names[b.module]]
-            found[b.module] = scale(r if alpha is None else alpha, r, given.get("use_rslora"))
+        for site in self.layout.sites:
+            alpha, r = alphas[names[site.name]], site.rank_of(ranks.get(names[site.name]))
+            found[site.name] = scale(r if alpha is None else alpha, r, given.get("use_rslora"))
         return found
 
     def to_metadata(self) -> dict[str, str]:
@@ -310,7 +314,7 @@ def _dump(value: Any) -> str:
 
 def _layout(text: str) -> LoRALayout:
     rows = unpack(text, "header_bytes")
-    limits.check("modules", rows.count("[") - 1, "modules", "rows")
+    limits.check("modules", rows.count("[") - 1 + sum(map(int, _COUNT.findall(rows))), "modules", "rows")
     return LoRALayout.from_json(rows)
 
 

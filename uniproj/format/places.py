@@ -1,26 +1,84 @@
-"""The modules of a model that a configuration adapts, known before any of them is touched."""
+"""What a configuration adapts in a model, known before any of it is touched."""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from uniproj.errors import AdapterError
 from uniproj.format import patterns
-from uniproj.layout import LoRALayout
+from uniproj.layout import LoRALayout, Sizes
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
 
-_NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+T = TypeVar("T")
 
 
-def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], set[str]]:
-    """The modules that PEFT adapts for a configuration, linear or not, in their order of registration, and the names
-    of those that the configuration excludes. Raises AdapterError for patterns that cannot be matched."""
+@dataclass(frozen=True)
+class Place:
+    """Where one site of a layout lies in a base model.
+
+    module: of the base; parameter: its name there, where a parameter is adapted and not the module; sizes: those of the
+    site; target: the name to which patterns of ranks and alphas apply; groups: of a convolution, whose ranks are parted
+    among them.
+    """
+
+    module: nn.Module
+    target: str
+    sizes: Sizes
+    parameter: str | None = None
+    groups: int = 1
+
+
+def places_of(name: str, module: nn.Module, parameter: str | None = None) -> dict[str, Place]:
+    """The sites of a module that PEFT adapts, or of one of its parameters, by their names in a layout.
+
+    W (out, in) is that of a linear layer; the transposed weight of an embedding, so that in is the vocabulary; of a
+    convolution with `in` the channels times the kernel, and with groups a stack of one W each; in_proj and out_proj of
+    `nn.MultiheadAttention`; a parameter of two axes, or a stack for one of three, such as one W for each expert. Empty
+    for a module without sizes.
+    """
+    if parameter is not None:
+        shape = tuple(getattr(module, parameter).shape)
+        if len(shape) == 3:
+            count, *pair = shape
+            in_, out = pair if getattr(module, "is_transposed", False) else reversed(pair)
+            return {name: Place(module, name, (out, in_, count), parameter)}
+        return {name: Place(module, name, (shape[0], shape[1]), parameter)}
+    if isinstance(module, nn.MultiheadAttention):
+        n = module.embed_dim
+        return {
+            name: Place(module, name, (3 * n, n), "in_proj_weight"),
+            f"{name}.out_proj": Place(module.out_proj, name, (n, n)),
+        }
+    if isinstance(module, nn.Embedding):
+        return {name: Place(module, name, (module.embedding_dim, module.num_embeddings))}
+    if isinstance(module, _ConvNd):
+        out, g, in_ = module.out_channels, module.groups, module.in_channels * math.prod(module.kernel_size)
+        sizes: Sizes = (out, in_) if g == 1 else (out // g, in_, g)
+        return {name: Place(module, name, sizes, groups=g)}
+    found = _linear(module)
+    return {} if found is None else {name: Place(module, name, found)}
+
+
+Parameters = dict[str, tuple[nn.Module, str]]
+
+
+def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], Parameters, set[str]]:
+    """What PEFT adapts for a configuration, in the order of registration: modules by their names, and parameters by
+    theirs, each as the module that holds it and its name there; and the modules that the configuration excludes.
+
+    Raises AdapterError for patterns that cannot be matched.
+    """
     # here, as PEFT imports the tuner, which imports this module
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 
@@ -28,39 +86,74 @@ def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], 
     adapter = None
     for name, module in base.named_modules():
         if name and (adapter is None or not name.startswith(adapter)):
-            modules[name] = module
-            adapter = f"{name}." if isinstance(module, BaseTunerLayer) else adapter
+            is_adapted = isinstance(module, BaseTunerLayer)
+            modules[name] = module.get_base_layer() if is_adapted else module
+            adapter = f"{name}." if is_adapted else adapter
     found, excluded = patterns.targets(_maybe_include_all_linear_layers(copy.copy(config), base), modules)
-    return {name: modules[name] for name in found}, excluded
+    ends = tuple(f".{target}" for target in getattr(config, "target_parameters", None) or ())
+    parameters = {
+        key: (module, parameter)
+        for name, module in (modules.items() if ends else ())
+        for parameter, _ in module.named_parameters(recurse=False)
+        if f".{(key := f'{name}.{parameter}')}".endswith(ends)
+    }
+    return {name: modules[name] for name in found}, parameters, excluded
 
 
-def linear_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the linear ones among these modules.
+def places(base: nn.Module, config: PeftConfig) -> dict[str, Place]:
+    """Every site that a configuration adapts on a model, by its name in the layout, in the order of registration.
 
     Raises AdapterError where there are none, and for patterns that cannot be matched.
     """
-    found = {name: size for name, module in targets(base, config)[0].items() if (size := _size(module))}
+    modules, parameters, _ = targets(base, config)
+    found: dict[str, Place] = {}
+    for name, module in modules.items():
+        found |= places_of(name, module)
+    for name, (module, parameter) in parameters.items():
+        found |= places_of(name, module, parameter)
     if not found:
         raise AdapterError(
-            f"base: must have linear modules called {config.target_modules}, got a {type(base).__name__} without any. "
-            "Check the base model, and the names."
+            f"base: must have modules called {config.target_modules}, got a {type(base).__name__} without any of "
+            "those that PEFT's LoRA adapts. Check the base model, and the names."
         )
     return found
 
 
+def adapted_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module of the layout that a configuration gives, in the order of registration.
+
+    Raises AdapterError as `places` does.
+    """
+    shapes = {name: place.sizes for name, place in places(base, config).items()}
+    of_modules = LoRALayout.from_shapes(shapes, 1)
+    found = of_modules.shapes()
+    order = {site.name: site.modules for site in of_modules.sites}
+    return {module: found[module] for name in shapes for module in order[name]}
+
+
 def layout_on(base: nn.Module, config: LoraConfig) -> LoRALayout:
-    """The layout that a configuration gives on a model. Raises AdapterError as `linear_modules` does."""
-    shapes = linear_modules(base, config)
-    return LoRALayout.from_shapes(shapes, patterns.of_modules("rank_pattern", config.rank_pattern, shapes, config.r))
+    """The layout that a configuration gives on a model. Raises AdapterError as `places` does."""
+    found = places(base, config)
+    ranks = _of_targets("rank_pattern", config.rank_pattern, found, config.r)
+    return layout_of(found, ranks)
 
 
-def _size(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer of any kind that PEFT knows, with or without adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+def layout_of(found: Mapping[str, Place], ranks: Mapping[str, int]) -> LoRALayout:
+    """The layout of some places. ranks: PEFT's r, by site."""
+    shapes = {name: place.sizes for name, place in found.items()}
+    return LoRALayout.from_shapes(shapes, {name: ranks[name] // place.groups for name, place in found.items()})
 
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(layer, _NOT_LINEAR):
-        return None
+
+def _of_targets(field: str, given: Mapping[str, T] | None, found: Mapping[str, Place], default: T) -> dict[str, T]:
+    """The value of rank_pattern or alpha_pattern for every site. Raises AdapterError as `patterns.of_modules` does."""
+    values = patterns.of_modules(field, given, {place.target for place in found.values()}, default)
+    return {name: values[place.target] for name, place in found.items()}
+
+
+def _linear(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer of any kind that PEFT knows."""
+    from peft.tuners.tuners_utils import _get_in_out_features
+
     with warnings.catch_warnings(action="ignore"):  # that a module has no size
-        in_, out = _get_in_out_features(layer)
+        in_, out = _get_in_out_features(module)
     return None if in_ is None or out is None else (out, in_)

@@ -30,7 +30,7 @@ def renamed(name: str, table: Table) -> str:
 
 
 def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
-    """{name in the layout: name now}.
+    """{name of a site in the layout: name now}.
 
     Raises AdapterError for a row that is no pair, for two modules of one new name, and for a table beyond `LETTERS`.
     """
@@ -38,12 +38,12 @@ def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
         if len(row) != 2 or not row[0] or not all(isinstance(part, str) for part in row):
             raise AdapterError(f"remap: each row must be a pair old=new of parts of names, got {row!r}. Correct it.")
     letters = sum(_OF_A_ROW + len(old) + len(new) for old, new in table)
-    if letters * len(layout.modules) > LETTERS:
+    if letters * len(layout.sites) > LETTERS:
         raise AdapterError(
             f"remap: rows times modules must be few, at most {LETTERS:,} letters, got {len(table):,} rows of "
-            f"{letters:,} letters for {len(layout.modules):,} modules. Rename by parts that many names share."
+            f"{letters:,} letters for {len(layout.sites):,} modules. Rename by parts that many names share."
         )
-    now = {module: renamed(module, table) for module in layout.modules}
+    now = {site.name: renamed(site.name, table) for site in layout.sites}
     for first, second in pairwise(sorted(now.values())):
         if first == second:
             raise AdapterError(f"remap: every module must get a name of its own, got {first} twice. Correct the table.")
@@ -60,9 +60,10 @@ def rename(config: Mapping[str, Any], layout: LoRALayout, table: Table) -> dict[
     before, now = new_names(layout, rows), new_names(layout, [*rows, *table])
     heads = config.get("modules_to_save") or []
     _check_used(table, [*before.values(), *heads])
+    # a parameter is named in full among the modules, as one that it is none of is not known here
     fields = {**config, "remap": [*rows, *map(list, table)], "target_modules": list(now.values())}
     fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    ranks = {now[b.module]: b.shape[1] for b, _ in layout.pairs()}
+    ranks = {now[site.name]: site.rank_of(config.get("r")) for site in layout.sites}
     fields["rank_pattern"] = {re.escape(module): r for module, r in ranks.items() if r != config.get("r")}
     if config.get("alpha_pattern"):
         alphas = of_modules("alpha_pattern", config["alpha_pattern"], before.values(), config.get("lora_alpha"))

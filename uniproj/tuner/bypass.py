@@ -194,7 +194,7 @@ def _frames() -> Iterator[tuple[CodeType, Any]]:
 
 
 def _applies(layer: LoraLayer) -> bool:
-    active = any(name in layer.lora_A for name in layer.active_adapters)
+    active = any(name in layer.r for name in layer.active_adapters)
     return active and not layer.merged and not layer.disable_adapters
 
 

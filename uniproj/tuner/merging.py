@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from uniproj.errors import AdapterError
 from uniproj.kernels.forms import widest
+from uniproj.tuner.layers import is_fused, weight_of
 from uniproj.tuner.quantised import dequantised
 
 # relative to the adapter's own change of the weights; at 1, those without the adapter are as near as the merged ones
@@ -55,7 +56,7 @@ def merge_drift(model: nn.Module, adapters: Sequence[str]) -> float:
 def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]:
     """The layers that a merge would change, by name. Raises AdapterError where that would lose or spread the change."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    found = {n: m for n, m in layers.items() if set(adapters) & set(m.lora_A) - set(m.merged_adapters)}
+    found = {n: m for n, m in layers.items() if set(adapters) & set(m.r) - set(m.merged_adapters)}
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
@@ -68,7 +69,7 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
                 "spectral_norm or another parametrization) and would lose the adapter. Keep the adapter unmerged, or "
                 "call torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm) before attaching it."
             )
-        others = [user for user in users.get(id(base_layer.weight), []) if not user.startswith(f"{name}.")]
+        others = [user for user in users.get(id(weight_of(layer)), []) if not user.startswith(f"{name}.")]
         if others:
             raise AdapterError(
                 f"merge: the weight of {name} must be its own, got one that is {others[0]} too and would change there. "
@@ -82,10 +83,9 @@ def _moves(layer: LoraLayer, adapters: Sequence[str]) -> Iterator[tuple[float, f
     """Squared norms of W' - (W + s B A) and of s B A, for a quantised layer."""
     base_layer = layer.get_base_layer()
     with align_module_device(base_layer):
-        W = dequantised(base_layer)
-        if W is base_layer.weight:
+        if is_fused(layer) or (W := dequantised(base_layer)) is base_layer.weight:
             return
-        names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
+        names = [name for name in adapters if name in layer.r and name not in layer.merged_adapters]
         delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, widest(W.device))
         twin = copy.copy(layer)
         twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base_layer)}

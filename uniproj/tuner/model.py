@@ -23,12 +23,22 @@ from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.keys import beside_P, biases
+from uniproj.tuner.layers import factors_of, plug
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
-from uniproj.tuner.saved import Identity, as_saved, check_loaded, check_saved, describe, layout_of, own_config
+from uniproj.tuner.saved import (
+    Identity,
+    as_saved,
+    check_loaded,
+    check_saved,
+    describe,
+    layout_of,
+    own_config,
+    places_of,
+)
 from uniproj.tuner.targets import adapted_layers, check_name, named_in_full, refuse_copy
-from uniproj.tuner.theta import Call, Factor, FactorSource
+from uniproj.tuner.theta import Call, FactorSource
 from uniproj.tuner.undo import unchanged_on_failure
 
 
@@ -102,7 +112,7 @@ class UniProjModel(LoraModel):
         config: UniProjConfig = self.peft_config[adapter_name]
         layers = as_saved(adapted_layers(self.model, adapter_name, asked), config)
         first = next(iter(layers.values()))
-        is_trained = first.lora_A[adapter_name].weight.requires_grad
+        is_trained = _is_trained(first, adapter_name)
         projection = self._build(config, adapter_name, layers)
         device = _device(first)
         # low_cpu_mem_usage: new Parameters are on the meta device until the file is loaded into them
@@ -113,9 +123,8 @@ class UniProjModel(LoraModel):
         self.uniproj_theta_d[adapter_name] = nn.Parameter(projection.init_theta(config.init_seed).to(device))
         source = FactorSource(self.uniproj_theta_d, self.projections, adapter_name, self._call)
         self._sources[adapter_name] = source
-        for slot, block in enumerate(projection.layout.blocks):
-            factors = layers[block.module].lora_B if block.factor == "B" else layers[block.module].lora_A
-            factors[adapter_name] = Factor(source, slot)
+        for index, site in enumerate(projection.layout.sites):
+            plug(layers[site.name], adapter_name, source, index)
         _set_requires_grad([(p, is_trained) for p in source.parameters()])
         self._watch_calls()
         keep_unpacked(self.model)
@@ -133,7 +142,7 @@ class UniProjModel(LoraModel):
     def _build(self, config: UniProjConfig, adapter_name: str, layers: dict[str, LoraLayer]) -> Projection:
         options = dict(config.projection_kwargs)
         if get(config.projection).needs_base_weights:
-            options["base_weights"] = BaseWeights({name: layer.get_base_layer() for name, layer in layers.items()})
+            options["base_weights"] = BaseWeights(places_of(layers))
         layout = layout_of(layers, adapter_name)
         return build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
 
@@ -306,6 +315,11 @@ class UniProjModel(LoraModel):
 def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
     for parameter, requires_grad in wanted:
         parameter.requires_grad_(requires_grad)
+
+
+def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:
+    factor = factors_of(layer)[0][adapter_name]
+    return bool(getattr(factor, "weight", factor).requires_grad)
 
 
 def _device(layer: LoraLayer) -> torch.device:

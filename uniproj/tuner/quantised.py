@@ -9,29 +9,55 @@ from typing import cast
 from accelerate.utils import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from uniproj.errors import AdapterError
+from uniproj.format.places import Place
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """W (out, in) of linear modules of a base model, by any names, dequantised one at a time wherever they lie."""
+    """W (out, in) of the modules of a layout, dequantised one at a time wherever they lie.
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
-        self._modules = modules
+    places: by the names of their sites in the layout. `places_of` says what W is for each kind of module.
+    """
+
+    def __init__(self, places: Mapping[str, Place]):
+        self._places: dict[str, tuple[Place, int | None]] = {}
+        for name, place in places.items():
+            if len(place.sizes) == 2:
+                self._places[name] = place, None
+            else:
+                self._places.update((f"{name}.{i}", (place, i)) for i in range(place.sizes[2]))
 
     def __getitem__(self, name: str) -> Tensor:
-        module = self._modules[name]
-        with align_module_device(module):
-            W = dequantised(module).detach()
-        return W.T if isinstance(module, Conv1D) else W
+        place, index = self._places[name]
+        with align_module_device(place.module):
+            return _matrix(place, index)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._places)
+
+
+def _matrix(place: Place, index: int | None) -> Tensor:
+    module = place.module
+    W = (dequantised(module) if place.parameter is None else cast(Tensor, getattr(module, place.parameter))).detach()
+    if isinstance(module, _ConvNd):
+        W = W.flatten(1)
+        if index is None:
+            return W
+        # a group sees its own channels of all
+        (out, columns), g = W.shape, place.groups
+        whole = W.new_zeros(out // g, g, columns)
+        whole[:, index] = W.unflatten(0, (g, -1))[index]
+        return whole.flatten(1)
+    if index is None:
+        return W.T if isinstance(module, Conv1D | nn.Embedding) else W
+    return W[index].T if getattr(module, "is_transposed", False) else W[index]
 
 
 def keep_unpacked(model: nn.Module) -> None:

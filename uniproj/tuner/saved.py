@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.format import identity
+from uniproj.format import identity, places
 from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.fields import Role, fields_of
 from uniproj.format.header import FORMAT_VERSION, Header
@@ -25,13 +25,17 @@ from uniproj.projection import Projection
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.files import note, noted
 from uniproj.tuner.keys import trained_beside_P
+from uniproj.tuner.layers import place_of
 
 
 def layout_of(layers: Mapping[str, LoraLayer], adapter_name: str) -> LoRALayout:
     """The layout of the modules that hold an adapter."""
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    ranks = {name: layer.lora_A[adapter_name].out_features for name, layer in layers.items()}
-    return LoRALayout.from_shapes(shapes, ranks)
+    return places.layout_of(places_of(layers), {name: layer.r[adapter_name] for name, layer in layers.items()})
+
+
+def places_of(layers: Mapping[str, LoraLayer]) -> dict[str, places.Place]:
+    """The places of adapted layers, by the names of their sites."""
+    return {name: place_of(name, layer) for name, layer in layers.items()}
 
 
 def as_saved(layers: dict[str, LoraLayer], config: UniProjConfig) -> dict[str, LoraLayer]:

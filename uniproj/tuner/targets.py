@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
@@ -19,6 +18,7 @@ from uniproj.format.compatibility import check_layout
 from uniproj.format.keys import plain
 from uniproj.format.places import layout_on, targets
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.layers import adapted
 
 _LONGEST = 200  # a file system takes 255
 
@@ -58,7 +58,8 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     if given.header is not None:
         check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
-    modules, left = targets(model, given)
+    found, parameters, left = targets(model, given)
+    modules = [*found, *parameters]
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
     for field in ("rank_pattern", "alpha_pattern"):
@@ -69,7 +70,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     named.places, named.left = {name: (ranks[name], alphas[name]) for name in modules}, left
     named.rank_pattern, named.alpha_pattern = {}, {}
     if is_pattern := isinstance(given.target_modules, str):
-        named.target_modules = set(modules) or {given.target_modules}
+        named.target_modules = set(found) or {given.target_modules}
     try:
         yield
     finally:
@@ -79,40 +80,27 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
 
 
 def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
-    """The layers that PEFT wrapped for an adapter, by name. asked: the target_modules that the user wrote.
+    """The layers that PEFT wrapped for an adapter, by the names of their sites. asked: the target_modules that the user
+    wrote.
 
-    Raises AdapterError for a layer that is not linear or that its parent does not call, and for a name in `asked` that
-    fits no wrapped layer: PEFT ignores both silently.
+    Raises AdapterError for a layer that its parent does not call, and for a name in `asked` that fits no wrapped layer:
+    PEFT ignores both silently.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    layers = {name: layer for name, layer in found.items() if adapter_name in layer.r}
+    layers = adapted(model, adapter_name)
     for name, layer in layers.items():
-        if kind := _not_linear(layer, adapter_name, model.get_submodule(name.rpartition(".")[0])):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
             raise AdapterError(
-                f"{name}: uniproj adapts linear layers, got {kind}. "
-                "Leave it out of target_modules, or train it whole with modules_to_save."
+                f"{name}: the model must call an adapted layer, got {type(layer.get_base_layer()).__name__} within "
+                "nn.MultiheadAttention, which uses its weight and passes the adapter by. Name the attention itself."
             )
     for target in sorted(asked or ()) if not isinstance(asked, str) else ():
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise AdapterError(
-                f"target_modules: every name must be that of an adapted linear layer, got {target!r}, which is none. "
-                "Leave it out; experts that are one parameter in this model need PEFT's LoraConfig."
+                f"target_modules: every name must be that of an adapted layer, got {target!r}, which is none. Leave it "
+                "out, or name in target_parameters what is one parameter in this model, as experts are."
             )
     return layers
-
-
-def _not_linear(layer: LoraLayer, adapter_name: str, parent: nn.Module) -> str:
-    """What keeps a layer from being adapted, or nothing."""
-    base_layer = layer.get_base_layer()
-    if isinstance(layer, ParamWrapper):
-        return f"the parameter {layer.parameter_name!r} of {type(base_layer).__name__}"
-    if isinstance(layer, MultiheadAttention):
-        return type(base_layer).__name__
-    if isinstance(parent, nn.MultiheadAttention):
-        return "the output projection of nn.MultiheadAttention, which uses its weight and passes the adapter by"
-    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
-        return type(base_layer).__name__
-    return ""
 
 
 def refuse_copy(twins: Iterable[str], theta_ds: nn.ParameterDict, adapter_name: str) -> None:

@@ -55,7 +55,7 @@ def _is_backward() -> bool:
 
 @dataclass(eq=False)
 class _ThetaD:
-    """One theta_D, as the views of all blocks of the layout.
+    """One theta_D, as the views B and A of all sites of the layout.
 
     No views are left once a backward has passed through. step: optimiser steps of this process before it was made; None
     if it was made while compiled or transformed. node: that of the graph which made it.
@@ -207,7 +207,7 @@ class FactorSource:
         return [self._theta_ds[self._name], *self.projection.parameters()]
 
     def views(self) -> Sequence[Tensor]:
-        """The factors of all blocks of the layout, now."""
+        """The factors of all sites of the layout, now: see `LoRALayout.split_sites`."""
         theta_D = self._call.theta_Ds.get(self._name)
         if theta_D is None or not theta_D.is_current():
             theta_D = self._new()
@@ -320,7 +320,7 @@ class FactorSource:
         return self.projection(per_row.thetas, dtype).index_select(0, per_row.rows)
 
     def _split(self, theta_D: Tensor) -> Sequence[Tensor]:
-        return self.projection.layout.split(theta_D)
+        return self.projection.layout.split_sites(theta_D)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_live": []}
@@ -350,14 +350,19 @@ def _bits(x: Tensor) -> np.ndarray:
 
 
 class Factor(nn.Module):
-    """Stands in for the `nn.Linear` of PEFT's `lora_A` / `lora_B`; its weight is a view of theta_D."""
+    """Stands in for the `nn.Linear` of PEFT's `lora_A` / `lora_B`; its weight is a view of theta_D.
+
+    slot: the index of its view among those of the source.
+    """
 
     bias = None
 
     def __init__(self, source: FactorSource, slot: int):
         super().__init__()
         self._source, self._slot = source, slot
-        self.out_features, self.in_features = source.projection.layout.blocks[slot].shape
+        self.site = site = source.projection.layout.sites[slot // 2]
+        shape = (site.r, site.in_features) if slot % 2 else (site.out_features, site.r)
+        self.out_features, self.in_features = shape
 
     @property
     def weight(self) -> Tensor:
@@ -378,9 +383,8 @@ class Factor(nn.Module):
         if weight.ndim == 2:
             return linear(x, weight)
         if x.ndim < 3 or len(x) != len(weight):
-            module = self._source.projection.layout.blocks[self._slot].module
             raise AdapterError(
-                f"mixed: {module} must get (rows of the batch, tokens, features) = ({len(weight)}, .., "
+                f"mixed: {self.site.name} must get (rows of the batch, tokens, features) = ({len(weight)}, .., "
                 f"{self.in_features}), got {tuple(x.shape)}. Pass one entry of rows per row of the batch (per beam in "
                 "a beam search), and adapt no layer that sees tokens without a batch axis."
             )

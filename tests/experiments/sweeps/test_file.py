@@ -164,7 +164,7 @@ def test_broken_settings_are_refused(tmp_path: Path, settings: str, message: str
         ({"device": "gpu"}, "device must be one of cpu, cuda, mps"),
         (
             {"target_modules": ["nope"]},
-            r"target_modules \['nope'\], got: base: must have linear modules called",
+            r"target_modules \['nope'\], got: base: must have modules called",
         ),
         ({"target_modules": "("}, "target_modules"),
         ({"target_modules": ["query", "nope"]}, "target_modules must name linear layers of .*, got 'nope'"),

@@ -89,7 +89,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(file: Path, runs: Path, tmp_p
         (["+launcher.local={processes:two}"], "launcher.local.processes must be an integer, got 'two'"),
         (["+launcher.local={processes:0}"], "launcher.local.processes must be positive, got 0"),
         (["+launcher.pbs={time:1}"], "launcher must have keys among local, slurm, got pbs"),
-        (["axes.projection=[lora]", "+settings.target_modules=[nope]"], "must have linear modules called {'nope'}"),
+        (["axes.projection=[lora]", "+settings.target_modules=[nope]"], "must have modules called {'nope'}"),
         (["~settings.budget", "+settings.d=1000000"], "d must be at most D = 1024 on"),
     ],
 )

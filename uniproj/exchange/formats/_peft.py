@@ -27,12 +27,13 @@ from uniproj.format.disk import exists
 from uniproj.format.fields import Role, fields_of
 from uniproj.format.file import CONFIG
 from uniproj.format.heads import entitled
-from uniproj.format.places import linear_modules
+from uniproj.format.places import adapted_modules, places
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.projections.lora import LoRA
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.quantised import BaseWeights
 
 _FLOAT32 = 1e-6  # frozen numbers this close are the same draw at float32 precision
 _PASS_BASE = "Pass --base."
@@ -247,11 +248,11 @@ class PeftMethod(Format):
                 f"alone tells. {_PASS_BASE}"
             )
         model = bases.load(base, config, self.needs_weights, trust_remote_code)
-        shapes = linear_modules(model, config)
+        shapes = adapted_modules(model, config)
         own = {name: tensor for name, tensor in tensors.items() if f".{kind}_" in name}
         with bases.quietly():
             P, theta_d = self.take(self._filled(folder, config, shapes, own), "default", torch.float64)
-        weights = bases.weights_of(model, {name: name for name in shapes}) if self.needs_weights else None
+        weights = BaseWeights(places(model, config)) if self.needs_weights else None
         found, theta_d, hyperparameters = self.rebuilt(P, theta_d, config, tuple(shapes), weights)
         other = {name: tensor for name, tensor in tensors.items() if name not in own}
         ours = UniProjConfig(

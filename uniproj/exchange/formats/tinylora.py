@@ -12,6 +12,7 @@ from torch import Tensor
 from uniproj.errors import AdapterError
 from uniproj.exchange.formats._peft import Attached, Candidate, Pair, PeftMethod
 from uniproj.exchange.registry import register
+from uniproj.format.places import places_of
 from uniproj.projections.tinylora import TinyLoRA
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.quantised import BaseWeights
@@ -26,7 +27,8 @@ class TinyLoRAFormat(PeftMethod):
 
     def build(self, theirs: Attached) -> TinyLoRA:
         config = theirs.config
-        weights = BaseWeights({name: layer.get_base_layer() for name, layer in theirs.layers.items()})
+        places = [places_of(name, layer.get_base_layer()) for name, layer in theirs.layers.items()]
+        weights = BaseWeights({name: place for each in places for name, place in each.items()})
         options = {"u": theirs.shared("u"), "weight_tying": config.weight_tying}
         P = TinyLoRA(theirs.layout, weights, config.projection_seed, **options)
         P.drawn = P.drawn.double()
