@@ -63,9 +63,10 @@ def named_in_full(
         check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     found, parameters, left = targets(model, given)
-    if given.header is None:
-        _check_used("target_modules", () if isinstance(asked, str) else asked, found, model)
-        _check_used("target_parameters", given.target_parameters, parameters, model)
+    stacks = _stacks(model)
+    if given.header is None and (found or parameters or stacks):  # else PEFT says why it finds nothing
+        _check_used("target_modules", () if isinstance(asked, str) else asked, found, stacks)
+        _check_used("target_parameters", given.target_parameters, parameters, stacks)
     modules = [*found, *parameters]
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
@@ -86,12 +87,14 @@ def named_in_full(
         given.target_modules = named.target_modules
 
 
-def _check_used(field: str, asked: Iterable[str] | None, found: Iterable[str], model: nn.Module) -> None:
-    """Raise AdapterError for a name that the user wrote and that fits nothing of what is adapted."""
+def _check_used(field: str, asked: Iterable[str] | None, found: Iterable[str], stacks: list[str]) -> None:
+    """Raise AdapterError for a name that the user wrote and that fits nothing of what is adapted.
+
+    stacks: of the model, to be named as the remedy.
+    """
     for target in sorted(asked or ()):
         if not any(f".{name}".endswith(f".{target}") for name in found):
             what = {"target_modules": "layer", "target_parameters": "parameter"}[field]
-            stacks = _stacks(model)
             remedy = f"; experts that are one parameter are adapted by target_parameters={stacks}" if stacks else ""
             raise AdapterError(
                 f"{field}: every name must be that of an adapted {what}, got {target!r}, which is none. "
