@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import (
     GptOssConfig,
@@ -27,7 +29,7 @@ from tests.tuner.models import SIZES, batch, logits, make, train_steps
 from uniproj import AdapterError
 from uniproj.bank import mixed
 from uniproj.exchange.verify import verify
-from uniproj.tuner import UniProjConfig, adapter_of
+from uniproj.tuner import UniProjConfig, adapter_of, shard_base
 
 EXPERTS, HIDDEN, INNER = 4, 32, 16
 _GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -308,6 +310,25 @@ def test_a_saved_adapter_loads_bit_equal_in_a_fresh_process(tmp_path: Path) -> N
         torch.save(logits(model), tmp_path / f"{kind}.pt")
     run = subprocess.run([sys.executable, "-c", EQUAL, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert run.stdout.strip() == "equal", run.stderr
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_a_sharded_base_gives_the_gradient_of_a_whole_one(kind: str) -> None:
+    whole, sharded = _adapted(kind).train(), _adapted(kind).train()
+    shard_base(sharded)
+    assert isinstance(sharded.base_model.model.model.layers[0].mlp.experts.get_param(), DTensor)
+    for model in (whole, sharded):
+        model(**batch("llama")).loss.backward()
+    _close(adapter_of(sharded).theta_d.grad, adapter_of(whole).theta_d.grad)
 
 
 class _Around(nn.Module):
