@@ -241,6 +241,12 @@ def test_mixture_of_experts_attention_beside_fused_experts_mixtral(remark: Remar
     remark(life(_mixtral(), _ids, target_modules=["q_proj", "v_proj"]))
 
 
+@capability("mixture of experts: fused experts and the router as `target_parameters` (Mixtral)")
+def test_mixture_of_experts_fused_experts_and_the_router_as_target_parameters_mixtral(remark: Remark) -> None:
+    parameters = ["gate_up_proj", "down_proj", "gate.weight"]
+    remark(life(_mixtral(), _ids, r=2, target_modules=["q_proj", "v_proj"], target_parameters=parameters))
+
+
 @capability("mixture of experts: fused experts by their former names (Mixtral, `w1`, `w2`, `w3`)")
 def test_mixture_of_experts_fused_experts_by_their_former_names_mixtral_w1_w2_w3(refuses: Refuses) -> None:
     with pytest.raises(AdapterError, match="got 'gate_up_proj', which is none"):
@@ -248,8 +254,8 @@ def test_mixture_of_experts_fused_experts_by_their_former_names_mixtral_w1_w2_w3
     _refused(refuses, _mixtral(), config(target_modules=["q_proj", "w1", "w2", "w3"]))
 
 
-@capability("mixture of experts: the router (Mixtral)")
-def test_mixture_of_experts_the_router_mixtral(refuses: Refuses) -> None:
+@capability("mixture of experts: the router as a module (Mixtral)")
+def test_mixture_of_experts_the_router_as_a_module_mixtral(refuses: Refuses) -> None:
     with refuses(ValueError):
         adapted(_mixtral(), target_modules=["q_proj", "gate"])
 

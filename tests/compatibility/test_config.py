@@ -172,7 +172,6 @@ def test_another_projection_than_uni_lora_linear_affine_learned_of_base_weights(
     [
         ("use_dora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("alora_invocation_tokens", [1, 2]),
         ("ensure_weight_tying", True),

@@ -89,6 +89,29 @@ def test_the_first_renamed_module_and_the_table_are_named(tmp_path: Path) -> Non
     assert [name for name, _ in base.named_modules()] == names
 
 
+class _Attention(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.name = name
+        self.add_module(name, nn.MultiheadAttention(8, 2, batch_first=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.name)(x, x, x)[0]
+
+
+def test_a_renamed_attention_is_named_once_for_both_of_its_projections(tmp_path: Path) -> None:
+    adapter_config = UniProjConfig(
+        r=4, d=20, target_modules=["attn"], rank_pattern={"attn": 2}, alpha_pattern={"attn": 6}
+    )
+    model = get_peft_model(_Attention("attn"), adapter_config).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 8)
+    healed = PeftModel.from_pretrained(_Attention("mixer"), tmp_path, remap={"attn": "mixer"}).eval()
+    assert torch.equal(healed(x), model(x)) and not torch.equal(healed(x), _Attention("attn")(x))
+    assert healed.peft_config["default"].target_modules == {"mixer"}
+
+
 @pytest.mark.parametrize(
     ("remap", "message"),
     [

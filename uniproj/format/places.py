@@ -45,7 +45,7 @@ def places_of(name: str, module: nn.Module, parameter: str | None = None) -> dic
     W (out, in) is that of a linear layer; the transposed weight of an embedding, so that in is the vocabulary; of a
     convolution with `in` the channels times the kernel, and with groups a stack of one W each; in_proj and out_proj of
     `nn.MultiheadAttention`; a parameter of two axes, or a stack for one of three, such as one W for each expert. Empty
-    for a module without sizes.
+    for a module without sizes, and for a parameter of other axes.
     """
     if parameter is not None:
         shape = tuple(getattr(module, parameter).shape)
@@ -53,7 +53,7 @@ def places_of(name: str, module: nn.Module, parameter: str | None = None) -> dic
             count, *pair = shape
             in_, out = pair if getattr(module, "is_transposed", False) else reversed(pair)
             return {name: Place(module, name, (out, in_, count), parameter)}
-        return {name: Place(module, name, (shape[0], shape[1]), parameter)}
+        return {name: Place(module, name, (shape[0], shape[1]), parameter)} if len(shape) == 2 else {}
     if isinstance(module, nn.MultiheadAttention):
         n = module.embed_dim
         return {

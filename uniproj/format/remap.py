@@ -60,15 +60,17 @@ def rename(config: Mapping[str, Any], layout: LoRALayout, table: Table) -> dict[
     before, now = new_names(layout, rows), new_names(layout, [*rows, *table])
     heads = config.get("modules_to_save") or []
     _check_used(table, [*before.values(), *heads])
-    # a parameter is named in full among the modules, as one that it is none of is not known here
-    fields = {**config, "remap": [*rows, *map(list, table)], "target_modules": list(now.values())}
+    # the output projection of an attention comes with it
+    sites = [site for site in layout.sites if site.name.rpartition(".")[0] not in before]
+    ends = tuple(f".{target}" for target in config.get("target_parameters") or ())
+    parameters = [now[site.name] for site in sites if f".{before[site.name]}".endswith(ends)]
+    fields = {**config, "remap": [*rows, *map(list, table)], "target_parameters": parameters or None}
+    fields["target_modules"] = [now[site.name] for site in sites if now[site.name] not in parameters]
     fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    ranks = {now[site.name]: site.rank_of(config.get("r")) for site in layout.sites}
-    fields["rank_pattern"] = {re.escape(module): r for module, r in ranks.items() if r != config.get("r")}
-    if config.get("alpha_pattern"):
-        alphas = of_modules("alpha_pattern", config["alpha_pattern"], before.values(), config.get("lora_alpha"))
-        own = {re.escape(now[m]): alphas[before[m]] for m in now}
-        fields["alpha_pattern"] = {m: alpha for m, alpha in own.items() if alpha != config.get("lora_alpha")}
+    for field, default in (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha"))):
+        values = of_modules(field, config.get(field), before.values(), default)
+        own = {re.escape(now[site.name]): values[before[site.name]] for site in sites}
+        fields[field] = {pattern: value for pattern, value in own.items() if value != default}
     if heads:
         fields["modules_to_save"] = [renamed(name, table) for name in heads]
     return fields

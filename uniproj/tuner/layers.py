@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ def weight_of(layer: LoraLayer) -> Any:
     return getattr(base_layer, own, None)
 
 
+def device_and_dtype(layer: LoraLayer) -> tuple[torch.device | None, torch.dtype | None]:
+    """Of the weight that a layer adapts; None where it is not known."""
+    if is_fused(layer):
+        weight = weight_of(layer)
+        return weight.device, weight.dtype
+    found: tuple[torch.device | None, torch.dtype | None]
+    found = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    return found
+
+
 def is_fused(layer: LoraLayer) -> bool:
     """Whether a layer adapts one Parameter of a module with several, which is never quantised by itself."""
     return isinstance(layer, ParamWrapper | MultiheadAttention)
@@ -65,14 +76,19 @@ def _factor(layer: LoraLayer, source: FactorSource, slot: int, drawn: Any) -> Fa
     if isinstance(base_layer, _ConvNd):
         return _OfConvolution(source, slot, drawn)
     if isinstance(layer, ParamWrapper) and layer._param_ndim == 3:
-        return _OfStack(source, slot)
+        return _OfStack(source, slot, layer)
     if isinstance(layer, ParamWrapper | Embedding | MultiheadAttention):
-        return _Read(source, slot)
-    return _Read(source, slot) if isinstance(base_layer, NonDynamicallyQuantizableLinear) else Factor(source, slot)
+        return _Read(source, slot, layer)
+    is_read = isinstance(base_layer, NonDynamicallyQuantizableLinear)
+    return _Read(source, slot, layer) if is_read else Factor(source, slot)
 
 
 class _Read(Factor):
-    """A factor of which PEFT's layer takes the weight."""
+    """A factor of which PEFT's layer takes the weight, where the layer lies."""
+
+    def __init__(self, source: FactorSource, slot: int, layer: LoraLayer):
+        super().__init__(source, slot)
+        self._layer = (layer,)  # in a tuple, as this module is one of its own
 
     @property
     def weight(self) -> Tensor:
@@ -81,7 +97,7 @@ class _Read(Factor):
                 f"mixed: {self.site.name} must tell the rows of a batch apart, got a layer that adds s B A to its "
                 "weight for all of them. Leave it out of target_modules and target_parameters."
             )
-        return super().weight
+        return super().weight.to(weight_of(self._layer[0]).device)
 
 
 class _OfStack(_Read):

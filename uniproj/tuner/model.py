@@ -23,7 +23,7 @@ from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.keys import beside_P, biases
-from uniproj.tuner.layers import factors_of, plug
+from uniproj.tuner.layers import device_and_dtype, factors_of, plug
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
@@ -77,10 +77,10 @@ class UniProjModel(LoraModel):
                 self._prepare()
             flags = [(p, p.requires_grad) for source in self._sources.values() for p in source.parameters()]
             self._prepare_adapter_config(given, self.get_model_config(model))
-            with named_in_full(self.peft_config, adapter_name, model):
+            with named_in_full(self.peft_config, adapter_name, model, asked):
                 # P makes every A and B, so those that PEFT draws here may stay on the meta device
                 super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
-            self._attach(adapter_name, asked)
+            self._attach(adapter_name)
             refuse_copy(twins, self.uniproj_theta_d, adapter_name)
             _set_requires_grad(flags)
 
@@ -108,9 +108,9 @@ class UniProjModel(LoraModel):
         self._hooks: list[RemovableHandle] = []
         self._guard = Guard(self.model)
 
-    def _attach(self, adapter_name: str, asked: Iterable[str] | str | None) -> None:
+    def _attach(self, adapter_name: str) -> None:
         config: UniProjConfig = self.peft_config[adapter_name]
-        layers = as_saved(adapted_layers(self.model, adapter_name, asked), config)
+        layers = as_saved(adapted_layers(self.model, adapter_name), config)
         first = next(iter(layers.values()))
         is_trained = _is_trained(first, adapter_name)
         projection = self._build(config, adapter_name, layers)
@@ -135,7 +135,7 @@ class UniProjModel(LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """theta_d stays float32; with autocast_adapter_dtype=False the factors have the dtype of the base weights."""
         first = next(m for m in self.model.modules() if isinstance(m, LoraLayer) and adapter_name in m.r)
-        _, dtype = first._get_base_layer_device_and_dtype(first.get_base_layer())
+        _, dtype = device_and_dtype(first)
         if not autocast_adapter_dtype and dtype is not None and dtype.is_floating_point:
             self._sources[adapter_name].dtype = dtype
 
@@ -324,5 +324,5 @@ def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:
 
 def _device(layer: LoraLayer) -> torch.device:
     """Where theta_d and P live: with the first adapted layer, or on the CPU for a model on the meta device."""
-    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    device, _ = device_and_dtype(layer)
     return torch.device("cpu") if device is None or device.type == "meta" else device

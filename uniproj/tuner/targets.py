@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from uniproj.errors import AdapterError, shown
 from uniproj.format import patterns
@@ -47,11 +48,14 @@ def check_name(adapter_name: str, others: Iterable[str], heads: Iterable[str]) -
 
 
 @contextmanager
-def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: nn.Module) -> Iterator[None]:
+def named_in_full(
+    configs: dict[str, UniProjConfig], adapter_name: str, model: nn.Module, asked: Iterable[str] | str | None
+) -> Iterator[None]:
     """Within the block the configuration of a new adapter lists its modules one by one, so PEFT matches no pattern.
 
-    Raises AdapterError for patterns that cannot be matched, and for a saved adapter that the model does not fit or that
-    costs more than `limits`, before anything is made for it.
+    asked: the target_modules that the user wrote. Raises AdapterError for patterns that cannot be matched, for a name
+    that fits nothing, which PEFT ignores, and for a saved adapter that the model does not fit or that costs more than
+    `limits`, before anything is made for it.
     """
     given = configs[adapter_name]
     _maybe_include_all_linear_layers(given, model)
@@ -59,6 +63,10 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
         check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     found, parameters, left = targets(model, given)
+    stacks = _stacks(model)
+    if given.header is None and (found or parameters or stacks):  # else PEFT says why it finds nothing
+        _check_used("target_modules", () if isinstance(asked, str) else asked, found, stacks)
+        _check_used("target_parameters", given.target_parameters, parameters, stacks)
     modules = [*found, *parameters]
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
@@ -79,12 +87,36 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
         given.target_modules = named.target_modules
 
 
-def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
-    """The layers that PEFT wrapped for an adapter, by the names of their sites. asked: the target_modules that the user
-    wrote.
+def _check_used(field: str, asked: Iterable[str] | None, found: Iterable[str], stacks: list[str]) -> None:
+    """Raise AdapterError for a name that the user wrote and that fits nothing of what is adapted.
 
-    Raises AdapterError for a layer that its parent does not call, and for a name in `asked` that fits no wrapped layer:
-    PEFT ignores both silently.
+    stacks: of the model, to be named as the remedy.
+    """
+    for target in sorted(asked or ()):
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            what = {"target_modules": "layer", "target_parameters": "parameter"}[field]
+            remedy = f"; experts that are one parameter are adapted by target_parameters={stacks}" if stacks else ""
+            raise AdapterError(
+                f"{field}: every name must be that of an adapted {what}, got {target!r}, which is none. "
+                f"Leave it out{remedy}."
+            )
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """The parameters of a model that hold one matrix for each of several experts, by the ends of their names."""
+    ends = {
+        f"{name.replace('.base_layer', '').rpartition('.')[2]}.{parameter_name}": None
+        for name, module in model.named_modules()
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and len(parameter) > 1 and not isinstance(module, _ConvNd)
+    }
+    return list(ends)
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers that PEFT wrapped for an adapter, by the names of their sites.
+
+    Raises AdapterError for a layer that its parent does not call, which PEFT wraps silently.
     """
     layers = adapted(model, adapter_name)
     for name, layer in layers.items():
@@ -93,12 +125,6 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
             raise AdapterError(
                 f"{name}: the model must call an adapted layer, got {type(layer.get_base_layer()).__name__} within "
                 "nn.MultiheadAttention, which uses its weight and passes the adapter by. Name the attention itself."
-            )
-    for target in sorted(asked or ()) if not isinstance(asked, str) else ():
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            raise AdapterError(
-                f"target_modules: every name must be that of an adapted layer, got {target!r}, which is none. Leave it "
-                "out, or name in target_parameters what is one parameter in this model, as experts are."
             )
     return layers
 
