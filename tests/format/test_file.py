@@ -189,7 +189,8 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("projection_version", "1", "must be of version 2.* got version 1, another P. Install uniproj"),
-        ("format_version", "4", "format must be at most 3, got 4 .* Install that version"),
+        ("format_version", "5", "format must be at most 4, got 5 .* Install that version"),
+        ("format_version", "4", "format_version must be 3, that of its Block list, got 4. The file was altered"),
         (
             "format_version",
             '"x"',

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from uniproj.errors import AdapterError
-from uniproj.format.patterns import of_modules
+from uniproj.format.patterns import of_sites
 from uniproj.layout import LoRALayout
 
 # (old, new): the first run of whole components equal to `old` becomes `new`; one after the other
@@ -63,10 +63,10 @@ def rename(config: Mapping[str, Any], layout: LoRALayout, table: Table) -> dict[
     # a parameter is named in full among the modules, as one that it is none of is not known here
     fields = {**config, "remap": [*rows, *map(list, table)], "target_modules": list(now.values())}
     fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    ranks = {now[site.name]: site.rank_of(config.get("r")) for site in layout.sites}
+    ranks = {now[site.name]: site.rank for site in layout.sites}
     fields["rank_pattern"] = {re.escape(module): r for module, r in ranks.items() if r != config.get("r")}
     if config.get("alpha_pattern"):
-        alphas = of_modules("alpha_pattern", config["alpha_pattern"], before.values(), config.get("lora_alpha"))
+        alphas = of_sites("alpha_pattern", config["alpha_pattern"], before.values(), config.get("lora_alpha"))
         own = {re.escape(now[m]): alphas[before[m]] for m in now}
         fields["alpha_pattern"] = {m: alpha for m, alpha in own.items() if alpha != config.get("lora_alpha")}
     if heads:
