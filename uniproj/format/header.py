@@ -33,7 +33,7 @@ PLAIN_VERSION, FORMAT_VERSION = 3, 4
 PREFIX = "uniproj."
 _MEMORY = 2**25
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
-_COUNT = re.compile(r",\d+,\d+,\d+,(\d{1,18})\d*\]")  # of a stack, in a row of a layout
+_COUNT = re.compile(r",\d+,\d+,\d+,(\d{1,18})\d*[\],]")  # of a stack, in a row of a layout
 _ALTERED = "The file was altered: copy or download it again."
 
 
