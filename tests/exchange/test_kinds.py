@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.exchange.tools import SAME, difference, fields_of
+from tests.exchange.tools import logits as text_logits
 from tests.format.fixtures import KINDS, kinds
+from tests.tuner.models import SIZES, make
 from uniproj import AdapterError
 from uniproj.exchange import export, from_peft, import_adapter, to_peft
 from uniproj.exchange.inspect import describe, summary
 from uniproj.exchange.verify import verify
 from uniproj.format import file
 from uniproj.tuner import UniProjConfig, adapter_of
+from uniproj.tuner.layers import adapted
 
 WEIGHTS = "adapter_model.safetensors"
 PATTERNS = {"rank_pattern": {"attention": 2, "experts.down": 3}, "alpha_pattern": {"attention": 7, "grouped": 3}}
@@ -161,6 +166,60 @@ def test_the_commands_see_every_site(tmp_path: Path) -> None:
     assert ["grouped", 4, 24, 2, 2, [8, 3]] in found["modules"] and ["embedding", 8, 11, 4, []] in found["modules"]
     assert "attention (out 24, in 8, r 4)" in summary(found)["modules"]
     assert any("has its checksum" in sentence for sentence in verify(tmp_path))
+
+
+def test_the_scale_is_pefts_for_every_site(tmp_path: Path) -> None:
+    for fields in (PATTERNS, {**PATTERNS, "use_rslora": True}):
+        model = _ours(**fields)
+        model.save_pretrained(str(tmp_path))
+        header = file.read(tmp_path).header
+        assert header is not None
+        scaling = {name: layer.scaling["default"] for name, layer in adapted(model.base_model.model, "default").items()}
+        assert header.scales == pytest.approx(scaling)
+
+
+def test_another_count_and_another_kernel_are_another_architecture(tmp_path: Path) -> None:
+    _ours().save_pretrained(str(tmp_path))
+    fewer, turned = kinds(), kinds()
+    fewer.experts.up = nn.Parameter(fewer.experts.up[:2])
+    turned.picture = nn.Conv2d(8, 8, (3, 1), padding=(1, 0))
+    for base, said in (
+        (fewer, r"experts\.up must have \(.*\) = \(6, 8, 3\), got \(6, 8, 2\)"),
+        (turned, r"picture must have \(.*\) = \(8, 24, \[8, 1, 3\]\), got \(8, 24, \[8, 3, 1\]\)"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            PeftModel.from_pretrained(base, str(tmp_path))
+        with pytest.raises(AdapterError, match=said):
+            export(tmp_path, tmp_path / "lora", base=base)
+
+
+def test_a_mixture_of_experts_of_transformers(tmp_path: Path) -> None:
+    sizes = {
+        **SIZES,
+        "intermediate_size": 16,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+    }
+    base = make(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, num_key_value_heads=2))
+    base.save_pretrained(tmp_path / "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    fields = {"r": 2, "target_modules": ["q_proj"], "target_parameters": experts, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(copy.deepcopy(base), UniProjConfig(d=50, **fields))
+    with torch.no_grad():
+        adapter_of(model).theta_d.mul_(10.0)
+    wanted = text_logits(model.eval(), "llama")
+    model.save_pretrained(str(tmp_path / "ours"))
+    folder = str(tmp_path / "base")
+    assert any("with their shapes and ranks" in said for said in verify(tmp_path / "ours", base=folder))
+    export(tmp_path / "ours", tmp_path / "lora", base=folder)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "lora")).eval()
+    assert difference(text_logits(theirs, "llama"), wanted) <= SAME < difference(text_logits(base, "llama"), wanted)
+    report = import_adapter(tmp_path / "lora", tmp_path / "back", "unilora", d=50, base=folder)
+    assert report["captured_factor"] == pytest.approx(1.0, abs=1e-12)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "back")).eval()
+    assert difference(text_logits(again, "llama"), wanted) <= SAME
 
 
 def test_factors_that_are_no_pair_are_refused(tmp_path: Path) -> None:
