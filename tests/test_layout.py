@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.spaces import layouts
 from uniproj import Block, LoRALayout, ProjectionError
+from uniproj.layout import Site
 
 SHAPES = {"h.10.q": (3, 2), "h.2.v": (4, 5), "h.2.q": (1, 6)}
 
@@ -90,6 +91,36 @@ def test_a_layout_survives_its_json() -> None:
     assert LoRALayout.from_json(layout.to_json()) == layout
 
 
+def test_stacks_and_axes_survive_json_names_and_restriction() -> None:
+    sites = [
+        Site("h.experts", 6, 4, 2, 3),
+        Site("h.experts.5", 2, 2, 1),  # beside the stack, whose modules are h.experts.0 to h.experts.2
+        Site("h.grouped", 3, 8, 1, 2, (2, 4)),
+        Site("h.tokens", 4, 9, 2, axes=()),
+    ]
+    layout = LoRALayout.of_sites(reversed(sites))
+    assert layout.sites == tuple(sites) and [site.rank for site in sites] == [2, 1, 2, 2]
+    assert layout.D == 3 * 2 * (6 + 4) + (2 + 2) + 2 * (3 + 8) + 2 * (4 + 9)
+    again = LoRALayout.from_json(layout.to_json())
+    assert again == layout and again.sites == layout.sites
+    one_by_one = LoRALayout.from_shapes(layout.shapes(), {b.module: b.shape[1] for b, _ in layout.pairs()})
+    assert one_by_one.fingerprint == layout.fingerprint and len(one_by_one.sites) == 7
+    now = {site.name: f"x.{site.name}" for site in sites}
+    assert [site.name for site in layout.renamed(now).sites] == list(now.values())
+    kept = layout.restrict(["h.experts.0", "h.experts.2", "h.grouped.0", "h.grouped.1"]).sites
+    assert [(s.name, s.count, s.axes) for s in kept] == [
+        ("h.experts.0", None, None),
+        ("h.experts.2", None, None),
+        ("h.grouped", 2, (2, 4)),
+    ]
+    theta_D = torch.arange(layout.D)
+    for (B, A), site in zip(zip(*[iter(layout.split_sites(theta_D))] * 2, strict=True), layout.sites, strict=True):
+        for i, module in enumerate(site.modules):
+            pair = (B[i], A[i]) if site.count else (B, A)
+            for block, factor in zip((layout.block(module, "B"), layout.block(module, "A")), pair, strict=True):
+                assert torch.equal(factor.flatten(), theta_D[block.rows])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -99,6 +130,18 @@ def test_a_layout_survives_its_json() -> None:
         ('[["a",2,2]]', "must be rows"),
         ('[["a",2,2,0]]', "sizes and rank of at least 1"),
         ('[["a",2,2.5,1]]', "must be rows"),
+        ('[["a",2,2,1,0]]', "sizes and rank of at least 1, got out=2, in=2, r=1, count=0"),
+        ('[["a",2,2,1,-3]]', "count=-3"),
+        ('[["a",2,2,1,true]]', "must be rows"),
+        ('[["a",2,2,1,null]]', "must be rows"),
+        ('[["a",2,2,1,[2],2]]', "must be rows"),
+        ('[["a",2,2,1,["b"]]]', "must be rows"),
+        ('[["a",2,2,1,[1,1,1,1,2]]]', "must be rows"),
+        ('[["a",2,6,1,[2,2]]]', r"must have axes whose product is in=6, got \(2, 2\)"),
+        ('[["a",2,6,1,[-2,-3]]]', "must have axes whose product is in=6"),
+        ('[["a",2,2,1,2],["a.1",2,2,1]]', r"got a\.1 twice"),
+        ('[["a",2,2,1,2],["a.0.q",2,2,1]]', r"expected a\.0\.q, got a\.1"),
+        ('[["a", 2, 2, 1, 1000000000000]]', "must be as to_json writes it"),
         ("[", "must be rows"),
         ("[" * 100_000, "must be rows"),
         ("[]", "at least one block"),

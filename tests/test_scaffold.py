@@ -11,7 +11,7 @@ import pytest
 
 from uniproj import scaffold
 from uniproj.cli import main
-from uniproj.format.header import FORMAT_VERSION
+from uniproj.format.header import PLAIN_VERSION
 
 ROOT = Path(__file__).parent.parent
 NAME = "every_other"
@@ -43,7 +43,7 @@ def test_a_new_projection_is_in_the_tests_by_one_command(tmp_path: Path, monkeyp
     # its author makes another P of it, and calls the command again: what was kept of the first P goes
     file = scaffold._PROJECTIONS / f"{NAME}.py"
     file.write_text(file.read_text().replace("torch.arange(self.D) % d", "torch.arange(self.D).flip(0) % d"))
-    stale = tmp_path / "tests" / "fixtures" / "adapters" / f"v{FORMAT_VERSION}" / NAME / "of_the_first_P"
+    stale = tmp_path / "tests" / "fixtures" / "adapters" / f"v{PLAIN_VERSION}" / NAME / "of_the_first_P"
     stale.parent.mkdir()
     stale.touch()
     _run(tmp_path, "-m", "uniproj", "scaffold", NAME)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ class Block:
 class Site:
     """What has one name in a model: a module, or a stack of `count` modules of one size, such as the experts that are
     one parameter of the model. Those of a stack are called `name.0`, `name.1`, .. in the layout.
+
+    axes: of the columns of W as the model has them, where W is no plain matrix there: (channels, *kernel) of a
+    convolution, none of an embedding, whose W lies transposed.
     """
 
     name: str
@@ -54,14 +58,27 @@ class Site:
     in_features: int
     r: int
     count: int | None = None
+    axes: tuple[int, ...] | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
         return (self.name,) if self.count is None else tuple(f"{self.name}.{i}" for i in range(self.count))
 
-    def rank_of(self, r: int | None) -> int:
-        """The rank of a configuration, which its scale is made of: r, where a convolution parts it among its groups."""
-        return r if r is not None and r == self.r * (self.count or 1) else self.r
+    @property
+    def rank(self) -> int:
+        """The rank of a configuration, which its scale is made of: a convolution parts it among its groups."""
+        return self.r if self.axes is None else self.r * (self.count or 1)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.count is None and self.axes is None
+
+    @property
+    def row(self) -> list[Any]:
+        """All of it, as JSON has it: [name, out, in, r], then count and axes where there are any."""
+        axes = None if self.axes is None else list(self.axes)
+        values = (self.name, self.out_features, self.in_features, self.r, self.count, axes)
+        return [value for value in values if value is not None]
 
     @property
     def numel(self) -> int:
@@ -82,8 +99,25 @@ def _sortable(number: re.Match[str]) -> str:
     return f"\0{chr(len(digits))}{digits}"
 
 
-def _site(name: str, sizes: Sizes, r: int) -> Site:
-    return Site(name, *map(operator.index, (*sizes[:2], r, *sizes[2:])))
+def _site(name: str, sizes: Sizes, r: int, axes: tuple[int, ...] | None) -> Site:
+    out_features, in_features, *count = map(operator.index, sizes)
+    return Site(name, out_features, in_features, operator.index(r), count[0] if count else None, axes)
+
+
+_MOST_AXES = 4  # of a convolution in three dimensions
+_ROWS = [[str, int, int, int, *more] for more in ([], [int], [list], [int, list])]
+
+
+def _of_row(row: list[Any]) -> Site:
+    """The inverse of `Site.row`. Raises TypeError for other types."""
+    if [*map(type, row)] not in _ROWS:
+        raise TypeError("got other types")
+    count = next((value for value in row[4:] if isinstance(value, int)), None)
+    axes = next((tuple(value) for value in row[4:] if isinstance(value, list)), None)
+    if {*map(type, axes or ())} - {int} or len(axes or ()) > _MOST_AXES:
+        raise TypeError("got other axes")
+    name, out_features, in_features, r = row[:4]
+    return Site(name, out_features, in_features, r, count, axes)
 
 
 class LoRALayout:
@@ -95,10 +129,10 @@ class LoRALayout:
     Raises ProjectionError for an empty layout or a shape or rank below 1.
     """
 
-    def __init__(self, blocks: Iterable[Block], stacks: Mapping[str, int] | None = None):
-        """stacks: {name: count} of the modules `name.0`, .., `name.(count - 1)` that are one `Site` of `sites`."""
+    def __init__(self, blocks: Iterable[Block], sites: Iterable[Site] = ()):
+        """sites: those that are more than a plain matrix: a stack has the modules `name.0`, .., `name.(count - 1)`."""
         self.blocks = tuple(blocks)
-        self._stacks = dict(stacks or {})
+        self._special = {site.modules[0]: site for site in sites}
         if not self.blocks:
             raise ProjectionError("LoRALayout: a layout needs at least one block, got none. Check target_modules.")
         end = 0
@@ -117,23 +151,33 @@ class LoRALayout:
         """The modules, with those of a stack as one; none on a flat layout."""
         found, blocks = [], iter(self.blocks if len(self.blocks) > 1 else ())
         for b, a in zip(blocks, blocks, strict=True):
-            name = b.module.rpartition(".")[0]
-            count = self._stacks.get(name)
-            found.append(Site(b.module if count is None else name, b.shape[0], a.shape[1], b.shape[1], count))
-            for _ in range(2 * ((count or 1) - 1)):
+            site = self._special.get(b.module) or Site(b.module, b.shape[0], a.shape[1], b.shape[1])
+            found.append(site)
+            for _ in range(2 * (len(site.modules) - 1)):
                 next(blocks)
         return tuple(found)
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sizes], r: int | Mapping[str, int]) -> LoRALayout:
+    def from_shapes(
+        cls,
+        shapes: Mapping[str, Sizes],
+        r: int | Mapping[str, int],
+        axes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> LoRALayout:
         """Layout for modules of (out_features, in_features), or stacks of (out_features, in_features, count), at one
-        rank or one rank per name."""
+        rank or one rank per name; axes: of those that have some, see `Site`."""
+        ranks = r if isinstance(r, Mapping) else dict.fromkeys(shapes, r)
+        return cls.of_sites(_site(name, shapes[name], ranks[name], (axes or {}).get(name)) for name in shapes)
+
+    @classmethod
+    def of_sites(cls, sites: Iterable[Site]) -> LoRALayout:
+        """Layout for sites, which may come in any order."""
         try:
-            ordered = sorted(shapes, key=lambda name: _natural(f"{name}.0" if len(shapes[name]) == 3 else name))
+            ordered = sorted(sites, key=lambda site: _natural(site.name if site.count is None else f"{site.name}.0"))
         except ValueError:  # Python's own bound
             raise ProjectionError("LoRALayout: a number in a name must have at most 4,300 digits. Rename it.") from None
-        layout = cls._of_sites(_site(n, shapes[n], r[n] if isinstance(r, Mapping) else r) for n in ordered)
-        if layout._stacks:
+        layout = cls._of_sites(ordered)
+        if layout._special:
             layout._check_order()  # a module may bear the name of one within a stack
         return layout
 
@@ -141,24 +185,28 @@ class LoRALayout:
     def _of_sites(cls, sites: Iterable[Site]) -> LoRALayout:
         """Of sites in the order of the layout."""
         blocks: list[Block] = []
-        stacks: dict[str, int] = {}
+        special: list[Site] = []
         offset = 0
         for site in sites:
-            name, out_features, in_features, r, count = astuple(site)
+            name, out_features, in_features, r, count, axes = astuple(site)
             if min(out_features, in_features, r, 1 if count is None else count) < 1:
                 of_stack = "" if count is None else f", count={count}"
                 raise ProjectionError(
                     f"LoRALayout: {name} must have sizes and rank of at least 1, "
                     f"got out={out_features}, in={in_features}, r={r}{of_stack}."
                 )
-            if count is not None:
-                stacks[name] = count
+            if axes and (min(axes) < 1 or math.prod(axes) != in_features):
+                raise ProjectionError(
+                    f"LoRALayout: {name} must have axes whose product is in={in_features}, got {axes}."
+                )
+            if not site.is_plain:
+                special.append(site)
             for module in site.modules:
                 blocks.append(Block(module, "B", (out_features, r), offset))
                 offset += out_features * r
                 blocks.append(Block(module, "A", (r, in_features), offset))
                 offset += r * in_features
-        return cls(blocks, stacks)
+        return cls(blocks, special)
 
     def _check_order(self) -> None:
         """Raises ProjectionError where modules do not stand once each, in natural order of their names."""
@@ -189,25 +237,23 @@ class LoRALayout:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
     def to_json(self) -> str:
-        """The sites in order, `[[name, out, in, r], ...]`, a stack with its count as fifth; inverse of `from_json`."""
-        rows = [[value for value in astuple(site) if value is not None] for site in self.sites]
-        return json.dumps(rows, separators=(",", ":"))
+        """The rows of the sites in order, see `Site.row`; inverse of `from_json`."""
+        return json.dumps([site.row for site in self.sites], separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> LoRALayout:
         """The layout that `to_json` wrote. Raises ProjectionError for anything else, and for modules out of order."""
         try:
             rows = json.loads(text)
-            if any([*map(type, row)] not in ([str, int, int, int], [str, int, int, int, int]) for row in rows):
-                raise TypeError("got other types")
-            layout = cls._of_sites(Site(*row) for row in rows)
+            sites = [_of_row(row) for row in rows]
+            if json.dumps(rows, separators=(",", ":")) != text:  # before anything as large as a count is made
+                raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
+            layout = cls._of_sites(sites)
             layout._check_order()
         except ProjectionError:
             raise
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ProjectionError(f"LoRALayout: modules must be rows [module, out, in, r], {error}.") from None
-        if json.dumps(rows, separators=(",", ":")) != text:
-            raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
         return layout
 
     @cached_property
@@ -253,15 +299,14 @@ class LoRALayout:
             if block.module in wanted:
                 blocks.append(Block(block.module, block.factor, block.shape, offset))
                 offset += block.numel
-        whole = {name: n for name, n in self._stacks.items() if all(f"{name}.{i}" in wanted for i in range(n))}
-        return LoRALayout(blocks, whole)
+        return LoRALayout(blocks, [site for site in self._special.values() if wanted.issuperset(site.modules)])
 
     def renamed(self, names: Mapping[str, str]) -> LoRALayout:
         """The same blocks, in the same order, under other names. names: {site: its new name}."""
         blocks, sites = iter(self.blocks), [replace(site, name=names[site.name]) for site in self.sites]
         modules = [module for site in sites for module in site.modules for _ in "BA"]
         renamed = [replace(block, module=module) for block, module in zip(blocks, modules, strict=True)]
-        return LoRALayout(renamed, {site.name: site.count for site in sites if site.count is not None})
+        return LoRALayout(renamed, [site for site in sites if not site.is_plain])
 
     def split(self, theta_D: Tensor) -> list[Tensor]:
         """Views (..., rows, columns) of every block, through one autograd node. theta_D: (..., D)."""

@@ -110,7 +110,7 @@ def test_a_base_model_of_another_name_is_one_line_of_warning(tmp_path: Path, cap
 @pytest.mark.parametrize("line", ["projection", "library_version", "base_model", "checksum"])
 def test_a_refusal_is_one_line(line: str, tmp_path: Path, capsys) -> None:
     save(tmp_path)
-    relabel(tmp_path, lambda lines: {**lines, f"uniproj.{line}": json.dumps(FORGED), "uniproj.format_version": "4"})
+    relabel(tmp_path, lambda lines: {**lines, f"uniproj.{line}": json.dumps(FORGED), "uniproj.format_version": "5"})
     assert main(["inspect", str(tmp_path)]) == 2
     relabel(tmp_path, lambda lines: {**lines, "uniproj.format_version": "3"})
     main(["verify", str(tmp_path)])

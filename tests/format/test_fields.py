@@ -25,7 +25,6 @@ REFUSED_VALUES = {
     "layer_replication": [[0, 1]],
     "lora_bias": True,
     "megatron_config": {"a": 1},
-    "target_parameters": ["x"],
     "use_dora": True,
     "use_qalora": True,
 }
@@ -43,6 +42,17 @@ def test_every_field_has_a_role(name: str) -> None:
 def test_a_plain_configuration_uses_nothing_of_what_is_refused_or_trained_beside() -> None:
     for config in (LoraConfig(), UniProjConfig()):
         assert not used(vars(config), *REFUSED, Role.BESIDE)
+
+
+def test_an_empty_configuration_of_a_variant_is_one(tmp_path: Path) -> None:
+    """PEFT asks whether it is None: of `{}` it makes KaSA, which truncates the base weights."""
+    for name in ("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"):
+        for value in ({}, False) if name in NAMES else ():
+            save(tmp_path)
+            relabel(tmp_path, lambda metadata, name=name, value=value: _with_setting(metadata, name, value))
+            reconfigure(tmp_path, **{name: value})
+            with pytest.raises(AdapterError, match=f"{name} changes what A and B are"):
+                file.read(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in fields_of(*REFUSED) if name in NAMES])

@@ -189,7 +189,8 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("projection_version", "1", "must be of version 2.* got version 1, another P. Install uniproj"),
-        ("format_version", "4", "format must be at most 3, got 4 .* Install that version"),
+        ("format_version", "5", "format must be at most 4, got 5 .* Install that version"),
+        ("format_version", "4", "format_version must be 3, that of its Block list, got 4. The file was altered"),
         (
             "format_version",
             '"x"',
@@ -210,6 +211,7 @@ def test_zero_is_no_saddle_where_P_has_an_offset(tmp_path: Path) -> None:
             packed_by_zlib('[["layers.10.q",24,16,3],["layers.2.q",24,16,3]]'),
             r"natural order of their names: expected layers\.2\.q, got layers\.10\.q",
         ),
+        ("layout", pack([["q", 1, 1, 1, 2]]), "format_version must be 4, that of its Block list, got 3. The file was"),
         ("settings", pack([1]), r"settings must be an object, got \[1\]"),
         ("projection_seed", "8", "projection_seed must be another, got 8"),
     ],

@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tests.format.fixtures import base
+from tests.format.fixtures import KINDS, base, kinds
 from tests.format.test_fuzz import ODD, edit
 from uniproj import AdapterError, ProjectionError, build, get
 from uniproj.exchange.verify import verify
@@ -78,8 +78,20 @@ def _row(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
 
 def _rank(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
     rank = r.choice([1, 2, 3, 8, 64, *LARGE])
-    made.rows = [[*row[:3], rank] for row in made.rows]
+    made.rows = [[*row[:3], rank, *row[4:]] for row in made.rows]
     made.settings = {**made.settings, "r": rank}
+
+
+def _stack(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
+    """Counts and axes, of any row, over any name."""
+    made.rows = copy.deepcopy(made.rows)
+    row, width = r.choice(made.rows), made.rows[0][2]
+    counts = [1, 2, 3, 0, -3, True, 10**5, *LARGE]
+    axes = [[], [width], [2, width], [-1, -width], [1] * 5, ["a"], [2**62] * 4]
+    row[4:] = r.choice([[r.choice(counts)], [r.choice(axes)], [r.choice(counts), r.choice(axes)], [[], 2], [None]])
+    if r.random() < 0.3:
+        row[0] = r.choice(made.rows)[0].rpartition(".")[0]
+    made.header["format_version"] = r.choice([3, 4, 4, 4])
 
 
 def _modules(r: random.Random, made: Forgery, _: dict[str, Tensor]) -> None:
@@ -139,7 +151,7 @@ def _heads(r: random.Random, made: Forgery, of_base: dict[str, Tensor]) -> None:
 
 
 MUTATIONS: list[Mutation] = [
-    *(_field, _setting, _setting, _row, _rank, _modules, _size, _option),
+    *(_field, _setting, _setting, _row, _rank, _stack, _modules, _size, _option),
     *(_extra, _extra, _own, _tensor, _drop, _heads),
 ]
 
@@ -157,7 +169,11 @@ def _opened(folder: Path) -> Forgery:
 def _fingerprint(rows: Any) -> str:
     """By the words of docs/adapters.md: SHA-256 of names, shapes and order of the blocks."""
     try:
-        blocks = [block for m, out, in_, r in rows for block in ([m, "B", out, r], [m, "A", r, in_])]
+        blocks = []
+        for m, out, in_, r, *more in rows:
+            count = next((value for value in more if isinstance(value, int)), None)
+            for name in [m] if count is None else [f"{m}.{i}" for i in range(min(count, _BUILT))]:
+                blocks += [[name, "B", out, r], [name, "A", r, in_]]
         return hashlib.sha256(json.dumps(blocks, separators=(",", ":")).encode()).hexdigest()
     except (TypeError, ValueError):
         return "0" * 64
@@ -216,11 +232,12 @@ def _limited() -> Iterator[None]:
 
 
 def _adapter(folder: Path, projection: str) -> Path:
-    size = {"d": 40} if get(projection).free_d else {}
-    config = UniProjConfig(
-        projection=projection, r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], **size
-    )
-    model = get_peft_model(base(), config)
+    fields: dict[str, Any] = {"projection": projection, "d": 40 if get(projection).free_d else None, "r": 2}
+    of_llama = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    return _saved(get_peft_model(base(), UniProjConfig(**fields, **of_llama)), folder)
+
+
+def _saved(model: PeftModel, folder: Path) -> Path:
     with torch.no_grad():
         adapter_of(model).theta_d.add_(0.1)
     model.save_pretrained(str(folder))
@@ -228,15 +245,18 @@ def _adapter(folder: Path, projection: str) -> Path:
 
 
 def _fuzz(folder: Path, rounds: int) -> dict[str, float]:
-    opened = [_opened(_adapter(folder / name, name)) for name in PROJECTIONS]
-    frozen = base().state_dict()
+    opened = [(_opened(_adapter(folder / name, name)), base) for name in PROJECTIONS]
+    on_kinds = get_peft_model(kinds(), UniProjConfig(d=40, r=2, **KINDS))
+    opened += [(_opened(_saved(on_kinds, folder / "kinds")), kinds)] * 2
+    frozen_of = {make: make().state_dict() for make in (base, kinds)}
     place = folder / "forged"
     place.mkdir()
     counts: dict[str, float] = {"refused": 0, "loaded": 0, "seconds": 0.0}
 
     for seed in range(rounds):
         r = random.Random(seed)
-        made, names = copy.deepcopy(r.choice(opened)), [str(seed)]
+        chosen, make = r.choice(opened)
+        made, names, frozen = copy.deepcopy(chosen), [str(seed)], frozen_of[make]
         for mutation in r.choices(MUTATIONS, k=r.choice([1, 1, 2, 3])):
             # a change to which another one left nothing
             with suppress(TypeError, KeyError, IndexError, AttributeError, ValueError, NotImplementedError):
@@ -252,7 +272,7 @@ def _fuzz(folder: Path, rounds: int) -> dict[str, float]:
             try:
                 if r.random() < 0.9:
                     verify(place)
-                model = base()
+                model = make()
                 PeftModel.from_pretrained(model, str(place))
                 counts["loaded"] += 1
             except (AdapterError, ProjectionError) as error:
@@ -275,7 +295,10 @@ def _check_frozen(model: nn.Module, frozen: dict[str, Tensor], names: list[str])
             key = key.replace(part, "")
         now.setdefault(key, tensor)
     for key, tensor in frozen.items():
-        assert torch.equal(now[key], tensor), (key, names)
+        if key.startswith("attention."):  # to which PEFT adds s B A in every forward, and subtracts it again
+            torch.testing.assert_close(now[key], tensor, rtol=0.0, atol=1e-3, msg=f"{key} {names}")
+        else:
+            assert torch.equal(now[key], tensor), (key, names)
 
 
 def test_a_forged_file_is_refused_or_leaves_the_base_alone(tmp_path: Path) -> None:

@@ -124,6 +124,14 @@ def test_long_lines_and_headers_are_refused_before_they_are_parsed(tmp_path: Pat
         save(tmp_path)
         relabel(tmp_path, lambda metadata, key=key, text=text: {**metadata, f"uniproj.{key}": text})
         refused_cheaply(cost(file.read, tmp_path), message)
+    for row, message in (
+        (["q", 1, 1, 1, 10**9], "modules must be at most 131,072, got 1,000,000,00"),
+        (["q", 1, 1, 1, 10**9, [1]], "modules must be at most 131,072, got 1,000,000,00"),
+        (["q", 1, 1, 1, 10**40], "modules must be at most 131,072, got"),
+    ):
+        save(tmp_path)
+        relabel(tmp_path, lambda metadata, row=row: {**metadata, "uniproj.layout": pack([row])})
+        refused_cheaply(cost(file.read, tmp_path), message)
     (tmp_path / file.CONFIG).write_text(lists)
     refused_cheaply(cost(file.read, tmp_path), "its bytes must be at most 4,194,304, got 18,")
 

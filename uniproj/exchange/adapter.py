@@ -18,7 +18,7 @@ from uniproj.format import file
 from uniproj.format.compatibility import check_layout
 from uniproj.format.header import Header, scale
 from uniproj.format.keys import OF_P, OWN, THETA_D, plain
-from uniproj.format.patterns import of_modules
+from uniproj.format.patterns import of_sites
 from uniproj.format.places import adapted_modules, layout_on, places
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import check_numbers, check_shapes, shapes_of
@@ -37,7 +37,8 @@ class LoRAAdapter:
     """The A and B of an adapter, without a model.
 
     theta_D: (D,) in the order of `layout`; scales: s of delta W = s B A by module; config: a LoraConfig, or one that
-    extends it; other: the remaining tensors of the file, such as a classification head, by PEFT's names.
+    extends it; other: the remaining tensors of the file, such as a classification head, by PEFT's names; order: as in
+    `Adapter`.
     """
 
     layout: LoRALayout
@@ -45,6 +46,7 @@ class LoRAAdapter:
     scales: Mapping[str, float]
     config: LoraConfig
     other: Mapping[str, Tensor]
+    order: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,17 @@ class Adapter:
         known = {plain(f"{name}."): name for name in modules}  # parts of the model may have been compiled since
         layers = {known[plain(f"{name}.")]: m for name, m in adapted(model.base_model.model, adapter_name).items()}
         scaling = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
-        order = tuple(module for name in layers for module in modules[name])
+        within: dict[int, list[str]] = {}
+        for name, layer in layers.items():  # of several parameters of one module the last stands around the others
+            within.setdefault(id(layer.get_base_layer()), []).insert(0, name)
+        order = tuple(module for names in within.values() for name in names for module in modules[name])
         return cls(P, theta_d, config, layout, scaling, other, order)
 
     @torch.no_grad()
     def lora(self) -> LoRAAdapter:
         """The same updates as LoRA's A and B, in float32 as the model computes them."""
         theta_D = self.projection(self.theta_d).cpu()
-        return LoRAAdapter(self.layout, theta_D, self.scales, self.config, self.other)
+        return LoRAAdapter(self.layout, theta_D, self.scales, self.config, self.other, self.order)
 
     def save(self, folder: str | Path) -> None:
         """Write a uniproj adapter, theta_d and Parameters in float32.
@@ -169,9 +174,5 @@ def lora_fields(config: LoraConfig) -> dict[str, Any]:
 def scales(config: LoraConfig, layout: LoRALayout, rank: int | None = None) -> dict[str, float]:
     """PEFT's alpha / r, or alpha / sqrt(r), of every site, by the first pattern that matches its name."""
     names = [site.name for site in layout.sites]
-    alphas = of_modules("alpha_pattern", config.alpha_pattern, names, config.lora_alpha)
-    ranks = of_modules("rank_pattern", config.rank_pattern, names, config.r)
-    return {
-        site.name: scale(alphas[site.name], rank or site.rank_of(ranks[site.name]), config.use_rslora)
-        for site in layout.sites
-    }
+    alphas = of_sites("alpha_pattern", config.alpha_pattern, names, config.lora_alpha)
+    return {site.name: scale(alphas[site.name], rank or site.rank, config.use_rslora) for site in layout.sites}

@@ -33,22 +33,26 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     shown["tensors"] = ", ".join(f"{name} {t['dtype']} {t['shape']}" for name, t in found["tensors"].items())
     shown["bytes"] = ", ".join(f"{name} {size:,}" for name, size in found["bytes"].items())
     if modules := found.get("modules"):
-        rows = [f"{name} (out {out}, in {in_}, r {r})" for name, out, in_, r in (modules[0], modules[-1])]
+        rows = [_row(*row) for row in (modules[0], modules[-1])]
         shown["modules"] = f"{len(modules)}: {rows[0]} .. {rows[1]}"
     settings = found.get("settings") or found["config"]
     shown["settings"] = ", ".join(f"{k}={v}" for k, v in settings.items() if v not in (None, {}, False))
     return shown
 
 
+def _row(name: str, out: int, in_: int, r: int, *more: int | list[int]) -> str:
+    of_stack = "".join(f", {'axes' if isinstance(value, list) else 'count'} {value}" for value in more)
+    return f"{name} (out {out}, in {in_}, r {r}{of_stack})"
+
+
 def _of_header(header: Header) -> dict[str, Any]:
     plain = {f.name: getattr(header, f.name) for f in dataclasses.fields(header) if f.name != "layout"}
-    modules = [[b.module, b.shape[0], a.shape[1], b.shape[1]] for b, a in header.layout.pairs()]
     return {
         **plain,
         "theta_D": get(header.projection).formula,
         "D": header.layout.D,
         "layout_fingerprint": header.layout.fingerprint,
-        "modules": modules,
+        "modules": [site.row for site in header.layout.sites],
     }
 
 

@@ -32,12 +32,12 @@ def check_layout(header: Header, found: LoRALayout, table: Table = ()) -> dict[s
         raise AdapterError(said + _about_missing(missing, extra, wants, has))
     if differs.wanted is None:
         raise AdapterError(f"{said}this model has {extra[0]} besides, and {len(extra) - 1} more. {remedy}.")
-    (out, in_, r, *count), (out_now, in_now, r_now, *count_now) = differs.wanted, differs.found
-    what, old, now = "out, in", [out, in_, *count], [out_now, in_now, *count_now]
+    (out, in_, r, *more), (out_now, in_now, r_now, *more_now) = differs.wanted, differs.found
+    what, old, now = "out, in", [out, in_, *more], [out_now, in_now, *more_now]
     if old == now:
         what, old, now = "rank", [r], [r_now]
-    elif count or count_now:
-        what = "out, in, count"
+    elif more or more_now:
+        what = "out, in, and count or axes"
     raise AdapterError(
         f"{said}{differs.module} must have ({what}) = ({', '.join(map(str, old))}), got ({', '.join(map(str, now))}). "
         f"{remedy}, with the ranks of its configuration."
@@ -62,7 +62,7 @@ def warn_of_another_base(header: Header, name: str | None, of_base: Any) -> None
         warnings.warn(f"{header.projection}: the adapter was trained on {printable(', '.join(changed))}.", stacklevel=2)
 
 
-_Size = tuple[int, ...]  # out, in, rank, and the count of a stack
+_Size = tuple[Any, ...]  # out, in, rank, and count and axes where there are any
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Difference:
     found: _Size | None
 
     def __str__(self) -> str:
-        wanted, found = ("no adapter" if x is None else f"(out, in, rank) = {x}" for x in (self.wanted, self.found))
+        sizes = (self.wanted, self.found)
+        wanted, found = ("no adapter" if x is None else f"(out, in, rank{', ..' * (len(x) > 3)}) = {x}" for x in sizes)
         return f"{self.module} must have {wanted}, got {found}"
 
 
@@ -90,7 +91,7 @@ def _difference(wants: dict[str, _Size], has: dict[str, _Size]) -> Difference | 
 
 
 def _sizes(layout: LoRALayout) -> dict[str, _Size]:
-    return {s.name: (s.out_features, s.in_features, s.r) + ((s.count,) if s.count else ()) for s in layout.sites}
+    return {site.name: tuple(site.row[1:]) for site in layout.sites}
 
 
 def _about_missing(missing: list[str], extra: list[str], wants: dict, has: dict) -> str:

@@ -36,7 +36,8 @@ REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
 
 @dataclass(frozen=True)
 class Field:
-    """holds: the type of its values (Any: PEFT checks them); absent: the values by which the field is not in use."""
+    """holds: the type of its values (Any: PEFT checks them); absent: the values by which the field is not in use, to
+    which `{}` does not belong where PEFT makes a variant of it."""
 
     role: Role
     holds: Any = Any
@@ -79,12 +80,12 @@ FIELDS = {
     "inference_mode": Field(Role.STATE, schema.Flag),
     "peft_version": Field(Role.STATE, schema.MaybeText),
     "alora_invocation_tokens": Field(Role.VARIANT),
-    "arrow_config": Field(Role.VARIANT),
-    "kasa_config": Field(Role.VARIANT),
+    "arrow_config": Field(Role.VARIANT, absent=(None,)),
+    "kasa_config": Field(Role.VARIANT, absent=(None,)),
     "layer_replication": Field(Role.VARIANT),
     "lora_bias": Field(Role.VARIANT),
-    "monteclora_config": Field(Role.VARIANT),
-    "use_bdlora": Field(Role.VARIANT),
+    "monteclora_config": Field(Role.VARIANT, absent=(None,)),
+    "use_bdlora": Field(Role.VARIANT, absent=(None,)),
     "use_dora": Field(Role.VARIANT),
     "use_qalora": Field(Role.VARIANT),
     "corda_config": Field(Role.START),
@@ -93,9 +94,9 @@ FIELDS = {
     "loftq_config": Field(Role.START),
     "lora_ga_config": Field(Role.START),
     "ensure_weight_tying": Field(Role.OTHER),
-    "megatron_config": Field(Role.OTHER),
+    "megatron_config": Field(Role.OTHER, absent=(None,)),
     "target_parameters": Field(Role.PLACE, schema.Texts, (None, [])),
-    "velora_config": Field(Role.OTHER),
+    "velora_config": Field(Role.OTHER, absent=(None,)),
 }
 
 

@@ -21,18 +21,19 @@ from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import schema
 from uniproj.format.fields import Configuration, Role, fields_of
 from uniproj.format.keys import OF_P, THETA_D
-from uniproj.format.patterns import of_modules
+from uniproj.format.patterns import of_sites
 from uniproj.format.remap import new_names
 from uniproj.format.tensors import shapes_without_P
 from uniproj.layout import LoRALayout
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 
-FORMAT_VERSION = 3
+# that of layouts of plain matrices, and the last one, which has words for stacks and axes
+PLAIN_VERSION, FORMAT_VERSION = 3, 4
 PREFIX = "uniproj."
 _MEMORY = 2**25
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
-_COUNT = re.compile(r",\d+,\d+,\d+,(\d{1,18})\d*\]")  # of a stack, in a row of a layout
+_COUNT = re.compile(r",\d+,\d+,\d+,(\d{1,18})\d*[\],]")  # of a stack, in a row of a layout
 _ALTERED = "The file was altered: copy or download it again."
 
 
@@ -57,7 +58,7 @@ class Header:
     base_quantisation: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     library_version: str = uniproj.__version__
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_VERSION
 
     @classmethod
     def of(cls, config: Mapping[str, Any], projection: Projection, base: nn.Module | None = None) -> Header:
@@ -81,6 +82,7 @@ class Header:
             base_revision=config["revision"] or getattr(of_base, "_commit_hash", None),
             base_quantisation=quantisation(of_base),
             settings=beyond_P(config),
+            format_version=format_of(projection.layout),
         )
 
     @property
@@ -102,13 +104,11 @@ class Header:
     def scales(self) -> dict[str, float]:
         """s of every site, by its name in `layout`: alpha / r, or alpha / sqrt(r) under use_rslora."""
         given, names = self.settings, new_names(self.layout, self.settings.get("remap") or [])
-        alphas = of_modules("alpha_pattern", given.get("alpha_pattern"), names.values(), given.get("lora_alpha"))
-        stacks = [names[site.name] for site in self.layout.sites if site.count]
-        ranks = of_modules("rank_pattern", given.get("rank_pattern"), stacks, given.get("r")) if stacks else {}
+        alphas = of_sites("alpha_pattern", given.get("alpha_pattern"), names.values(), given.get("lora_alpha"))
         found = {}
         for site in self.layout.sites:
-            alpha, r = alphas[names[site.name]], site.rank_of(ranks.get(names[site.name]))
-            found[site.name] = scale(r if alpha is None else alpha, r, given.get("use_rslora"))
+            alpha = alphas[names[site.name]]
+            found[site.name] = scale(site.rank if alpha is None else alpha, site.rank, given.get("use_rslora"))
         return found
 
     def to_metadata(self) -> dict[str, str]:
@@ -142,6 +142,11 @@ class Header:
         schema.check(schema.Lines, values, f"{where}: the header's ", _ALTERED)
         schema.check(Configuration, values["settings"], f"{where}: the header's ", _ALTERED)
         header = cls(**values)
+        if max(header.format_version, PLAIN_VERSION) != (needed := format_of(header.layout)):
+            raise AdapterError(
+                f"{where}: the header's format_version must be {needed}, that of its Block list, got "
+                f"{header.format_version}. {_ALTERED}"
+            )
         saved, found = metadata.get(f"{PREFIX}layout_fingerprint"), header.layout.fingerprint
         if saved != found:
             raise AdapterError(
@@ -245,6 +250,11 @@ def beyond_P(config: Mapping[str, Any]) -> dict[str, Any]:
     kept_apart = fields_of(Role.P, Role.BASE, Role.STATE)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return json.loads(json.dumps({key: value for key, value in plain.items() if key not in kept_apart}))
+
+
+def format_of(layout: LoRALayout) -> int:
+    """The version of the format in which a layout is written."""
+    return PLAIN_VERSION if all(site.is_plain for site in layout.sites) else FORMAT_VERSION
 
 
 def scale(alpha: float, r: int, use_rslora: bool | None) -> float:

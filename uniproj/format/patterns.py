@@ -49,6 +49,14 @@ def of_modules(field: str, patterns: Mapping[str, T] | None, modules: Iterable[s
     return {m: values[min(indices)] if indices else (patterns or {}).get(m, default) for m, indices in found.items()}
 
 
+def of_sites(field: str, patterns: Mapping[str, T] | None, sites: Iterable[str], default: T) -> dict[str, T]:
+    """`of_modules` for sites of a layout: the output projection of an attention has what the attention has."""
+    sites = set(sites)
+    targets = {site: parent if (parent := site.removesuffix(".out_proj")) in sites else site for site in sites}
+    values = of_modules(field, patterns, set(targets.values()), default)
+    return {site: values[target] for site, target in targets.items()}
+
+
 def idle(field: str, patterns: Mapping[str, Any] | None, modules: Iterable[str]) -> list[str]:
     """The patterns that match none of the modules. Raises AdapterError as `of_modules` does."""
     used = {index for indices in _matching(field, patterns or {}, modules).values() for index in indices}

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -20,23 +20,19 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
 class Place:
     """Where one site of a layout lies in a base model.
 
     module: of the base; parameter: its name there, where a parameter is adapted and not the module; sizes: those of the
-    site; target: the name to which patterns of ranks and alphas apply; groups: of a convolution, whose ranks are parted
-    among them.
+    site, and axes those of its columns; groups: of a convolution, whose ranks are parted among them.
     """
 
     module: nn.Module
-    target: str
     sizes: Sizes
     parameter: str | None = None
     groups: int = 1
+    axes: tuple[int, ...] | None = None
 
 
 def places_of(name: str, module: nn.Module, parameter: str | None = None) -> dict[str, Place]:
@@ -52,22 +48,23 @@ def places_of(name: str, module: nn.Module, parameter: str | None = None) -> dic
         if len(shape) == 3:
             count, *pair = shape
             in_, out = pair if getattr(module, "is_transposed", False) else reversed(pair)
-            return {name: Place(module, name, (out, in_, count), parameter)}
-        return {name: Place(module, name, (shape[0], shape[1]), parameter)} if len(shape) == 2 else {}
+            return {name: Place(module, (out, in_, count), parameter)}
+        return {name: Place(module, (shape[0], shape[1]), parameter)} if len(shape) == 2 else {}
     if isinstance(module, nn.MultiheadAttention):
         n = module.embed_dim
         return {
-            name: Place(module, name, (3 * n, n), "in_proj_weight"),
-            f"{name}.out_proj": Place(module.out_proj, name, (n, n)),
+            name: Place(module, (3 * n, n), "in_proj_weight"),
+            f"{name}.out_proj": Place(module.out_proj, (n, n)),
         }
     if isinstance(module, nn.Embedding):
-        return {name: Place(module, name, (module.embedding_dim, module.num_embeddings))}
+        return {name: Place(module, (module.embedding_dim, module.num_embeddings), axes=())}
     if isinstance(module, _ConvNd):
-        out, g, in_ = module.out_channels, module.groups, module.in_channels * math.prod(module.kernel_size)
+        axes = (module.in_channels, *module.kernel_size)
+        out, g, in_ = module.out_channels, module.groups, math.prod(axes)
         sizes: Sizes = (out, in_) if g == 1 else (out // g, in_, g)
-        return {name: Place(module, name, sizes, groups=g)}
+        return {name: Place(module, sizes, groups=g, axes=axes)}
     found = _linear(module)
-    return {} if found is None else {name: Place(module, name, found)}
+    return {} if found is None else {name: Place(module, found)}
 
 
 Parameters = dict[str, tuple[nn.Module, str]]
@@ -134,20 +131,14 @@ def adapted_modules(base: nn.Module, config: PeftConfig) -> dict[str, tuple[int,
 def layout_on(base: nn.Module, config: LoraConfig) -> LoRALayout:
     """The layout that a configuration gives on a model. Raises AdapterError as `places` does."""
     found = places(base, config)
-    ranks = _of_targets("rank_pattern", config.rank_pattern, found, config.r)
-    return layout_of(found, ranks)
+    return layout_of(found, patterns.of_sites("rank_pattern", config.rank_pattern, found, config.r))
 
 
 def layout_of(found: Mapping[str, Place], ranks: Mapping[str, int]) -> LoRALayout:
     """The layout of some places. ranks: PEFT's r, by site."""
     shapes = {name: place.sizes for name, place in found.items()}
-    return LoRALayout.from_shapes(shapes, {name: ranks[name] // place.groups for name, place in found.items()})
-
-
-def _of_targets(field: str, given: Mapping[str, T] | None, found: Mapping[str, Place], default: T) -> dict[str, T]:
-    """The value of rank_pattern or alpha_pattern for every site. Raises AdapterError as `patterns.of_modules` does."""
-    values = patterns.of_modules(field, given, {place.target for place in found.values()}, default)
-    return {name: values[place.target] for name, place in found.items()}
+    axes = {name: place.axes for name, place in found.items() if place.axes is not None}
+    return LoRALayout.from_shapes(shapes, {name: ranks[name] // place.groups for name, place in found.items()}, axes)
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:

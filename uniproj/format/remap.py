@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from uniproj.errors import AdapterError
-from uniproj.format.patterns import of_modules
+from uniproj.format.patterns import of_sites
 from uniproj.layout import LoRALayout
 
 # (old, new): the first run of whole components equal to `old` becomes `new`; one after the other
@@ -68,7 +68,7 @@ def rename(config: Mapping[str, Any], layout: LoRALayout, table: Table) -> dict[
     fields["target_modules"] = [now[site.name] for site in sites if now[site.name] not in parameters]
     fields |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     for field, default in (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha"))):
-        values = of_modules(field, config.get(field), before.values(), default)
+        values = of_sites(field, config.get(field), before.values(), default)
         own = {re.escape(now[site.name]): values[before[site.name]] for site in sites}
         fields[field] = {pattern: value for pattern, value in own.items() if value != default}
     if heads:

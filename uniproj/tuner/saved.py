@@ -15,7 +15,7 @@ from uniproj.errors import AdapterError
 from uniproj.format import identity, places
 from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.fields import Role, fields_of
-from uniproj.format.header import FORMAT_VERSION, Header
+from uniproj.format.header import Header, format_of
 from uniproj.format.heads import check_heads
 from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, in_model, plain
 from uniproj.format.remap import new_names
@@ -66,7 +66,7 @@ def check_saved(config: UniProjConfig, projection: Projection, base: nn.Module) 
             )
     config._attached = {
         "projection_checksum": config.projection_checksum,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_of(projection.layout),
         **now,
     }
     if config.header is not None:

@@ -8,13 +8,14 @@ list, so they cannot disagree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from uniproj.projections.lora import LoRA
 from uniproj.registry import build, get
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.quantised import BaseWeights
+from uniproj.tuner.saved import layout_of
 
 _FLOAT32 = 1e-6  # frozen numbers this close are the same draw at float32 precision
 _PASS_BASE = "Pass --base."
@@ -80,14 +82,16 @@ class PeftMethod(Format):
     """A PEFT type. A subclass writes the class variables and the methods from `build` to `draws_ours`.
 
     kind: PEFT's name of the type; config: its class of configurations; accepts: the projections it can hold; saved: the
-    fields that make PEFT save its frozen numbers, set unless it draws the same ones (`draws_ours`); needs_order:
-    whether P depends on the base model's order of registration; needs_weights: whether P depends on its weights.
+    fields that make PEFT save its frozen numbers, set unless it draws the same ones (`draws_ours`); only_linear:
+    whether experts, embeddings, convolutions and attentions are refused; needs_order: whether P depends on the base
+    model's order of registration; needs_weights: whether P depends on its weights.
     """
 
     kind: ClassVar[str]
     config: ClassVar[type[Any]]
     accepts: ClassVar[type[Projection]]
     saved: ClassVar[Mapping[str, Any]] = {}
+    only_linear: ClassVar[bool] = True
     needs_order: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
 
@@ -120,6 +124,14 @@ class PeftMethod(Format):
     def draws_ours(self, adapter: Adapter, drawn: Any) -> bool:
         """Whether PEFT draws the adapter's P from its seed; drawn: the P that PEFT draws."""
         return True
+
+    def layers(self, model: PeftModel, adapter_name: str) -> dict[str, Any]:
+        """PEFT's layers that hold an adapter, by the names of their sites."""
+        return {
+            name: layer
+            for name, layer in model.base_model.model.named_modules()
+            if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "r", {})
+        }
 
     # ---- adapters in memory -------------------------------------------------------------------------
 
@@ -176,21 +188,14 @@ class PeftMethod(Format):
             )
 
     def _open(self, who: str, model: PeftModel, adapter_name: str) -> Attached:
-        layers = {
-            name: layer
-            for name, layer in model.base_model.model.named_modules()
-            if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, "r", {})
-        }
+        layers = self.layers(model, adapter_name)
         for name, layer in layers.items():
-            if found := _not_plain(layer, adapter_name):
+            if found := (self.only_linear and _not_linear(layer)) or _not_plain(layer, adapter_name):
                 raise AdapterError(
-                    f"{who}: {name} must be a linear layer whose update is s B A, got {found}. "
+                    f"{who}: {name} must be a {'linear ' * self.only_linear}layer whose update is s B A, got {found}. "
                     "Leave it out of target_modules, or keep this adapter in PEFT."
                 )
-        layout = LoRALayout.from_shapes(
-            {name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
-            {name: layer.r[adapter_name] for name, layer in layers.items()},
-        )
+        layout = layout_of(layers, adapter_name)
         return Attached(adapter_name, model.peft_config[adapter_name], layers, layout)
 
     # ---- folders ------------------------------------------------------------------------------------
@@ -209,6 +214,7 @@ class PeftMethod(Format):
         share numbers.
         """
         self._check_accepts("export", adapter.projection)
+        refuse_other_kinds(adapter, self.kind)
         theta_d = self._scaled(adapter)
         if self.needs_order and adapter.order is None:
             raise AdapterError(
@@ -352,13 +358,42 @@ def _rank_fields(layout: LoRALayout, r: int) -> dict[str, Any]:
     return {"r": r, "lora_alpha": r, "rank_pattern": cut, "alpha_pattern": dict(cut)}
 
 
-def _not_plain(layer: Any, adapter_name: str) -> str:
-    """Why the update of a layer is not s B A; empty if it is."""
-    adapted = layer.get_base_layer()
-    if isinstance(adapted, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-        return type(adapted).__name__
+def refuse_other_kinds(adapter: Adapter, to: str) -> None:
+    """Raises AdapterError for a site that is no linear layer, which few formats can say."""
+    names = [site.name for site in adapter.layout.sites]
+    wrapped = wraps(adapter.config, names)
+    for site in adapter.layout.sites:
+        if not site.is_plain or site.name in wrapped or is_parameter(adapter.config, site.name):
+            raise AdapterError(
+                f"export: {to} holds linear layers alone, got {site.name}, which is none. Export to lora, or leave it "
+                "out of target_modules and target_parameters."
+            )
+
+
+def wraps(config: LoraConfig, sites: Sequence[str]) -> dict[str, int]:
+    """{module: how many of PEFT's layers stand around it and what it holds}: one for each of its own parameters that
+    are adapted, and one for an attention, whose output projection is adapted as its part."""
+    known = set(sites)
+    found = Counter(site.rpartition(".")[0] for site in sites if is_parameter(config, site))
+    return found + Counter(parent for site in sites if (parent := site.removesuffix(".out_proj")) in known - {site})
+
+
+def is_parameter(config: LoraConfig, site: str) -> bool:
+    """Whether a site is a parameter that a configuration targets."""
+    return f".{site}".endswith(tuple(f".{target}" for target in config.target_parameters or ()))
+
+
+def _not_linear(layer: Any) -> str:
+    """Which other kind a layer is; empty for a linear one."""
     if hasattr(layer, "parameter_name"):
         return f"target_parameters {layer.parameter_name!r}"
+    adapted = layer.get_base_layer()
+    is_other = isinstance(adapted, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention))
+    return type(adapted).__name__ if is_other else ""
+
+
+def _not_plain(layer: Any, adapter_name: str) -> str:
+    """Why the update of a layer is not s B A; empty if it is."""
     if adapter_name in getattr(layer, "lora_variant", {}):
         return type(layer.lora_variant[adapter_name]).__name__
     return "lora_bias=True" if getattr(layer, "lora_bias", {}).get(adapter_name) else ""

@@ -1,37 +1,50 @@
-"""Export and import of PEFT's LORA folders, which need no base model."""
+"""Export and import of PEFT's LORA folders, which need the base model only where its parameters are adapted."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
-from uniproj.exchange import peft_folder
+from uniproj.exchange import bases, peft_folder
 from uniproj.exchange.adapter import Adapter, LoRAAdapter, lora_fields, scales
-from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod
+from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod, is_parameter, wraps
 from uniproj.exchange.registry import register
 from uniproj.format.fields import Role, used
 from uniproj.format.heads import entitled
-from uniproj.format.patterns import of_modules
-from uniproj.layout import Block, LoRALayout
+from uniproj.format.patterns import of_sites
+from uniproj.format.places import Place, places
+from uniproj.layout import LoRALayout, Site
 from uniproj.projections.lora import LoRA
+from uniproj.tuner.layers import adapted, factors_of
 
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTOR = re.compile(
+    r"base_model\.model\.(?P<layer>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)"
+)
 # Values of init_lora_weights for which PEFT changes the base weights too, at every load.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @register("lora")
 class LoRAFormat(PeftMethod):
-    """A folder holds every A and B, so no base model is needed, and any projection can be written."""
+    """A folder holds every A and B, so any projection can be written, on every kind of layer."""
 
     kind, config, accepts = "LORA", LoraConfig, LoRA
+    only_linear = False
     takes_rank = True
+
+    def layers(self, model: PeftModel, adapter_name: str) -> dict[str, Any]:
+        """Those of every kind."""
+        return dict(adapted(model.base_model.model, adapter_name))
 
     def build(self, theirs: Attached) -> LoRA:
         """The identity."""
@@ -39,9 +52,11 @@ class LoRAFormat(PeftMethod):
 
     def pairs(self, theirs: Attached, P: LoRA, theta_d: Tensor) -> Iterator[Pair]:
         """Every A and every B."""
-        for block, ours in zip(P.layout.blocks, P.layout.split(theta_d), strict=True):
-            factor = f"lora_{block.factor}"
-            yield Pair(f"{block.module}.{factor}", theirs.tensor(block.module, factor).weight, ours)
+        for slot, ours in enumerate(P.layout.split_sites(theta_d)):
+            site, is_A = P.layout.sites[slot // 2], bool(slot % 2)
+            factor = factors_of(theirs.layers[site.name])[is_A][theirs.name]
+            tensor = factor if isinstance(factor, Tensor) else factor.weight
+            yield Pair(f"{site.name}.lora_{'BA'[is_A]}", _as_ours(site, is_A, tensor), ours)
 
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
         """See `write` below."""
@@ -49,15 +64,16 @@ class LoRAFormat(PeftMethod):
 
     def read(self, folder: Path, base: str | nn.Module | None, trust_remote_code: bool) -> LoRAAdapter:
         """See `read` below."""
-        return read(folder)
+        return read(folder, base, trust_remote_code)
 
 
-def read(folder: Path) -> LoRAAdapter:
+def read(folder: Path, base: str | nn.Module | None = None, trust_remote_code: bool = False) -> LoRAAdapter:
     """The adapter in a folder of PEFT's LORA, theta_D in float64.
 
-    Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and other starts for
-    which PEFT changes the base weights, an alpha that is no number, factors of layers that are not linear, a factor
-    without its pair, numbers that are not finite, and tensors that the configuration does not account for.
+    base: the base model or its name, for `target_parameters`, whose names and sizes it alone tells; trust_remote_code:
+    see `bases.load`. Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and
+    other starts for which PEFT changes the base weights, an alpha that is no number, a factor without its pair, numbers
+    that are not finite, and tensors that the configuration or the base does not account for.
     """
     config = peft_folder.read_config(folder, "LORA")
     if changed := used(vars(config), Role.VARIANT):
@@ -74,58 +90,90 @@ def read(folder: Path) -> LoRAAdapter:
         raise AdapterError(
             f"{folder}: {odd[0]} must hold real numbers, got {tensors[odd[0]].dtype}. Save it as float32."
         )
-    factors = {(m["module"], m["factor"]): tensors[name].double() for name, m in found.items()}
-    modules = {module for module, _ in factors}
-    for module in modules:
-        pair = [factors.get((module, factor)) for factor in "BA"]
-        if any(x is None or x.ndim != 2 for x in pair) or pair[0].shape[1] != pair[1].shape[0]:  # type: ignore[union-attr]
+    of_base: dict[str, Place] = {}
+    if config.target_parameters:
+        if base is None:
             raise AdapterError(
-                f"{folder}: {module} must have an A (r, in) and a B (out, r), got "
-                f"{[None if x is None else tuple(x.shape) for x in pair]}. The file is truncated, or no linear layer's."
+                f"{folder}: which factors belong to which of target_parameters the base model alone tells. Pass --base."
             )
-    if not modules or any("lora_" in name for name in set(tensors) - set(found)):
-        odd = sorted(name for name in set(tensors) - set(found) if "lora_" in name)[:1]
-        raise AdapterError(f"{folder}: every factor must belong to a linear layer, got {odd or 'none'}. Leave it out.")
-    shapes = {module: (factors[module, "B"].shape[0], factors[module, "A"].shape[1]) for module in modules}
-    layout = LoRALayout.from_shapes(shapes, {module: factors[module, "A"].shape[0] for module in modules})
-    ranks = of_modules("rank_pattern", config.rank_pattern, layout.modules, config.r)
-    for (module, r), (_, A) in zip(ranks.items(), layout.pairs(), strict=True):
-        if r != A.shape[0]:
+        of_base = places(bases.load(base, config, False, trust_remote_code), config)
+    names = list(of_base) or sorted({match["layer"].replace(".base_layer", "") for match in found.values()})
+    layers = {layer: name for name, layer in _layers(config, names, names).items()}
+    factors = {(layers.get(m["layer"], m[0]), m["factor"]): tensors[key].double() for key, m in found.items()}
+    of_rows = {layers.get(match["layer"]) for match in found.values() if match["embedding"]}
+    odd = [key for key in tensors if "lora_" in key and (key not in found or found[key]["layer"] not in layers)]
+    if odd or not found:
+        raise AdapterError(
+            f"{folder}: every factor must belong to a layer of the base model, got {odd[:1] or 'none'}. Leave it out."
+        )
+    sites = []
+    for name in names:
+        B, A = (factors.get((name, factor)) for factor in "BA")
+        count = of_base[name].sizes[2:] if is_parameter(config, name) else ()
+        site = None if B is None or A is None else _site(name, B, A, name in of_rows, *count)
+        if site is None:
             raise AdapterError(
-                f"{folder}: the factors of {module} must have the rank of the configuration, {r!r}, got {A.shape[0]}. "
-                "Correct r or rank_pattern."
+                f"{folder}: {name} must have an A (r, in) and a B (out, r), or those of an embedding, a convolution or "
+                f"experts, got {[None if x is None else tuple(x.shape) for x in (B, A)]}. The file is truncated."
             )
-    theta_D = layout.flatten(factors)  # type: ignore[arg-type]
+        sites.append(site)
+    layout = LoRALayout.of_sites(sites)
+    ranks = of_sites("rank_pattern", config.rank_pattern, names, config.r)
+    for site in layout.sites:
+        if ranks[site.name] != site.rank:
+            raise AdapterError(
+                f"{folder}: the factors of {site.name} must have the rank of the configuration, {ranks[site.name]!r}, "
+                f"got {site.rank}. Correct r or rank_pattern."
+            )
+    theta_D = torch.empty(layout.D, dtype=torch.float64)
+    for slot, ours in enumerate(layout.split_sites(theta_D)):
+        site, is_A = layout.sites[slot // 2], bool(slot % 2)
+        ours.copy_(_as_ours(site, is_A, factors[site.name, "BA"[is_A]]))
     other = {name: tensor for name, tensor in tensors.items() if name not in found}
-    other = entitled(other, config.to_dict(), modules, str(folder))
+    other = entitled(other, config.to_dict(), names, str(folder))
     return LoRAAdapter(layout, theta_D, scales(config, layout), config, other)  # type: ignore[arg-type]
 
 
 def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
-    """Write a folder of PEFT's LORA in float32, module by module: only theta_D is held in memory.
+    """Write a folder of PEFT's LORA in float32, site by site: only theta_D is held in memory.
 
     Without `rank`, A and B are the numbers of theta_D, at their own ranks. With it, every module is padded to this rank
     by rows of A and columns of B that are 0, and the configuration has one rank and one integer alpha; where modules
     differ in s, or alpha would be no integer, the rest of s is multiplied into B, which is rounded once.
 
-    Raises AdapterError for a rank below that of a module, and where the disk refuses; what was there before stays.
+    Raises AdapterError for a rank below that of a module, or that a convolution cannot part among its groups, for
+    several parameters of one module whose order is unknown, and where the disk refuses; what was there before stays.
     """
-    largest = max(a.shape[0] for _, a in adapter.layout.pairs())
-    if rank is not None and rank < largest:
-        raise AdapterError(f"export: rank must be at least that of every module, {largest}, got {rank}. Raise it.")
+    old = adapter.layout.sites
+    for site in old:
+        groups = site.rank // site.r
+        if rank is not None and (rank < site.rank or rank % groups):
+            raise AdapterError(
+                f"export: rank must be at least that of every module, {max(s.rank for s in old)}, got {rank}. Raise it."
+                if rank < site.rank
+                else f"export: rank must be a multiple of the {groups} groups of {site.name}, got {rank}. Change it."
+            )
+    sites = [site if rank is None else replace(site, r=rank // (site.rank // site.r)) for site in old]
     config = _config(adapter, rank)
     written = scales(config, adapter.layout, rank)
-    shapes = {_name(block): _shape(block, rank) for block in adapter.layout.blocks}
-    index: dict[str, tuple[torch.dtype, Sequence[int]]] = {name: (torch.float32, shapes[name]) for name in shapes}
+    layers = _layers(config, [site.name for site in old], _in_order(adapter))
+    index: dict[str, tuple[torch.dtype, Sequence[int]]] = {
+        f"base_model.model.{layers[site.name]}.{_tensor_name(site, is_A)}": (torch.float32, _shape(site, is_A))
+        for site in sites
+        for is_A in (False, True)
+    }
     index |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in adapter.other.items()}
 
     def tensors() -> Iterator[Tensor]:
-        for block, factor in zip(adapter.layout.blocks, adapter.layout.split(adapter.theta_D), strict=True):
-            rest = adapter.scales[block.module] / written[block.module]
-            if block.factor == "B" and rest != 1.0:
+        for slot, factor in enumerate(adapter.layout.split_sites(adapter.theta_D)):
+            site, is_A = sites[slot // 2], bool(slot % 2)
+            rest = adapter.scales[site.name] / written[site.name]
+            if not is_A and rest != 1.0:
                 factor = factor.double() * rest
-            (rows, columns), (now, across) = shapes[_name(block)], block.shape
-            yield torch.nn.functional.pad(factor.float(), (0, columns - across, 0, rows - now))
+            theirs = torch.zeros(_shape(site, is_A))
+            ours = _as_ours(site, is_A, theirs)
+            ours[..., : factor.shape[-2], : factor.shape[-1]] = factor
+            yield theirs
         yield from adapter.other.values()
 
     peft_folder.write(folder, config.to_dict(), index, tensors())
@@ -140,10 +188,74 @@ def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
     return LoraConfig(**fields)
 
 
-def _name(block: Block) -> str:
-    return f"base_model.model.{block.module}.lora_{block.factor}.weight"
+def _in_order(adapter: LoRAAdapter) -> list[str] | None:
+    """The sites in the base model's order of registration, where it is known."""
+    if adapter.order is None:
+        return None
+    position = {module: i for i, module in enumerate(adapter.order)}
+    return [site.name for site in sorted(adapter.layout.sites, key=lambda site: position[site.modules[0]])]
 
 
-def _shape(block: Block, rank: int | None) -> tuple[int, int]:
-    rows, columns = block.shape
-    return (rows, rank or columns) if block.factor == "B" else (rank or rows, columns)
+def _layers(config: LoraConfig, sites: Sequence[str], order: Sequence[str] | None) -> dict[str, str]:
+    """{site: PEFT's name of the layer that adapts it}; order: the sites in the order of registration, or None.
+
+    Of several parameters of one module the first has the innermost layer. Raises AdapterError for these without an
+    order.
+    """
+    around, found = wraps(config, sites), {}
+    left = Counter(around)
+    for site in order or sites:
+        parts = (site.rpartition(".")[0] if is_parameter(config, site) else site).split(".")
+        inside: list[str] = []
+        for i, part in enumerate(parts):
+            inside += ["base_layer"] * around.get(".".join(parts[:i]), 0) + [part]
+        if is_parameter(config, site):
+            module = ".".join(parts)
+            if order is None and around[module] > 1:
+                raise AdapterError(
+                    f"export: in which order {module} has its parameters, by which PEFT names their layers, the base "
+                    "model alone tells. Pass --base."
+                )
+            left[module] -= 1
+            inside += ["base_layer"] * left[module]
+        found[site] = ".".join(inside)
+    return found
+
+
+def _tensor_name(site: Site, is_A: bool) -> str:
+    return f"lora_embedding_{'BA'[is_A]}" if site.axes == () else f"lora_{'BA'[is_A]}.weight"
+
+
+def _site(name: str, B: Tensor, A: Tensor, is_embedding: bool, count: int | None = None) -> Site | None:
+    """The site of two tensors of PEFT's, or None where they are no pair."""
+    if min(B.ndim, A.ndim) < 2 or not B.numel() * A.numel():
+        return None
+    axes = tuple(A.shape[1:]) if A.ndim > 2 else () if is_embedding else None
+    if axes:
+        groups = A.shape[0] // B.shape[1]
+        count = groups if groups > 1 else None
+    n = count or 1
+    site = Site(name, B.shape[0] // (n if axes else 1), math.prod(A.shape[1:]), A.shape[0] // n, count, axes)
+    return site if (_shape(site, False), _shape(site, True)) == (B.shape, A.shape) else None
+
+
+def _shape(site: Site, is_A: bool) -> tuple[int, ...]:
+    """Of PEFT's tensor."""
+    r, n = site.r, site.count or 1
+    if site.axes:
+        return (r * n, *site.axes) if is_A else (site.out_features * n, r, *[1] * (len(site.axes) - 1))
+    return (r * n, site.in_features) if is_A else (site.out_features, r * n)
+
+
+def _as_ours(site: Site, is_A: bool, theirs: Tensor) -> Tensor:
+    """The same numbers, a view of PEFT's tensor in the shape of `LoRALayout.split_sites`.
+
+    PEFT keeps experts as A (count r, in), expert after expert, and B (out, r count), the experts taken in turn.
+    """
+    if is_A:
+        ours = theirs.view(-1, site.r, site.in_features)
+    elif site.axes:
+        ours = theirs.view(-1, site.out_features, site.r)
+    else:
+        ours = theirs.unflatten(1, (site.r, -1)).permute(2, 0, 1)
+    return ours[0] if site.count is None else ours

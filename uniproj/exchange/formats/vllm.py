@@ -14,6 +14,7 @@ from pathlib import Path
 from uniproj.errors import AdapterError
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats import lora
+from uniproj.exchange.formats._peft import refuse_other_kinds
 from uniproj.exchange.registry import Format, register
 from uniproj.format.fields import Role, used
 
@@ -39,7 +40,8 @@ class VLLMFormat(Format):
                 f"export: an adapter for vLLM must hold A and B alone, got {', '.join(besides)}. Export to lora and "
                 "merge it into the base model, or train the adapter without."
             )
-        largest = max(a.shape[0] for _, a in adapter.layout.pairs())
+        refuse_other_kinds(adapter, "vLLM")
+        largest = max(site.r for site in adapter.layout.sites)
         fitting = [legal for legal in _RANKS if legal >= largest]
         chosen = rank if rank is not None else next(iter(fitting), largest)
         if chosen not in fitting:
