@@ -69,6 +69,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
     named = configs[adapter_name] = copy.copy(given)
     named.places, named.left = {name: (ranks[name], alphas[name]) for name in modules}, left
     named.rank_pattern, named.alpha_pattern = {}, {}
+    named.layer_replication = None  # the model has its layers by now
     if is_pattern := isinstance(given.target_modules, str):
         named.target_modules = set(found) or {given.target_modules}
     try:
@@ -94,8 +95,9 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
                 f"{name}: the model must call an adapted layer, got {type(layer.get_base_layer()).__name__} within "
                 "nn.MultiheadAttention, which uses its weight and passes the adapter by. Name the attention itself."
             )
+    wrapped = {n for n, module in model.named_modules() if isinstance(module, LoraLayer) and adapter_name in module.r}
     for target in sorted(asked or ()) if not isinstance(asked, str) else ():
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
+        if not any(f".{name}".endswith(f".{target}") for name in wrapped | layers.keys()):
             raise AdapterError(
                 f"target_modules: every name must be that of an adapted layer, got {target!r}, which is none. Leave it "
                 "out, or name in target_parameters what is one parameter in this model, as experts are."

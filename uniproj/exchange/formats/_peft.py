@@ -297,8 +297,9 @@ class PeftMethod(Format):
                 f"export: {self.kind} has no alpha, so s = alpha / r must be one positive number for all modules, got "
                 f"{sorted(found)}. Export to lora."
             )
-        if config.trainable_token_indices:
-            raise AdapterError(f"export: {self.kind} has no trainable_token_indices, got some. Export to lora.")
+        for name in ("trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
+            if getattr(config, name):
+                raise AdapterError(f"export: {self.kind} has no {name}, got some. Export to lora.")
         (s,) = found
         return (adapter.theta_d.double() * (s if adapter.projection.offset is not None else s**0.5)).float()
 

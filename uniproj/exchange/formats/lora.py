@@ -62,6 +62,11 @@ def read(folder: Path) -> LoRAAdapter:
     config = peft_folder.read_config(folder, "LORA")
     if changed := used(vars(config), Role.VARIANT):
         raise AdapterError(f"{folder}: the update must be s B A, got {', '.join(changed)}. Take a plain LoRA.")
+    if config.ensure_weight_tying:
+        raise AdapterError(
+            f"{folder}: every module must have an A and a B of its own, got ensure_weight_tying=True, where the output "
+            "embedding has the input's. Load it with PEFT's PeftModel.from_pretrained."
+        )
     if str(config.init_lora_weights).startswith(_CHANGES_BASE):
         raise AdapterError(
             f"{folder}: the base weights must be those that were pretrained, got init_lora_weights = "

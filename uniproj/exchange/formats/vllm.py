@@ -30,7 +30,7 @@ class VLLMFormat(Format):
         """A LoRA folder that vLLM takes, padded to `rank` or to the least rank of vLLM's that holds every module.
 
         Raises AdapterError for a rank that is not among vLLM's or too small, and for a head, a bias, added tokens or
-        anything else that is trained besides A and B.
+        anything else that is trained besides A and B, for replicated layers and for an aLoRA.
         """
         config = vars(adapter.config)
         besides = [f"{name}={config[name]!r}" for name in used(config, Role.BESIDE)] + sorted(adapter.other)[:1]
@@ -39,6 +39,9 @@ class VLLMFormat(Format):
                 f"export: an adapter for vLLM must hold A and B alone, got {', '.join(besides)}. Export to lora and "
                 "merge it into the base model, or train the adapter without."
             )
+        for name in ("layer_replication", "alora_invocation_tokens"):
+            if config[name]:
+                raise AdapterError(f"export: vLLM has no {name}, got {config[name]}. Export to lora.")
         largest = max(a.shape[0] for _, a in adapter.layout.pairs())
         fitting = [legal for legal in _RANKS if legal >= largest]
         chosen = rank if rank is not None else next(iter(fitting), largest)
