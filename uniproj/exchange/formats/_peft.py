@@ -341,8 +341,8 @@ def _attached(config: PeftConfig, shapes: Mapping[str, tuple[int, int]]) -> Peft
 
 def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
     for name in _OF_THE_MODEL:
-        if hasattr(target, name):
-            setattr(target, name, getattr(source, name, None))
+        if hasattr(target, name) and hasattr(source, name):
+            setattr(target, name, getattr(source, name))
     if getattr(source, "exclude_modules", None) and not hasattr(target, "exclude_modules"):
         target.target_modules = modules
 
