@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.tuner.models import TARGETS, base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.bank import mixed
-from uniproj.exchange import export
+from uniproj.exchange import export, import_adapter
 from uniproj.exchange.verify import verify
 from uniproj.format.file import read
 from uniproj.tuner import adapter_of
@@ -248,6 +248,9 @@ def test_tied_embeddings_share_the_A_and_B_of_one_site(wanted: Any, tmp_path: Pa
     base_model("llama", **TIED).save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "ours")
     assert torch.equal(logits(PeftModel.from_pretrained(base_model("llama", **TIED), tmp_path / "ours")), logits(model))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match="every module must have an A and a B of its own"):
+        import_adapter(tmp_path / "theirs", tmp_path / "imported")
     assert "its 3 modules" in verify(tmp_path / "ours", str(tmp_path / "base"))[-1]
 
 

@@ -55,9 +55,10 @@ class LoRAFormat(PeftMethod):
 def read(folder: Path) -> LoRAAdapter:
     """The adapter in a folder of PEFT's LORA, theta_D in float64.
 
-    Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and other starts for
-    which PEFT changes the base weights, an alpha that is no number, factors of layers that are not linear, a factor
-    without its pair, numbers that are not finite, and tensors that the configuration does not account for.
+    Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, tied embeddings, PiSSA and
+    other starts for which PEFT changes the base weights, an alpha that is no number, factors of layers that are not
+    linear, a factor without its pair, numbers that are not finite, and tensors that the configuration does not account
+    for.
     """
     config = peft_folder.read_config(folder, "LORA")
     if changed := used(vars(config), Role.VARIANT):
