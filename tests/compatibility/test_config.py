@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.compatibility.subjects import (
+    IDS,
     TARGETS,
     Refuses,
     Remark,
@@ -166,15 +167,33 @@ def test_another_projection_than_uni_lora_linear_affine_learned_of_base_weights(
     remark(", ".join(names))
 
 
+@capability("`{field}={value!r}`: saved, loaded")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("alora_invocation_tokens", IDS[0, 3:5].tolist()),
+        ("ensure_weight_tying", True),
+    ],
+)
+def test_where_the_update_acts(field: str, value: Any, tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": field == "ensure_weight_tying"}
+    targets = [*TARGETS, "embed_tokens"] if tied["tie_word_embeddings"] else TARGETS
+    model = adapted(llama(**tied), target_modules=targets, **{field: value})
+    start = logits(model.eval())
+    with torch.no_grad():
+        theta_d(model).mul_(20.0)
+    moved(logits(model), start, "logits")
+    model.save_pretrained(tmp_path)
+    same(logits(PeftModel.from_pretrained(llama(**tied), tmp_path)), logits(model), "logits")
+
+
 @capability("`{field}={value!r}`")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("use_dora", True),
         ("lora_bias", True),
-        ("layer_replication", [[0, 2], [1, 2]]),
-        ("alora_invocation_tokens", [1, 2]),
-        ("ensure_weight_tying", True),
         ("use_qalora", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),

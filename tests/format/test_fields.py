@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ from uniproj.tuner import UniProjConfig
 
 # a value of each refused field that PEFT takes
 REFUSED_VALUES = {
-    "alora_invocation_tokens": [1],
-    "ensure_weight_tying": True,
     "init_lora_weights": "gaussian",
-    "layer_replication": [[0, 1]],
     "lora_bias": True,
     "megatron_config": {"a": 1},
     "use_dora": True,
@@ -57,14 +55,15 @@ def test_an_empty_configuration_of_a_variant_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in fields_of(*REFUSED) if name in NAMES])
 def test_what_is_refused_is_refused_in_code_and_in_a_file(name: str, tmp_path: Path) -> None:
-    value = REFUSED_VALUES.get(name, {"x": 1})
-    with pytest.raises(AdapterError, match=f"^UniProjConfig: {name} changes what A and B are"):
+    value, why = REFUSED_VALUES.get(name, {"x": 1}), re.escape(FIELDS[name].why)
+    assert why
+    with pytest.raises(AdapterError, match=f"^UniProjConfig: {name} {why}. Leave it at its default"):
         UniProjConfig(**{name: value})
     save(tmp_path)
     relabel(tmp_path, lambda metadata: _with_setting(metadata, name, value))
     reconfigure(tmp_path, **{name: value})
     for read in (file.read, file.of_weights):
-        with pytest.raises(AdapterError, match=f"{file.CONFIG}: {name} changes what A and B are"):
+        with pytest.raises(AdapterError, match=f"{file.CONFIG}: {name} {why}"):
             read(tmp_path)
 
 
@@ -77,7 +76,8 @@ def test_only_what_is_free_may_be_said_otherwise_than_in_the_header(tmp_path: Pa
     save(tmp_path)
     fields = json.loads((tmp_path / file.CONFIG).read_text())
     others = {str: "other", int: 5, float: 0.5, bool: True, list: ["other"], dict: {"other": 1}, type(None): "other"}
-    odd = {"bias": "all", "auto_mapping": {"x": 1}, "init_lora_weights": False}
+    odd: dict[str, Any] = {"bias": "all", "auto_mapping": {"x": 1}, "init_lora_weights": False}
+    odd |= {"layer_replication": [[0, 1]], "alora_invocation_tokens": [1]}
     for name, value in fields.items():
         save(tmp_path)
         reconfigure(tmp_path, **{name: odd.get(name, others[type(value)])})

@@ -28,13 +28,18 @@ def mixed(model: nn.Module, thetas: Tensor, rows: Any) -> Iterator[None]:
     where c = 0. With `thetas` a Parameter this trains K users at once on one frozen base: call backward within the
     block. Layers must see the batch as their first axis.
 
-    Raises AdapterError for tensors of other shapes, several active adapters, or an adapter that is merged or disabled;
-    within the block, for a batch of another size and for a layer that gets tokens without a batch axis.
+    Raises AdapterError for tensors of other shapes, several active adapters, or an adapter that is merged, disabled or
+    an aLoRA; within the block, for a batch of another size and for a layer that gets tokens without a batch axis.
     """
     tuner = tuner_of(model, "mixed")
     name = active_adapter(tuner, "mixed")
     layers = layers_of(tuner, name)
     refuse_merged(layers, "mixed")
+    if tokens := tuner.peft_config[name].alora_invocation_tokens:
+        raise AdapterError(
+            f"mixed: an adapter must act on every token, got alora_invocation_tokens = {tokens}, for which PEFT takes "
+            "the tokens out of their rows. Call bank.select for each user."
+        )
     if any(layer.disable_adapters for layer in layers):
         raise AdapterError("mixed: the adapter must be enabled, got disabled layers. Leave disable_adapter first.")
     source = tuner._sources[name]

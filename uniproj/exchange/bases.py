@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig
+from peft.tuners.tuners_utils import replicate_layers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -42,7 +43,8 @@ def weights_of(found: Mapping[str, Place], names: Mapping[str, str]) -> BaseWeig
 
 
 def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_code: bool = False) -> nn.Module:
-    """The base model of an adapter, by Transformers' class for its task; weights=False leaves it on the meta device.
+    """The base model of an adapter, by Transformers' class for its task, with the layers that `layer_replication`
+    makes; weights=False leaves it on the meta device.
 
     base: a folder or a name on the hub, or the model itself. Raises AdapterError for one that Transformers cannot load,
     and for one that needs Python code of its own, which runs with `trust_remote_code` alone.
@@ -58,11 +60,13 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
         cls = getattr(transformers, _CLASSES[task]) if task in _CLASSES else _architecture(base, found)
         with torch.device("meta"), architecture.bounded(base):
             is_class = issubclass(cls, PreTrainedModel)
-            bare = cls(found) if is_class else cls.from_config(found, trust_remote_code=trust_remote_code)
-        if not weights:
-            return bare
-        architecture.check_weights(base, bare)
-        return cls.from_pretrained(base, config=found, trust_remote_code=trust_remote_code)
+            model = cls(found) if is_class else cls.from_config(found, trust_remote_code=trust_remote_code)
+        if weights:
+            architecture.check_weights(base, model)
+            model = cls.from_pretrained(base, config=found, trust_remote_code=trust_remote_code)
+        if spans := getattr(config, "layer_replication", None):
+            replicate_layers(model, spans)
+        return model
     except AdapterError:
         raise
     except Exception as error:  # whatever a model class raises for a configuration that it cannot build

@@ -19,7 +19,7 @@ class Role(Enum):
 
     P = "decides P, or is checked against it; the header has lines of its own for these"
     RANK = "the size of the factors"
-    SCALE = "s of the update s B A"
+    SCALE = "s of the update s B A, and the tokens that it is added at"
     PLACE = "the modules that are adapted"
     BESIDE = "what is trained beside theta_d"
     TRAINING = "leaves the update as it is"
@@ -37,11 +37,20 @@ REFUSED = (Role.VARIANT, Role.START, Role.OTHER)
 @dataclass(frozen=True)
 class Field:
     """holds: the type of its values (Any: PEFT checks them); absent: the values by which the field is not in use, to
-    which `{}` does not belong where PEFT makes a variant of it."""
+    which `{}` does not belong where PEFT makes a variant of it; why: what a refused one does that P cannot, after the
+    field's name."""
 
     role: Role
     holds: Any = Any
     absent: tuple[Any, ...] = (None, False, {})
+    why: str = ""
+
+
+_STARTS = "decides the numbers that A and B start with, which are those of P theta_d + c"
+
+
+def _refused(role: Role, why: str, absent: tuple[Any, ...] = (None, False, {})) -> Field:
+    return Field(role, absent=absent, why=why)
 
 
 FIELDS = {
@@ -58,11 +67,14 @@ FIELDS = {
     "lora_alpha": Field(Role.SCALE, schema.Alpha),
     "use_rslora": Field(Role.SCALE, schema.Flag),
     "alpha_pattern": Field(Role.SCALE, schema.Alphas),
+    "alora_invocation_tokens": Field(Role.SCALE, schema.Invocation),
     "task_type": Field(Role.PLACE, schema.MaybeText),
     "target_modules": Field(Role.PLACE, schema.Pattern),
     "exclude_modules": Field(Role.PLACE, schema.Pattern),
     "layers_to_transform": Field(Role.PLACE, schema.Layers),
     "layers_pattern": Field(Role.PLACE, schema.Pattern),
+    "layer_replication": Field(Role.PLACE, schema.Replication),
+    "ensure_weight_tying": Field(Role.PLACE, schema.Flag),
     "fan_in_fan_out": Field(Role.PLACE, schema.Flag),
     "remap": Field(Role.PLACE, schema.Table),
     "modules_to_save": Field(Role.BESIDE, schema.Texts, (None, [])),
@@ -79,24 +91,49 @@ FIELDS = {
     "auto_mapping": Field(Role.BASE),
     "inference_mode": Field(Role.STATE, schema.Flag),
     "peft_version": Field(Role.STATE, schema.MaybeText),
-    "alora_invocation_tokens": Field(Role.VARIANT),
-    "arrow_config": Field(Role.VARIANT, absent=(None,)),
-    "kasa_config": Field(Role.VARIANT, absent=(None,)),
-    "layer_replication": Field(Role.VARIANT),
-    "lora_bias": Field(Role.VARIANT),
-    "monteclora_config": Field(Role.VARIANT, absent=(None,)),
-    "use_bdlora": Field(Role.VARIANT, absent=(None,)),
-    "use_dora": Field(Role.VARIANT),
-    "use_qalora": Field(Role.VARIANT),
-    "corda_config": Field(Role.START),
-    "eva_config": Field(Role.START),
-    "init_lora_weights": Field(Role.START, absent=(True,)),
-    "loftq_config": Field(Role.START),
-    "lora_ga_config": Field(Role.START),
-    "ensure_weight_tying": Field(Role.OTHER),
-    "megatron_config": Field(Role.OTHER, absent=(None,)),
+    "arrow_config": _refused(
+        Role.VARIANT,
+        "mixes the updates of other adapters token by token, and has no A and B of its own for P to make",
+        absent=(None,),
+    ),
+    "kasa_config": _refused(
+        Role.VARIANT,
+        "trains a diagonal v between the factors of s B diag(v) A, which theta_D has no place for",
+        absent=(None,),
+    ),
+    "lora_bias": _refused(
+        Role.VARIANT, "trains a bias beside each B, which theta_D has no place for; bias='lora_only' trains the base's"
+    ),
+    "monteclora_config": _refused(
+        Role.VARIANT,
+        "draws A from a distribution whose parameters are trained, which theta_D has no place for",
+        absent=(None,),
+    ),
+    "use_bdlora": _refused(
+        Role.VARIANT,
+        "makes A or B block-diagonal, while P writes every number of an A (r, in) and a B (out, r)",
+        absent=(None,),
+    ),
+    "use_dora": _refused(
+        Role.VARIANT,
+        "trains the norm of every row of W + s B A, which theta_D has no place for and which makes the update another "
+        "than s B A",
+    ),
+    "use_qalora": _refused(
+        Role.VARIANT, "feeds A the sums of groups of inputs, for which P would have to make another A than (r, in)"
+    ),
+    "corda_config": _refused(Role.START, _STARTS),
+    "eva_config": _refused(Role.START, _STARTS),
+    "init_lora_weights": _refused(Role.START, _STARTS, absent=(True,)),
+    "loftq_config": _refused(Role.START, _STARTS),
+    "lora_ga_config": _refused(Role.START, _STARTS),
+    "megatron_config": _refused(
+        Role.OTHER, "parts A and B among processes, while P makes the whole of them on each", absent=(None,)
+    ),
     "target_parameters": Field(Role.PLACE, schema.Texts, (None, [])),
-    "velora_config": Field(Role.OTHER, absent=(None,)),
+    "velora_config": _refused(
+        Role.OTHER, "compresses the input of A for its gradient, which then is no gradient of theta_d", absent=(None,)
+    ),
 }
 
 
@@ -127,15 +164,15 @@ Configuration = _model("Configuration")
 
 
 def check_fields(fields: Mapping[str, Any], what: str) -> None:
-    """Raises AdapterError for a value that its field cannot hold, and for a field that does not go with a projection;
+    """Raises AdapterError for a value that its field cannot hold, and for a field that no projection can serve;
     ProjectionError for an unknown projection. what: begins the sentence."""
     schema.check(Configuration, fields, what)
     if "projection" in fields:
         get(fields["projection"])
+    # PEFT wants init_lora_weights beside some of the others, which say more
     if changed := sorted(used(fields, *REFUSED), key=lambda name: (name == "init_lora_weights", name)):
         raise AdapterError(
-            f"{what}{', '.join(changed)} changes what A and B are, which P already decides. "
-            "Leave it at its default, or use PEFT's LoraConfig."
+            f"{what}{changed[0]} {FIELDS[changed[0]].why}. Leave it at its default, or use PEFT's LoraConfig."
         )
     if reserved := sorted({"d", "layout", "seed", "base_weights"} & set(fields.get("projection_kwargs") or {})):
         raise AdapterError(

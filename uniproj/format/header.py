@@ -87,8 +87,13 @@ class Header:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes the updates s B A out of theta_d, so that two adapters of equal identity share P and scale."""
+        """What makes the updates s B A out of theta_d, so that two adapters of equal identity share P and scale.
+
+        The scale of an aLoRA, which is 0 before its invocation tokens, includes these.
+        """
         scales = list(self.scales.values())
+        scale = scales[0] if len(set(scales)) == 1 else scales
+        tokens = self.settings.get("alora_invocation_tokens")
         return {
             "projection": self.projection,
             "projection_version": self.projection_version,
@@ -96,7 +101,7 @@ class Header:
             "projection_seed": self.projection_seed,
             "d": self.d,
             "layout_fingerprint": self.layout.fingerprint,
-            "scale": scales[0] if len(set(scales)) == 1 else scales,
+            "scale": scale if tokens is None else [scale, tokens],
             "checksum": self.checksum,
         }
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -87,6 +87,8 @@ def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], 
             modules[name] = module.get_base_layer() if is_adapted else module
             adapter = f"{name}." if is_adapted else adapter
     found, excluded = patterns.targets(_maybe_include_all_linear_layers(copy.copy(config), base), modules)
+    if getattr(config, "ensure_weight_tying", False):
+        found = _without_tied(base, modules, found)
     ends = tuple(f".{target}" for target in getattr(config, "target_parameters", None) or ())
     parameters = {
         key: (module, parameter)
@@ -95,6 +97,23 @@ def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], 
         if f".{(key := f'{name}.{parameter}')}".endswith(ends)
     }
     return {name: modules[name] for name in found}, parameters, excluded
+
+
+def tied_to_embedding(base: nn.Module) -> set[str]:
+    """The modules whose weight is that of the input embedding, by name, adapted or not."""
+    from peft.utils.other import _get_module_names_tied_with_embedding
+
+    return {name.removesuffix(".base_layer") for name in _get_module_names_tied_with_embedding(base)}
+
+
+def _without_tied(base: nn.Module, modules: Mapping[str, nn.Module], found: list[str]) -> list[str]:
+    """Targets with the input embedding for every output embedding that is tied to it and shares its A and B."""
+    tied = tied_to_embedding(base)
+    if tied.isdisjoint(found):
+        return found
+    embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
+    embedding = embedding.get_base_layer() if hasattr(embedding, "get_base_layer") else embedding
+    return [name for name in modules if modules[name] is embedding or name in {*found} - tied]
 
 
 def places(base: nn.Module, config: PeftConfig) -> dict[str, Place]:

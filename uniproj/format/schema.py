@@ -15,6 +15,8 @@ from uniproj.errors import AdapterError, shown
 DEPTH = 16
 # sizes of alpha: s B A stays within float32
 _LEAST, _MOST = 1e-30, 1e30
+# of a model, replicated ones included, which are copied one by one before the model is compared with a file
+_LAYERS = 1024
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -68,6 +70,12 @@ def _alpha(value: Any) -> Any:
     return value
 
 
+def _spans(value: Any) -> Any:
+    if any(start >= end for start, end in value) or sum(end - start for start, end in value) > _LAYERS:
+        raise ValueError("its layers")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Name = Annotated[Text, Field(min_length=1, max_length=200, description="a name of 1 to 200 letters")]
 MaybeText = Annotated[
@@ -96,6 +104,15 @@ Layers = Annotated[
 Tokens = Annotated[
     _Indices | dict[Text, _Indices] | None,
     Field(description="a list of whole numbers in [0, 2^31), one such list for each of some modules, or null"),
+]
+Invocation = Annotated[
+    Annotated[_Indices, Field(min_length=1)] | None,
+    Field(description="a list of one or more whole numbers in [0, 2^31), or null"),
+]
+_Span = Annotated[list[_Natural], Field(min_length=2, max_length=2)] | tuple[_Natural, _Natural]
+Replication = Annotated[
+    Annotated[list[_Span], Field(min_length=1), AfterValidator(_spans)] | None,
+    Field(description=f"a list of pairs [start, end) of layers, at most {_LAYERS} layers in all, or null"),
 ]
 _Row = Annotated[list[Text], Field(min_length=2, max_length=2)] | tuple[Text, Text]
 Table = Annotated[list[_Row] | None, Field(description="a list of pairs [old, new] of parts of names, or null")]

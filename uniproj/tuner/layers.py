@@ -18,10 +18,10 @@ from uniproj.tuner.theta import Factor, FactorSource
 
 
 def adapted(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The layers that hold an adapter, by the names of their sites."""
+    """The layers that hold an adapter, by the names of their sites; not those that share another's (`tie`)."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.r:
+        if isinstance(module, LoraLayer) and adapter_name in module.r and not _is_tied(module, adapter_name):
             # what adapts a parameter, or all of an attention, stands around what adapts the rest
             whole = name.replace(".base_layer", "")
             found[f"{whole}.{module.parameter_name}" if isinstance(module, ParamWrapper) else whole] = module
@@ -68,6 +68,16 @@ def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -
         layer.lora_embedding_A, layer.lora_embedding_B = map(_Weights, (layer.lora_embedding_A, layer.lora_embedding_B))
     for slot, holder in enumerate(factors_of(layer), 2 * site):
         holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
+
+
+def tie(layer: LoraLayer, embedding: LoraLayer, adapter_name: str) -> None:
+    """Let an output embedding have the A and B of the input's, transposed: its update is that of the one weight."""
+    for slot, holder in enumerate((layer.lora_A, layer.lora_B)):
+        holder[adapter_name] = _Tied(embedding, adapter_name, slot)
+
+
+def _is_tied(layer: LoraLayer, adapter_name: str) -> bool:
+    return isinstance(layer.lora_A._modules.get(adapter_name), _Tied)
 
 
 def _factor(layer: LoraLayer, source: FactorSource, slot: int, drawn: Any) -> Factor:
@@ -125,6 +135,29 @@ class _OfConvolution(Factor):
     def forward(self, x: Tensor) -> Tensor:
         """x (n, channels, ...) -> (n, channels, ...)."""
         return self._drawn[0]._conv_forward(x, self.weight.to(x.device), None)  # type: ignore[no-any-return]
+
+
+class _Tied(nn.Module):
+    """The A of an output embedding, which is the transposed B of the input's, or its B, which is the transposed A.
+
+    slot: 0 for A.
+    """
+
+    bias = None
+
+    def __init__(self, embedding: LoraLayer, adapter_name: str, slot: int):
+        super().__init__()
+        # in a tuple, as the embedding is registered in its own place
+        self._of = (embedding, adapter_name, slot)
+
+    @property
+    def weight(self) -> Tensor:
+        embedding, adapter_name, slot = self._of
+        return factors_of(embedding)[slot][adapter_name].mT  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return x @ self.weight.mT.to(x.device)
 
 
 class _Weights(nn.ModuleDict):

@@ -94,7 +94,10 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     with torch.inference_mode(False), torch.enable_grad(), uncounted():
         args, kwargs = tree_map(_detached, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
-        device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        device = x.device
+        if adapter_name in layer.lora_variant:  # an aLoRA, here from the first token of every row on
+            kwargs["alora_offsets"] = [x.numel()] * len(x)
         shapes = ((A.out_features, A.in_features), (B.out_features, B.in_features))
         drawn = [uniform(0, "probe", m * n, part=i).float().view(m, n).to(device) for i, (m, n) in enumerate(shapes)]
         factors = [_linear(weight) for weight in drawn]

@@ -26,7 +26,8 @@ def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:
     """Warn of the drift of a merge into quantised layers. Changes nothing.
 
     Raises AdapterError where quantising again would swallow the adapters (a drift of _MOST_DRIFT or more), for a weight
-    that another module uses too and that would change there, and for one that is computed anew at each call.
+    that another module uses too and that would change there, for one that is computed anew at each call, and for an
+    aLoRA.
     """
     drift = merge_drift(model, adapters)
     if drift >= _MOST_DRIFT:
@@ -62,6 +63,11 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
         users.setdefault(id(parameter), []).append(name)
     for name, layer in found.items():
         base_layer = layer.get_base_layer()
+        if set(adapters) & set(layer.lora_variant):
+            raise AdapterError(
+                f"merge: the weight of {name} must get s B A at every token, got an adapter with "
+                "alora_invocation_tokens, which adds it from these tokens on alone. Keep the adapter unmerged."
+            )
         # the latter by nn.utils.weight_norm or spectral_norm
         if is_parametrized(base_layer) or "weight" in vars(base_layer):
             raise AdapterError(

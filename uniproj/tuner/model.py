@@ -17,13 +17,14 @@ from uniproj.errors import AdapterError
 from uniproj.format import patterns
 from uniproj.format.heads import check_tokens
 from uniproj.format.keys import IDENTITY, METHOD, TUNER, in_file, in_model, in_this_format, plain
+from uniproj.format.places import tied_to_embedding
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.keys import beside_P, biases
-from uniproj.tuner.layers import device_and_dtype, factors_of, plug
+from uniproj.tuner.layers import device_and_dtype, factors_of, plug, tie
 from uniproj.tuner.liveness import check_alive
 from uniproj.tuner.merging import check_merge
 from uniproj.tuner.quantised import BaseWeights, keep_unpacked
@@ -51,6 +52,7 @@ class UniProjModel(LoraModel):
 
     prefix = METHOD
     uses_shared_state = True
+    _replicated: list[list[int]] | None
 
     @property
     def projections(self) -> nn.ModuleDict:
@@ -77,6 +79,7 @@ class UniProjModel(LoraModel):
                 self._prepare()
             flags = [(p, p.requires_grad) for source in self._sources.values() for p in source.parameters()]
             self._prepare_adapter_config(given, self.get_model_config(model))
+            self._replicate(given)
             with named_in_full(self.peft_config, adapter_name, model, asked):
                 # P makes every A and B, so those that PEFT draws here may stay on the meta device
                 super().inject_adapter(model, adapter_name, *args, **{**kwargs, "low_cpu_mem_usage": True})
@@ -95,7 +98,45 @@ class UniProjModel(LoraModel):
     ) -> None:
         own = copy.copy(lora_config)
         own.r, own.lora_alpha = (lora_config.places or {}).get(current_key, (own.r, own.lora_alpha))
+        if is_tied := self._check_tied_module_exists(lora_config, current_key):
+            embedding = self.model.get_input_embeddings()
+            own.r, own.lora_alpha = embedding.r[adapter_name], embedding.lora_alpha[adapter_name]
         super()._create_and_replace(own, adapter_name, *args, current_key=current_key, **kwargs)
+        if is_tied:
+            tie(self.model.get_submodule(current_key), embedding, adapter_name)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return sorted(tied_to_embedding(self.model))
+
+    def _add_modules_to_save_to_tie(self, peft_config: UniProjConfig, tied_weight_keys: list[str]) -> None:
+        raise AdapterError(
+            "ensure_weight_tying: modules_to_save must hold no embedding that is tied, as PEFT would save its one copy "
+            f"as two heads, got {peft_config.modules_to_save}. Name it in target_modules, or train some of its rows by "
+            "trainable_token_indices."
+        )
+
+    def _replicate(self, config: UniProjConfig) -> None:
+        """Let the base model have each of its layers as often as `layer_replication` says, with the weights of one.
+
+        Done for the first adapter; raises AdapterError for others that say something else, and for layers that the
+        base does not have.
+        """
+        spans = [list(span) for span in config.layer_replication or ()]
+        if self._replicated is None:
+            try:
+                self._prepare_model(config, self.model)
+            except (IndexError, ValueError) as error:
+                raise AdapterError(
+                    f"layer_replication: must name layers [start, end) of the base model, got {spans}: {error}. "
+                    "Correct it."
+                ) from error
+            self._replicated = spans
+        elif self._replicated != spans:
+            raise AdapterError(
+                "add_adapter: layer_replication must be as the model's first adapter has it, as it makes the layers "
+                f"that all of them adapt, {self._replicated or None}, got {spans or None}. Attach it to a base model "
+                "of its own."
+            )
 
     def _prepare(self) -> None:
         self.uniproj_theta_d = nn.ParameterDict()
@@ -104,6 +145,7 @@ class UniProjModel(LoraModel):
         self._sources: dict[str, FactorSource] = {}
         self._made_by: dict[str, UniProjConfig] = {}
         self._adapters_enabled = True
+        self._replicated = None
         self._call = Call()
         self._hooks: list[RemovableHandle] = []
         self._guard = Guard(self.model)

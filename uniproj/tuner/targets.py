@@ -77,6 +77,7 @@ def named_in_full(
     named = configs[adapter_name] = copy.copy(given)
     named.places, named.left = {name: (ranks[name], alphas[name]) for name in modules}, left
     named.rank_pattern, named.alpha_pattern = {}, {}
+    named.layer_replication = None  # the model has its layers by now
     if is_pattern := isinstance(given.target_modules, str):
         named.target_modules = set(found) or {given.target_modules}
     try:

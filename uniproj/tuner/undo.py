@@ -12,11 +12,14 @@ from torch import nn
 
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Whatever is raised inside, the model has its modules, attributes, hooks and requires_grad of before.
+    """Whatever is raised inside, the model has its modules, attributes, configuration, hooks and requires_grad of old.
 
     The numbers in its tensors are not restored: code inside must check everything before it changes any.
     """
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    modules = list(model.modules())
+    # of Transformers' models, which say how many layers there are
+    configs = {id(found): found for module in modules if hasattr(found := vars(module).get("config"), "__dict__")}
+    attributes = [(vars(owner), dict(vars(owner))) for owner in (*modules, *configs.values())]
     held = [value for _, before in attributes for value in before.values() if type(value) in _CONTAINERS]
     contents = [(container, copy.copy(container)) for container in held]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -303,8 +303,9 @@ class PeftMethod(Format):
                 f"export: {self.kind} has no alpha, so s = alpha / r must be one positive number for all modules, got "
                 f"{sorted(found)}. Export to lora."
             )
-        if config.trainable_token_indices:
-            raise AdapterError(f"export: {self.kind} has no trainable_token_indices, got some. Export to lora.")
+        for name in ("trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
+            if getattr(config, name):
+                raise AdapterError(f"export: {self.kind} has no {name}, got some. Export to lora.")
         (s,) = found
         return (adapter.theta_d.double() * (s if adapter.projection.offset is not None else s**0.5)).float()
 
@@ -346,8 +347,8 @@ def _attached(config: PeftConfig, shapes: Mapping[str, tuple[int, int]]) -> Peft
 
 def _copy_places(source: Any, target: Any, modules: list[str]) -> None:
     for name in _OF_THE_MODEL:
-        if hasattr(target, name):
-            setattr(target, name, getattr(source, name, None))
+        if hasattr(target, name) and hasattr(source, name):
+            setattr(target, name, getattr(source, name))
     if getattr(source, "exclude_modules", None) and not hasattr(target, "exclude_modules"):
         target.target_modules = modules
 

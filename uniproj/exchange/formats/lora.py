@@ -71,13 +71,18 @@ def read(folder: Path, base: str | nn.Module | None = None, trust_remote_code: b
     """The adapter in a folder of PEFT's LORA, theta_D in float64.
 
     base: the base model or its name, for `target_parameters`, whose names and sizes it alone tells; trust_remote_code:
-    see `bases.load`. Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, PiSSA and
-    other starts for which PEFT changes the base weights, an alpha that is no number, a factor without its pair, numbers
-    that are not finite, and tensors that the configuration or the base does not account for.
+    see `bases.load`. Raises AdapterError for a missing folder, another PEFT type, DoRA and other variants, tied
+    embeddings, PiSSA and other starts for which PEFT changes the base weights, an alpha that is no number, a factor
+    without its pair, numbers that are not finite, and tensors that the configuration or the base does not account for.
     """
     config = peft_folder.read_config(folder, "LORA")
     if changed := used(vars(config), Role.VARIANT):
         raise AdapterError(f"{folder}: the update must be s B A, got {', '.join(changed)}. Take a plain LoRA.")
+    if config.ensure_weight_tying:
+        raise AdapterError(
+            f"{folder}: every module must have an A and a B of its own, got ensure_weight_tying=True, where the output "
+            "embedding has the input's. Load it with PEFT's PeftModel.from_pretrained."
+        )
     if str(config.init_lora_weights).startswith(_CHANGES_BASE):
         raise AdapterError(
             f"{folder}: the base weights must be those that were pretrained, got init_lora_weights = "

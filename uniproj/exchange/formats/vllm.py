@@ -31,7 +31,7 @@ class VLLMFormat(Format):
         """A LoRA folder that vLLM takes, padded to `rank` or to the least rank of vLLM's that holds every module.
 
         Raises AdapterError for a rank that is not among vLLM's or too small, and for a head, a bias, added tokens or
-        anything else that is trained besides A and B.
+        anything else that is trained besides A and B, for replicated layers and for an aLoRA.
         """
         config = vars(adapter.config)
         besides = [f"{name}={config[name]!r}" for name in used(config, Role.BESIDE)] + sorted(adapter.other)[:1]
@@ -41,6 +41,9 @@ class VLLMFormat(Format):
                 "merge it into the base model, or train the adapter without."
             )
         refuse_other_kinds(adapter, "vLLM")
+        for name in ("layer_replication", "alora_invocation_tokens"):
+            if config[name]:
+                raise AdapterError(f"export: vLLM has no {name}, got {config[name]}. Export to lora.")
         largest = max(site.r for site in adapter.layout.sites)
         fitting = [legal for legal in _RANKS if legal >= largest]
         chosen = rank if rank is not None else next(iter(fitting), largest)
