@@ -14,6 +14,7 @@ SECTIONS = (
     "PEFT: adapters",
     "PEFT: configuration",
     "PEFT: base models and layers",
+    "Architectures",
     "bitsandbytes",
     "Transformers",
     "TRL",
@@ -29,6 +30,10 @@ the right, or the library named before the sentence does. "no": it does somethin
 a sentence. Figures are those of the machine that wrote this page ({processor}; no GPU).
 
 {versions}. {counts}.
+
+Architectures are small models with random weights. "yes" there: the loss falls in three steps, another process loads
+the adapter with the same output to the last bit, D is the count of PEFT's LORA, and the merged model and PEFT's LORA
+with the exported adapter give that output but for rounding.
 
 Not probed, as they were not at hand: vLLM itself (its format rules are), DeepSpeed, GPUs, and bases quantised by GPTQ,
 AWQ, AQLM, HQQ, EETQ or torchao.

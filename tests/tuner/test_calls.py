@@ -407,6 +407,17 @@ def test_a_checkpoint_around_the_whole_model(use_reentrant: bool) -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_between_adapted_layers_that_are_in_none(use_reentrant: bool) -> None:
+    model = get_peft_model(base_model("llama"), config("llama", target_modules=["q_proj", "lm_head"])).train()
+    theta_d = adapter_of(model).theta_d
+    model(**batch("llama")).loss.backward()
+    expected, theta_d.grad = theta_d.grad, None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model(**batch("llama")).loss.backward()
+    torch.testing.assert_close(theta_d.grad, expected)
+
+
 def test_a_first_use_by_many_threads_at_once() -> None:
     for projection in ("unilora", "unilora_local", "fastfood", "vera"):
         model = _llama(projection, None if projection == "vera" else 60).eval()

@@ -19,8 +19,9 @@ def check_embeddings(model: PeftModel, adapter_name: str, wanted: bool | str) ->
     anyway, and those of a base that got more tokens, which it has not.
     """
     rows = _new_tokens(model, adapter_name) if wanted == "auto" else range(0)
-    layers = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    lost = rows and any(layer is not None and not _trains(layer, adapter_name, rows) for layer in layers)
+    # models of images alone have none, and raise
+    layers = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output") if rows]
+    lost = any(layer is not None and not _trains(layer, adapter_name, rows) for layer in layers)
     if lost or wanted is True:
         got = f"{len(rows)} tokens more than the base was loaded with" if lost else "save_embedding_layers=True"
         raise AdapterError(

@@ -172,7 +172,7 @@ class FactorSource:
       write to what made it. What a callback writes through `.data`, which is not counted, is seen by the next
       `generate`, and so is by compiled code what a callback writes in any way;
     - within a backward is a checkpointed part that runs again: it takes the theta_D of its forward, or, where a
-      backward has passed through that, projects anew;
+      backward has passed through that or the checkpoint is reentrant, projects anew;
     - under torch.func or forward-mode differentiation, and under torch.compile outside of `generate`, projects anew and
       keeps nothing. So does the capture of a CUDA graph, whose replays then see every edit.
     A layer called by itself is a call of its own.
@@ -247,7 +247,13 @@ class FactorSource:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._inputs())
 
     def _of_forward(self) -> _ThetaD | None:
-        """The theta_D that the backward of this moment is going to walk through."""
+        """The theta_D that the backward of this moment is going to walk through.
+
+        None in a reentrant checkpoint, which makes a graph of its own and walks it at once; the other kind watches what
+        is saved, and walks no graph.
+        """
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            return None
         live = [theta_D for ref in self._live if (theta_D := ref()) and theta_D.views]
         return next((theta_D for theta_D in live if torch._C._will_engine_execute_node(theta_D.node)), None)
 
