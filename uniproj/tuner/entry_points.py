@@ -88,7 +88,7 @@ def _save_pretrained(
         return
     if len(active) > 1 or rest.get("push_to_hub") or any(args):
         raise AdapterError(
-            f"save_pretrained: one active adapter must be saved to a folder, got {active} and the options "
+            f"save_pretrained: one adapter must be active and go to a folder, got {active} and the options "
             f"{sorted(rest)}. Activate one by set_adapter, and upload by push_to_hub of the model."
         )
     (name,) = active
@@ -101,7 +101,10 @@ def _save_pretrained(
     if is_main_process and header is not None:
         folder.mkdir(parents=True, exist_ok=True)
         config.unsaved = tensors, header
-        config.save_pretrained(folder)
+        try:
+            config.save_pretrained(folder)
+        finally:
+            config.unsaved = None
 
 
 def _tuner(model: nn.Module, adapter_name: str) -> Any:
