@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tests.tuner.models import base_model, batch, config, logits, train_steps
 from uniproj.errors import AdapterError, ProjectionError
-from uniproj.tuner import adapter_of, tuner_of
+from uniproj.tuner import UniProjConfig, adapter_of, tuner_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "unilora": {},
@@ -266,3 +266,11 @@ def test_a_base_in_half_precision_moves_with_its_adapter() -> None:
     expected = get_peft_model(base_model("llama").to(torch.bfloat16), config("llama"))
     assert _same(model, logits(expected))
     assert adapter_of(model.to("meta")).theta_d.is_meta
+
+
+def test_a_sequence_of_layers_would_call_what_it_holds() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with pytest.raises(AdapterError, match="get_peft_model"):
+        inject_adapter_in_model(UniProjConfig(d=10, r=2, target_modules=["0"]), model)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    model(torch.ones(1, 8))

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from uniproj.errors import AdapterError
+
 _TUNER = "_uniproj_tuner"
 # of what is trained and what it belongs to, on the tuner or on the model
 _HELD = ("uniproj_theta_d", "uniproj_projections", "uniproj_identity")
@@ -30,7 +32,15 @@ def tuner_on(model: Any) -> Any:
 
 
 def put_on(model: nn.Module, tuner: nn.Module) -> None:
-    """Let a model find its tuner, which is no module of it."""
+    """Let a model find its tuner, which is no module of it.
+
+    Raises AdapterError for a model that calls all of its children, those that hold the adapters included.
+    """
+    if isinstance(model, nn.Sequential):
+        raise AdapterError(
+            "inject_adapter_in_model: the model must be a module of a class of its own, which then holds theta_d, got "
+            "nn.Sequential, which would call it as a layer. Use get_peft_model."
+        )
     vars(model)[_TUNER] = tuner
 
 
