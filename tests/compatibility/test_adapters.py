@@ -238,17 +238,32 @@ def test_add_weighted_adapter(refuses: Refuses) -> None:
         _pair().add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
 
 
-@capability("`hotswap_adapter`")
-def test_hotswap_adapter(tmp_path: Path, refuses: Refuses) -> None:
+@capability("`hotswap_adapter` between adapters of one P")
+def test_hotswap_adapter(tmp_path: Path, remark: Remark) -> None:
+    path, expected = saved(tmp_path)
+    model = PeftModel.from_pretrained(llama(), path, is_trainable=True)
+    steps(model)
+    compiled: Any = torch.compile(model.eval(), backend="eager")
+    moved(logits(compiled), expected, "logits of other numbers")
+    hotswap_adapter(compiled, str(path), adapter_name="default", torch_device="cpu")
+    same(logits(compiled), expected, "logits", ROUNDING)
+    same(logits(model), expected, "logits")
+    remark("sets theta_d after the checks of its file")
+
+
+@capability("`hotswap_adapter` to an adapter of another P")
+def test_hotswap_adapter_to_an_adapter_of_another_p(tmp_path: Path, refuses: Refuses) -> None:
     path, _ = saved(tmp_path)
-    with refuses(ValueError):
-        hotswap_adapter(adapted(), str(path), adapter_name="default")
+    with refuses():
+        hotswap_adapter(adapted(projection_seed=1), str(path), adapter_name="default", torch_device="cpu")
 
 
 @capability("`inject_adapter_in_model`")
-def test_inject_adapter_in_model(refuses: Refuses) -> None:
-    with refuses(ValueError):
-        inject_adapter_in_model(config(), llama())
+def test_inject_adapter_in_model() -> None:
+    model = inject_adapter_in_model(config(), llama())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["uniproj_theta_d.default"]
+    same(gradient(model), gradient(adapted()), "gradient")
+    steps(model)
 
 
 @capability("`get_peft_model(mixed=True)`")

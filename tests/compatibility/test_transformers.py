@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from transformers import (
 from tests.compatibility.subjects import (
     IDS,
     ROUNDING,
-    Refuses,
     Remark,
     adapted,
     bert,
@@ -39,6 +37,7 @@ from tests.compatibility.subjects import (
     same,
     saved,
     saved_llama,
+    steps,
     t5,
     theta_d,
     trained_model,
@@ -247,29 +246,52 @@ def test_pipeline_with_a_peftmodel() -> None:
     assert written[0]["generated_text"].split() == tokenizer().decode(expected).split()
 
 
-def _pipeline(path: str) -> None:
-    pipeline("text-generation", model=path, tokenizer=tokenizer(), trust_remote_code=False)
+@capability("`pipeline()` with the folder of an adapter")
+def test_pipeline_with_the_folder_of_an_adapter(tmp_path: Path) -> None:
+    path, expected = _saved_beside_its_base(tmp_path)
+    pipe = pipeline("text-generation", model=path, tokenizer=tokenizer(), trust_remote_code=False)
+    same(logits(pipe.model), expected, "logits")
+    assert pipe("a b c", max_new_tokens=4, do_sample=False)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        pytest.param(use, marks=capability(name))
-        for name, use in (
-            ("`pipeline()` with the folder of an adapter", _pipeline),
-            (
-                "`AutoModelForCausalLM.from_pretrained` with the folder of an adapter",
-                partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False),
-            ),
-            ("`PreTrainedModel.add_adapter` (PeftAdapterMixin)", lambda _: llama().add_adapter(config())),
-            ("`PreTrainedModel.load_adapter` (PeftAdapterMixin)", lambda path: llama().load_adapter(path)),
-        )
-    ],
-)
-def test_what_transformers_does_by_itself(use: Callable[[str], object], tmp_path: Path, refuses: Refuses) -> None:
-    path, _ = saved(tmp_path, AutoModelForCausalLM.from_pretrained(saved_llama(tmp_path), trust_remote_code=False))
-    with refuses(ValueError):
-        use(str(path))
+@capability("`AutoModelForCausalLM.from_pretrained` with the folder of an adapter")
+def test_automodelforcausallm_from_pretrained_with_the_folder_of_an_adapter(tmp_path: Path) -> None:
+    path, expected = _saved_beside_its_base(tmp_path)
+    same(logits(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)), expected, "logits")
+
+
+def _saved_beside_its_base(folder: Path) -> tuple[str, Tensor]:
+    base = AutoModelForCausalLM.from_pretrained(saved_llama(folder), trust_remote_code=False)
+    path, expected = saved(folder, base)
+    return str(path), expected
+
+
+@capability("`PreTrainedModel.add_adapter`, `save_pretrained`, `load_adapter` (PeftAdapterMixin)")
+def test_pretrainedmodel_add_adapter_save_pretrained_load_adapter(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter(config())
+    steps(model)
+    model.eval().save_pretrained(tmp_path)
+    loaded = llama()
+    loaded.load_adapter(str(tmp_path))
+    same(logits(loaded), logits(model), "logits")
+    same(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model), "logits of a PeftModel")
+
+
+@capability("`set_adapter`, `disable_adapters`, `enable_adapters`, `delete_adapter` (PeftAdapterMixin)")
+def test_set_adapter_disable_adapters_enable_adapters_delete_adapter(tmp_path: Path) -> None:
+    path, first = saved(tmp_path)
+    model = llama()
+    model.load_adapter(str(path), "first")
+    model.add_adapter(config(init_seed=1), "second")
+    second = logits(model)
+    model.set_adapter("first")
+    same(logits(model), first, "logits of the first")
+    model.disable_adapters()
+    same(logits(model), logits(llama()), "logits of the base")
+    model.enable_adapters()
+    model.delete_adapter("first")
+    same(logits(model), second, "logits of the second")
 
 
 @capability("`torch.compile(fullgraph=True)`: training (traced; no code generator)")

@@ -32,12 +32,6 @@ def layers_of(tuner: UniProjModel, adapter_name: str) -> list[LoraLayer]:
     return [m for m in tuner.modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
 
 
-def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
-    """Raises AdapterError for merged layers: another theta_d would not change their output, but spoil the unmerge."""
-    if any(layer.merged for layer in layers):
-        raise AdapterError(f"{where}: the adapter must not be merged, got merged layers. Call unmerge_adapter first.")
-
-
 def header_of(tuner: UniProjModel, adapter_name: str) -> Header:
     """The header of an attached adapter. Raises AdapterError if it trains numbers beside theta_d."""
     projection = adapter_of(tuner, adapter_name).P

@@ -19,7 +19,6 @@ from uniproj.bank.adapter import (
     header_of,
     layers_of,
     read_adapter,
-    refuse_merged,
 )
 from uniproj.bank.backup import copy
 from uniproj.bank.folder import RESTORE, appearing, disk
@@ -35,6 +34,7 @@ from uniproj.format.tensors import check_numbers
 from uniproj.tuner import adapter_of
 from uniproj.tuner.attached import tuner_of
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.merging import refuse_merged
 
 VECTORS, INDEX = "theta_d.safetensors", "index.sqlite"
 # bytes of the longest name

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniproj.bank.adapter import active_adapter, layers_of, refuse_merged
+from uniproj.bank.adapter import active_adapter, layers_of
 from uniproj.errors import AdapterError
 from uniproj.tuner import adapter_of
 from uniproj.tuner.attached import tuner_of
+from uniproj.tuner.merging import refuse_merged
 from uniproj.tuner.theta import PerRow
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -17,11 +17,13 @@ HEADS = f"{TUNER}model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AROUND = re.compile(r"^(?:module\.)+(?=base_model\.)")
 _AROUND_TUNER = re.compile(rf"^base_model\.(?:module\.)+(?={METHOD}|model\.)")
+# where there is no PeftModel, the base holds what is the tuner's otherwise
+_ON_BASE = re.compile(rf"^base_model\.model\.(?={METHOD}(?:theta_d|projections|identity)\.)")
 
 
 def plain(key: str) -> str:
     """A key of a PeftModel without what wrappers put into it; the adapter's name, if any, stays."""
-    return _AROUND_TUNER.sub(TUNER, _AROUND.sub("", _WRAPPERS.sub("", key)))
+    return _ON_BASE.sub(TUNER, _AROUND_TUNER.sub(TUNER, _AROUND.sub("", _WRAPPERS.sub("", key))))
 
 
 def in_this_format(key: str) -> str:

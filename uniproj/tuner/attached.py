@@ -9,6 +9,7 @@ from torch import nn
 
 from uniproj.errors import AdapterError
 from uniproj.projection import Projection
+from uniproj.tuner.injected import tuner_on
 from uniproj.tuner.model import UniProjModel
 
 
@@ -22,8 +23,9 @@ class Attached(NamedTuple):
 def adapter_of(model: nn.Module, name: str = "default", where: str = "adapter_of") -> Attached:
     """P and theta_d of one adapter, the objects that the model itself uses.
 
-    model: a PeftModel, or the UniProjModel inside; where: the first word of an error. Raises AdapterError for any other
-    model, and for a name that is no adapter's. A state dict loaded with assign=True replaces theta_d: ask again then.
+    model: a PeftModel, the UniProjModel inside, or a model with injected adapters; where: the first word of an error.
+    Raises AdapterError for any other model, and for a name that is no adapter's. A state dict loaded with assign=True
+    replaces theta_d: ask again then.
     """
     tuner = tuner_of(model, where)
     if name not in tuner.projections:
@@ -34,9 +36,12 @@ def adapter_of(model: nn.Module, name: str = "default", where: str = "adapter_of
     return Attached(cast(Projection, tuner.projections[name]), tuner.uniproj_theta_d[name])
 
 
-def tuner_of(model: nn.Module, where: str) -> UniProjModel:
-    """The UniProjModel inside a PeftModel, or the model itself. Raises AdapterError for any other model."""
-    tuner = model.base_model if isinstance(model, PeftModel) else model
+def tuner_of(model: nn.Module, where: str = "tuner_of") -> UniProjModel:
+    """The UniProjModel of a PeftModel or of injected adapters, or the model itself.
+
+    Raises AdapterError for any other model.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else tuner_on(model) or model
     if not isinstance(tuner, UniProjModel):
         if isinstance(tuner, nn.Module) and any(isinstance(module, UniProjModel) for module in tuner.modules()):
             raise AdapterError(

@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, peft_model
-from peft.utils import save_and_load
+from peft.tuners.lora import LoraLayer
+from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from uniproj.errors import AdapterError, ProjectionError
 from uniproj.format import file, identity
 from uniproj.format.header import Header
-from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, plain
+from uniproj.format.keys import HEADS, IDENTITY, OWN, THETA_D, in_file, plain
 from uniproj.format.patterns import matches
 from uniproj.format.remap import renamed
-from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.config import PEFT_TYPE, UniProjConfig
 from uniproj.tuner.embeddings import check_embeddings
 from uniproj.tuner.keys import beside_P
+from uniproj.tuner.merging import refuse_merged
 from uniproj.tuner.undo import unchanged_on_failure
 
 _theirs_type = PeftConfig._get_peft_type
@@ -36,6 +38,7 @@ _theirs_load, _theirs_load_bin = save_and_load.safe_load_file, save_and_load.tor
 _theirs_filter = save_and_load._filter_state_dict_for_adapter_name
 _theirs_from_pretrained, _theirs_load_adapter = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
 _theirs_save_pretrained = PeftModel.save_pretrained
+_theirs_hotswap = hotswap.hotswap_adapter_from_state_dict
 # not an attribute of theta_d: torch.save would write it with the tensor, and torch.load refuse to read it
 _belongs_to: Any = WeakTensorKeyDictionary()
 
@@ -102,9 +105,7 @@ def _filter_state_dict(state_dict: dict[str, Tensor], unwanted: list[str]) -> di
     return dict(_theirs_filter(state_dict, unwanted))
 
 
-def _set_peft_model_state_dict(
-    model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any
-) -> Any:
+def set_numbers(model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", **rest: Any) -> Any:
     config = model.peft_config[adapter_name]
     if config.peft_type != file.KIND:
         return _theirs_set(model, tensors, adapter_name=adapter_name, **rest)
@@ -128,6 +129,35 @@ def _set_peft_model_state_dict(
     return result
 
 
+def ready(folder: Path, model: Any, adapter_name: str, state_dict: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter, after all that writing its file would refuse. model: a PeftModel, or as one."""
+    tensors = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
+    header, config = noted(tensors)
+    if header is not None:  # if the model is sharded, only the first process has all tensors
+        P: Any = model.base_model.projections[adapter_name]
+        file.check(folder, tensors, header, config.to_dict(), has_offset=P.offset is not None)
+    return tensors
+
+
+def set_other_numbers(model: Any, tensors: dict[str, Tensor], adapter_name: str, where: str) -> None:
+    """Give an attached adapter the numbers of another of its P. Raises AdapterError for any other, or while merged."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r]
+    refuse_merged(layers, where)
+    set_numbers(model, tensors, adapter_name)
+
+
+@wraps(_theirs_hotswap)
+def _hotswap(
+    model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: PeftConfig, parameter_prefix: str = "lora_"
+) -> None:
+    if config.peft_type != file.KIND:
+        _theirs_hotswap(model, state_dict, adapter_name, config, parameter_prefix)
+        return
+    # PEFT has put the adapter's name into the keys; what an identity says, the note on theta_d says too
+    numbers = {in_file(key, adapter_name): tensor for key, tensor in state_dict.items() if IDENTITY not in key}
+    set_other_numbers(getattr(model, "_orig_mod", model), numbers, adapter_name, "hotswap_adapter")
+
+
 def heads_by_new_names(tensors: Mapping[str, Tensor], remap: Any) -> dict[str, Tensor]:
     """The tensors of a file, heads under the present names of modules that were renamed since."""
     heads = {key: HEADS + renamed(key.removeprefix(HEADS), remap) for key in tensors if key.startswith(HEADS)}
@@ -135,7 +165,7 @@ def heads_by_new_names(tensors: Mapping[str, Tensor], remap: Any) -> dict[str, T
 
 
 @contextmanager
-def _whole(model: nn.Module, model_id: Any) -> Iterator[None]:
+def whole_or_not(model: nn.Module, model_id: Any) -> Iterator[None]:
     """Attach an adapter completely or not at all; what PEFT raises for odd settings becomes an AdapterError."""
     try:
         with unchanged_on_failure(model):
@@ -163,7 +193,7 @@ def _from_pretrained(
     kind = PeftConfig._get_peft_type(model_id, **hub) if config is None else getattr(config, "peft_type", None)
     if kind != file.KIND:
         return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
-    with file.read_once(), _whole(model, model_id):
+    with file.read_once(), whole_or_not(model, model_id):
         return _theirs_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **rest)
 
 
@@ -171,7 +201,7 @@ def _from_pretrained(
 def _load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **rest: Any) -> Any:
     if self.peft_type != file.KIND:
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
-    with file.read_once(), _whole(self, model_id):
+    with file.read_once(), whole_or_not(self, model_id):
         return _theirs_load_adapter(self, model_id, adapter_name, *args, **rest)
 
 
@@ -192,11 +222,7 @@ def _save_pretrained(
             raise file.unsafe(folder)
         file.refuse_unsafe(folder)
         check_embeddings(self, name, save_embedding_layers)
-        tensors = get_peft_model_state_dict(self, rest.get("state_dict"), name, save_embedding_layers=False)
-        header, config = noted(tensors)
-        if header is not None:  # if the model is sharded, only the first process has all tensors
-            P: Any = self.base_model.projections[name]
-            file.check(folder, tensors, header, config.to_dict(), has_offset=P.offset is not None)
+        ready(folder, self, name, rest.get("state_dict"))
     theirs = False if ours else save_embedding_layers
     try:
         _theirs_save_pretrained(self, save_directory, safe_serialization, selected_adapters, theirs, *args, **rest)
@@ -208,9 +234,11 @@ def _save_pretrained(
 def install() -> None:
     """Put the wrappers in the place of PEFT's functions."""
     PeftConfig._get_peft_type = staticmethod(_get_peft_type)
-    peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, _set_peft_model_state_dict
+    peft_model.safe_save_file, peft_model.set_peft_model_state_dict = _save_file, set_numbers
     save_and_load.safe_load_file, save_and_load.torch_load = _load_file, _load_bin
     save_and_load._filter_state_dict_for_adapter_name = _filter_state_dict
     save_and_load.match_target_against_key = _matches_target
     PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[arg-type]
     PeftModel.load_adapter, PeftModel.save_pretrained = _load_adapter, _save_pretrained
+    hotswap.hotswap_adapter_from_state_dict = _hotswap
+    hotswap.CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = []  # what must be equal, the header of the file decides

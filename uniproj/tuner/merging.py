@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -20,6 +20,12 @@ from uniproj.tuner.quantised import dequantised
 
 # relative to the adapter's own change of the weights; at 1, those without the adapter are as near as the merged ones
 _MOST_DRIFT = 0.9
+
+
+def refuse_merged(layers: Iterable[LoraLayer], where: str) -> None:
+    """Raises AdapterError for merged layers: another theta_d would not change their output, but spoil the unmerge."""
+    if any(layer.merged for layer in layers):
+        raise AdapterError(f"{where}: the adapter must not be merged, got merged layers. Call unmerge_adapter first.")
 
 
 def check_merge(model: nn.Module, adapters: Sequence[str]) -> None:

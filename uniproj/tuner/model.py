@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
@@ -16,13 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from uniproj.errors import AdapterError
 from uniproj.format import patterns
 from uniproj.format.heads import check_tokens
-from uniproj.format.keys import IDENTITY, METHOD, TUNER, in_file, in_model, in_this_format, plain
+from uniproj.format.keys import HEADS, IDENTITY, METHOD, TUNER, in_file, in_model, in_this_format, plain
 from uniproj.format.places import tied_to_embedding
 from uniproj.projection import Projection
 from uniproj.registry import build, get
 from uniproj.tuner.bypass import Guard
 from uniproj.tuner.checkpointing import refuse_reentrant, several_processes
 from uniproj.tuner.config import UniProjConfig
+from uniproj.tuner.injected import Injected, put_on, take_off, tuner_on
 from uniproj.tuner.keys import beside_P, biases
 from uniproj.tuner.layers import device_and_dtype, factors_of, plug, tie
 from uniproj.tuner.liveness import check_alive
@@ -51,8 +53,25 @@ class UniProjModel(LoraModel):
     """
 
     prefix = METHOD
-    uses_shared_state = True
     _replicated: list[list[int]] | None
+    uses_shared_state = False  # as without a PeftModel the model itself holds it
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        # without a name for it, PEFT gives the configuration of `inject_adapter_in_model` alone
+        self._is_injected = isinstance(peft_config, PeftConfig)
+        self._layers: list[LoraLayer] = []  # that hold adapters
+        tuner: UniProjModel | None = tuner_on(model) if self._is_injected else None
+        if tuner is None:
+            if any(isinstance(module, LoraLayer) for module in model.modules()):
+                raise AdapterError(
+                    "get_peft_model: the base model must hold no adapter yet, got one with LoRA layers. "
+                    "Add to the existing PeftModel with add_adapter, or call its unload() first."
+                )
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        else:
+            nn.Module.__init__(self)
+            self.model: Any = model  # all that PEFT uses of this tuner
+            tuner._add(adapter_name, peft_config, *args, **kwargs)
 
     @property
     def projections(self) -> nn.ModuleDict:
@@ -65,11 +84,6 @@ class UniProjModel(LoraModel):
         check_name(adapter_name, self.peft_config, given.modules_to_save or ())
         # hasattr would look into the base model too
         first = "_sources" not in self.__dict__
-        if first and any(isinstance(module, LoraLayer) for module in model.modules()):
-            raise AdapterError(
-                "get_peft_model: the base model must hold no adapter yet, got one with LoRA layers. "
-                "Add to the existing PeftModel with add_adapter, or call its unload() first."
-            )
         check_tokens(given.trainable_token_indices, model)
         twins = [name for name, other in self.peft_config.items() if other is given and name != adapter_name]
         # the header of a saved adapter lists its modules one by one
@@ -86,6 +100,30 @@ class UniProjModel(LoraModel):
             self._attach(adapter_name)
             refuse_copy(twins, self.uniproj_theta_d, adapter_name)
             _set_requires_grad(flags)
+
+    def _add(self, adapter_name: str, config: UniProjConfig, *args: Any, **kwargs: Any) -> None:
+        """A further adapter by `inject_adapter_in_model`, which activates it."""
+        if adapter_name in self._sources:
+            raise AdapterError(
+                f"inject_adapter_in_model: the name of an adapter must be new, got {adapter_name!r} again. "
+                "Choose another, or delete that adapter first."
+            )
+        # Transformers takes it from a model without adapters
+        configs = {**getattr(self.model, "peft_config", {}), adapter_name: config}
+        self.peft_config: dict[str, Any] = configs
+        self.model.peft_config = configs
+        try:
+            self.inject_adapter(self.model, adapter_name, *args, **kwargs)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; of injected ones as the layers have them, where Transformers sets them."""
+        active = self._layers[0].active_adapters if self._is_injected and self._layers else self.active_adapter
+        return [active] if isinstance(active, str) else list(active)
 
     @staticmethod
     def _check_target_module_exists(peft_config: UniProjConfig, key: str) -> Any:
@@ -139,9 +177,12 @@ class UniProjModel(LoraModel):
             )
 
     def _prepare(self) -> None:
-        self.uniproj_theta_d = nn.ParameterDict()
-        self.uniproj_projections = nn.ModuleDict()
-        self.uniproj_identity = nn.ModuleDict()
+        holder = self.model if self._is_injected else self  # PEFT's tuners have the attributes of their model
+        holder.uniproj_theta_d, holder.uniproj_projections = nn.ParameterDict(), nn.ModuleDict()
+        holder.uniproj_identity = nn.ModuleDict()
+        if self._is_injected:
+            put_on(self.model, self)
+        self._check_of_states = holder.register_load_state_dict_pre_hook(self._check_state)
         self._sources: dict[str, FactorSource] = {}
         self._made_by: dict[str, UniProjConfig] = {}
         self._adapters_enabled = True
@@ -204,7 +245,8 @@ class UniProjModel(LoraModel):
         """Hook every module with an adapted layer inside: any of them may be what a caller calls."""
         for hook in self._hooks:
             hook.remove()
-        adapted = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
+        adapted = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        self._layers = list(adapted.values())
         around = {name[:end] for name in adapted for end, letter in enumerate(name) if letter == "."}
         self._hooks = []
         for name in {"", *around}:
@@ -229,13 +271,14 @@ class UniProjModel(LoraModel):
         self._call.begin(module)
         if self._made_by and not torch.compiler.is_compiling():
             self._settle()
+        active = [name for name in self.active_adapters if name in self._sources]
         if self._adapters_enabled:
-            for name in self.active_adapters:
+            for name in active:
                 source = self._sources[name]
                 if (source.per_row is not None or several_processes()) and source.wants_grad():
                     refuse_reentrant(self.model)
                 source.views()
-        self._guard.begin(module, self.active_adapters, args, kwargs)
+        self._guard.begin(module, active, args, kwargs)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._call.module is module:
@@ -249,8 +292,12 @@ class UniProjModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with its theta_d and its P."""
         super().delete_adapter(adapter_name)
-        for layer in self.model.modules():  # PEFT skips modules of the base whose name contains the prefix
-            if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+        self.forget(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Remove what this tuner itself has of an adapter that PEFT has deleted from the layers."""
+        for layer in self._layers:  # PEFT skips modules of the base whose name contains the prefix
+            if adapter_name in layer.r:
                 layer.delete_adapter(adapter_name)
         self._sources.pop(adapter_name, None)
         self._made_by.pop(adapter_name, None)
@@ -291,6 +338,9 @@ class UniProjModel(LoraModel):
         if self.model.__dict__.get("generate") == self._generate:
             del self.model.generate
         self._guard.remove()
+        self._check_of_states.remove()
+        if self._is_injected:
+            take_off(self.model)
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -314,12 +364,15 @@ class UniProjModel(LoraModel):
     ) -> dict[str, Tensor]:
         if not state_dict and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return {}  # all that is sharded was gathered on the first process, which saves it
-        own = describe(model, config, adapter_name, {plain(key): value for key, value in state_dict.items()})
-        rest = beside_P(model, state_dict, adapter_name)
+        whole, front = _whole(model)
+        named = {front + key: value for key, value in state_dict.items()}
+        own = describe(whole, config, adapter_name, {plain(key): value for key, value in named.items()})
+        rest = beside_P(whole, named, adapter_name)
+        own |= biases(whole, rest, adapter_name)
         # PEFT takes heads and embeddings out of this very dictionary afterwards
         state_dict.clear()
-        state_dict.update(rest)
-        return {**own, **biases(model, rest, adapter_name)}
+        state_dict.update({key.removeprefix(front): value for key, value in rest.items()})
+        return {key.removeprefix(front): value for key, value in own.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -329,29 +382,40 @@ class UniProjModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: UniProjConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner: UniProjModel = model.base_model  # type: ignore[assignment]
-        tensors = {in_this_format(key): tensor for key, tensor in state_dict.items()}
-        tensors = check_loaded(model, adapter_name, tensors)
+        whole, front = _whole(model)
+        tuner: UniProjModel = whole.base_model
+        tensors = {key if key.startswith(TUNER) else front + key: tensor for key, tensor in state_dict.items()}
+        tensors = {in_this_format(key): tensor for key, tensor in tensors.items()}
+        tensors = check_loaded(whole, adapter_name, tensors)
         tuner._settle()
-        now = {plain(key): key for key in model.state_dict()}
+        now = {plain(key): key for key in whole.state_dict()}
         known = {**tensors, IDENTITY: tuner.uniproj_identity[adapter_name].get_extra_state()}
         mapped = {in_model(key, adapter_name): value for key, value in known.items()}
-        return {now.get(key, key): value for key, value in mapped.items()}
+        return {now.get(key, key).removeprefix(front): value for key, value in mapped.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As PyTorch's, after the check that the numbers belong to the P and scale of this model.
-
-        Raises AdapterError before any is copied. Numbers without an identity, as in a checkpoint from before format 3
-        or a dictionary of the trained Parameters, are taken for this model's own, as PyTorch does.
-        """
+        """As PyTorch's, of the keys of any format."""
         for key in [key for key in state_dict if key.startswith(prefix)]:
             now = in_this_format(f"{TUNER}{key.removeprefix(prefix)}")
             state_dict[f"{prefix}{now.removeprefix(TUNER)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_state(self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+        """Raises AdapterError for numbers of another P or scale, before any is copied.
+
+        Numbers without an identity, as in a checkpoint from before format 3 or a dictionary of the trained Parameters,
+        are taken for this model's own, as PyTorch does.
+        """
         identity: Identity
         for name, identity in self.uniproj_identity.items():  # type: ignore[assignment]
             key = f"{prefix}{in_model(IDENTITY, name).removeprefix(TUNER)}"
             identity.check(name, state_dict.setdefault(key, identity.get_extra_state()))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _whole(model: Any) -> tuple[Any, str]:
+    """A model by the names of a PeftModel, and what those have in front of the model's own."""
+    tuner = tuner_on(model)
+    return (model, "") if tuner is None else (Injected(tuner), HEADS)
 
 
 def _set_requires_grad(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
