@@ -69,6 +69,11 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
                 "spectral_norm or another parametrization) and would lose the adapter. Keep the adapter unmerged, or "
                 "call torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm) before attaching it."
             )
+        if (groups := getattr(base_layer, "groups", 1)) > 1:
+            raise AdapterError(
+                f"merge: the weight of {name} must see all channels, as A does, got a convolution of {groups} groups, "
+                "each of which sees its own. Keep the adapter unmerged, or leave the layer out of target_modules."
+            )
         others = [user for user in users.get(id(weight_of(layer)), []) if not user.startswith(f"{name}.")]
         if others:
             raise AdapterError(

@@ -94,6 +94,12 @@ def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | s
                 f"{name}: the model must call an adapted layer, got {type(layer.get_base_layer()).__name__} within "
                 "nn.MultiheadAttention, which uses its weight and passes the adapter by. Name the attention itself."
             )
+        base_layer = layer.get_base_layer()
+        if isinstance(base_layer, nn.Embedding) and (base_layer.max_norm is not None or base_layer.sparse):
+            raise AdapterError(
+                f"{name}: an adapted embedding must have neither max_norm, which would shorten A in place, nor sparse "
+                "gradients, which P cannot take back to theta_d. Make it without, or leave it out of target_modules."
+            )
     for target in sorted(asked or ()) if not isinstance(asked, str) else ():
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise AdapterError(
