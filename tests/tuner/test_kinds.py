@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,6 +222,20 @@ def test_a_grouped_convolution_has_no_weight_to_merge_into(kind: str) -> None:
         with pytest.raises(AdapterError, match=r"merge: the weight of layer must see all channels.*[24] groups"):
             merge()
     assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("kind", ["Embedding4bit", "Embedding8bit"])
+def test_quantised_embeddings_learn_and_do_not_merge(kind: str) -> None:
+    base = nn.ModuleDict({"emb": getattr(bitsandbytes.nn, kind)(64, 64)}).to("cpu")
+    model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["emb"]))
+    _moved(model)
+    emb = model.get_base_model()["emb"]
+    delta = emb.get_delta_weight("default")
+    torch.testing.assert_close(emb(IDS) - emb.base_layer(IDS), delta[IDS], rtol=1e-4, atol=1e-5)
+    emb(IDS).sum().backward()
+    assert adapter_of(model).theta_d.grad.any()
+    with pytest.raises(AdapterError, match="merge: the weight of emb must be floats, got a quantised embedding"):
+        model.merge_adapter()
 
 
 # ---- numbers -------------------------------------------------------------------------------------

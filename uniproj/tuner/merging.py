@@ -74,6 +74,11 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
                 f"merge: the weight of {name} must see all channels, as A does, got a convolution of {groups} groups, "
                 "each of which sees its own. Keep the adapter unmerged, or leave the layer out of target_modules."
             )
+        if isinstance(base_layer, nn.Embedding) and not base_layer.weight.is_floating_point():
+            raise AdapterError(
+                f"merge: the weight of {name} must be floats, got a quantised embedding, to which PEFT adds nothing. "
+                "Keep the adapter unmerged, or load the base model unquantised."
+            )
         others = [user for user in users.get(id(weight_of(layer)), []) if not user.startswith(f"{name}.")]
         if others:
             raise AdapterError(
