@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import bitsandbytes
 import pytest
@@ -235,6 +239,57 @@ def test_quantised_embeddings_learn_and_do_not_merge(kind: str) -> None:
     emb(IDS).sum().backward()
     assert adapter_of(model).theta_d.grad.any()
     with pytest.raises(AdapterError, match="merge: the weight of emb must be floats, got a quantised embedding"):
+        model.merge_adapter()
+
+
+class Packed(nn.Module):
+    """A linear layer of whole numbers, as the packages keep them that do not install everywhere."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.arange(in_features * out_features, dtype=torch.int32) % 7 - 3)
+        self.register_buffer("codes", self.qweight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.qweight.view(self.in_features, self.out_features).to(x.dtype)
+
+
+def _gptq(patch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("gptqmodel.nn_modules.qlinear")
+    package.BaseQuantLinear, package.__spec__ = Packed, ModuleSpec("gptqmodel", None)
+    for name in ("gptqmodel", "gptqmodel.nn_modules", package.__name__):
+        patch.setitem(sys.modules, name, package)
+    patch.setattr(lora.gptq, "is_gptqmodel_available", lambda: True)
+    patch.setattr(lora.awq, "is_gptqmodel_available", lambda: False)  # it would look for the installed one
+
+
+def _awq(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lora.awq, "is_gptqmodel_available", lambda: True)
+    patch.setattr(lora.awq, "is_gptqmodel_awq_layer", lambda module: isinstance(module, Packed))
+
+
+def _aqlm(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lora.aqlm, "is_aqlm_available", lambda: True)
+    patch.setattr(lora.aqlm, "QuantizedLinear", Packed, raising=False)
+
+
+@pytest.mark.parametrize("package", [_gptq, _awq, _aqlm], ids=["GPTQ", "AWQ", "AQLM"])
+def test_wrappers_of_packed_layers(package: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's layer computes base(x) + s B A x, the probe finds it alive at once, and a merge refuses."""
+    package(monkeypatch)
+    base = nn.Sequential(Packed(6, 4), nn.PReLU(init=1.0))  # PEFT asks a Parameter for the device
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*could not be probed")
+        model = get_peft_model(base, UniProjConfig(d=20, r=2, lora_alpha=3, target_modules=["0"]))
+    _moved(model)
+    P, theta_d = adapter_of(model)
+    B, A = P.layout.split(P(theta_d))
+    x = torch.randn(2, 3, 6)
+    torch.testing.assert_close(model(x), Packed(6, 4)(x) + 1.5 * x @ A.T @ B.T)
+    model(x).sum().backward()
+    assert theta_d.grad.any()
+    with pytest.raises(AdapterError, match=r"merge: 0 must be of a kind that PEFT merges, got \w+LoraLinear, which"):
         model.merge_adapter()
 
 

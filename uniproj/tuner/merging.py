@@ -62,6 +62,11 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
         users.setdefault(id(parameter), []).append(name)
     for name, layer in found.items():
         base_layer = layer.get_base_layer()
+        if type(layer).merge is LoraLayer.merge:
+            raise AdapterError(
+                f"merge: {name} must be of a kind that PEFT merges, got {type(layer).__name__}, which it does not. "
+                "Keep the adapter unmerged, or attach it to the unquantised base and merge there."
+            )
         # the latter by nn.utils.weight_norm or spectral_norm
         if is_parametrized(base_layer) or "weight" in vars(base_layer):
             raise AdapterError(
