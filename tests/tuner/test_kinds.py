@@ -566,3 +566,15 @@ def test_embeddings_of_language_models(tied: bool, scaled: bool) -> None:
                 model.merge_and_unload()
         else:
             torch.testing.assert_close(model.merge_and_unload()(ids).logits, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], {"embed_tokens": [1, 2]}])
+def test_an_embedding_is_adapted_or_has_trained_tokens(tokens: list | dict) -> None:
+    base = _language_model(tied=False, scaled=False)
+    fields = {"d": 60, "r": 4, "task_type": "CAUSAL_LM", "trainable_token_indices": tokens}
+    with pytest.raises(AdapterError, match=r"^trainable_token_indices: model.embed_tokens must be adapted or have"):
+        get_peft_model(base, UniProjConfig(**fields, target_modules=["embed_tokens", "q_proj"]))
+    assert type(base.get_input_embeddings()) is nn.Embedding
+    model = get_peft_model(base, UniProjConfig(**fields, target_modules=["q_proj"]))
+    losses = train_steps(model, "llama")
+    assert losses[-1] < losses[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -59,6 +60,7 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
         check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     found, parameters, left = targets(model, given)
+    _refuse_tokens_of_adapted(given.trainable_token_indices, found, model)
     modules = [*found, *parameters]
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)
     alphas = patterns.of_modules("alpha_pattern", given.alpha_pattern, modules, given.lora_alpha)
@@ -77,6 +79,20 @@ def named_in_full(configs: dict[str, UniProjConfig], adapter_name: str, model: n
         configs[adapter_name] = given
     if not is_pattern:  # PEFT shortens a long list of names to the suffixes that identify them
         given.target_modules = named.target_modules
+
+
+def _refuse_tokens_of_adapted(tokens: Any, found: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raise AdapterError for an embedding that is adapted and has single trained tokens, of which PEFT takes one.
+
+    tokens: trainable_token_indices, for the input embedding or by the ends of names.
+    """
+    of_input = getattr(model, "get_input_embeddings", lambda: None)
+    for name, module in found.items() if tokens is not None else ():
+        if name.endswith(tuple(tokens)) if isinstance(tokens, Mapping) else module is of_input():
+            raise AdapterError(
+                f"trainable_token_indices: {name} must be adapted or have trained tokens, got both. Leave it out of "
+                "target_modules, or train all its tokens by its adapter."
+            )
 
 
 def adapted_layers(model: nn.Module, adapter_name: str, asked: Iterable[str] | str | None) -> dict[str, LoraLayer]:
