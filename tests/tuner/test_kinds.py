@@ -549,7 +549,8 @@ def test_embeddings_of_language_models(tied: bool, scaled: bool) -> None:
     ids = torch.tensor([[1, 69, 66, 3]])
     config = UniProjConfig(d=60, r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    assert train_steps(model, "llama", lr=0.02)[-1] < train_steps(model, "llama", 1)[0] + 10
+    losses = train_steps(model, "llama", lr=0.01)
+    assert losses[-1] < losses[0]
     embedding = model.get_input_embeddings()
     x = embedding(ids)
     delta = embedding.get_delta_weight("default")
