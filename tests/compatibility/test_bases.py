@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,11 @@ def _mixtral() -> Any:
     )
 
 
+_SMALL: dict[str, Any] = {"d": 8, "r": 2, "task_type": None}
+
+
 def _small(**fields: Any) -> UniProjConfig:
-    return UniProjConfig(projection="unilora", d=8, r=2, **fields)
+    return UniProjConfig(**_SMALL, **fields)
 
 
 def _refused(refuses: Refuses, base: Any, adapter_config: UniProjConfig) -> None:
@@ -153,20 +155,29 @@ class _Attention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-@pytest.mark.parametrize(
-    ("base", "adapter_config"),
-    [
-        pytest.param(base, adapter_config, marks=capability(name))
-        for name, base, adapter_config in (
-            ("embeddings as targets", llama, config(target_modules=["q_proj", "embed_tokens"])),
-            ("convolutions as targets", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), _small(target_modules=["0"])),
-            ("`nn.MultiheadAttention` as a target", _Attention, _small(target_modules=["attention"])),
-            ("the output projection within `nn.MultiheadAttention`", _Attention, _small(target_modules=["out_proj"])),
-        )
-    ],
-)
-def test_targets_that_are_no_linear_layers(base: Callable, adapter_config: UniProjConfig, refuses: Refuses) -> None:
-    _refused(refuses, base(), adapter_config)
+@capability("embeddings as targets")
+def test_embeddings_as_targets(remark: Remark) -> None:
+    remark(life(llama(), _ids, target_modules=["q_proj", "embed_tokens"]))
+
+
+@capability("convolutions as targets: `Conv1d`, `Conv2d`, `Conv3d`")
+def test_convolutions_as_targets(remark: Remark) -> None:
+    kinds, x = (nn.Conv1d, nn.Conv2d, nn.Conv3d), torch.randn(2, 4, 5, 5, 5)
+    for axes, kind in enumerate(kinds, 1):
+        image = x[(..., *[0] * (3 - axes))]
+        life(nn.Sequential(kind(4, 6, 3)), lambda model, x=image: model(x), **_SMALL, target_modules=["0"])
+    remark("one with groups does not merge: its A sees all channels")
+
+
+@capability("`nn.MultiheadAttention` as a target")
+def test_nn_multiheadattention_as_a_target(remark: Remark) -> None:
+    x = torch.randn(3, 2, 8)
+    remark(life(_Attention(), lambda model: model(x), **_SMALL, target_modules=["attention"]))
+
+
+@capability("the output projection alone within `nn.MultiheadAttention`")
+def test_the_output_projection_alone_within_nn_multiheadattention(refuses: Refuses) -> None:
+    _refused(refuses, _Attention(), _small(target_modules=["out_proj"]))
 
 
 @capability("`nn.TransformerEncoder`: the same in training and in evaluation, where it has a fast path")

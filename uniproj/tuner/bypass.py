@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uniproj.errors import AdapterError
+from uniproj.tuner.layers import OutProjection, weight_of
 
 # attributes that let PyTorch's own encoders hand the weights of their layers to one kernel, or pack padded batches for
 # it; the results are the same without, but for rounding and for what stands in the padding
@@ -68,7 +69,9 @@ class Guard:
         """Begin again, as the adapters have changed."""
         self.remove()
         self._seen.clear()
-        self._layers = {name: m for name, m in self._model.named_modules() if isinstance(m, LoraLayer) and m.r}
+        # an output projection is adapted with its attention, which reads the weight
+        found = {n: m for n, m in self._model.named_modules() if isinstance(m, LoraLayer) and m.r}
+        self._layers = {name: layer for name, layer in found.items() if not isinstance(layer, OutProjection)}
         adapted = set(self._layers.values())
         for module in self._model.modules():
             for kind, name, off in _FAST_PATHS:
@@ -128,7 +131,7 @@ class _Reads(TorchDispatchMode):
         self._kept: list[StorageWeakRef] = []
         holders = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
         for name, layer in layers.items():
-            weight = getattr(layer.get_base_layer(), "weight", None)
+            weight = weight_of(layer)
             if isinstance(weight, Tensor) and holders[_storage(weight)] == 1 and _applies(layer):
                 self._note(weight, {name})
         self.__enter__()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -51,21 +52,67 @@ def device_and_dtype(layer: LoraLayer) -> tuple[torch.device | None, torch.dtype
 
 
 def is_fused(layer: LoraLayer) -> bool:
-    """Whether a layer adapts one Parameter of a module with several, which is never quantised by itself."""
+    """Whether a layer adapts one Parameter of a module with several, which it changes for each call and which is never
+    quantised by itself."""
     return isinstance(layer, ParamWrapper | MultiheadAttention)
+
+
+def twin_of(layer: LoraLayer, adapter_name: str, B: Tensor, A: Tensor) -> LoraLayer:
+    """A layer on the same base weights, with these numbers for its one adapter, and without dropout.
+
+    Where the layer changes a module for each call, it is a twin of that module too, in which other adapted layers have
+    factors of zeros.
+    """
+    twin = _unbound(layer) if is_fused(layer) else copy.copy(layer)
+    for part in list(twin.modules()) if is_fused(layer) else [twin]:
+        if isinstance(part, LoraLayer) and adapter_name in part.r:
+            found = modules_of(part, adapter_name)
+            views = (B, A) if part is twin else [torch.zeros(factor.shape, device=B.device) for factor in found]
+            for name, factor, view in zip(_names(part), found, views, strict=True):
+                factor = factor.of_view(view)
+                # beside what is registered, which may be the layer's own
+                part.__dict__[name] = {adapter_name: factor.weight if isinstance(part, Embedding) else factor}
+            part.__dict__["lora_dropout"] = {adapter_name: nn.Identity()}
+            part._active_adapter, part._disable_adapters, part.merged_adapters = [adapter_name], False, []
+    return twin
+
+
+def _unbound(module: nn.Module) -> Any:
+    """A copy of a module and of those within, with the same tensors."""
+    twin = module.__new__(type(module))  # copy.copy refuses a parametrized one, as experts are within a call
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("forward", None)  # a hook's, which would call the module's own
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+    twin._modules = {name: part and _unbound(part) for name, part in module._modules.items()}
+    return twin
 
 
 def factors_of(layer: LoraLayer) -> tuple[MutableMapping[str, Any], MutableMapping[str, Any]]:
     """Where a layer keeps the B and the A of its adapters, by the name of the adapter."""
-    if isinstance(layer, Embedding):
-        return layer.lora_embedding_B, layer.lora_embedding_A
-    return layer.lora_B, layer.lora_A
+    B, A = _names(layer)
+    return getattr(layer, B), getattr(layer, A)
+
+
+def modules_of(layer: LoraLayer, adapter_name: str) -> list[Factor]:
+    """What stands for the B and the A of an adapter."""
+    return [getattr(layer, name)._modules[adapter_name] for name in _names(layer)]
+
+
+def _names(layer: LoraLayer) -> tuple[str, str]:
+    return ("lora_embedding_B", "lora_embedding_A") if isinstance(layer, Embedding) else ("lora_B", "lora_A")
 
 
 def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -> None:
     """Put views of theta_D in the place of the A and B of an adapter. site: its index in the layout."""
-    if isinstance(layer, Embedding) and not isinstance(layer.lora_embedding_A, _Weights):
+    if type(layer) is Embedding:
         layer.lora_embedding_A, layer.lora_embedding_B = map(_Weights, (layer.lora_embedding_A, layer.lora_embedding_B))
+        layer.__class__ = _Embedding
+    elif type(layer) is Conv3d:
+        layer.__class__ = _Conv3d
+    elif type(layer) is MultiheadAttention:
+        layer.__class__ = _Attention
+    elif isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear):
+        layer.__class__ = OutProjection
     for slot, holder in enumerate(factors_of(layer), 2 * site):
         holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
 
@@ -84,57 +131,135 @@ def _factor(layer: LoraLayer, source: FactorSource, slot: int, drawn: Any) -> Fa
     """What takes the place of a factor that PEFT has drawn."""
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, _ConvNd):
-        return _OfConvolution(source, slot, drawn)
+        return _OfConvolution(source, slot, drawn, base_layer)
     if isinstance(layer, ParamWrapper) and layer._param_ndim == 3:
         return _OfStack(source, slot, layer)
-    if isinstance(layer, ParamWrapper | Embedding | MultiheadAttention):
-        return _Read(source, slot, layer)
-    is_read = isinstance(base_layer, NonDynamicallyQuantizableLinear)
-    return _Read(source, slot, layer) if is_read else Factor(source, slot)
+    if isinstance(layer, ParamWrapper | MultiheadAttention | OutProjection):
+        return _Fused(source, slot, layer)
+    return _Taken(source, slot, layer) if isinstance(layer, Embedding) else Factor(source, slot)
 
 
-class _Read(Factor):
+class _Taken(Factor):
     """A factor of which PEFT's layer takes the weight, where the layer lies."""
 
     def __init__(self, source: FactorSource, slot: int, layer: LoraLayer):
         super().__init__(source, slot)
         self._layer = (layer,)  # in a tuple, as this module is one of its own
 
-    @property
-    def weight(self) -> Tensor:
+    def view(self) -> Tensor:
+        return super().view().to(weight_of(self._layer[0]).device)
+
+
+class _Fused(_Taken):
+    """One that is part of a weight, the same for all rows of a batch."""
+
+    def view(self) -> Tensor:
         if self._source.per_row is not None:
             raise AdapterError(
                 f"mixed: {self.site.name} must tell the rows of a batch apart, got a layer that adds s B A to its "
                 "weight for all of them. Leave it out of target_modules and target_parameters."
             )
-        return super().weight.to(weight_of(self._layer[0]).device)
+        return super().view()
 
 
-class _OfStack(_Read):
+class _OfStack(_Fused):
     """A (count r, in), module after module, and B (out, r count), the modules taken in turn: as PEFT keeps experts."""
 
     @property
     def weight(self) -> Tensor:
-        weight = super().weight
+        weight = self.view()
         return weight.flatten(0, 1) if self._slot % 2 else weight.permute(1, 2, 0).flatten(1)
 
 
 class _OfConvolution(Factor):
     """A or B of a convolution, which is one itself. drawn: PEFT's."""
 
-    def __init__(self, source: FactorSource, slot: int, drawn: Any):
+    def __init__(self, source: FactorSource, slot: int, drawn: Any, base_layer: _ConvNd):
         super().__init__(source, slot)
-        self._shape = drawn.weight.shape
+        self._kernel = drawn.weight.shape
         drawn._parameters["weight"] = None
+        if slot % 2:  # A takes x as the base does, where PEFT's does not, or a merge would compute something else
+            for name in ("dilation", "padding_mode", "_reversed_padding_repeated_twice"):
+                setattr(drawn, name, getattr(base_layer, name))
         self._drawn = (drawn,)  # in a tuple, as it has nothing to register
 
     @property
     def weight(self) -> Tensor:
-        return super().weight.reshape(self._shape)
+        weight = self.view()
+        return weight.reshape(*(weight.shape[:1] if self._source.per_row else ()), *self._kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, channels, ...) -> (n, channels, ...)."""
-        return self._drawn[0]._conv_forward(x, self.weight.to(x.device), None)  # type: ignore[no-any-return]
+        """x (n, channels, ...) -> (n, channels, ...). In a mixed batch row i has a weight of its own."""
+        weight, (drawn,) = self.weight.to(x.device), self._drawn
+        if weight.ndim == len(self._kernel):
+            return drawn._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+        if x.ndim < len(self._kernel) or len(x) != len(weight):
+            self.refuse_rows(x, f"channels, ..) = ({len(weight)}, {self._kernel[1] * drawn.groups}, ..)")
+        one = copy.copy(drawn)  # of all rows, each with groups of its own
+        one.groups = len(x) * drawn.groups
+        y: Tensor = one._conv_forward(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), None)
+        return y.squeeze(0).unflatten(0, (len(x), -1))
+
+
+class _Embedding(Embedding):
+    """PEFT's, which in a mixed batch has an A and B for each row."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self.active_adapters[0]
+        if self.disable_adapters or self.merged or name not in self.r or self.lora_embedding_A[name].ndim == 2:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        A, B, base_layer = self.lora_embedding_A[name], self.lora_embedding_B[name], self.get_base_layer()
+        if x.ndim < 2 or len(x) != len(A):
+            modules_of(self, name)[1].refuse_rows(x, f"tokens) = ({len(A)}, ..)")
+        result = self.base_layer(x, *args, **kwargs)
+        rows = torch.arange(len(x), device=x.device).view(-1, *[1] * (x.ndim - 1))
+        after_A = A.mT[rows, x]
+        if base_layer.padding_idx is not None:  # whose row gets no gradient
+            is_padding = (x == base_layer.padding_idx).unsqueeze(-1)
+            after_A = torch.where(is_padding, after_A.detach(), after_A)
+        change = (after_A.flatten(1, -2) @ B.mT).unflatten(1, x.shape[1:]) * self.scaling[name]
+        if (scale := self._get_embed_scale()) is not None:
+            change = change * scale.to(change.dtype)
+        return (result + change).to(result.dtype)
+
+
+class _Conv3d(Conv3d):
+    """PEFT's, which takes a kernel of (1, 1, n) for one of two axes when it merges."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        weight = self.get_base_layer().weight
+        if weight.shape[2:4] != (1, 1):
+            return super().get_delta_weight(adapter)  # type: ignore[no-any-return]
+        B, A = (factor.weight.flatten(1) for factor in modules_of(self, adapter))
+        return (B @ A).view_as(weight) * self.scaling[adapter]  # type: ignore[no-any-return]
+
+
+class _Attention(MultiheadAttention):
+    """PEFT's, which adds s B A to the weights for each call and then subtracts it: here they keep their bits."""
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base_layer = self.get_base_layer()
+        out_proj = base_layer.out_proj.get_base_layer()
+        kept = base_layer.in_proj_weight, out_proj.weight
+        try:
+            return super().forward(query, *args, **kwargs)
+        finally:
+            if not (self.merged or self.disable_adapters):
+                base_layer._parameters["in_proj_weight"], out_proj._parameters["weight"] = kept
+
+
+class OutProjection(Linear):
+    """The output projection of an attention, whose weight PEFT's layer around the attention changes, and not this one.
+
+    PEFT's Linear would add s B A a second time, past autograd.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters += [name for name in names if name in self.r and name not in self.merged_adapters]
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
 
 
 class _Tied(nn.Module):

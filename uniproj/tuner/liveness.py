@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,29 +13,37 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn, random
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves, tree_map
 
 from uniproj.errors import AdapterError
 from uniproj.kernels.random import uniform
 from uniproj.tuner.checkpointing import uncounted
+from uniproj.tuner.layers import modules_of, twin_of
 
 
 def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    """Probe one layer of each (class, dtype of the base weight) with one random row.
+    """Probe one layer of each (class, parameter, dtype of the base weight) with one made-up row.
 
     A kind that fails on such a row (it wants three axes, another argument, an even batch, or lies on the meta device)
     is named in a warning, and probed with the model's own inputs: at the first call of one of its layers in training,
-    and at the first in evaluation. Raises AdapterError, here or there, for a layer whose output ignores its factors, as
-    happens where a quantised layer swallows the adapter.
+    and at the first in evaluation. So are, without a warning, modules of which a parameter is adapted: only the model
+    knows their inputs. Raises AdapterError, here or there, for a layer whose output ignores its factors, as happens
+    where a quantised layer swallows the adapter.
     """
-    kinds: dict[tuple[type, torch.dtype | None], dict[str, LoraLayer]] = {}
+    kinds: dict[tuple[Any, ...], dict[str, LoraLayer]] = {}
     for name, layer in layers.items():
-        kinds.setdefault((type(layer.get_base_layer()), _dtype(layer)), {})[name] = layer
-    for kind in kinds.values():
-        name, layer = next(iter(kind.items()))
+        kind = type(layer.get_base_layer()), getattr(layer, "parameter_name", None), _dtype(layer)
+        kinds.setdefault(kind, {})[name] = layer
+    for (_, parameter, _), alike in kinds.items():
+        if parameter is not None:
+            _FirstCalls(alike, adapter_name)
+            continue
+        name, layer = next(iter(alike.items()))
         try:
             with align_module_device(layer.get_base_layer()), _evaluating(layer):
-                _refuse_dead(_is_alive(layer, adapter_name, (_row(layer),), {}), name, layer)
+                _refuse_dead(_is_alive(layer, adapter_name, _inputs(layer), {}), name, layer)
         except AdapterError:
             raise
         except Exception as error:  # whatever its forward raises
@@ -44,7 +52,7 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
                 f"({type(error).__name__}: {error}). It is probed when the model first calls one of its kind.",
                 stacklevel=2,
             )
-            _FirstCalls(kind, adapter_name)
+            _FirstCalls(alike, adapter_name)
 
 
 class _FirstCalls:
@@ -58,10 +66,10 @@ class _FirstCalls:
         ]
 
     def _after(self, name: str, layer: LoraLayer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        if torch.compiler.is_compiling() or layer.training in self._probed or self._adapter_name not in layer.lora_A:
+        if torch.compiler.is_compiling() or layer.training in self._probed or self._adapter_name not in layer.r:
             return
         try:
-            x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            x = _first_tensor((args, kwargs))
             if x.is_meta or not x.any():  # zeros move no output: wait for the next call
                 return
             _refuse_dead(_is_alive(layer, self._adapter_name, args, kwargs), name, layer)
@@ -79,8 +87,9 @@ class _FirstCalls:
 
 def _refuse_dead(alive: bool, name: str, layer: LoraLayer) -> None:
     if not alive:
+        kind = type_before_parametrizations(layer.get_base_layer())
         raise AdapterError(
-            f"{name}: its A and B must move the output of {type(layer.get_base_layer()).__name__} layers "
+            f"{name}: its A and B must move the output of {kind.__name__} layers "
             f"(weight {_dtype(layer)}), but output or gradient stayed 0. "
             "Leave such layers out of target_modules, or load the base model unquantised."
         )
@@ -91,43 +100,31 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
 
     With this adapter alone, without dropout, and on a twin, so that the layer itself is never in another state.
     """
-    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     with torch.inference_mode(False), torch.enable_grad(), uncounted():
         args, kwargs = tree_map(_detached, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
-        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        device = x.device
+        x = _first_tensor((args, kwargs))
         if adapter_name in layer.lora_variant:  # an aLoRA, here from the first token of every row on
             kwargs["alora_offsets"] = [x.numel()] * len(x)
-        shapes = ((A.out_features, A.in_features), (B.out_features, B.in_features))
-        drawn = [uniform(0, "probe", m * n, part=i).float().view(m, n).to(device) for i, (m, n) in enumerate(shapes)]
-        factors = [_linear(weight) for weight in drawn]
+        drawn = [
+            uniform(0, "probe", math.prod(shape), part=i).float().view(shape).to(x.device).requires_grad_()
+            for i, shape in enumerate(factor.shape for factor in modules_of(layer, adapter_name))
+        ]
+        # both before any is called, as PyTorch knows a parametrized module by its address
+        twins = [twin_of(layer, adapter_name, *pair) for pair in (drawn, map(torch.zeros_like, drawn))]
         outputs = []
-        for pair in (factors, [_linear(torch.zeros_like(weight)) for weight in drawn]):
+        for twin in twins:
             # the same noise both times, where the layer itself makes some
-            with random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                outputs.append(type(layer).forward(_twin(layer, adapter_name, pair), *args, **kwargs))
+            with random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+                outputs.append(_first_tensor(type(layer).forward(twin, *args, **kwargs)))
         change = outputs[0] - outputs[1]
         if not change.requires_grad or not change.any():
             return False
-        weights = [factor.weight for factor in factors]
-        gradients = torch.autograd.grad(change.float().square().sum(), weights, allow_unused=True)
+        gradients = torch.autograd.grad(change.float().square().sum(), drawn, allow_unused=True)
         return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    found = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # with low_cpu_mem_usage PEFT sends to the meta device whatever is registered
-    found._parameters["weight"] = nn.Parameter(weight)
-    return found
-
-
-def _twin(layer: LoraLayer, adapter_name: str, factors: list[nn.Linear]) -> LoraLayer:
-    """A layer around the same base layer, with these A and B for its one adapter."""
-    twin = copy.copy(layer)
-    own = {"lora_A": factors[0], "lora_B": factors[1], "lora_dropout": nn.Identity()}
-    twin._modules = {**layer._modules, **{name: nn.ModuleDict({adapter_name: module}) for name, module in own.items()}}
-    twin._active_adapter, twin._disable_adapters, twin.merged_adapters = [adapter_name], False, []
-    return twin
+def _first_tensor(values: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 @contextmanager
@@ -146,14 +143,25 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _row(layer: LoraLayer) -> Tensor:
-    weight = _weight(layer)
+def _inputs(layer: LoraLayer) -> tuple[Tensor, ...]:
+    """One row for a layer: of features, tokens, an image on which a kernel has room, or query, key and value."""
+    base_layer, weight = layer.get_base_layer(), _weight(layer)
     if weight is None or weight.is_meta:
         raise ValueError("its weight is not there yet")
+    if isinstance(base_layer, nn.Embedding):
+        return (torch.arange(min(2, base_layer.num_embeddings), device=weight.device).unsqueeze(0),)
+    shape: tuple[int, ...] = (1, layer.in_features)
+    if isinstance(base_layer, _ConvNd):
+        # also within a padding that reflects it
+        room = zip(base_layer.kernel_size, base_layer.dilation, strict=True)
+        shape = (1, base_layer.in_channels, *(dilation * kernel + 1 for kernel, dilation in room))
+    elif isinstance(base_layer, nn.MultiheadAttention):
+        shape = (1, 1, base_layer.embed_dim)
     dtype = weight.dtype
     if not dtype.is_floating_point:
-        dtype = getattr(layer.get_base_layer(), "compute_dtype", None) or torch.float32
-    return uniform(0, "probe.x", layer.in_features).to(weight.device, dtype).unsqueeze(0)
+        dtype = getattr(base_layer, "compute_dtype", None) or torch.float32
+    x = uniform(0, "probe.x", math.prod(shape)).to(weight.device, dtype).view(shape)
+    return (x, x, x) if isinstance(base_layer, nn.MultiheadAttention) else (x,)
 
 
 def _dtype(layer: LoraLayer) -> torch.dtype | None:

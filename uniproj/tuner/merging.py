@@ -74,12 +74,27 @@ def _to_merge(model: nn.Module, adapters: Sequence[str]) -> dict[str, LoraLayer]
                 f"merge: the weight of {name} must get s B A at every token, got an adapter with "
                 "alora_invocation_tokens, which adds it from these tokens on alone. Keep the adapter unmerged."
             )
+        if type(layer).merge is LoraLayer.merge:
+            raise AdapterError(
+                f"merge: {name} must be of a kind that PEFT merges, got {type(layer).__name__}, which it does not. "
+                "Keep the adapter unmerged, or attach it to the unquantised base and merge there."
+            )
         # the latter by nn.utils.weight_norm or spectral_norm
         if is_parametrized(base_layer) or "weight" in vars(base_layer):
             raise AdapterError(
                 f"merge: the weight of {name} must be a Parameter, got one that is computed at each call (weight_norm, "
                 "spectral_norm or another parametrization) and would lose the adapter. Keep the adapter unmerged, or "
                 "call torch.nn.utils.parametrize.remove_parametrizations (remove_weight_norm) before attaching it."
+            )
+        if (groups := getattr(base_layer, "groups", 1)) > 1:
+            raise AdapterError(
+                f"merge: the weight of {name} must see all channels, as A does, got a convolution of {groups} groups, "
+                "each of which sees its own. Keep the adapter unmerged, or leave the layer out of target_modules."
+            )
+        if isinstance(base_layer, nn.Embedding) and not base_layer.weight.is_floating_point():
+            raise AdapterError(
+                f"merge: the weight of {name} must be floats, got a quantised embedding, to which PEFT adds nothing. "
+                "Keep the adapter unmerged, or load the base model unquantised."
             )
         others = [user for user in users.get(id(weight_of(layer)), []) if not user.startswith(f"{name}.")]
         if others:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -63,6 +64,7 @@ def named_in_full(
         check_layout(given.header, layout_on(model, given), given.remap or [])
         given.header.check_cost(f"adapter {adapter_name!r}", on_base=True)
     found, parameters, left = targets(model, given)
+    _refuse_tokens_of_adapted(given.trainable_token_indices, found, model)
     stacks = _stacks(model)
     if given.header is None and (found or parameters or stacks):  # else PEFT says why it finds nothing
         _check_used("target_modules", () if isinstance(asked, str) else asked, found, stacks)
@@ -86,6 +88,20 @@ def named_in_full(
         configs[adapter_name] = given
     if not is_pattern:  # PEFT shortens a long list of names to the suffixes that identify them
         given.target_modules = named.target_modules
+
+
+def _refuse_tokens_of_adapted(tokens: Any, found: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raise AdapterError for an embedding that is adapted and has single trained tokens, of which PEFT takes one.
+
+    tokens: trainable_token_indices, for the input embedding or by the ends of names.
+    """
+    of_input = getattr(model, "get_input_embeddings", lambda: None)
+    for name, module in found.items() if tokens is not None else ():
+        if name.endswith(tuple(tokens)) if isinstance(tokens, Mapping) else module is of_input():
+            raise AdapterError(
+                f"trainable_token_indices: {name} must be adapted or have trained tokens, got both. Leave it out of "
+                "target_modules, or train all its tokens by its adapter."
+            )
 
 
 def _check_used(field: str, asked: Iterable[str] | None, found: Iterable[str], stacks: list[str]) -> None:
@@ -126,6 +142,12 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             raise AdapterError(
                 f"{name}: the model must call an adapted layer, got {type(layer.get_base_layer()).__name__} within "
                 "nn.MultiheadAttention, which uses its weight and passes the adapter by. Name the attention itself."
+            )
+        base_layer = layer.get_base_layer()
+        if isinstance(base_layer, nn.Embedding) and (base_layer.max_norm is not None or base_layer.sparse):
+            raise AdapterError(
+                f"{name}: an adapted embedding must have neither max_norm, which would shorten A in place, nor sparse "
+                "gradients, which P cannot take back to theta_d. Make it without, or leave it out of target_modules."
             )
     return layers
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -358,7 +360,7 @@ def _bits(x: Tensor) -> np.ndarray:
 class Factor(nn.Module):
     """Stands in for the `nn.Linear` of PEFT's `lora_A` / `lora_B`; its weight is a view of theta_D.
 
-    slot: the index of its view among those of the source.
+    slot: the index of its view among those of the source; shape: of that view.
     """
 
     bias = None
@@ -369,10 +371,21 @@ class Factor(nn.Module):
         self.site = site = source.projection.layout.sites[slot // 2]
         shape = (site.r, site.in_features) if slot % 2 else (site.out_features, site.r)
         self.out_features, self.in_features = shape
+        self.shape = shape if site.count is None else (site.count, *shape)
+
+    def view(self) -> Tensor:
+        """The view of theta_D, which `weight` may show in another shape."""
+        return self._source.views()[self._slot]
 
     @property
     def weight(self) -> Tensor:
-        return self._source.views()[self._slot]
+        return self.view()
+
+    def of_view(self, view: Tensor) -> Factor:
+        """This factor with other numbers. view: of its `shape`, (rows, columns), in a stack (count, rows, columns)."""
+        twin = copy.copy(self)
+        twin._source = cast(FactorSource, SimpleNamespace(views=lambda: {self._slot: view}, per_row=None))
+        return twin
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The numbers this weight is made of, so that PEFT trains and freezes them as it does a LoRA weight.
@@ -383,18 +396,22 @@ class Factor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). In a mixed batch x (n, ..., in), and row i has a weight of its own."""
-        weight = self._source.views()[self._slot]
+        weight = self.view()
         if weight.device != x.device:
             weight = weight.to(x.device)
         if weight.ndim == 2:
             return linear(x, weight)
         if x.ndim < 3 or len(x) != len(weight):
-            raise AdapterError(
-                f"mixed: {self.site.name} must get (rows of the batch, tokens, features) = ({len(weight)}, .., "
-                f"{self.in_features}), got {tuple(x.shape)}. Pass one entry of rows per row of the batch (per beam in "
-                "a beam search), and adapt no layer that sees tokens without a batch axis."
-            )
+            self.refuse_rows(x, f"tokens, features) = ({len(weight)}, .., {self.in_features})")
         return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+
+    def refuse_rows(self, x: Tensor, wanted: str) -> NoReturn:
+        """Raise AdapterError for an input whose rows are not those of a mixed batch. wanted: its axes and sizes."""
+        raise AdapterError(
+            f"mixed: {self.site.name} must get (rows of the batch, {wanted}, got {tuple(x.shape)}. Pass one entry of "
+            "rows per row of the batch (per beam in a beam search), and adapt no layer that sees tokens without a "
+            "batch axis."
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, view of theta_D"
