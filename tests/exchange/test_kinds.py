@@ -44,7 +44,15 @@ LAYERS = {
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    return model.eval()(IDS)
+    """Of a LORA with half the update of the attention's output projection, which PEFT 0.21 adds twice."""
+    layers = adapted(model.base_model.model, "default") if getattr(model, "peft_type", None) == "LORA" else {}
+    twice = [layer.lora_B["default"].weight for name, layer in layers.items() if name == "attention.out_proj"]
+    for B in twice:
+        B.mul_(0.5)
+    found = model.eval()(IDS)
+    for B in twice:
+        B.mul_(2.0)
+    return found
 
 
 def _ours(**fields: Any) -> PeftModel:
@@ -71,7 +79,8 @@ def test_peft_gives_the_same_logits_and_it_comes_back(fields: dict[str, Any], tm
     wanted = _logits(model)
     assert difference(_logits(kinds()), wanted) > 1e-2
     model.save_pretrained(str(tmp_path / "ours"))
-    export(model, tmp_path / "live")
+    with pytest.warns(UserWarning, match="output projection twice, uniproj once, so attention gives other outputs"):
+        export(model, tmp_path / "live")
     export(tmp_path / "ours", tmp_path / "lora", base=kinds())
     live, ours = (load_file(tmp_path / name / WEIGHTS) for name in ("live", "lora"))
     assert live.keys() == ours.keys() and all(torch.equal(live[key], ours[key]) for key in live)

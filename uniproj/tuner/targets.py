@@ -18,7 +18,7 @@ from uniproj.errors import AdapterError, shown
 from uniproj.format import patterns
 from uniproj.format.compatibility import check_layout
 from uniproj.format.keys import plain
-from uniproj.format.places import layout_on, targets
+from uniproj.format.places import layout_on, targets, tied_to_embedding
 from uniproj.tuner.config import UniProjConfig
 from uniproj.tuner.layers import adapted
 
@@ -67,7 +67,8 @@ def named_in_full(
     _refuse_tokens_of_adapted(given.trainable_token_indices, found, model)
     stacks = _stacks(model)
     if given.header is None and (found or parameters or stacks):  # else PEFT says why it finds nothing
-        _check_used("target_modules", () if isinstance(asked, str) else asked, found, stacks)
+        adapted_too = tied_to_embedding(model) if given.ensure_weight_tying else set()
+        _check_used("target_modules", () if isinstance(asked, str) else asked, {*found, *adapted_too}, stacks)
         _check_used("target_parameters", given.target_parameters, parameters, stacks)
     modules = [*found, *parameters]
     ranks = patterns.of_modules("rank_pattern", given.rank_pattern, modules, given.r)

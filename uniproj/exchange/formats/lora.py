@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -123,6 +124,7 @@ def read(folder: Path, base: str | nn.Module | None = None, trust_remote_code: b
             )
         sites.append(site)
     layout = LoRALayout.of_sites(sites)
+    _warn_of_attentions("import", layout)
     ranks = of_sites("rank_pattern", config.rank_pattern, names, config.r)
     for site in layout.sites:
         if ranks[site.name] != site.rank:
@@ -159,6 +161,7 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
                 else f"export: rank must be a multiple of the {groups} groups of {site.name}, got {rank}. Change it."
             )
     sites = [site if rank is None else replace(site, r=rank // (site.rank // site.r)) for site in old]
+    _warn_of_attentions("export", adapter.layout)
     config = _config(adapter, rank)
     written = scales(config, adapter.layout, rank)
     layers = _layers(config, [site.name for site in old], _in_order(adapter))
@@ -182,6 +185,17 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
         yield from adapter.other.values()
 
     peft_folder.write(folder, config.to_dict(), index, tensors())
+
+
+def _warn_of_attentions(what: str, layout: LoRALayout) -> None:
+    """Of nn.MultiheadAttention, whose output projection has s B A twice in PEFT 0.21 (docs/design.md)."""
+    names = {site.name for site in layout.sites}
+    if name := next((name for name in names if f"{name}.out_proj" in names), None):
+        warnings.warn(
+            f"{what}: PEFT 0.21 adds the update of an attention's output projection twice, uniproj once, so {name} "
+            "gives other outputs there.",
+            stacklevel=3,
+        )
 
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
