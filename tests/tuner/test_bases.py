@@ -176,3 +176,21 @@ def test_a_base_may_call_its_modules_as_the_tuner_does() -> None:
 
     model = get_peft_model(Base(), UniProjConfig(r=2, d=8, target_modules=["projections.0"]))
     assert model(torch.ones(2, 8)).shape == (2, 8) and adapter_of(model).theta_d.shape == (8,)
+
+
+def test_names_of_a_base_that_look_like_peft_s_stay(tmp_path: Path) -> None:
+    """`base_layer` is what PEFT calls the layer within its own; a fingerprint has the names that the base has."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict(
+            {"net": nn.ModuleDict({"base_layers": nn.ModuleList([nn.Linear(6, 6)]), "base_layer_2": nn.Linear(6, 6)})}
+        )
+
+    model, x = get_peft_model(base(), UniProjConfig(d=20, r=2, target_modules=["0", "base_layer_2"])), torch.ones(1, 6)
+    assert adapter_of(model).P.layout.modules == ("net.base_layer_2", "net.base_layers.0")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    for name in ("base_layers.0", "base_layer_2"):
+        found, wanted = (m.get_base_model()["net"].get_submodule(name)(x) for m in (again, model))
+        assert torch.equal(found, wanted)

@@ -20,11 +20,16 @@ from uniproj.tuner.theta import Factor, FactorSource
 
 def adapted(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """The layers that hold an adapter, by the names of their sites; not those that share another's (`tie`)."""
-    found = {}
+    found, layers = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.r and not _is_tied(module, adapter_name):
-            # what adapts a parameter, or all of an attention, stands around what adapts the rest
-            whole = name.replace(".base_layer", "")
+        if not isinstance(module, LoraLayer):
+            continue
+        layers.add(name)
+        if adapter_name in module.r and not _is_tied(module, adapter_name):
+            # what adapts a parameter, or all of an attention, stands around what adapts the rest, its `base_layer`
+            parts = name.split(".")
+            own = (part for i, part in enumerate(parts) if part != "base_layer" or ".".join(parts[:i]) not in layers)
+            whole = ".".join(own)
             found[f"{whole}.{module.parameter_name}" if isinstance(module, ParamWrapper) else whole] = module
     return found
 
