@@ -31,6 +31,8 @@ from uniproj.tuner.layers import adapted, factors_of
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<layer>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)"
 )
+# of an attention, all of which PEFT adapts by a layer around it
+_WITHIN = re.compile(r"\.base_layer(?=\.out_proj$)")
 # Values of init_lora_weights for which PEFT changes the base weights too, at every load.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -103,7 +105,7 @@ def read(folder: Path, base: str | nn.Module | None = None, trust_remote_code: b
                 f"{folder}: which factors belong to which of target_parameters the base model alone tells. Pass --base."
             )
         of_base = places(bases.load(base, config, False, trust_remote_code), config)
-    names = list(of_base) or sorted({match["layer"].replace(".base_layer", "") for match in found.values()})
+    names = list(of_base) or sorted({_WITHIN.sub("", match["layer"]) for match in found.values()})
     layers = {layer: name for name, layer in _layers(config, names, names).items()}
     factors = {(layers.get(m["layer"], m[0]), m["factor"]): tensors[key].double() for key, m in found.items()}
     of_rows = {layers.get(match["layer"]) for match in found.values() if match["embedding"]}
