@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -121,6 +122,49 @@ def test_layers_inside_multihead_attention_are_refused() -> None:
     attention.out_proj = nn.Linear(8, 8)  # of the plain class: it is the place that counts
     with pytest.raises(AdapterError, match=r"out_proj.*nn.MultiheadAttention, which uses its weight"):
         _attached(nn.ModuleDict({"attention": attention}), "out_proj")
+
+
+class Attending(nn.Module):
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("parameter", ["attention.in_proj_weight", "attention.out_proj.weight"])
+def test_an_output_projection_is_refused_by_any_name_of_its_attention(parameter: str) -> None:
+    """Its weight is read, and not the layer called, though a parameter of the attention is adapted, or its own."""
+    base = Attending(nn.MultiheadAttention(8, 2))
+    modules = ["out_proj"] if "in_proj" in parameter else []
+    config = UniProjConfig(d=20, r=2, target_modules=modules, target_parameters=[parameter])
+    with pytest.raises(AdapterError, match=r"attention\.out_proj.*nn.MultiheadAttention, which uses its weight"):
+        get_peft_model(base, config)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, NonDynamicallyQuantizableLinear])
+@torch.no_grad()
+def test_an_output_projection_is_what_the_attention_calls_so(kind: type[nn.Linear]) -> None:
+    """W + s B A enters once, of whatever class of PyTorch it is."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, bias=False)
+    attention.out_proj = kind(8, 8, bias=False)
+    plain = copy.deepcopy(attention).eval()
+    model = _attached(Attending(attention), "attention").eval()
+    site = model.get_base_model().attention.base_layer.out_proj
+    plain.in_proj_weight += model.get_base_model().attention.get_delta_weight("default")
+    plain.out_proj.weight += site.get_delta_weight("default")
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(model(x), plain(x, x, x)[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_that_a_model_calls_is_merged_though_it_is_of_the_class_of_output_projections() -> None:
+    base = nn.Sequential(NonDynamicallyQuantizableLinear(8, 8), nn.ReLU())
+    model, x = _attached(base, "0").eval(), torch.randn(3, 8)
+    wanted = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---- modules of other people ----------------------------------------------------------------------

@@ -11,7 +11,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from uniproj.errors import AdapterError
 from uniproj.format.places import Place, places_of
@@ -115,9 +114,7 @@ def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -
     elif type(layer) is Conv3d:
         layer.__class__ = _Conv3d
     elif type(layer) is MultiheadAttention:
-        layer.__class__ = _Attention
-    elif isinstance(layer.get_base_layer(), NonDynamicallyQuantizableLinear):
-        layer.__class__ = OutProjection
+        layer.__class__, layer.get_base_layer().out_proj.__class__ = _Attention, OutProjection
     for slot, holder in enumerate(factors_of(layer), 2 * site):
         holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -137,9 +138,11 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     Raises AdapterError for a layer that its parent does not call, which PEFT wraps silently.
     """
     layers = adapted(model, adapter_name)
+    whole = {layer.get_base_layer() for layer in layers.values() if isinstance(layer, MultiheadAttention)}
+    attentions = {module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    passed_by = {attention.out_proj for attention in attentions - whole}
     for name, layer in layers.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
+        if layer in passed_by:
             raise AdapterError(
                 f"{name}: the model must call an adapted layer, got {type(layer.get_base_layer()).__name__} within "
                 "nn.MultiheadAttention, which uses its weight and passes the adapter by. Name the attention itself."
