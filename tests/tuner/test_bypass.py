@@ -167,6 +167,18 @@ def test_a_layer_that_a_model_calls_is_merged_though_it_is_of_the_class_of_outpu
     torch.testing.assert_close(model.merge_and_unload()(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_pattern_that_matches_an_attention_and_its_output_projection_adapts_it_once() -> None:
+    torch.manual_seed(0)
+    base, x = Attending(nn.MultiheadAttention(8, 2)), torch.randn(2, 3, 8)
+    models = [
+        get_peft_model(copy.deepcopy(base), UniProjConfig(d=20, r=2, target_modules=targets))
+        for targets in (r"attention(\.out_proj)?", ["attention"])
+    ]
+    assert adapter_of(models[0]).P.layout.fingerprint == adapter_of(models[1]).P.layout.fingerprint
+    assert torch.equal(models[0](x), models[1](x))
+
+
 # ---- modules of other people ----------------------------------------------------------------------
 
 

@@ -89,6 +89,8 @@ def targets(base: nn.Module, config: PeftConfig) -> tuple[dict[str, nn.Module], 
     found, excluded = patterns.targets(_maybe_include_all_linear_layers(copy.copy(config), base), modules)
     if getattr(config, "ensure_weight_tying", False):
         found = _without_tied(base, modules, found)
+    whole = {f"{name}.out_proj" for name in found if isinstance(modules[name], nn.MultiheadAttention)}
+    found = [name for name in found if name not in whole]  # adapted with the attention
     ends = tuple(f".{target}" for target in getattr(config, "target_parameters", None) or ())
     parameters = {
         key: (module, parameter)
