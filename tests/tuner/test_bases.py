@@ -10,13 +10,15 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from tests.compatibility.quantised import KINDS, ordinary, quantised
 from tests.compatibility.subjects import saved_llama
 from tests.tuner.models import base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
+from uniproj.format.places import places_of
 from uniproj.tuner import UniProjConfig, adapter_of
-from uniproj.tuner.quantised import dequantised
+from uniproj.tuner.quantised import BaseWeights, dequantised
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +196,11 @@ def test_names_of_a_base_that_look_like_peft_s_stay(tmp_path: Path) -> None:
     for name in ("base_layers.0", "base_layer_2"):
         found, wanted = (m.get_base_model()["net"].get_submodule(name)(x) for m in (again, model))
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("module", [Conv1D(6, 4), nn.Embedding(4, 6), nn.Conv1d(4, 6, 3)], ids=repr)
+def test_the_matrices_of_a_parameter_lie_as_the_parameter_does(module: nn.Module) -> None:
+    """PEFT adds B A to it as it is, whatever the module makes of it."""
+    found = BaseWeights(places_of("weight", module, "weight"))
+    wanted = {"weight": module.weight} if module.weight.ndim == 2 else {f"weight.{i}": module.weight[i] for i in range(6)}
+    assert {name: W.tolist() for name, W in found.items()} == {name: W.tolist() for name, W in wanted.items()}

@@ -46,7 +46,7 @@ class BaseWeights(Mapping[str, Tensor]):
 def _matrix(place: Place, index: int | None) -> Tensor:
     module = place.module
     W = (dequantised(module) if place.parameter is None else cast(Tensor, getattr(module, place.parameter))).detach()
-    if isinstance(module, _ConvNd):
+    if place.parameter is None and isinstance(module, _ConvNd):
         W = W.flatten(1)
         if index is None:
             return W
@@ -56,7 +56,7 @@ def _matrix(place: Place, index: int | None) -> Tensor:
         whole[:, index] = W.unflatten(0, (g, -1))[index]
         return whole.flatten(1)
     if index is None:
-        return W.T if isinstance(module, Conv1D | nn.Embedding) else W
+        return W.T if place.parameter is None and isinstance(module, Conv1D | nn.Embedding) else W
     return W[index].T if getattr(module, "is_transposed", False) else W[index]
 
 
