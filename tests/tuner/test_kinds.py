@@ -463,6 +463,19 @@ def test_an_expert_that_is_read_elsewhere_is_refused(parameter: str, monkeypatch
         model.get_base_model()["experts"](x)
 
 
+@torch.no_grad()
+def test_the_kernel_of_a_convolution_is_a_parameter_too_with_one_matrix_for_each_output() -> None:
+    torch.manual_seed(0)
+    base, x = nn.ModuleDict({"conv": nn.Conv1d(4, 6, 3)}), torch.randn(2, 4, 5)
+    model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=[], target_parameters=["conv.weight"]))
+    P, theta_d = adapter_of(model)
+    blocks = {(b.module, b.factor): v for b, v in zip(P.layout.blocks, P.layout.split(P(theta_d)), strict=True)}
+    delta = torch.stack([blocks[f"conv.weight.{i}", "B"] @ blocks[f"conv.weight.{i}", "A"] for i in range(6)])
+    conv = base["conv"].base_layer
+    torch.testing.assert_close(base["conv"](x), F.conv1d(x, conv.weight + delta, conv.bias), rtol=1e-4, atol=1e-5)
+    assert delta.abs().max() > 1e-3
+
+
 PAST = {
     "Conv1d": lambda x, layer: F.conv1d(x.mT, layer.weight, layer.bias).mT,
     "attention": lambda x, layer: F.linear(x, layer.in_proj_weight, layer.in_proj_bias),

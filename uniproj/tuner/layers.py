@@ -131,12 +131,13 @@ def _is_tied(layer: LoraLayer, adapter_name: str) -> bool:
 
 def _factor(layer: LoraLayer, source: FactorSource, slot: int, drawn: Any) -> Factor:
     """What takes the place of a factor that PEFT has drawn."""
+    if isinstance(layer, ParamWrapper):
+        is_stack = source.projection.layout.sites[slot // 2].count is not None
+        return (_OfStack if is_stack else _Fused)(source, slot, layer)
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, _ConvNd):
         return _OfConvolution(source, slot, drawn, base_layer)
-    if isinstance(layer, ParamWrapper) and layer._param_ndim == 3:
-        return _OfStack(source, slot, layer)
-    if isinstance(layer, ParamWrapper | MultiheadAttention | OutProjection):
+    if isinstance(layer, MultiheadAttention | OutProjection):
         return _Fused(source, slot, layer)
     return _Taken(source, slot, layer) if isinstance(layer, Embedding) else Factor(source, slot)
 
