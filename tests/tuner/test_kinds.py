@@ -376,6 +376,16 @@ def test_copies_files_and_a_second_adapter(kind: str, tmp_path: Path) -> None:
     assert torch.equal(model(IDS), wanted)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_without_its_last_adapter_a_model_is_its_base(kind: str) -> None:
+    model = _attached(kind)
+    model.delete_adapter("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already unmerged")
+        torch.testing.assert_close(model(IDS), Net(LAYERS[kind]())(IDS), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["Embedding", "Conv1d", "grouped", "reflecting"])
 def test_compiled_without_a_break(kind: str) -> None:
     model = _attached(kind).eval()
