@@ -432,9 +432,10 @@ class Experts(nn.Module):
         return torch.einsum("ehi,ti->eth", self.up, x).relu().matmul(self.down.mT).sum(0)
 
 
-def _experts(parameters: list[str]) -> PeftModel:
-    config = UniProjConfig(d=20, r=2, target_modules=[], target_parameters=[f"experts.{name}" for name in parameters])
-    return get_peft_model(nn.ModuleDict({"experts": Experts()}), config)
+def _experts(parameters: list[str], experts: nn.Module | None = None, modules: list[str] | None = None) -> PeftModel:
+    named = [f"experts.{name}" for name in parameters]
+    config = UniProjConfig(d=20, r=2, target_modules=modules or [], target_parameters=named)
+    return get_peft_model(nn.ModuleDict({"experts": experts or Experts()}), config)
 
 
 @pytest.mark.parametrize("parameters", [["up"], ["down"], ["up", "down"]])
@@ -471,6 +472,32 @@ def test_an_expert_that_is_read_elsewhere_is_refused(parameter: str, monkeypatch
     monkeypatch.setattr(Experts, "forward", passing_by)
     with pytest.raises(AdapterError, match=rf"experts\.{parameter}: its A and B must move the output of Experts"):
         model.get_base_model()["experts"](x)
+
+
+class Headed(Experts):
+    """Experts with a layer within, which PEFT adapts within the layers around the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x))
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+@torch.no_grad()
+def test_what_lies_within_experts_is_merged_and_unloaded_with_them(way: str) -> None:
+    model, x = _experts(["up", "down"], Headed(), ["head"]), torch.randn(5, 8)
+    experts = model.get_base_model()["experts"]
+    _moved(model)
+    with model.disable_adapter():
+        bare = experts(x)
+    wanted = experts(x) if way == "merge_and_unload" else bare
+    plain = getattr(model, way)()
+    assert [type(module) for module in plain.modules()] == [nn.ModuleDict, Headed, nn.Linear]
+    torch.testing.assert_close(plain["experts"](x), wanted, rtol=1e-4, atol=1e-3)
+    assert way == "unload" or (wanted - bare).abs().max() > 0.1
 
 
 @torch.no_grad()

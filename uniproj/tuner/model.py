@@ -333,6 +333,9 @@ class UniProjModel(LoraModel):
             self._check_merge(kwargs.get("adapter_names"))
         with torch.no_grad():
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            # once more for what lies within a layer around a parameter, which PEFT takes for a part of that layer
+            while any(isinstance(module, LoraLayer) for module in model.modules()):
+                model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         if self.model.__dict__.get("generate") == self._generate:
