@@ -274,3 +274,18 @@ def test_a_sequence_of_layers_would_call_what_it_holds() -> None:
         inject_adapter_in_model(UniProjConfig(d=10, r=2, target_modules=["0"]), model)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
     model(torch.ones(1, 8))
+
+
+def test_an_alora_needs_a_peft_model(tmp_path: Path) -> None:
+    """Which alone looks for the invocation: without it the adapter would act on no token."""
+    fields = config("llama", alora_invocation_tokens=[7, 8])
+    get_peft_model(base_model("llama"), fields).save_pretrained(tmp_path)
+    for attach in (
+        lambda model: model.add_adapter(fields),
+        lambda model: model.load_adapter(tmp_path),
+        lambda model: inject_adapter_in_model(fields, model),
+    ):
+        model = base_model("llama")
+        with pytest.raises(AdapterError, match="alora_invocation_tokens: a PeftModel must find these tokens"):
+            attach(model)
+        assert list(model.state_dict()) == list(base_model("llama").state_dict())
