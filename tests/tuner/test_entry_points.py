@@ -243,6 +243,13 @@ def test_methods_of_peft_s_own_go_the_old_way(tmp_path: Path) -> None:
     assert _same(model, logits(base_model("llama")))
 
 
+def test_what_is_no_adapter_is_refused_in_the_words_of_transformers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="either pass a `peft_model_id` or a `peft_config`"):
+        base_model("llama").load_adapter()
+    with pytest.raises(ValueError, match="adapter model file not found in"):
+        base_model("llama").load_adapter(str(tmp_path))
+
+
 def test_the_trainer_saves_what_from_pretrained_loads(tmp_path: Path) -> None:
     base_model("llama").save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=False)

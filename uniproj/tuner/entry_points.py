@@ -48,7 +48,7 @@ def _load_adapter(self: Any, *args: Any, **rest: Any) -> Any:
     hub = {**load_config.get("download_kwargs", {}), **given, **(given.get("adapter_kwargs") or {})}
     hub = {key: value for key, value in PeftConfig._split_kwargs(hub)[0].items() if value is not None}
     config = given.get("peft_config")
-    kind = getattr(config, "peft_type", None) if config is not None else PeftConfig._get_peft_type(where, **hub)
+    kind = _kind(where, hub) if config is None else getattr(config, "peft_type", None)
     if kind != file.KIND:
         return _theirs_load(self, *args, **rest)
     name, swap = given.get("adapter_name") or "default", given.get("hotswap", "auto")
@@ -68,6 +68,16 @@ def _load_adapter(self: Any, *args: Any, **rest: Any) -> Any:
         self.eval()
     report = getattr(modeling_utils, "LoadStateDictInfo", None)
     return report and report(**{key: (get_origin(kind) or kind)() for key, kind in get_type_hints(report).items()})
+
+
+def _kind(where: Any, hub: dict[str, Any]) -> str | None:
+    """The method of a saved adapter; None where nothing says it, which Transformers reports in its own words."""
+    try:
+        return PeftConfig._get_peft_type(where, **hub)
+    except AdapterError:
+        raise
+    except (TypeError, ValueError, LookupError):
+        return None
 
 
 @wraps(_theirs_delete)
