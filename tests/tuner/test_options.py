@@ -271,6 +271,22 @@ def test_a_second_adapter_of_tied_embeddings_is_tied_too_and_leaves_the_first() 
     assert torch.equal(logits(model), before) and "other" not in head.lora_A
 
 
+@torch.no_grad()
+def test_tied_embeddings_in_a_mixed_batch_and_rows_that_the_output_cannot_tell_apart() -> None:
+    fields = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    model = get_peft_model(base_model("llama", **TIED), config("llama", **fields)).eval()
+    theta_d, ids = adapter_of(model).theta_d, batch("llama")["input_ids"]
+    thetas = torch.randn(2, len(theta_d), generator=torch.Generator().manual_seed(0))
+    with mixed(model, thetas, [1, 0, 1]):
+        found = model(ids).logits
+        for hidden in (torch.ones(3, 32), torch.ones(1, 2, 32)):
+            with pytest.raises(AdapterError, match=r"embed_tokens must get \(rows .*features\) = \(3, \.\., 32\)"):
+                model.base_model.model.lm_head(hidden)
+    for row, user in enumerate([1, 0, 1]):
+        theta_d.copy_(thetas[user])
+        near(found[row], model(ids[row : row + 1]).logits[0])
+
+
 def test_tied_embeddings_that_are_saved_whole_or_merged_are_refused() -> None:
     fields = {"ensure_weight_tying": True}
     with pytest.raises(AdapterError, match="modules_to_save must hold no embedding that is tied"):

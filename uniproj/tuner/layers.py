@@ -284,8 +284,13 @@ class _Tied(nn.Module):
         return factors_of(embedding)[slot][adapter_name].mT  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        return x @ self.weight.mT.to(x.device)
+        """x (..., in) -> (..., out). In a mixed batch x (n, ..., in), and row i has a weight of its own."""
+        weight = self.weight.to(x.device)
+        if weight.ndim == 3 and (x.ndim < 3 or len(x) != len(weight)):
+            embedding, adapter_name, slot = self._of
+            wanted = f"tokens, features) = ({len(weight)}, .., {weight.shape[-1]})"
+            modules_of(embedding, adapter_name)[slot].refuse_rows(x, wanted)
+        return x @ weight.mT
 
 
 class _Weights(nn.ModuleDict):
