@@ -25,6 +25,7 @@ from tests.tuner.models import SIZES, make, train_steps
 from uniproj import AdapterError, get, names
 from uniproj.bank import mixed
 from uniproj.tuner import UniProjConfig, adapter_of
+from uniproj.tuner.layers import OutProjection
 
 IDS = torch.tensor([[1, 5, 0, 7, 2], [3, 3, 8, 10, 0]])
 WORDS = 11
@@ -384,6 +385,18 @@ def test_without_its_last_adapter_a_model_is_its_base(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already unmerged")
         torch.testing.assert_close(model(IDS), Net(LAYERS[kind]())(IDS), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_error_within_an_attention_leaves_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when memory runs out and a smaller batch is tried next."""
+    model = _attached("attention")
+    wanted = model(IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(OutProjection, "get_delta_weight", lambda *_: torch.empty(()).expand(3, 3))
+        with pytest.raises(RuntimeError), pytest.warns(UserWarning, match="Already unmerged"):
+            model(IDS)
+    assert torch.equal(model(IDS), wanted)
 
 
 @pytest.mark.parametrize("kind", ["Embedding", "Conv1d", "grouped", "reflecting"])

@@ -243,12 +243,14 @@ class _Attention(MultiheadAttention):
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         base_layer = self.get_base_layer()
         out_proj = base_layer.out_proj.get_base_layer()
-        kept = base_layer.in_proj_weight, out_proj.weight
+        kept = [(base_layer, "in_proj_weight", base_layer.in_proj_weight), (out_proj, "weight", out_proj.weight)]
         try:
             return super().forward(query, *args, **kwargs)
         finally:
             if not (self.merged or self.disable_adapters):
-                base_layer._parameters["in_proj_weight"], out_proj._parameters["weight"] = kept
+                for module, name, weight in kept:
+                    vars(module).pop(name, None)  # what an error within PEFT's merge leaves
+                    module._parameters[name] = weight
 
 
 class OutProjection(Linear):
