@@ -25,7 +25,7 @@ from tests.tuner.models import SIZES, make, train_steps
 from uniproj import AdapterError, get, names
 from uniproj.bank import mixed
 from uniproj.tuner import UniProjConfig, adapter_of
-from uniproj.tuner.layers import OutProjection
+from uniproj.tuner.layers import OutProjection, _Attention
 
 IDS = torch.tensor([[1, 5, 0, 7, 2], [3, 3, 8, 10, 0]])
 WORDS = 11
@@ -387,6 +387,15 @@ def test_without_its_last_adapter_a_model_is_its_base(kind: str) -> None:
         torch.testing.assert_close(model(IDS), Net(LAYERS[kind]())(IDS), rtol=1e-5, atol=1e-5)
 
 
+def test_every_active_adapter_of_an_attention_gets_its_gradient() -> None:
+    model = _attached("attention")
+    model.add_adapter("other", _config("attention", init_seed=4))
+    model.base_model.set_adapter(["default", "other"])
+    attention, x = model.get_base_model().layer, torch.randn(2, 3, 8)
+    attention(x, x, x)[0].square().sum().backward()
+    assert all(adapter_of(model, name).theta_d.grad.any() for name in ("default", "other"))
+
+
 @torch.no_grad()
 def test_an_error_within_an_attention_leaves_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when memory runs out and a smaller batch is tried next."""
@@ -394,7 +403,7 @@ def test_an_error_within_an_attention_leaves_its_weights(monkeypatch: pytest.Mon
     wanted = model(IDS)
     with monkeypatch.context() as patch:
         patch.setattr(OutProjection, "get_delta_weight", lambda *_: torch.empty(()).expand(3, 3))
-        with pytest.raises(RuntimeError), pytest.warns(UserWarning, match="Already unmerged"):
+        with pytest.raises(RuntimeError):
             model(IDS)
     assert torch.equal(model(IDS), wanted)
 
@@ -421,7 +430,7 @@ DEAD = {
     "Conv2d": (lora.layer._ConvNd, "layer: its A and B must move the output of Conv2d"),
     "Conv3d": (lora.layer._ConvNd, "layer: its A and B must move the output of Conv3d"),
     "grouped": (lora.layer._ConvNd, "layer: its A and B must move the output of Conv1d"),
-    "attention": (lora.layer.MultiheadAttention, "layer: its A and B must move the output of MultiheadAttention"),
+    "attention": (_Attention, "layer: its A and B must move the output of MultiheadAttention"),
 }
 
 

@@ -238,19 +238,26 @@ class _Conv3d(Conv3d):
 
 
 class _Attention(MultiheadAttention):
-    """PEFT's, which adds s B A to the weights for each call and then subtracts it: here they keep their bits."""
+    """PEFT's, which adds s B A to the weights for each call and then subtracts it: here they keep their bits, and every
+    one of several adapters gets its gradient."""
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base_layer = self.get_base_layer()
-        out_proj = base_layer.out_proj.get_base_layer()
-        kept = [(base_layer, "in_proj_weight", base_layer.in_proj_weight), (out_proj, "weight", out_proj.weight)]
-        try:
+        if self.merged or self.disable_adapters:
             return super().forward(query, *args, **kwargs)
+        self._check_forward_args(query, *args, **kwargs)
+        base_layer = self.get_base_layer()
+        out_proj = base_layer.out_proj
+        parts = [(self, base_layer, "in_proj_weight"), (out_proj, out_proj.get_base_layer(), "weight")]
+        kept = [module._parameters[name] for _, module, name in parts]
+        try:
+            for (layer, module, name), weight in zip(parts, kept, strict=True):
+                updates = (layer.get_delta_weight(one).to(weight) for one in self.active_adapters if one in self.r)
+                module._parameters[name] = sum(updates, weight)
+            found, scores = base_layer(query, *args, **kwargs)
         finally:
-            if not (self.merged or self.disable_adapters):
-                for module, name, weight in kept:
-                    vars(module).pop(name, None)  # what an error within PEFT's merge leaves
-                    module._parameters[name] = weight
+            for (_, module, name), weight in zip(parts, kept, strict=True):
+                module._parameters[name] = weight
+        return found.to(query.dtype), None if scores is None else scores.to(query.dtype)
 
 
 class OutProjection(Linear):
