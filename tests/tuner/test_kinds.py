@@ -20,6 +20,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
 from tests.tuner.models import SIZES, make, train_steps
 from uniproj import AdapterError, get, names
@@ -554,6 +557,28 @@ def test_embeddings_that_change_or_pick_rows_of_A_are_refused(options: dict) -> 
     with pytest.raises(AdapterError, match=r"^emb: an adapted embedding must have neither max_norm"):
         get_peft_model(base, UniProjConfig(d=5, r=2, target_modules=["emb"]))
     assert type(base["emb"]) is nn.Embedding
+
+
+POSITIONS = {
+    "bart": lambda: BartLearnedPositionalEmbedding(WORDS, 8),
+    "opt": lambda: OPTLearnedPositionalEmbedding(WORDS, 8),
+    "whisper": lambda: WhisperPositionalEmbedding(WORDS, 8),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+@torch.no_grad()
+def test_an_embedding_of_positions_is_adapted_by_its_weight_alone(kind: str) -> None:
+    """PEFT's layer looks the given tokens up in A, and the base their positions in W."""
+    torch.manual_seed(0)
+    base, ids = nn.ModuleDict({"emb": POSITIONS[kind]()}), torch.ones(2, 4, dtype=torch.int64)
+    with pytest.raises(AdapterError, match="emb: an adapted embedding must give the rows that its input names"):
+        get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["emb"]))
+    plain = copy.deepcopy(base["emb"])
+    model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=[], target_parameters=["emb.weight"]))
+    _moved(model)
+    plain.weight += base["emb"].get_delta_weight("default")
+    torch.testing.assert_close(base["emb"](ids), plain(ids), rtol=1e-4, atol=1e-5)
 
 
 # ---- mixed batches -------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     is named in a warning, and probed with the model's own inputs: at the first call of one of its layers in training,
     and at the first in evaluation. So are, without a warning, modules of which a parameter is adapted: only the model
     knows their inputs. Raises AdapterError, here or there, for a layer whose output ignores its factors, as happens
-    where a quantised layer swallows the adapter.
+    where a quantised layer swallows the adapter; and for an embedding that looks up other rows than A.
     """
     kinds: dict[tuple[Any, ...], dict[str, LoraLayer]] = {}
     for name, layer in layers.items():
@@ -43,7 +43,10 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
         name, layer = next(iter(alike.items()))
         try:
             with align_module_device(layer.get_base_layer()), _evaluating(layer):
-                _refuse_dead(_is_alive(layer, adapter_name, _inputs(layer), {}), name, layer)
+                inputs = _inputs(layer)
+                _refuse_dead(_is_alive(layer, adapter_name, inputs, {}), name, layer)
+                if isinstance(layer.get_base_layer(), nn.Embedding):
+                    _refuse_other_rows(name, layer, inputs[0])
         except AdapterError:
             raise
         except Exception as error:  # whatever its forward raises
@@ -92,6 +95,22 @@ def _refuse_dead(alive: bool, name: str, layer: LoraLayer) -> None:
             f"{name}: its A and B must move the output of {kind.__name__} layers "
             f"(weight {_dtype(layer)}), but output or gradient stayed 0. "
             "Leave such layers out of target_modules, or load the base model unquantised."
+        )
+
+
+@torch.no_grad()
+def _refuse_other_rows(name: str, layer: LoraLayer, tokens: Tensor) -> None:
+    """Raise AdapterError for an embedding that does not give the rows of its weight that its input names."""
+    base_layer, scale = layer.get_base_layer(), layer._get_embed_scale()
+    weight, rows = base_layer.weight, base_layer(tokens)
+    if not weight.is_floating_point():  # quantised, whose rows only it knows
+        return
+    wanted = (weight[tokens] * (1.0 if scale is None else scale)).to(rows.dtype)
+    if rows.shape != wanted.shape or not torch.allclose(rows, wanted, rtol=1e-2):
+        raise AdapterError(
+            f"{name}: an adapted embedding must give the rows that its input names, as A does, got a "
+            f"{type(base_layer).__name__}, which gives others, such as those of positions. Name its weight in "
+            "target_parameters, in place of it in target_modules."
         )
 
 
@@ -149,7 +168,7 @@ def _inputs(layer: LoraLayer) -> tuple[Tensor, ...]:
     if weight is None or weight.is_meta:
         raise ValueError("its weight is not there yet")
     if isinstance(base_layer, nn.Embedding):
-        return (torch.arange(min(2, base_layer.num_embeddings), device=weight.device).unsqueeze(0),)
+        return (torch.arange(min(2, base_layer.num_embeddings), device=weight.device).flip(0).unsqueeze(0),)
     shape: tuple[int, ...] = (1, layer.in_features)
     if isinstance(base_layer, _ConvNd):
         # also within a padding that reflects it
