@@ -609,6 +609,32 @@ def test_each_row_of_a_mixed_batch_is_as_alone(kind: str, projection: str) -> No
         torch.testing.assert_close(thetas.grad[user], theta_d.grad, rtol=1e-3, atol=1e-3)
 
 
+class Causal(nn.Conv1d):
+    """Sees nothing to the right, as those of speech models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
+
+
+@torch.no_grad()
+def test_a_convolution_that_pads_in_its_own_way_is_adapted_and_merged() -> None:
+    torch.manual_seed(0)
+    base, x = nn.ModuleDict({"conv": Causal(4, 6, 3, dilation=2)}), torch.randn(2, 4, 7)
+    bare = base["conv"](x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["conv"]))
+    thetas = _thetas(model)
+    with mixed(model, thetas, ROWS):
+        found = base["conv"](x)
+    for row, user in enumerate(ROWS):
+        adapter_of(model).theta_d.copy_(thetas[user])
+        torch.testing.assert_close(found[row], base["conv"](x[row : row + 1])[0], rtol=1e-4, atol=1e-5)
+    wanted = base["conv"](x)
+    torch.testing.assert_close(model.merge_and_unload()["conv"](x), wanted, rtol=1e-4, atol=1e-5)
+    assert (wanted - bare).abs().max() > 1e-2
+
+
 def test_rows_that_a_layer_cannot_tell_apart_are_refused() -> None:
     model = _attached("attention")
     with mixed(model, _thetas(model), ROWS), pytest.raises(AdapterError, match="mixed: layer must tell the rows of a"):

@@ -195,13 +195,20 @@ class _OfConvolution(Factor):
         """x (n, channels, ...) -> (n, channels, ...). In a mixed batch row i has a weight of its own."""
         weight, (drawn,) = self.weight.to(x.device), self._drawn
         if weight.ndim == len(self._kernel):
-            return drawn._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+            if type(drawn) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+                return drawn._conv_forward(x, weight, None)  # type: ignore[no-any-return]
+            return self._by_its_class(x, weight)
         if x.ndim < len(self._kernel) or len(x) != len(weight):
             self.refuse_rows(x, f"channels, ..) = ({len(weight)}, {self._kernel[1] * drawn.groups}, ..)")
-        one = copy.copy(drawn)  # of all rows, each with groups of its own
-        one.groups = len(x) * drawn.groups
-        y: Tensor = one._conv_forward(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), None)
+        # of all rows, each with groups of its own
+        y = self._by_its_class(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), len(x))
         return y.squeeze(0).unflatten(0, (len(x), -1))
+
+    def _by_its_class(self, x: Tensor, weight: Tensor, rows: int = 1) -> Tensor:
+        """By the forward of the drawn layer's class, which may pad x in a way of its own."""
+        one = copy.copy(self._drawn[0])
+        one.groups, one._parameters = rows * one.groups, {"weight": weight, "bias": None}
+        return one.forward(x)  # type: ignore[no-any-return]
 
 
 class _Embedding(Embedding):
