@@ -73,7 +73,7 @@ def _load_adapter(self: Any, *args: Any, **rest: Any) -> Any:
 def _kind(where: Any, hub: dict[str, Any]) -> str | None:
     """The method of a saved adapter; None where nothing says it, which Transformers reports in its own words."""
     try:
-        return PeftConfig._get_peft_type(where, **hub)
+        return PeftConfig._get_peft_type(where, **hub)  # type: ignore[no-any-return]
     except AdapterError:
         raise
     except (TypeError, ValueError, LookupError):

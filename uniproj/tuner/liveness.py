@@ -100,10 +100,13 @@ def _refuse_dead(alive: bool, name: str, layer: LoraLayer) -> None:
 
 @torch.no_grad()
 def _refuse_other_rows(name: str, layer: LoraLayer, tokens: Tensor) -> None:
-    """Raise AdapterError for an embedding that does not give the rows of its weight that its input names."""
+    """Raise AdapterError for an embedding that does not give the rows of its weight that its input names.
+
+    A quantised one is not judged, as it alone knows its rows.
+    """
     base_layer, scale = layer.get_base_layer(), layer._get_embed_scale()
     weight, rows = base_layer.weight, base_layer(tokens)
-    if not weight.is_floating_point():  # quantised, whose rows only it knows
+    if not weight.is_floating_point() or weight.shape != (base_layer.num_embeddings, base_layer.embedding_dim):
         return
     wanted = (weight[tokens] * (1.0 if scale is None else scale)).to(rows.dtype)
     if rows.shape != wanted.shape or not torch.allclose(rows, wanted, rtol=1e-2):
