@@ -254,6 +254,7 @@ def test_factors_that_are_no_pair_are_refused(tmp_path: Path) -> None:
 
 def test_names_of_a_base_that_look_like_peft_s_are_kept_without_it(tmp_path: Path) -> None:
     base = nn.ModuleDict({"net": nn.ModuleDict({"base_layers": nn.ModuleList([nn.Linear(6, 6)])})})
-    get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).save_pretrained(str(tmp_path / "lora"))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "lora"))
     import_adapter(tmp_path / "lora", tmp_path / "ours", "unilora", d=20)
     assert file.read(tmp_path / "ours").header.layout.modules == ("net.base_layers.0",)

@@ -202,5 +202,6 @@ def test_names_of_a_base_that_look_like_peft_s_stay(tmp_path: Path) -> None:
 def test_the_matrices_of_a_parameter_lie_as_the_parameter_does(module: nn.Module) -> None:
     """PEFT adds B A to it as it is, whatever the module makes of it."""
     found = BaseWeights(places_of("weight", module, "weight"))
-    wanted = {"weight": module.weight} if module.weight.ndim == 2 else {f"weight.{i}": module.weight[i] for i in range(6)}
-    assert {name: W.tolist() for name, W in found.items()} == {name: W.tolist() for name, W in wanted.items()}
+    W = module.weight
+    wanted = {"weight": W} if W.ndim == 2 else {f"weight.{i}": W[i] for i in range(6)}
+    assert {name: x.tolist() for name, x in found.items()} == {name: x.tolist() for name, x in wanted.items()}

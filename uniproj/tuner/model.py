@@ -84,8 +84,8 @@ class UniProjModel(LoraModel):
         check_name(adapter_name, self.peft_config, given.modules_to_save or ())
         if self._is_injected and given.alora_invocation_tokens:
             raise AdapterError(
-                "alora_invocation_tokens: a PeftModel must find these tokens in each row of a batch, got a model with an "
-                "injected adapter, which would act on no token. Use get_peft_model or PeftModel.from_pretrained."
+                "alora_invocation_tokens: a PeftModel must find these tokens in each row of a batch, got a model with "
+                "an injected adapter, which would act on no token. Use get_peft_model or PeftModel.from_pretrained."
             )
         # hasattr would look into the base model too
         first = "_sources" not in self.__dict__
