@@ -215,7 +215,7 @@ class _Embedding(Embedding):
     """PEFT's, which in a mixed batch has an A and B for each row."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = next(iter(self.active_adapters), None)
+        name = (self.active_adapters or [None])[0]
         if self.disable_adapters or self.merged or name not in self.r or self.lora_embedding_A[name].ndim == 2:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         A, B, base_layer = self.lora_embedding_A[name], self.lora_embedding_B[name], self.get_base_layer()
