@@ -529,6 +529,7 @@ def test_the_kernel_of_a_convolution_is_a_parameter_too_with_one_matrix_for_each
     torch.manual_seed(0)
     base, x = nn.ModuleDict({"conv": nn.Conv1d(4, 6, 3)}), torch.randn(2, 4, 5)
     model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=[], target_parameters=["conv.weight"]))
+    _moved(model)
     P, theta_d = adapter_of(model)
     blocks = {(b.module, b.factor): v for b, v in zip(P.layout.blocks, P.layout.split(P(theta_d)), strict=True)}
     delta = torch.stack([blocks[f"conv.weight.{i}", "B"] @ blocks[f"conv.weight.{i}", "A"] for i in range(6)])
