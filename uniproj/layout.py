@@ -236,6 +236,11 @@ class LoRALayout:
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
+    @cached_property
+    def site_of(self) -> dict[str, str]:
+        """{module: the name of its site}, which is another for those of a stack; empty on a flat layout."""
+        return {module: site.name for site in self.sites for module in site.modules}
+
     def to_json(self) -> str:
         """The rows of the sites in order, see `Site.row`; inverse of `from_json`."""
         return json.dumps([site.row for site in self.sites], separators=(",", ":"))
