@@ -105,6 +105,7 @@ def _site(name: str, sizes: Sizes, r: int, axes: tuple[int, ...] | None) -> Site
 
 
 _MOST_AXES = 4  # of a convolution in three dimensions
+_LETTERS = 2**24  # as many as a file that names 131,072 modules one by one may have (`uniproj.limits`)
 _ROWS = [[str, int, int, int, *more] for more in ([], [int], [list], [int, list])]
 
 
@@ -253,6 +254,12 @@ class LoRALayout:
             sites = [_of_row(row) for row in rows]
             if json.dumps(rows, separators=(",", ":")) != text:  # before anything as large as a count is made
                 raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
+            letters = sum(len(site.name) * (site.count or 0) for site in sites)  # each module bears the name
+            if letters > _LETTERS:
+                raise ProjectionError(
+                    f"LoRALayout: the modules of stacks must have names of at most {_LETTERS:,} letters in all, got "
+                    f"{letters:,}. Shorten them."
+                )
             layout = cls._of_sites(sites)
             layout._check_order()
         except ProjectionError:

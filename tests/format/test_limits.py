@@ -128,6 +128,7 @@ def test_long_lines_and_headers_are_refused_before_they_are_parsed(tmp_path: Pat
         (["q", 1, 1, 1, 10**9], "modules must be at most 131,072, got 1,000,000,00"),
         (["q", 1, 1, 1, 10**9, [1]], "modules must be at most 131,072, got 1,000,000,00"),
         (["q", 1, 1, 1, 10**40], "modules must be at most 131,072, got"),
+        (["q" * 20_000, 1, 1, 1, 10**5], "names of at most 16,777,216 letters in all, got 2,000,000,000"),
     ):
         save(tmp_path)
         relabel(tmp_path, lambda metadata, row=row: {**metadata, "uniproj.layout": pack([row])})
