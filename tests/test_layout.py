@@ -83,6 +83,12 @@ def test_errors(make, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("sizes", [(3,), (3, 2, 2, 2)])
+def test_sizes_of_another_length_are_not_taken_for_numbers_in_a_name(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="values to unpack"):
+        LoRALayout.from_shapes({"a": sizes}, 1)
+
+
 def test_a_layout_survives_its_json() -> None:
     layout = LoRALayout.from_shapes(
         {"h.10.v": (3, 5), "h.2.q": (7, 4), "h.2.a": (2, 2)}, {"h.10.v": 1, "h.2.q": 2, "h.2.a": 3}

@@ -101,7 +101,8 @@ def _sortable(number: re.Match[str]) -> str:
 
 def _site(name: str, sizes: Sizes, r: int, axes: tuple[int, ...] | None) -> Site:
     out_features, in_features, *count = map(operator.index, sizes)
-    return Site(name, out_features, in_features, operator.index(r), count[0] if count else None, axes)
+    (n,) = count or (None,)
+    return Site(name, out_features, in_features, operator.index(r), n, axes)
 
 
 _MOST_AXES = 4  # of a convolution in three dimensions
@@ -173,6 +174,7 @@ class LoRALayout:
     @classmethod
     def of_sites(cls, sites: Iterable[Site]) -> LoRALayout:
         """Layout for sites, which may come in any order."""
+        sites = list(sites)
         try:
             ordered = sorted(sites, key=lambda site: _natural(site.name if site.count is None else f"{site.name}.0"))
         except ValueError:  # Python's own bound
