@@ -168,6 +168,15 @@ def test_a_table_of_renamed_modules_costs_no_more_than_it_may(tmp_path: Path) ->
     assert new_names(few, each) == {f"layers.{i}.q": f"blocks.{i}.query" for i in range(800)}
 
 
+def test_a_stack_is_renamed_with_all_its_modules() -> None:
+    layout = LoRALayout.from_shapes({"a": (1, 1, 2**12), "b.0": (1, 1)}, 1)
+    assert new_names(layout, [["a", "c"]]) == {"a": "c", "b.0": "b.0"}
+    with pytest.raises(AdapterError, match=r"rows times modules must be few.* for 4,097 modules"):
+        new_names(layout, [["a", "b" * 3_000_000]])
+    with pytest.raises(AdapterError, match=r"every module must get a name of its own, got a\.0 twice"):
+        new_names(layout, [["b", "a"]])
+
+
 def test_a_limit_that_is_raised_lets_a_large_file_in(tmp_path: Path, monkeypatch) -> None:
     saved = save(tmp_path)
     D = saved.header.layout.D if saved.header else 0
