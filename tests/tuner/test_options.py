@@ -91,6 +91,20 @@ def test_an_adapter_of_replicated_layers_is_saved_loaded_verified_and_exported(t
         export(tmp_path / "ours", tmp_path / "vllm", "vllm", base=str(tmp_path / "base"))
 
 
+def test_a_base_in_memory_is_replicated_and_stays_as_it_was(tmp_path: Path) -> None:
+    model = moved(get_peft_model(base_model("llama"), config("llama", "lora_xs", None, layer_replication=SPANS)))
+    model.save_pretrained(tmp_path / "ours")
+    base = base_model("llama")
+    layers = list(base.model.layers)
+    export(tmp_path / "ours", tmp_path / "lora", base=base)
+    assert list(base.model.layers) == layers and base.config.num_hidden_layers == 2
+    near(logits(PeftModel.from_pretrained(base, tmp_path / "lora")), logits(model))
+    base = base_model("llama")
+    del base.model.layers[1]
+    with pytest.raises(AdapterError, match=r"base: must have the layers of layer_replication = \[\[0, 2\], \[1, 2\]\]"):
+        export(tmp_path / "ours", tmp_path / "lora", base=base)
+
+
 def test_replicated_layers_are_merged_where_each_has_a_weight_of_its_own() -> None:
     once = moved(get_peft_model(base_model("llama"), config("llama", layer_replication=[[1, 2], [0, 1]])))
     before = logits(once)
