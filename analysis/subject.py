@@ -123,6 +123,12 @@ class Subject:
         model = get_peft_model(self._base(), LoraConfig(**options, task_type=_TASK))
         P, theta_d = adapter_of(loaded, ADAPTER)
         factors = named_factors(P.layout, P(theta_d).detach())
+        own = dict(model.named_parameters())
+        odd = [name for name, factor in factors.items() if name not in own or own[name].shape != factor.shape]
+        if odd:
+            raise ExperimentError(
+                f"subject: {folder} must adapt linear layers alone, got {odd[0]}. Take another adapter."
+            )
         head = {name: p.detach() for name, p in loaded.named_parameters() if HEAD in name}
         model.load_state_dict({**factors, **head}, strict=False)
         return model

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.spaces import layouts
-from uniproj import Block, LoRALayout, ProjectionError
+from uniproj import Block, LoRALayout, ProjectionError, build
 from uniproj.layout import Site
 
 SHAPES = {"h.10.q": (3, 2), "h.2.v": (4, 5), "h.2.q": (1, 6)}
@@ -83,6 +83,12 @@ def test_errors(make, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("sizes", [(3,), (3, 2, 2, 2)])
+def test_sizes_of_another_length_are_not_taken_for_numbers_in_a_name(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="values to unpack"):
+        LoRALayout.from_shapes({"a": sizes}, 1)
+
+
 def test_a_layout_survives_its_json() -> None:
     layout = LoRALayout.from_shapes(
         {"h.10.v": (3, 5), "h.2.q": (7, 4), "h.2.a": (2, 2)}, {"h.10.v": 1, "h.2.q": 2, "h.2.a": 3}
@@ -119,6 +125,24 @@ def test_stacks_and_axes_survive_json_names_and_restriction() -> None:
             pair = (B[i], A[i]) if site.count else (B, A)
             for block, factor in zip((layout.block(module, "B"), layout.block(module, "A")), pair, strict=True):
                 assert torch.equal(factor.flatten(), theta_D[block.rows])
+
+
+def test_a_stack_is_of_one_layer_and_of_one_type() -> None:
+    shapes = {f"h.{i}.{name}": sizes for i in range(2) for name, sizes in (("q", (2, 2)), ("up", (3, 2, 2)))}
+    layout = LoRALayout.from_shapes(shapes, r=1)
+    assert layout.modules[:3] == ("h.0.q", "h.0.up.0", "h.0.up.1")
+
+    def used(per: str) -> list[set[int]]:
+        """The columns of theta_d that each module takes."""
+        dense = build("unilora_local", layout=layout, d=6, per=per).to_dense()
+        return [set(dense[layout.rows([module])].nonzero()[:, 1].tolist()) for module in layout.modules]
+
+    assert [len(own) for own in used("module")] == [1] * 6
+    layers = used("layer")
+    assert [len(set().union(*layers[i : i + 3])) for i in (0, 3)] == [3, 3]
+    assert sum(map(len, layers)) > 6 and set().union(*layers[:3]).isdisjoint(set().union(*layers[3:]))
+    # one B (out, 1) and one A (1, in) for q, and one for up
+    assert build("tied_lora", layout=layout, trained="AB").d == (2 + 2) + (3 + 2)
 
 
 @pytest.mark.parametrize(

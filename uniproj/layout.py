@@ -101,10 +101,12 @@ def _sortable(number: re.Match[str]) -> str:
 
 def _site(name: str, sizes: Sizes, r: int, axes: tuple[int, ...] | None) -> Site:
     out_features, in_features, *count = map(operator.index, sizes)
-    return Site(name, out_features, in_features, operator.index(r), count[0] if count else None, axes)
+    (n,) = count or (None,)
+    return Site(name, out_features, in_features, operator.index(r), n, axes)
 
 
 _MOST_AXES = 4  # of a convolution in three dimensions
+_LETTERS = 2**24  # as many as a file that names 131,072 modules one by one may have (`uniproj.limits`)
 _ROWS = [[str, int, int, int, *more] for more in ([], [int], [list], [int, list])]
 
 
@@ -172,6 +174,7 @@ class LoRALayout:
     @classmethod
     def of_sites(cls, sites: Iterable[Site]) -> LoRALayout:
         """Layout for sites, which may come in any order."""
+        sites = list(sites)
         try:
             ordered = sorted(sites, key=lambda site: _natural(site.name if site.count is None else f"{site.name}.0"))
         except ValueError:  # Python's own bound
@@ -236,6 +239,11 @@ class LoRALayout:
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.module for block in self.blocks))
 
+    @cached_property
+    def site_of(self) -> dict[str, str]:
+        """{module: the name of its site}, which is another for those of a stack; empty on a flat layout."""
+        return {module: site.name for site in self.sites for module in site.modules}
+
     def to_json(self) -> str:
         """The rows of the sites in order, see `Site.row`; inverse of `from_json`."""
         return json.dumps([site.row for site in self.sites], separators=(",", ":"))
@@ -248,6 +256,12 @@ class LoRALayout:
             sites = [_of_row(row) for row in rows]
             if json.dumps(rows, separators=(",", ":")) != text:  # before anything as large as a count is made
                 raise ProjectionError("LoRALayout: the text must be as to_json writes it.")
+            letters = sum(len(site.name) * (site.count or 0) for site in sites)  # each module bears the name
+            if letters > _LETTERS:
+                raise ProjectionError(
+                    f"LoRALayout: the modules of stacks must have names of at most {_LETTERS:,} letters in all, got "
+                    f"{letters:,}. Shorten them."
+                )
             layout = cls._of_sites(sites)
             layout._check_order()
         except ProjectionError:

@@ -19,10 +19,12 @@ from analysis.reconstruction.__main__ import main as reconstruction_main
 from analysis.spaces import build, defaults
 from analysis.subject import HEAD, Setting, Subject, named_factors
 from analysis.training import train_lora
+from experiments.errors import ExperimentError
 from paper_figures.figures.reconstruction import edge
 from uniproj import AdapterError, LoRALayout
 from uniproj.exchange.formats.lora import read
 from uniproj.exchange.nearest import balanced, captured, captured_delta_W, least_squares
+from uniproj.tuner import UniProjConfig
 
 SMALL = LoRALayout.from_shapes({"layer.0.query": (12, 8), "layer.1.query": (12, 8)}, r=4)
 
@@ -164,6 +166,13 @@ def test_compressed_adapters_load_and_answer_as_the_reconstruction(
     torch.testing.assert_close(
         Subject(subject.setting, tmp_path / "out").theta_D, reached.float(), rtol=1e-4, atol=1e-6
     )
+
+
+def test_an_adapter_of_other_layers_is_refused(subject: Subject, tmp_path: Path) -> None:
+    config = UniProjConfig(d=64, r=4, target_modules=["query", "word_embeddings"], task_type="SEQ_CLS")
+    get_peft_model(subject._base(), config).save_pretrained(str(tmp_path))
+    with pytest.raises(ExperimentError, match=r"must adapt linear layers alone, got .*word_embeddings\.lora_B"):
+        Subject(subject.setting, tmp_path)
 
 
 def test_a_projection_made_of_base_weights_needs_the_model(folder: Path, tmp_path: Path, capsys) -> None:

@@ -128,6 +128,7 @@ def test_long_lines_and_headers_are_refused_before_they_are_parsed(tmp_path: Pat
         (["q", 1, 1, 1, 10**9], "modules must be at most 131,072, got 1,000,000,00"),
         (["q", 1, 1, 1, 10**9, [1]], "modules must be at most 131,072, got 1,000,000,00"),
         (["q", 1, 1, 1, 10**40], "modules must be at most 131,072, got"),
+        (["q" * 20_000, 1, 1, 1, 10**5], "names of at most 16,777,216 letters in all, got 2,000,000,000"),
     ):
         save(tmp_path)
         relabel(tmp_path, lambda metadata, row=row: {**metadata, "uniproj.layout": pack([row])})
@@ -165,6 +166,15 @@ def test_a_table_of_renamed_modules_costs_no_more_than_it_may(tmp_path: Path) ->
     few = LoRALayout.from_shapes({f"layers.{i}.q": (1, 1) for i in range(800)}, 1)
     each = [[f"layers.{i}.q", f"blocks.{i}.query"] for i in range(800)]  # every module by a row of its own
     assert new_names(few, each) == {f"layers.{i}.q": f"blocks.{i}.query" for i in range(800)}
+
+
+def test_a_stack_is_renamed_with_all_its_modules() -> None:
+    layout = LoRALayout.from_shapes({"a": (1, 1, 2**12), "b.0": (1, 1)}, 1)
+    assert new_names(layout, [["a", "c"]]) == {"a": "c", "b.0": "b.0"}
+    with pytest.raises(AdapterError, match=r"rows times modules must be few.* for 4,097 modules"):
+        new_names(layout, [["a", "b" * 3_000_000]])
+    with pytest.raises(AdapterError, match=r"every module must get a name of its own, got a\.0 twice"):
+        new_names(layout, [["b", "a"]])
 
 
 def test_a_limit_that_is_raised_lets_a_large_file_in(tmp_path: Path, monkeypatch) -> None:

@@ -156,8 +156,9 @@ def test_an_expert_is_a_module_to_the_layout_and_to_locality() -> None:
     down = [f"model.layers.1.mlp.experts.down_proj.{i}" for i in range(EXPERTS)]
     assert [layout.shapes()[module] for module in down] == [(HIDDEN, INNER)] * EXPERTS
     used: dict[str, list[set[int]]] = {}
-    for projection in ("unilora", "unilora_local"):
-        P = adapter_of(_adapted("qwen3_moe", projection=projection, d=90))[0]
+    per_module = {"projection_kwargs": {"per": "module"}}
+    for projection, fields in (("unilora", {}), ("unilora_local", per_module)):
+        P = adapter_of(_adapted("qwen3_moe", projection=projection, d=90, **fields))[0]
         dense = P.to_dense()
         used[projection] = [set(dense[P.layout.rows([m])].nonzero()[:, 1].tolist()) for m in P.layout.modules]
     for i, own in enumerate(used["unilora_local"]):

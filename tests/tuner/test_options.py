@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.tuner.models import TARGETS, base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.bank import mixed
-from uniproj.exchange import export, import_adapter
+from uniproj.exchange import export, from_peft, import_adapter
 from uniproj.exchange.verify import verify
 from uniproj.format.file import read
 from uniproj.tuner import adapter_of
@@ -89,6 +89,20 @@ def test_an_adapter_of_replicated_layers_is_saved_loaded_verified_and_exported(t
     near(logits(PeftModel.from_pretrained(base_model("llama"), tmp_path / "lora")), logits(model))
     with pytest.raises(AdapterError, match="vLLM has no layer_replication"):
         export(tmp_path / "ours", tmp_path / "vllm", "vllm", base=str(tmp_path / "base"))
+
+
+def test_a_base_in_memory_is_replicated_and_stays_as_it_was(tmp_path: Path) -> None:
+    model = moved(get_peft_model(base_model("llama"), config("llama", "lora_xs", None, layer_replication=SPANS)))
+    model.save_pretrained(tmp_path / "ours")
+    base = base_model("llama")
+    layers = list(base.model.layers)
+    export(tmp_path / "ours", tmp_path / "lora", base=base)
+    assert list(base.model.layers) == layers and base.config.num_hidden_layers == 2
+    near(logits(PeftModel.from_pretrained(base, tmp_path / "lora")), logits(model))
+    base = base_model("llama")
+    del base.model.layers[1]
+    with pytest.raises(AdapterError, match=r"base: must have the layers of layer_replication = \[\[0, 2\], \[1, 2\]\]"):
+        export(tmp_path / "ours", tmp_path / "lora", base=base)
 
 
 def test_replicated_layers_are_merged_where_each_has_a_weight_of_its_own() -> None:
@@ -294,3 +308,23 @@ def test_tied_embeddings_that_are_saved_whole_or_merged_are_refused() -> None:
     model = moved(get_peft_model(base_model("llama", **TIED), config("llama", target_modules=["lm_head"], **fields)))
     with pytest.raises(AdapterError, match=r"merge: the weight of model.embed_tokens must be its own"):
         model.merge_adapter()
+
+
+def test_tied_embeddings_are_exported_as_peft_scales_them(tmp_path: Path) -> None:
+    fields = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    model = moved(get_peft_model(base_model("llama", **TIED), config("llama", lora_alpha=8, **fields)))
+    export(model, tmp_path / "lora")
+    near(logits(PeftModel.from_pretrained(base_model("llama", **TIED), tmp_path / "lora")), logits(model))
+    patterns = {"alpha_pattern": {"embed_tokens": 16}, "rank_pattern": {"q_proj": 2}}
+    model = moved(get_peft_model(base_model("llama", **TIED), config("llama", **patterns, **fields)))
+    with pytest.raises(AdapterError, match="export: of a tied output embedding PEFT takes the rank and alpha that"):
+        export(model, tmp_path / "none")
+    export(model, tmp_path / "padded", rank=4)
+    near(logits(PeftModel.from_pretrained(base_model("llama", **TIED), tmp_path / "padded")), logits(model))
+
+
+def test_tied_factors_of_peft_are_no_projection() -> None:
+    fields = {"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base_model("llama", **TIED), LoraConfig(**fields))
+    with pytest.raises(AdapterError, match="from_peft: every module must have an A and a B of its own, got lm_head"):
+        from_peft(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -49,8 +50,14 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
     base: a folder or a name on the hub, or the model itself. Raises AdapterError for one that Transformers cannot load,
     and for one that needs Python code of its own, which runs with `trust_remote_code` alone.
     """
+    spans = getattr(config, "layer_replication", None)
     if isinstance(base, nn.Module):
-        return base
+        if not spans:
+            return base
+        own = (*base.parameters(), *base.buffers())
+        model = copy.deepcopy(base, {id(tensor): tensor for tensor in own})  # of the same numbers
+        _replicate(model, spans)
+        return model
     try:
         architecture.check_sizes(transformers.PretrainedConfig.get_config_dict(base)[0], base)
         found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -64,8 +71,8 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
         if weights:
             architecture.check_weights(base, model)
             model = cls.from_pretrained(base, config=found, trust_remote_code=trust_remote_code)
-        if spans := getattr(config, "layer_replication", None):
-            replicate_layers(model, spans)
+        if spans:
+            _replicate(model, spans)
         return model
     except AdapterError:
         raise
@@ -77,6 +84,15 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
                 "--trust-remote-code)."
             ) from error
         raise AdapterError(f"{base}: must be a model that Transformers loads, got {error}. Check the name.") from error
+
+
+def _replicate(model: nn.Module, spans: Any) -> None:
+    try:
+        replicate_layers(model, spans)
+    except (IndexError, ValueError) as error:
+        raise AdapterError(
+            f"base: must have the layers of layer_replication = {spans}, got {error}. Pass the adapter's own base."
+        ) from error
 
 
 def _architecture(base: str, found: PretrainedConfig) -> Any:

@@ -21,8 +21,8 @@ def from_peft(
     logits) are held in `dtype`, at least float32. The projection's `rebuild` draws uniproj's numbers, not PEFT's,
     except for Uni-LoRA's indices. Nothing is shared with the model.
 
-    Raises AdapterError for an adapter of another PEFT type or on layers that are not linear, and ProjectionError
-    where the method refuses the sizes (UNILORA with d > D).
+    Raises AdapterError for an adapter of another PEFT type, with tied embeddings or, except of LORA, on layers that are
+    not linear, and ProjectionError where the method refuses the sizes (UNILORA with d > D).
     """
     return _method("from_peft", model, adapter_name).take(model, adapter_name, dtype)
 

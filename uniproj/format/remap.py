@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -38,13 +39,14 @@ def new_names(layout: LoRALayout, table: Table) -> dict[str, str]:
         if len(row) != 2 or not row[0] or not all(isinstance(part, str) for part in row):
             raise AdapterError(f"remap: each row must be a pair old=new of parts of names, got {row!r}. Correct it.")
     letters = sum(_OF_A_ROW + len(old) + len(new) for old, new in table)
-    if letters * len(layout.sites) > LETTERS:
+    if letters * len(layout.modules) > LETTERS:
         raise AdapterError(
             f"remap: rows times modules must be few, at most {LETTERS:,} letters, got {len(table):,} rows of "
-            f"{letters:,} letters for {len(layout.sites):,} modules. Rename by parts that many names share."
+            f"{letters:,} letters for {len(layout.modules):,} modules. Rename by parts that many names share."
         )
     now = {site.name: renamed(site.name, table) for site in layout.sites}
-    for first, second in pairwise(sorted(now.values())):
+    modules = (m for site in layout.sites for m in replace(site, name=now[site.name]).modules)
+    for first, second in pairwise(sorted(modules)):
         if first == second:
             raise AdapterError(f"remap: every module must get a name of its own, got {first} twice. Correct the table.")
     return now

@@ -53,7 +53,8 @@ class SharedFactors(Projection):
         ranks = {a.shape[0] for _, a in layout.pairs()}
         if len(ranks) > 1:
             raise ProjectionError(
-                f"{self.name}: modules that share factors need one rank, got {sorted(ranks)}. Drop rank_pattern."
+                f"{self.name}: modules that share factors need one rank, got {sorted(ranks)}. Drop rank_pattern, and "
+                "give a convolution of g groups, which parts its rank among them, g times the rank of the others."
             )
         B, A = (_Side(layout, factor, groups, letters) for factor in "BA")
         super().__init__(layout, B.numbers + A.numbers, seed)

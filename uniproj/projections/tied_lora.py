@@ -18,7 +18,7 @@ class TiedLoRA(SharedFactors):
 
     Maths:  delta W^l = diag(v^l) B diag(u^l) A. trained="ABuv" is the paper's best configuration, "AB" plain tying,
             "uv" VeRA's choice; every non-empty subset is allowed. One group per type of module (the last part
-            of its name, group="type"), or one for all (group="all").
+            of its name, for an expert of that of all its experts, group="type"), or one for all (group="all").
     Start:  A ~ U(+-1/sqrt(in)), frozen B ~ U(+-sqrt(6/r)), u = v = 1, and the first trained of B, v, A, u is 0.
     Claims: with only A, B trained and u = v = 1, P^T P = M I for M modules of equal shape.
     Source: Renduchintala et al. 2023, Tied-LoRA, arXiv 2311.09578, section 3.
@@ -49,7 +49,7 @@ class TiedLoRA(SharedFactors):
         return {scaler: (numbers[f],) for scaler, f in bilinear.items() if {scaler, f} <= set(trained)}
 
     def __init__(self, layout: LoRALayout, seed: int = 0, *, trained: str = "ABuv", group: str = "type"):
-        super().__init__(layout, seed, trained, _group_of(layout.modules, group, self.name))
+        super().__init__(layout, seed, trained, _group_of(tuple(layout.site_of.values()), group, self.name))
 
     def _bounds(self, width: int) -> float:
         return width**-0.5

@@ -18,7 +18,8 @@ class LocalUniLoRA(Partition):
     r"""One partition per layer ("local" ablation): P = diag(P_1, .., P_L), still exactly isometric.
 
     d is shared out in proportion to each layer's rows (largest remainders, at least one each). A layer is
-    the part of a module's name up to its last number (`per="layer"`), or the module itself (`per="module"`).
+    the part of a module's name up to its last number, for an expert of that of all its experts (`per="layer"`), or the
+    module itself (`per="module"`).
     Source: ablation of arXiv 2506.00799; which of the two the paper means is not stated in our sources.
     """
 
@@ -48,8 +49,12 @@ def _groups(layout: LoRALayout, per: str) -> list[list[slice]]:
     """Rows of theta_D by layer or by module, in the order of the layout."""
     members: dict[str, list[slice]] = {}
     for block in layout.blocks:
-        layer = re.match(r"(?:.*\.)?\d+(?=\.|$)", block.module) if per == "layer" else None
-        members.setdefault(layer.group() if layer else block.module, []).append(block.rows)
+        name = block.module
+        if per == "layer":
+            name = layout.site_of.get(name, name)
+            layer = re.match(r"(?:.*\.)?\d+(?=\.|$)", name)
+            name = layer.group() if layer else name
+        members.setdefault(name, []).append(block.rows)
     return list(members.values())
 
 

@@ -195,8 +195,14 @@ class PeftMethod(Format):
                     f"{who}: {name} must be a {'linear ' * self.only_linear}layer whose update is s B A, got {found}. "
                     "Leave it out of target_modules, or keep this adapter in PEFT."
                 )
+        config = model.peft_config[adapter_name]
+        if tied := getattr(config, "target_modules_to_tie", None):
+            raise AdapterError(
+                f"{who}: every module must have an A and a B of its own, got {sorted(tied)[0]}, which has the input "
+                "embedding's. Attach it without ensure_weight_tying, or keep this adapter in PEFT."
+            )
         layout = layout_of(layers, adapter_name)
-        return Attached(adapter_name, model.peft_config[adapter_name], layers, layout)
+        return Attached(adapter_name, config, layers, layout)
 
     # ---- folders ------------------------------------------------------------------------------------
 

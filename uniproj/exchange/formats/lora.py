@@ -151,7 +151,8 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
     differ in s, or alpha would be no integer, the rest of s is multiplied into B, which is rounded once.
 
     Raises AdapterError for a rank below that of a module, or that a convolution cannot part among its groups, for
-    several parameters of one module whose order is unknown, and where the disk refuses; what was there before stays.
+    several parameters of one module whose order is unknown, for tied embeddings with patterns, and where the disk
+    refuses; what was there before stays.
     """
     old = adapter.layout.sites
     for site in old:
@@ -162,6 +163,13 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
                 if rank < site.rank
                 else f"export: rank must be a multiple of the {groups} groups of {site.name}, got {rank}. Change it."
             )
+    own = adapter.config
+    if rank is None and own.ensure_weight_tying and (own.rank_pattern or own.alpha_pattern):
+        raise AdapterError(
+            "export: of a tied output embedding PEFT takes the rank and alpha that patterns give to its own name, "
+            f"uniproj those of the input embedding, got {own.rank_pattern or own.alpha_pattern}. Pass --rank, which "
+            "needs no patterns."
+        )
     sites = [site if rank is None else replace(site, r=rank // (site.rank // site.r)) for site in old]
     _warn_of_attentions("export", adapter.layout)
     config = _config(adapter, rank)
