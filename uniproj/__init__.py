@@ -23,7 +23,7 @@ from wrapt import when_imported
 
 from uniproj import limits
 from uniproj.errors import AdapterError, ProjectionError
-from uniproj.layout import Block, LoRALayout
+from uniproj.layout import Block, LoRALayout, Site
 from uniproj.projection import Projection
 from uniproj.registry import build, get, names, register
 
@@ -34,6 +34,7 @@ __all__ = [
     "LoRALayout",
     "Projection",
     "ProjectionError",
+    "Site",
     "build",
     "get",
     "limits",

@@ -49,7 +49,7 @@ class Site:
     """What has one name in a model: a module, or a stack of `count` modules of one size, such as the experts that are
     one parameter of the model. Those of a stack are called `name.0`, `name.1`, .. in the layout.
 
-    axes: of the columns of W as the model has them, where W is no plain matrix there: (channels, *kernel) of a
+    axes: of the columns of W as the model has them, where W is no plain matrix there: (channels, kernel, ..) of a
     convolution, none of an embedding, whose W lies transposed.
     """
 

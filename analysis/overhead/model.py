@@ -107,15 +107,13 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     give_back_at_once(True)
     plain, other = load(config["base"], device)
     batch, prompt = work.training_batch(device), work.prompt(device)
-    other = _used_before(other, work, config["method"], batch, prompt)
+    other, attach_seconds = _used_before(other, work, config["method"], batch, prompt)
     layout = LoRALayout.from_shapes(work.shapes(plain), RANK)
     peak = Peak(device)
-    before, tensors = peak.reset(), tensor_bytes(device)
-    give_back_at_once(False)
-    started = now(device)
-    model = attach(plain, work, config["method"])
-    attach_seconds = now(device) - started
+    peak.reset()  # which collects what is used no more, and is then given back
     give_back_at_once(True)
+    before, tensors = peak.reset(), tensor_bytes(device)
+    model = attach(plain, work, config["method"])
     row = {
         "base": config["base"],
         "method": config["method"],
@@ -144,16 +142,22 @@ def measure(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _used_before(
     base: nn.Module, work: Workload, method: str, batch: Mapping[str, Tensor], prompt: Mapping[str, Tensor]
-) -> nn.Module:
-    """The base as it was, after a forward pass and training steps with the method.
+) -> tuple[nn.Module, float]:
+    """The base as it was, after a forward pass and training steps with the method; then the seconds of attaching it.
 
-    What is loaded on first use, some 15 MB for any model and up to 10 for a method, is neither its memory nor its time.
+    What is loaded on first use, some 15 MB for any model and up to 10 for a method, is neither its memory nor its time,
+    and what the C library keeps from attaching is not its memory either.
     """
     device = prompt["input_ids"].device
     model = attach(base, work, method)
     _evaluate(model, prompt)
     _peak(model, batch, device, Peak(device))
-    return model.unload()
+    base = model.unload()
+    give_back_at_once(False)
+    started = now(device)
+    model = attach(base, work, method)
+    seconds = now(device) - started
+    return model.unload(), seconds
 
 
 def _autocast(device: torch.device) -> torch.autocast:
