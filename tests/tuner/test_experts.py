@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -30,6 +32,7 @@ from uniproj import AdapterError
 from uniproj.bank import mixed
 from uniproj.exchange.verify import verify
 from uniproj.tuner import UniProjConfig, adapter_of, shard_base
+from uniproj.tuner.liveness import _is_alive
 
 EXPERTS, HIDDEN, INNER = 4, 32, 16
 _GROUPED = {**SIZES, "num_key_value_heads": 2}
@@ -301,6 +304,27 @@ def test_a_saved_adapter_loads_bit_equal(kind: str, tmp_path: Path) -> None:
     beside.set_adapter("loaded")
     assert torch.equal(logits(beside.eval()), expected)
     assert verify(tmp_path, BASES[kind]())
+
+
+class _Taken(dict):
+    """Where every address is that of a module of before, which had these weights."""
+
+    def __init__(self, weights: nn.Module):
+        super().__init__()
+        self._weights = weights
+
+    def get(self, key: tuple[int, str], default: Any = None) -> Any:
+        return getattr(self._weights, key[1]).detach()
+
+
+def test_a_probe_takes_no_weight_of_a_module_that_lay_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BASES["qwen3_moe"]()
+    layer = next(m for m in _adapted("qwen3_moe").modules() if isinstance(m, ParamWrapper))
+    x = torch.randn(3, base.config.hidden_size)
+    routes = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    monkeypatch.setattr(parametrize, "_cache", taken := _Taken(base.model.layers[0].mlp.experts))
+    assert _is_alive(layer, "default", (x, *routes), {})
+    assert parametrize._cache is taken
 
 
 @pytest.mark.system

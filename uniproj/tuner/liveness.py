@@ -14,6 +14,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn, random
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -122,7 +123,7 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
 
     With this adapter alone, without dropout, and on a twin, so that the layer itself is never in another state.
     """
-    with torch.inference_mode(False), torch.enable_grad(), uncounted():
+    with torch.inference_mode(False), torch.enable_grad(), uncounted(), _nothing_cached():
         args, kwargs = tree_map(_detached, (args, {k: v for k, v in kwargs.items() if k != "adapter_names"}))
         x = _first_tensor((args, kwargs))
         if adapter_name in layer.lora_variant:  # an aLoRA, here from the first token of every row on
@@ -147,6 +148,19 @@ def _is_alive(layer: LoraLayer, adapter_name: str, args: tuple[Any, ...], kwargs
 
 def _first_tensor(values: Any) -> Tensor:
     return next(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """Within the block PyTorch knows of no weight that a parametrization has made, as PEFT lets it during a call.
+
+    It knows them by the address of their module, which may have been that of an earlier twin.
+    """
+    kept, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = kept
 
 
 @contextmanager
