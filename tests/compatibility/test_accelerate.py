@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -154,15 +152,7 @@ def test_shard_base_without_a_process_group(refuses: Refuses) -> None:
         shard_base(lora)
 
 
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 def test_shard_base_takes_the_model_inside_a_peft_model() -> None:
     """As `adapter_of` does: what is trained beside theta_d stays whole too."""
     model = adapted(modules_to_save=["lm_head"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
@@ -337,15 +336,7 @@ def test_a_saved_adapter_loads_bit_equal_in_a_fresh_process(tmp_path: Path) -> N
     assert run.stdout.strip() == "equal", run.stderr
 
 
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_a_sharded_base_gives_the_gradient_of_a_whole_one(kind: str) -> None:
     whole, sharded = _adapted(kind).train(), _adapted(kind).train()
