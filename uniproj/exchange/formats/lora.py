@@ -199,7 +199,7 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
 
 def _warn_of_attentions(what: str, layout: LoRALayout) -> None:
     """Of nn.MultiheadAttention, whose output projection has s B A twice in PEFT 0.21 (docs/design.md)."""
-    names = {site.name for site in layout.sites}
+    names = dict.fromkeys(site.name for site in layout.sites)
     if name := next((name for name in names if f"{name}.out_proj" in names), None):
         warnings.warn(
             f"{what}: PEFT 0.21 adds the update of an attention's output projection twice, uniproj once, so {name} "
