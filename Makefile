@@ -2,7 +2,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-ON_ALL_CORES := -n auto --dist loadfile
+# a test that hangs ends its process, and says where it hung
+ON_ALL_CORES := -n auto --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 VERSIONS := -m pytest -o addopts= -q -m "not slow and not system" $(ON_ALL_CORES)
 TOOLS := pytest pytest-xdist hypothesis
 PART := tests/kernels tests/test_registry.py tests/test_battery.py tests/test_parity.py tests/tuner/test_life.py \

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from uniproj import plugins, registry
 
@@ -34,6 +35,8 @@ def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    # or it would keep the group, whose end in a process that is forked by another thread waits for ever
+    _clear_sharding_prop_cache()
 
 
 @pytest.fixture(autouse=True)

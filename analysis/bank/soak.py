@@ -88,13 +88,13 @@ def run(soak: _Soak, kills_per_second: float) -> dict[str, Any]:
     waiting, kills = set(range(soak.processes)), 0
     while waiting or alive:
         for worker in waiting:
-            born[worker] = soak.journal(worker).size()
+            born[worker] = soak.journal(worker).finished()
             alive[worker] = context.Process(target=_work, args=(soak, worker, os.getpid()))
             alive[worker].start()
         waiting = set()
         time.sleep(chance.expovariate(kills_per_second))
-        # one that has done something since it began: on a busy machine the others would never get to anything
-        if busy := [w for w in sorted(alive) if alive[w].is_alive() and soak.journal(w).size() > born[w]]:
+        # one that has finished an operation since it began: on a slow disk a write takes longer than a kill is away
+        if busy := [w for w in sorted(alive) if alive[w].is_alive() and soak.journal(w).finished() > born[w]]:
             victim = chance.choice(busy)
             alive[victim].kill()
             alive[victim].join()
