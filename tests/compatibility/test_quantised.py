@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,8 +131,10 @@ def test_merging_codes(folder: Path, refuses: Refuses) -> None:
 
 
 @capability("AQLM, codes of 8 bits: training on the CPU")
-def test_training_on_codes_of_8_bits(refuses: Refuses) -> None:
+def test_training_on_codes_of_8_bits(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
     """As AQLM's kernel gives a view, which PEFT's layer writes into."""
+    plain = SimpleNamespace(njit=lambda **_: lambda kernel: kernel, prange=range)  # compiling takes seconds
+    monkeypatch.setattr("aqlm.inference_kernels.numba_kernel.numba", plain)
     base = torch.nn.Sequential(aqlm_layer(torch.nn.Linear(8, 8), bits=8))
     model = get_peft_model(base, UniProjConfig(d=8, r=2, target_modules=["0"]))
     with refuses(RuntimeError):
