@@ -174,6 +174,14 @@ def test_a_dead_layer_of_torchao_beside_an_ordinary_one_is_refused(monkeypatch: 
         get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["plain", "packed"]))
 
 
+def test_an_embedding_of_torchao_is_refused() -> None:
+    base = nn.Sequential(OrderedDict(emb=nn.Embedding(40, 32)))
+    quantize_(base, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name == "emb")
+    with pytest.raises(AdapterError, match=r"^emb: an embedding must have a weight of floats .* got one of torchao"):
+        get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["emb"]))
+    assert type(base.emb) is nn.Embedding
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", ["torchao, 8 bits", "HQQ, 8 bits", "AQLM"])
 def test_a_packed_base_is_not_sharded(kind: str, folder: Path) -> None:

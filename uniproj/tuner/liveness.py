@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
 from torch import Tensor, nn, random
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -32,8 +32,9 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, is_trained: 
     is named in a warning, and probed with the model's own inputs: at the first call of one of its layers in training,
     and at the first in evaluation. So are, without a warning, modules of which a parameter is adapted: only the model
     knows their inputs. Raises AdapterError, here or there, for a layer whose output ignores its factors, as happens
-    where a quantised layer swallows the adapter; and for an embedding that looks up other rows than A. Warns, of an
-    adapter that is trained, where the base layer gives its input no gradient.
+    where a quantised layer swallows the adapter; for an embedding that looks up other rows than A, and for a quantised
+    one that PEFT adapts as a linear layer. Warns, of an adapter that is trained, where the base layer gives its input
+    no gradient.
     """
     kinds: dict[tuple[Any, ...], dict[str, LoraLayer]] = {}
     for name, layer in layers.items():
@@ -45,6 +46,11 @@ def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, is_trained: 
             _FirstCalls(alike, adapter_name)
             continue
         name, layer = next(iter(alike.items()))
+        if isinstance(layer.get_base_layer(), nn.Embedding) and not isinstance(layer, Embedding):
+            raise AdapterError(
+                f"{name}: an embedding must have a weight of floats or of bitsandbytes, got one of torchao, which PEFT "
+                "adapts as that of a linear layer. Leave it out of target_modules, or load the embeddings unquantised."
+            )
         try:
             with align_module_device(layer.get_base_layer()), _evaluating(layer):
                 inputs = _inputs(layer)
