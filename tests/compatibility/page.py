@@ -15,13 +15,13 @@ SECTIONS = (
     "PEFT: configuration",
     "PEFT: base models and layers",
     "Architectures",
-    "bitsandbytes",
+    "Quantised bases",
     "Transformers",
     "TRL",
     "Accelerate and torch.distributed",
     "Other formats",
 )
-PACKAGES = ("peft", "transformers", "trl", "accelerate", "bitsandbytes", "torch")
+PACKAGES = ("peft", "transformers", "trl", "accelerate", "bitsandbytes", "torchao", "hqq", "aqlm", "torch")
 HEAD = """# What works with PEFT, Transformers, TRL and Accelerate
 
 Written by `python -m analysis.capabilities`, which does each of these things on a tiny model and checks the outcome
@@ -35,8 +35,8 @@ Architectures are small models with random weights. "yes" there: the loss falls 
 the adapter with the same output to the last bit, D is the count of PEFT's LORA, and the merged model and PEFT's LORA
 with the exported adapter give that output but for rounding.
 
-Not probed, as they were not at hand: vLLM itself (its format rules are), DeepSpeed, GPUs, and bases quantised by GPTQ,
-AWQ, AQLM, HQQ, EETQ or torchao.
+Not probed, as they were not at hand: vLLM itself (its format rules are), DeepSpeed, GPUs, and bases quantised by EETQ
+or INC; GPTQ and AWQ, which need a GPU, are by the contract of PEFT's layer around theirs.
 """
 
 

@@ -74,7 +74,7 @@ def test_sfttrainer_with_an_adapted_model_packing(tmp_path: Path) -> None:
 
 @capability("`SFTTrainer(peft_config=...)` on a 4-bit base")
 def test_sfttrainer_peft_config_on_a_4_bit_base(tmp_path: Path, remark: Remark) -> None:
-    base = quantised(tmp_path, "4 bits (NF4)")
+    base = quantised(tmp_path, "bitsandbytes, 4 bits (NF4)")
     trainer = _trains(SFTTrainer, SFTConfig, base, plain(), tmp_path / "run", peft_config=config(), max_length=8)
     remark(f"TRL rounds theta_d of quantised bases to {str(theta_d(trainer.model).dtype)[6:]}")
 

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.compatibility.quantised import KINDS, ordinary, quantised
+from tests.compatibility.quantised import KINDS, MERGED, aqlm_layer, ordinary, quantised
 from tests.compatibility.subjects import saved_llama
 from tests.tuner.models import base_model, batch, config, logits, train_steps
 from uniproj import AdapterError
 from uniproj.format.places import places_of
-from uniproj.tuner import UniProjConfig, adapter_of
+from uniproj.tuner import UniProjConfig, adapter_of, shard_base
 from uniproj.tuner.quantised import BaseWeights, dequantised
 
 
@@ -48,7 +51,7 @@ def test_evaluation_leaves_a_quantised_base_trainable(kind: str, folder: Path) -
     assert torch.equal(_gradient(model.train()), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MERGED)
 def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: Path) -> None:
     model = _scaled(quantised(folder, kind), 100.0)
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
@@ -71,7 +74,7 @@ def test_merging_a_large_adapter_warns_of_the_drift_it_has(kind: str, folder: Pa
 
 
 def test_merging_measures_the_adapters_that_are_named(folder: Path) -> None:
-    model = _scaled(quantised(folder, "8 bits"), 0.1)
+    model = _scaled(quantised(folder, "bitsandbytes, 8 bits"), 0.1)
     model.add_adapter("large", config("llama", init_seed=3))
     with torch.no_grad():
         adapter_of(model, "large").theta_d.mul_(100.0)
@@ -88,14 +91,14 @@ def test_an_unquantised_merge_says_nothing(recwarn) -> None:
 
 
 def test_four_bit_weights_in_the_form_for_inference_are_refused(folder: Path) -> None:
-    base = quantised(folder, "4 bits (NF4)")
+    base = quantised(folder, "bitsandbytes, 4 bits (NF4)")
     base.model.layers[1].self_attn.o_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.o_proj: a 4-bit weight must have the form in which"):
         get_peft_model(base, config("llama"))
     assert not any("lora" in name for name, _ in base.named_modules())
 
 
-@pytest.mark.parametrize("kind", ["8 bits", "4 bits (NF4)"])
+@pytest.mark.parametrize("kind", ["bitsandbytes, 8 bits", "bitsandbytes, 4 bits (NF4)"])
 def test_singular_factors_of_a_quantised_base_are_those_of_the_weights_it_stands_for(kind: str, folder: Path) -> None:
     fields = {"projection": "lora_xs", "d": None}
     base = quantised(folder, kind)
@@ -107,6 +110,84 @@ def test_singular_factors_of_a_quantised_base_are_those_of_the_weights_it_stands
         m.base_model.model.model.layers[1].mlp.down_proj.get_delta_weight("default") for m in (ours, plain)
     )
     torch.testing.assert_close(delta, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+
+
+def test_the_weight_of_aqlm_is_the_sum_of_what_its_codes_name() -> None:
+    layer = aqlm_layer(nn.Linear(16, 6))
+    books, codes = layer.codebooks[:, :, 0].detach(), layer.codes.long() % 2**12
+    wanted = torch.stack([torch.cat([sum(books[c, one[c]] for c in range(2)) for one in row]) for row in codes])
+    wanted *= layer.scales.detach().view(-1, 1)
+    torch.testing.assert_close(dequantised(layer), wanted, rtol=1e-5, atol=1e-7)
+    found = BaseWeights(places_of("layer", layer))["layer"]
+    assert found.shape == (6, 16) and torch.equal(found, dequantised(layer))
+
+
+class EetqLinear(nn.Module):
+    """Whole numbers (in, out) with a scale for each output, of which PEFT knows the name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 3, 2
+        self.weight = nn.Parameter(torch.tensor([[1, -2], [3, 4], [-5, 6]], dtype=torch.int8), requires_grad=False)
+        self.register_buffer("weight_scales", torch.tensor([0.5, 0.25], dtype=torch.float16))
+        self.register_buffer("bias", torch.tensor([1.0, -1.0], dtype=torch.float16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float16
+        return x @ (self.weight * self.weight_scales) + self.bias
+
+
+def test_whole_numbers_are_no_weight() -> None:
+    wanted = torch.tensor([[0.5, 1.5, -2.5], [-0.5, 1.0, 1.5]], dtype=torch.float16)
+    assert torch.equal(dequantised(EetqLinear()), wanted)
+
+
+def test_merging_into_hqq_keeps_the_bias() -> None:
+    torch.manual_seed(0)
+    config = BaseQuantizeConfig(nbits=8, group_size=32)
+    layer = HQQLinear(nn.Linear(32, 32), config, compute_dtype=torch.float32, device="cpu")
+    bias, x = layer.bias.clone(), torch.randn(3, 32)
+    model = get_peft_model(nn.Sequential(layer), UniProjConfig(d=20, r=2, target_modules=["0"])).eval()
+    with torch.no_grad():
+        adapter_of(model).theta_d.mul_(60.0)
+        wanted = model(x)
+        with model.disable_adapter():
+            bare = model(x)
+        model.merge_adapter()
+        assert torch.equal(model.base_model.model[0].base_layer.bias, bias)
+        torch.testing.assert_close(model(x), wanted, rtol=0.05, atol=0.05)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), bare, rtol=0.05, atol=0.05)
+        merged = model.merge_and_unload()
+    assert type(merged[0]) is HQQLinear and torch.equal(merged[0].bias, bias) and bias.abs().min() > 0
+    assert (wanted - bare).abs().max() > 0.5
+
+
+def test_a_dead_layer_of_torchao_beside_an_ordinary_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are nn.Linear, and say that they hold float32."""
+    base = nn.Sequential(OrderedDict(plain=nn.Linear(32, 32), packed=nn.Linear(32, 32)))
+    quantize_(base, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name == "packed")
+    assert base.plain.weight.dtype == base.packed.weight.dtype and type(base.plain) is type(base.packed)
+    monkeypatch.setattr(TorchaoLoraLinear, "forward", lambda self, x: self.base_layer(x))
+    with pytest.raises(AdapterError, match=r"^packed: its A and B must move the output of Linear layers"):
+        get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["plain", "packed"]))
+
+
+def test_an_embedding_of_torchao_is_refused() -> None:
+    base = nn.Sequential(OrderedDict(emb=nn.Embedding(40, 32)))
+    quantize_(base, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name == "emb")
+    with pytest.raises(AdapterError, match=r"^emb: an embedding must have a weight of floats .* got one of torchao"):
+        get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["emb"]))
+    assert type(base.emb) is nn.Embedding
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", ["torchao, 8 bits", "HQQ, 8 bits", "AQLM"])
+def test_a_packed_base_is_not_sharded(kind: str, folder: Path) -> None:
+    model = get_peft_model(quantised(folder, kind), config("llama"))
+    with pytest.raises(AdapterError, match=r"shard_base: the base must not be quantised, got .*layers\.0\.self_attn"):
+        shard_base(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -253,7 +253,6 @@ class Packed(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("qweight", torch.arange(in_features * out_features, dtype=torch.int32) % 7 - 3)
-        self.register_buffer("codes", self.qweight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.qweight.view(self.in_features, self.out_features).to(x.dtype)
@@ -273,14 +272,10 @@ def _awq(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lora.awq, "is_gptqmodel_awq_layer", lambda module: isinstance(module, Packed))
 
 
-def _aqlm(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lora.aqlm, "is_aqlm_available", lambda: True)
-    patch.setattr(lora.aqlm, "QuantizedLinear", Packed, raising=False)
-
-
-@pytest.mark.parametrize("package", [_gptq, _awq, _aqlm], ids=["GPTQ", "AWQ", "AQLM"])
+@pytest.mark.parametrize("package", [_gptq, _awq], ids=["GPTQ", "AWQ"])
 def test_wrappers_of_packed_layers(package: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's layer computes base(x) + s B A x, the probe finds it alive at once, and a merge refuses."""
+    """PEFT's layer computes base(x) + s B A x, the probe finds it alive at once, and a merge refuses; LoRA-XS is made
+    of the weight."""
     package(monkeypatch)
     base = nn.Sequential(Packed(6, 4), nn.PReLU(init=1.0))  # PEFT asks a Parameter for the device
     with warnings.catch_warnings():
@@ -295,6 +290,10 @@ def test_wrappers_of_packed_layers(package: Callable, monkeypatch: pytest.Monkey
     assert theta_d.grad.any()
     with pytest.raises(AdapterError, match=r"merge: 0 must be of a kind that PEFT merges, got \w+LoraLinear, which"):
         model.merge_adapter()
+    base = nn.Sequential(Packed(6, 4), nn.PReLU(init=1.0))
+    P = adapter_of(get_peft_model(base, UniProjConfig(projection="lora_xs", r=4, target_modules=["0"]))).P
+    B, A = P.layout.split(P(torch.eye(4).flatten()))
+    torch.testing.assert_close(B @ A, Packed(6, 4)(torch.eye(6)).T, rtol=1e-4, atol=1e-4)
 
 
 # ---- numbers -------------------------------------------------------------------------------------

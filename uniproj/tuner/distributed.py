@@ -30,7 +30,7 @@ def shard_base(model: PeftModel, **options: Any) -> None:
     if not dist.is_initialized():
         raise AdapterError("shard_base: a process group must exist, got none. Start with torchrun or accelerate.")
     base = tuner.model
-    if packed := [name for name, p in base.named_parameters() if not p.is_floating_point()]:
+    if packed := [name for name, p in base.named_parameters() if _is_packed(p)]:
         raise AdapterError(
             f"shard_base: the base must not be quantised, got packed weights such as {packed[0]}. Use DDP instead."
         )
@@ -40,6 +40,11 @@ def shard_base(model: PeftModel, **options: Any) -> None:
             parameter.register_post_accumulate_grad_hook(_mean_over(dist.get_world_size()))
     for part in [*_blocks(base), base]:
         fully_shard(part, ignored_params=set(whole), **options)
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    """torchao's tensors say that they are floats."""
+    return not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao.")
 
 
 def _kept_whole(tuner: UniProjModel) -> list[nn.Parameter]:

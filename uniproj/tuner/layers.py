@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
+from peft.import_utils import is_hqq_available
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
@@ -115,6 +116,8 @@ def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -
         layer.__class__ = _Conv3d
     elif type(layer) is MultiheadAttention:
         layer.__class__, layer.get_base_layer().out_proj.__class__ = _Attention, OutProjection
+    elif is_hqq_available() and type(layer) is HqqLoraLinear:
+        layer.__class__ = _Hqq
     for slot, holder in enumerate(factors_of(layer), 2 * site):
         holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
 
@@ -242,6 +245,23 @@ class _Conv3d(Conv3d):
             return super().get_delta_weight(adapter)  # type: ignore[no-any-return]
         B, A = (factor.weight.flatten(1) for factor in modules_of(self, adapter))
         return (B @ A).view_as(weight) * self.scaling[adapter]  # type: ignore[no-any-return]
+
+
+if is_hqq_available():
+    from peft.tuners.lora.hqq import HqqLoraLinear
+
+    class _Hqq(HqqLoraLinear):
+        """PEFT's, which forgets the bias in the base layer that it makes anew when it merges and unmerges."""
+
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            bias = self.get_base_layer().bias
+            super().merge(*args, **kwargs)
+            self.get_base_layer().bias = bias
+
+        def unmerge(self) -> None:
+            bias = self.get_base_layer().bias
+            super().unmerge()
+            self.get_base_layer().bias = bias
 
 
 class _Attention(MultiheadAttention):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
 from torch import Tensor, nn, random
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -21,33 +21,44 @@ from torch.utils._pytree import tree_leaves, tree_map
 from uniproj.errors import AdapterError
 from uniproj.kernels.random import uniform
 from uniproj.tuner.checkpointing import uncounted
-from uniproj.tuner.layers import modules_of, twin_of
+from uniproj.tuner.layers import is_fused, modules_of, twin_of
+from uniproj.tuner.quantised import input_dtype, packed
 
 
-def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    """Probe one layer of each (class, parameter, dtype of the base weight) with one made-up row.
+def check_alive(layers: Mapping[str, LoraLayer], adapter_name: str, is_trained: bool) -> None:
+    """Probe one layer of each (class, class of the base, parameter, dtype of the base weight) with one made-up row.
 
     A kind that fails on such a row (it wants three axes, another argument, an even batch, or lies on the meta device)
     is named in a warning, and probed with the model's own inputs: at the first call of one of its layers in training,
     and at the first in evaluation. So are, without a warning, modules of which a parameter is adapted: only the model
     knows their inputs. Raises AdapterError, here or there, for a layer whose output ignores its factors, as happens
-    where a quantised layer swallows the adapter; and for an embedding that looks up other rows than A.
+    where a quantised layer swallows the adapter; for an embedding that looks up other rows than A, and for a quantised
+    one that PEFT adapts as a linear layer. Warns, of an adapter that is trained, where the base layer gives its input
+    no gradient.
     """
     kinds: dict[tuple[Any, ...], dict[str, LoraLayer]] = {}
     for name, layer in layers.items():
-        kind = type(layer.get_base_layer()), getattr(layer, "parameter_name", None), _dtype(layer)
+        parameter = getattr(layer, "parameter_name", None)
+        kind = type(layer), type(layer.get_base_layer()), parameter, _dtype(layer)
         kinds.setdefault(kind, {})[name] = layer
-    for (_, parameter, _), alike in kinds.items():
+    for (*_, parameter, _), alike in kinds.items():
         if parameter is not None:
             _FirstCalls(alike, adapter_name)
             continue
         name, layer = next(iter(alike.items()))
+        if isinstance(layer.get_base_layer(), nn.Embedding) and not isinstance(layer, Embedding):
+            raise AdapterError(
+                f"{name}: an embedding must have a weight of floats or of bitsandbytes, got one of torchao, which PEFT "
+                "adapts as that of a linear layer. Leave it out of target_modules, or load the embeddings unquantised."
+            )
         try:
             with align_module_device(layer.get_base_layer()), _evaluating(layer):
                 inputs = _inputs(layer)
                 _refuse_dead(_is_alive(layer, adapter_name, inputs, {}), name, layer)
                 if isinstance(layer.get_base_layer(), nn.Embedding):
                     _refuse_other_rows(name, layer, inputs[0])
+                elif is_trained and not is_fused(layer):
+                    _warn_of_no_gradient(name, layer, inputs)
         except AdapterError:
             raise
         except Exception as error:  # whatever its forward raises
@@ -96,6 +107,20 @@ def _refuse_dead(alive: bool, name: str, layer: LoraLayer) -> None:
             f"{name}: its A and B must move the output of {kind.__name__} layers "
             f"(weight {_dtype(layer)}), but output or gradient stayed 0. "
             "Leave such layers out of target_modules, or load the base model unquantised."
+        )
+
+
+def _warn_of_no_gradient(name: str, layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
+    """Say so where what comes before a layer learns nothing through it, as its base quantises the input."""
+    base_layer = layer.get_base_layer()
+    with torch.inference_mode(False), torch.enable_grad():
+        output = _first_tensor(base_layer(*(x.clone().requires_grad_() for x in inputs)))
+    if not output.requires_grad:
+        warnings.warn(
+            f"{name}: a layer must pass a gradient back to its input, got a {type(base_layer).__name__} (weight "
+            f"{type(packed(base_layer)).__name__}) that rounds its input and passes none: what comes before it learns "
+            "from what goes around it alone. Train on a base that is unquantised, or of which the weights alone are.",
+            stacklevel=3,
         )
 
 
@@ -181,7 +206,8 @@ def _detached(leaf: Any) -> Any:
 
 def _inputs(layer: LoraLayer) -> tuple[Tensor, ...]:
     """One row for a layer: of features, tokens, an image on which a kernel has room, or query, key and value."""
-    base_layer, weight = layer.get_base_layer(), _weight(layer)
+    base_layer = layer.get_base_layer()
+    weight = packed(base_layer)
     if weight is None or weight.is_meta:
         raise ValueError("its weight is not there yet")
     if isinstance(base_layer, nn.Embedding):
@@ -193,19 +219,10 @@ def _inputs(layer: LoraLayer) -> tuple[Tensor, ...]:
         shape = (1, base_layer.in_channels, *(dilation * kernel + 1 for kernel, dilation in room))
     elif isinstance(base_layer, nn.MultiheadAttention):
         shape = (1, 1, base_layer.embed_dim)
-    dtype = weight.dtype
-    if not dtype.is_floating_point:
-        dtype = getattr(base_layer, "compute_dtype", None) or torch.float32
-    x = uniform(0, "probe.x", math.prod(shape)).to(weight.device, dtype).view(shape)
+    x = uniform(0, "probe.x", math.prod(shape)).to(weight.device, input_dtype(base_layer)).view(shape)
     return (x, x, x) if isinstance(base_layer, nn.MultiheadAttention) else (x,)
 
 
 def _dtype(layer: LoraLayer) -> torch.dtype | None:
-    weight = _weight(layer)
+    weight = packed(layer.get_base_layer())
     return None if weight is None else weight.dtype
-
-
-def _weight(layer: LoraLayer) -> Tensor | None:
-    base_layer = layer.get_base_layer()
-    found = getattr(base_layer, "weight", None)
-    return found if isinstance(found, Tensor) else next(iter([*base_layer.parameters(), *base_layer.buffers()]), None)

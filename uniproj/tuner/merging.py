@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from uniproj.errors import AdapterError
@@ -110,12 +110,14 @@ def _moves(layer: LoraLayer, adapters: Sequence[str]) -> Iterator[tuple[float, f
     """Squared norms of W' - (W + s B A) and of s B A, for a quantised layer."""
     base_layer = layer.get_base_layer()
     with align_module_device(base_layer):
-        if is_fused(layer) or (W := dequantised(base_layer)) is base_layer.weight:
+        if is_fused(layer) or (W := dequantised(base_layer)) is getattr(base_layer, "weight", None):
             return
         names = [name for name in adapters if name in layer.r and name not in layer.merged_adapters]
         delta = sum(layer.get_delta_weight(name) for name in names).to(W.device, widest(W.device))
         twin = copy.copy(layer)
-        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base_layer)}
+        # the bias of HQQ is a clone with a graph, and so has no deep copy
+        shared = {id(x): x.detach() for x in vars(base_layer).values() if isinstance(x, Tensor)}
+        twin._modules = {**layer._modules, "base_layer": copy.deepcopy(base_layer, shared)}
         twin.merged_adapters = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -218,7 +218,7 @@ class UniProjModel(LoraModel):
         _set_requires_grad([(p, is_trained) for p in source.parameters()])
         self._watch_calls()
         keep_unpacked(self.model)
-        check_alive(layers, adapter_name)
+        check_alive(layers, adapter_name, is_trained)
         self._guard.renew()
         self._made_by[adapter_name] = copy.deepcopy(config)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import cast
 
+import torch
 from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -83,7 +86,41 @@ def dequantised(layer: nn.Module) -> Tensor:
     """The weight that a layer stands for; its own Parameter where it is not quantised. Leaves the layer as it is."""
     if is_parametrized(layer):  # computed at each look, and such a layer has no shallow copy
         return cast(Tensor, layer.weight)
-    twin = copy.copy(layer)
-    # PEFT puts a new weight into 8-bit layers on the CPU, and that one lacks its scales
-    twin._parameters = dict(layer._parameters)
-    return dequantize_module_weight(twin)
+    if hasattr(layer, "weight") or hasattr(layer, "W_q"):
+        twin = copy.copy(layer)
+        # PEFT puts a new weight into 8-bit layers on the CPU, and that one lacks its scales
+        twin._parameters = dict(layer._parameters)
+        W = cast(Tensor, dequantize_module_weight(twin))
+        if W.is_floating_point():
+            return W
+    return _by_products(layer)
+
+
+@torch.no_grad()
+def _by_products(layer: nn.Module) -> Tensor:
+    """W (out, in) of a linear layer whose packing PEFT cannot undo, from what it makes of the unit vectors.
+
+    In the dtype in which the layer computes; with a bias, W has the rounding of W + bias.
+    """
+    in_, _ = _get_in_out_features(layer)
+    units = torch.eye(cast(int, in_), device=cast(Tensor, packed(layer)).device, dtype=input_dtype(layer))
+    return cast(Tensor, layer(units) - layer(torch.zeros_like(units[:1]))).T
+
+
+def packed(layer: nn.Module) -> Tensor | None:
+    """The weight of a layer, or the first tensor in which it keeps one; None for a layer without tensors."""
+    found = getattr(layer, "weight", None)
+    return found if isinstance(found, Tensor) else next(_tensors(layer), None)
+
+
+def input_dtype(layer: nn.Module) -> torch.dtype:
+    """What a layer takes: the dtype of its weight, or of what it unpacks that to."""
+    weight = packed(layer)
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
+    floats = (tensor.dtype for tensor in _tensors(layer) if tensor.is_floating_point())
+    return getattr(layer, "compute_dtype", None) or next(floats, torch.float32)
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    return chain(layer.parameters(), layer.buffers())
