@@ -88,7 +88,7 @@ class Row:
 
 
 def rows(spec: Comparison, committed: Committed) -> list[Row]:
-    """The published block first, then every method of each of our sweeps; a sweep that was not run is one row."""
+    """The published block first, then every method of each of our sweeps; one that was not run is one row."""
     found = _published(spec)
     for ours in spec.ours:
         found += _ours(spec, ours, committed.sweep(ours.sweep))
@@ -112,9 +112,8 @@ def _quoted(cell: Any) -> Score:
 
 def _ours(spec: Comparison, ours: Ours, sweep: Sweep | None) -> list[Row]:
     block = f"ours, {ours.label}"
-    if sweep is None:
+    if sweep is None or (cells := of_model(sweep.cells, ours.model)).empty:
         return [Row(block, "all methods", None, NOT_RUN, dict.fromkeys(spec.units, Score(NOT_RUN)))]
-    cells = of_model(sweep.cells, ours.model)
     found = []
     for name in style.order(cells["projection"].unique()):
         scores = {c: score_at(sweep, ours.places.get(c), name, ours.model) for c in spec.units}

@@ -79,6 +79,7 @@ def test_published_values_are_those_of_the_file_and_each_has_a_source() -> None:
     assert len(values) == sum(len(row["values"]) for row in content["rows"]) == 425
     assert set(values["table"]) == set(published.tables()) and values["source"].str.contains("github|arXiv").all()
     assert not values.duplicated(["table", "method", "trained", "column", "d", "r", "lr"]).any()
+    assert set(values["projection"].dropna()) <= set(uniproj.names())
     cell = values[(values["table"] == "glue_base") & (values["method"] == "VeRA") & (values["column"] == "CoLA")].iloc[
         0
     ]
@@ -159,6 +160,20 @@ def test_a_method_of_ones_own_is_in_every_table_and_figure(results: Path) -> Non
     (row,) = [row for row in _made("glue_base", results)[0].rows if row[1] == "full"]
     assert row[-1].endswith("(n = 3)")
     plt.close("all")
+
+
+def test_ours_of_one_of_two_models_stand_beside_those_published_of_it(results: Path) -> None:
+    images = ["pets", "cars", "cifar10", "dtd", "eurosat", "fgvc", "resisc45", "cifar100"]
+    own = made_up(images, ["unilora"], model="google/vit-base-patch16-224-in21k")
+    write_sweep(results / "sweeps" / "vision", own)
+    (base, first), (large, second) = _made("vision_base", results), _made("vision_large", results)
+    cells = list(_cells(base, "ours, ViT-B", "Uni-LoRA").values())[3:]
+    means = [own[own["task"] == task]["score"].mean() for task in images]
+    assert [cell.split(" [")[0] for cell in cells] == [f"{100 * mean:.1f}" for mean in (*means, sum(means) / 8)]
+    assert not any(row[0].startswith("ours") for row in large.rows)
+    assert "Without a number: ours, ViT-L, all methods: not run." in large.notes
+    plt.close(first)
+    plt.close(second)
 
 
 def test_a_method_without_a_number_is_named_below(results: Path, table: pd.DataFrame) -> None:
