@@ -14,9 +14,9 @@ import yaml
 from experiments.errors import ExperimentError
 
 FILE = Path(__file__).with_name("published.yaml")
-_NEEDED = ("table", "method", "projection", "source", "values")
+_NEEDED = ("table", "method", "projection", "trained", "source", "values")
 _COUNTS = ("d", "r", "n")
-_OPTIONAL = ("trained", "lr", "doubtful", *_COUNTS)
+_OPTIONAL = ("lr", "doubtful", *_COUNTS)
 
 
 @cache

@@ -106,6 +106,7 @@ def test_published_values_are_those_of_the_file_and_each_has_a_source() -> None:
         ),
         (", source: notes,", ",", r"must have the keys .* others or lacks them: source\. Repair"),
         (", source: notes,", ", sd: 1, source: notes,", "others or lacks them: sd"),
+        ('trained: "125M", ', "", "others or lacks them: trained"),
         ("table: glue_base,", "table: glue_huge,", "must name one of the tables .*, got 'glue_huge'"),
         ("values: {SST-2:", "values: {SST2:", "must name one of the columns SST-2, .*, got 'SST2'"),
         ("doubtful: {average:", "doubtful: {Average:", "must name one of the columns .*, got 'Average'"),
