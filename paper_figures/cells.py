@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -27,6 +29,13 @@ def ratio(row: Any, key: str) -> str:
     """A median ratio with its interval."""
     middle, low, high = (getattr(row, name) for name in (key, f"{key}_low", f"{key}_high"))
     return NOT_MEASURED if pd.isna(middle) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def with_numbers(rows: Sequence[Sequence[str]], labels: int = 2) -> tuple[list[Sequence[str]], list[str]]:
+    """The rows of a table with a number behind their labels, and at most one line on the others, with their words."""
+    known = [row for row in rows if re.search(r"\d", "".join(row[labels:]))]
+    others = [f"{row[0]}, {row[1]}: {' / '.join(dict.fromkeys(row[labels:]))}" for row in rows if row not in known]
+    return known, [f"Without a number: {'; '.join(others)}."] if others else []
 
 
 def score_head(sweep: Sweep | None) -> str:

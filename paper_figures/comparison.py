@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
+from experiments.names import method
 from experiments.records import statistics
 from paper_figures import style
+from paper_figures.cells import with_numbers
 from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, one_cell
 from paper_figures.published import notes, of_table
 from paper_figures.typesetting import Table
@@ -18,11 +21,10 @@ OURS = "Ours: mean over n seeds after the last step, Student's 95 % interval, as
 
 @dataclass(frozen=True)
 class Place:
-    """Where a column's score is: a task, one part of its test, one of several models."""
+    """Where a column's score is: a task, or one part of its test."""
 
     task: str
     group: str | None = None
-    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,35 +36,33 @@ class Mean:
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our sweeps in a comparison: what it is called there, and the place of each column it has."""
+    """One of our sweeps in a comparison: what it is called there, the place of each column it has, and the model, where
+    the sweep has several."""
 
     sweep: str
     label: str
     places: Mapping[str, Place | Mean]
+    model: str | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of the paper. methods: projections it compares; unit: of scores, units: of columns with others."""
+    """A published table beside our sweeps. base: the model it is about; units: of each column, in their order."""
 
     name: str
     title: str
-    published: str
-    columns: Sequence[str]
-    unit: str
-    methods: Mapping[str, str]
-    ours: Sequence[Ours]
-    notes: Sequence[str] = field(default_factory=list)
-    units: Mapping[str, str] = field(default_factory=dict)
-
-    def unit_of(self, column: str) -> str:
-        """The unit of a column."""
-        return self.units.get(column, self.unit)
+    base: str
+    units: Mapping[str, str]
+    ours: Sequence[Ours] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Score:
-    """A cell: what is printed, and in percent (or the unit) what is drawn; None where there is nothing to draw."""
+    """A cell: what is printed, and in percent (or the unit) what is drawn; None where there is nothing to draw.
+
+    low, high: the ends of our interval, or a published mean less and plus its standard deviation.
+    """
 
     text: str
     value: float | None = None
@@ -73,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One method in one block."""
+    """One method in one block. projection: its look, None for the grey of published ones."""
 
     block: str
     method: str
@@ -81,9 +81,14 @@ class Row:
     trained: str
     scores: Mapping[str, Score]
 
+    @property
+    def known(self) -> bool:
+        """Whether it has a number."""
+        return any(score.value is not None for score in self.scores.values())
+
 
 def rows(spec: Comparison, committed: Committed) -> list[Row]:
-    """The published block first, then each of ours; a method or cell that is missing is named, not left out."""
+    """The published block first, then every method of each of our sweeps; one that was not run is one row."""
     found = _published(spec)
     for ours in spec.ours:
         found += _ours(spec, ours, committed.sweep(ours.sweep))
@@ -91,46 +96,49 @@ def rows(spec: Comparison, committed: Committed) -> list[Row]:
 
 
 def _published(spec: Comparison) -> list[Row]:
-    values = of_table(spec.name)
-    block = f"published, {spec.published}"
-    listed = list(dict.fromkeys(zip(values["method"], values["projection"], values["trained"], strict=True)))
-    known = {projection for _, projection, _ in listed}
-    listed += [(label, name, NOT_AVAILABLE) for name, label in spec.methods.items() if name not in known]
     found = []
-    for method, projection, trained in listed:
-        own = values[values["method"] == method].set_index("column")["value"]
-        cells = {c: Score(f"{own[c]:g}", float(own[c])) if c in own else Score(NOT_AVAILABLE) for c in spec.columns}
-        found.append(Row(block, method, projection, trained, cells))
+    for (name, trained), own in of_table(spec.name).groupby(["method", "trained"], sort=False):
+        cells = {cell.column: _quoted(cell) for cell in own.itertuples()}
+        scores = {column: cells.get(column, Score(NOT_AVAILABLE)) for column in spec.units}
+        found.append(Row(f"published, {spec.base}", name, None, trained, scores))
     return found
+
+
+def _quoted(cell: Any) -> Score:
+    spread = {} if pd.isna(cell.sd) else {"low": cell.value - cell.sd, "high": cell.value + cell.sd}
+    n = None if pd.isna(cell.n) else int(cell.n)
+    return Score(cell.text if pd.isna(cell.doubt) else f"{cell.text} (?)", cell.value, n=n, **spread)
 
 
 def _ours(spec: Comparison, ours: Ours, sweep: Sweep | None) -> list[Row]:
     block = f"ours, {ours.label}"
+    if sweep is None or (cells := of_model(sweep.cells, ours.model)).empty:
+        return [Row(block, "all methods", None, NOT_RUN, dict.fromkeys(spec.units, Score(NOT_RUN)))]
     found = []
-    for name, label in spec.methods.items():
-        if sweep is None:
-            found.append(Row(block, label, name, NOT_RUN, {c: Score(NOT_RUN) for c in spec.columns}))
-            continue
-        cells = {c: score_at(sweep, ours.places.get(c), name) for c in spec.columns}
-        trained = sweep.cells.loc[sweep.cells["projection"] == name, "trained"].dropna()
-        found.append(Row(block, label, name, style.span(trained) if len(trained) else NOT_RUN, cells))
+    for name in style.order(cells["projection"].unique()):
+        scores = {c: score_at(sweep, ours.places.get(c), name, ours.model) for c in spec.units}
+        trained = cells.loc[cells["projection"] == name, "trained"].dropna()
+        found.append(Row(block, method(name), name, style.span(trained) if len(trained) else NOT_RUN, scores))
     return found
 
 
-def score_at(sweep: Sweep, place: Place | Mean | None, projection: str) -> Score:
-    """Our score of a projection there, or why there is none."""
+def of_model(cells: pd.DataFrame, model: str | None) -> pd.DataFrame:
+    """The cells, or runs, of one model; all of them where it is None."""
+    return cells if model is None else cells[cells["model"] == model]
+
+
+def score_at(sweep: Sweep, place: Place | Mean | None, projection: str, model: str | None = None) -> Score:
+    """Our score of a projection there, or why there is none. model: one of several."""
     if place is None:
         return Score(NOT_RUN)
     if isinstance(place, Mean):
-        each = [score_at(sweep, Place(task), projection) for task in place.tasks]
+        each = [score_at(sweep, Place(task), projection, model) for task in place.tasks]
         if lost := [score for score in each if score.value is None]:
             return lost[0]
-        runs = sweep.finished
+        runs = of_model(sweep.finished, model)
         return score(statistics.over_tasks(runs[(runs["projection"] == projection) & runs["task"].isin(place.tasks)]))
-    cells = sweep.part(place.group) if place.group else sweep.cells
+    cells = of_model(sweep.part(place.group) if place.group else sweep.cells, model)
     chosen = cells[(cells["projection"] == projection) & (cells["task"] == place.task)]
-    if place.model:
-        chosen = chosen[chosen["model"] == place.model]
     return score(one_cell(chosen, f"{projection} on {place.task} in the sweep {sweep.name}"))
 
 
@@ -147,8 +155,9 @@ def score(cell: pd.Series | None) -> Score:
 
 
 def table(spec: Comparison, found: Sequence[Row]) -> Table:
-    """One line per method and block."""
-    heads = ["block", "method", "trained", *(f"{column}, {spec.unit_of(column)}" for column in spec.columns)]
-    lines = [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.columns)] for r in found]
-    unknown = ["Published: no value is known to us."] if of_table(spec.name).empty else []
-    return Table(spec.title, heads, lines, [*unknown, *notes(spec.name), OURS, *spec.notes])
+    """One line per method and block that has a number."""
+    heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in spec.units.items())]
+    lines, unknown = with_numbers(
+        [[r.block, r.method, r.trained, *(r.scores[c].text for c in spec.units)] for r in found], 3
+    )
+    return Table(spec.title, heads, lines, [*unknown, *notes(spec.name), *([OURS] if spec.ours else []), *spec.notes])

@@ -38,7 +38,8 @@ BLOCK = "block"
 
 @dataclass(frozen=True)
 class Table:
-    """columns: headings with units. rows: a text per column. notes: what a reader must know."""
+    """columns: headings with units. rows: a text per column; without one, there is no table, and the notes say why.
+    notes: what a reader must know."""
 
     title: str
     columns: Sequence[str]
@@ -46,11 +47,14 @@ class Table:
     notes: Sequence[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        body = markdown(*([_code(cell) for cell in line] for line in (self.columns, *self.rows)))
+        body = markdown(*([_code(cell) for cell in line] for line in (self.columns, *self.rows))) if self.rows else ""
         return f"## {_code(self.title)}\n\n{body}\n" + "".join(f"\n{_code(note)}\n" for note in self.notes)
 
     def latex(self) -> str:
         """As wide as the text at most: long cells wrap, wide tables are turned, long ones go on. Blocks head rows."""
+        notes = [rf"\par\raggedright {tex(note)}" for note in self.notes]
+        if not self.rows:
+            return "\n".join([rf"\paragraph{{{tex(self.title)}}}", *notes, ""])
         first = self.columns[0] == BLOCK
         lines, block = [], None
         for row in self.rows:
@@ -70,7 +74,6 @@ class Table:
             around = (r"\begin{table}", r"\end{table}")
             opened = [caption, rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", *heads]
             closed = r"\end{tabular}"
-        notes = (rf"\par {tex(note)}" for note in self.notes)
         inside = [rf"{size}\setlength{{\tabcolsep}}{{2pt}}", *opened, *lines, r"\bottomrule", closed, *notes]
         return "\n".join([PACKAGES, around[0], *inside, around[1], ""])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.errors import ExperimentError
 from experiments.tasks.commonsense import commonsense
 from experiments.tasks.formats import FORMATS
-from experiments.tasks.images import cifar, has_pictures, pictures
+from experiments.tasks.images import PICTURES, has_pictures, pictures, published
 from experiments.tasks.instruction import alpaca
 from experiments.tasks.math import gsm8k, metamath
 from experiments.tasks.own import own
@@ -25,8 +25,7 @@ KNOWN: dict[str, Callable[[str], Task]] = {
     "metamath": metamath,
     "commonsense": commonsense,
     "alpaca": alpaca,
-    "cifar10": partial(cifar, "cifar10"),
-    "cifar100": partial(cifar, "cifar100"),
+    **{name: partial(published, name) for name in PICTURES},
 }
 
 

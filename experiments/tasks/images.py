@@ -1,4 +1,4 @@
-"""Image classification: CIFAR-10, CIFAR-100, or a folder of pictures by class."""
+"""Image classification: eight published data sets, or a folder of pictures by class."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ from experiments.errors import ExperimentError
 from experiments.tasks.splits import Splits, carve
 from experiments.tasks.task import Task
 
-# name -> (columns of image and label on the hub)
-CIFAR = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}
+# those of Uni-LoRA's comparison (arXiv 2506.00799, Table 5), in its order
+PICTURES = {
+    "pets": Splits("timm/oxford-iiit-pet", "pets", rows={"train": 3680, "test": 3669}),
+    "cars": Splits("tanganke/stanford_cars", "cars", rows={"train": 8144, "test": 8041}),
+    "cifar10": Splits("uoft-cs/cifar10", "cifar10", rows={"train": 50000, "test": 10000}),
+    "dtd": Splits("tanganke/dtd", "dtd", rows={"train": 3760, "test": 1880}),
+    "eurosat": Splits("timm/eurosat-rgb", "eurosat", rows={"train": 16200, "validation": 5400, "test": 5400}),
+    "fgvc": Splits("Multimodal-Fatima/FGVC_Aircraft_{split}", "fgvc", rows={"train": 3334, "test": 3333}),
+    "resisc45": Splits("timm/resisc45", "resisc45", rows={"train": 18900, "validation": 6300, "test": 6300}),
+    "cifar100": Splits("uoft-cs/cifar100", "cifar100", rows={"train": 50000, "test": 10000}),
+}
+# what CIFAR calls the columns of image and label
+_RENAMED = {"img": "image", "fine_label": "label"}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-def cifar(name: str, data: str) -> Task:
-    """CIFAR (Krizhevsky 2009): 50,000 / 10,000 pictures of 32 x 32; the validation split is carved from train."""
-    image, label = CIFAR[name]
-    splits = Splits(f"uoft-cs/{name}", name, None, {"train": 50000, "test": 10000})
+def published(name: str, data: str) -> Task:
+    """A data set of PICTURES; where its authors publish no validation split, that is carved from train.
+
+    DTD: train and validation of the first of its ten divisions are one split on the hub. FGVC: the 100 variants.
+    """
+    splits = PICTURES[name]
 
     def read(split: str) -> pd.DataFrame:
-        rows = splits.read("test" if split == "test" else "train", data).rename(
-            columns={image: "image", label: "label"}
-        )
-        return rows if split == "test" else carve(rows, split)
+        whole = split == "test" or "validation" in splits.rows
+        rows = splits.read(split if whole else "train", data).rename(columns=_RENAMED)
+        return rows if whole else carve(rows, split)
 
     return Task(name, "image", read, published=splits.rows)
 

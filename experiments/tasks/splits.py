@@ -20,10 +20,10 @@ _MOST_HELD_OUT = 1000
 class Splits:
     """Published splits of one data set.
 
-    hub, subset: arguments of `datasets.load_dataset`; folder: its place below a data folder, with files named as
-    the splits. rows: how many the authors publish of each split. A hub that serves another number is refused, since
-    its scores could not be compared; a folder may hold a part (as `<folder>_small`, or `<split>_subset` in it), which
-    `Task.published` then shows.
+    hub, subset: arguments of `datasets.load_dataset`, the hub's name with "{split}" where each split has a name of its
+    own; folder: its place below a data folder, with files named as the splits. rows: how many the authors publish of
+    each split. A hub that serves another number is refused, since its scores could not be compared; a folder may hold
+    a part (as `<folder>_small`, or `<split>_subset` in it), which `Task.published` then shows.
     """
 
     hub: str
@@ -36,22 +36,23 @@ class Splits:
         if data != HUB:
             whole, part = Path(data) / self.folder, Path(data) / f"{self.folder}_small"
             return read_file(part if part.is_dir() and not whole.is_dir() else whole, split)
-        rows = self._from_hub(split)
+        hub = self.hub.format(split=split)
+        rows = self._from_hub(hub, split)
         if split in self.rows and len(rows) != self.rows[split]:
             raise ExperimentError(
-                f"tasks: {self.hub} {self.subset or ''} must have {self.rows[split]:,} rows in {split!r} as published, "
+                f"tasks: {hub} {self.subset or ''} must have {self.rows[split]:,} rows in {split!r} as published, "
                 f"got {len(rows):,}. Pin an older revision in a local copy and pass it as data: FOLDER."
             )
         return rows
 
-    def _from_hub(self, split: str) -> pd.DataFrame:
+    def _from_hub(self, hub: str, split: str) -> pd.DataFrame:
         from datasets import load_dataset
 
         try:
-            return load_dataset(self.hub, self.subset, split=split, trust_remote_code=False).to_pandas()
+            return load_dataset(hub, self.subset, split=split, trust_remote_code=False).to_pandas()
         except (OSError, ValueError) as error:
             raise ExperimentError(
-                f"tasks: {self.hub} {self.subset or ''} must be in the local cache or on a hub that can be reached, "
+                f"tasks: {hub} {self.subset or ''} must be in the local cache or on a hub that can be reached, "
                 f"got {type(error).__name__}. Connect, or pass a folder of files: data: FOLDER."
             ) from error
 

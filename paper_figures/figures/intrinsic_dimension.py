@@ -46,7 +46,7 @@ def table(d90: pd.DataFrame | None) -> Table:
              "already its smallest size"]  # fmt: skip
     notes = ["d90: trained numbers that reach 90 % of LoRA's gain over the most frequent label; bootstrap over seeds. "
              "Where already the smallest size reaches it, d90 is an upper bound. The paper states none."]  # fmt: skip
-    return Table(_TITLE, heads, rows or [["ours", "all", *[NOT_RUN] * (len(heads) - 2)]], notes)
+    return Table(_TITLE, heads, rows, notes if rows else [f"Ours: {NOT_RUN}.", *notes])
 
 
 def _end(value: float) -> str:

@@ -1,16 +1,17 @@
-"""Score against d, the rank and the number of training rows: published, and of our sweep of that name."""
+"""Score against d, the learning rate, the rank and the number of training rows: published, and of our sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.names import method, model, task
 from paper_figures import style
-from paper_figures.cells import score_head, whole
-from paper_figures.committed import NOT_AVAILABLE, NOT_RUN, Committed, Sweep, complete, one_task
+from paper_figures.cells import score_head, whole, with_numbers
+from paper_figures.committed import NOT_RUN, Committed, Sweep, complete, one_task
 from paper_figures.comparison import OURS, score
 from paper_figures.panels import PUBLISHED, legend, missing, panels, say
 from paper_figures.published import notes, of_table
@@ -18,19 +19,49 @@ from paper_figures.registry import Product, register
 from paper_figures.sizes import against, logarithmic, only_at
 from paper_figures.typesetting import Table
 
+# published scores of Llama-3.1-8B by d and learning rate
+_GRID = "llama31_8b"
+
 
 @register("score_against_d")
 def against_d(committed: Committed) -> Sequence[Product]:
-    """The published scan of d beside ours."""
-    published, sweep = of_table("score_against_d"), committed.sweep("score_against_d")
-    figure, axes = panels(2, 2, 2.3)
-    axes[0].plot(published["d"], published["value"], color=PUBLISHED, marker="o", markerfacecolor="white")
-    logarithmic(axes[0])
-    axes[0].set_title("published: Llama-3.1-8B, Uni-LoRA")
-    axes[0].set_xlabel("d (n = 1 seed, no interval published)")
+    """The published scores by d, a line for each rate, beside ours."""
+    published, sweep = of_table(_GRID), committed.sweep("score_against_d")
+    figure, axes = panels(2, 2, 2.6)
+    _lines(axes[0], published[published["column"] == "GSM8K"], "d", "lr", lambda lr: f"lr {lr:g}")
+    axes[0].legend(loc="lower right", fontsize=5)
+    axes[0].set_title("published: Llama-3.1-8B")
+    axes[0].set_xlabel("trained numbers (n = 1 seed, no interval published)")
     axes[0].set_ylabel("GSM8K accuracy, %")
     _ours(figure, axes[1], sweep, "trained", "trained numbers")
-    return _table("score_against_d", "Score against d", "trained", "trained numbers", sweep), figure
+    return _table(_GRID, "Score against d", "trained", "trained numbers", sweep), figure
+
+
+@register("learning_rates")
+def rates(committed: Committed) -> Sequence[Product]:
+    """The published scores by learning rate, a line for each size; the table is that of the scores against d."""
+    published = of_table(_GRID)
+    columns = list(published["column"].unique())
+    figure, axes = panels(len(columns), 2, 2.6)
+    for column, panel in zip(columns, axes, strict=True):
+        _lines(panel, published[published["column"] == column], "lr", "d", lambda d: f"{d:,.0f}")
+        panel.set_title(f"published: Llama-3.1-8B, {column}")
+        panel.set_xlabel("learning rate (n = 1 seed, no interval published)")
+        panel.set_ylabel(f"{column} accuracy, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return [figure]
+
+
+def _lines(axes: Axes, values: pd.DataFrame, x: str, by: str, name: Callable[[float], str]) -> None:
+    """Published values against x, joined where method and `by` are equal: the larger, the darker."""
+    groups = list(values.sort_values(x).groupby([by, "method"]))
+    for place, ((key, label), own) in enumerate(groups):
+        grey = str(round(0.75 * (1 - place / len(groups)), 3))
+        axes.plot(
+            own[x], own["value"], color=grey, marker=style.MARKERS[place], markerfacecolor="white",
+            label=f"{label}, {name(key)}",
+        )  # fmt: skip
+    logarithmic(axes)
 
 
 @register("score_against_r")
@@ -43,7 +74,7 @@ def against_r(committed: Committed) -> Sequence[Product]:
     )
     axes[0].set_xticks(published["r"])
     axes[0].set_ylim(0, 1.15 * published["value"].max())
-    axes[0].set_title(f"published: Llama-3.2-3B, Uni-LoRA, d = {int(published['d'].iloc[0]):,}")
+    axes[0].set_title(f"published: Llama-3.2-3B, {published['method'].iloc[0]}, d = {int(published['d'].iloc[0]):,}")
     axes[0].set_xlabel("rank r (n = 1 seed, no interval published)")
     axes[0].set_ylabel("GSM8K accuracy, %")
     _ours(figure, axes[1], sweep, "r", "rank r")
@@ -85,17 +116,17 @@ def _ours(figure: Figure, axes: Axes, sweep: Sweep | None, key: str, label: str)
 def _table(name: str, title: str, key: str, head: str, sweep: Sweep | None) -> Table:
     """Published points, then every cell of ours."""
     rows = [
-        ["published", value["method"], whole(value["d" if key == "trained" else key]), value["column"],
-         f"{value['value']:g}"]
+        ["published", value["method"], whole(value["d" if key == "trained" else key]), f"{value['lr']:g}",
+         value["column"], value["text"]]
         for value in of_table(name).to_dict("records")
-    ] or [["published", "all", *[NOT_AVAILABLE] * 3]]  # fmt: skip
-    if sweep is None:
-        rows.append(["ours", "all", NOT_RUN, NOT_RUN, NOT_RUN])
-    else:
+    ]  # fmt: skip
+    if sweep is not None:
         complete(sweep.cells, key)  # or raises
         for _, cell in sweep.cells.sort_values(["projection", key], kind="stable").iterrows():
             rows.append(
-                [f"ours, {model(cell['model'])}", method(cell["projection"]), whole(cell[key]), task(cell["task"]),
-                 score(cell).text]
+                [f"ours, {model(cell['model'])}", method(cell["projection"]), whole(cell[key]), f"{cell['lr']:g}",
+                 task(cell["task"]), score(cell).text]
             )  # fmt: skip
-    return Table(title, ["block", "method", head, "task", score_head(sweep)], rows, [*notes(name), OURS])
+    known, unknown = with_numbers(rows, 5)
+    below = [*([f"Ours: {NOT_RUN}."] if sweep is None else []), *unknown, *notes(name), OURS]
+    return Table(title, ["block", "method", head, "lr", "task", score_head(sweep)], known, below)

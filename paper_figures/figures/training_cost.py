@@ -14,9 +14,11 @@ from experiments.names import method
 from paper_figures.cells import NOT_MEASURED, ratio, scaled, whole
 from paper_figures.committed import NOT_RUN, Committed
 from paper_figures.panels import LINE, MISSING, guide, lines_of, panels, point, say
-from paper_figures.published import notes, of_table
+from paper_figures.published import notes, of_table, tables
 from paper_figures.registry import Product, register
 from paper_figures.typesetting import Table
+
+_SECONDS, _UNKNOWN = "5,000 steps", "-"
 
 
 @register("training_cost")
@@ -28,43 +30,40 @@ def make(committed: Committed) -> Sequence[Product]:
 
 def table(published: pd.DataFrame, costs: pd.DataFrame | None) -> Table:
     """A row per method and base."""
-    columns = list(dict.fromkeys(zip(published["column"], published["unit"], strict=True)))
+    units = tables()["training_cost"]["units"]
     rows = []
     for label, own in published.groupby("method", sort=False):
-        found = own.set_index("column")["value"]
-        rows.append(["published", label, own["trained"].iloc[0], *(f"{found[column]:g}" for column, _ in columns)])
-    if costs is None:
-        rows.append(["ours", "all", NOT_RUN, *[NOT_RUN] * len(columns)])
-    else:
-        for row in costs.itertuples():
-            rows.append([f"ours, {names.model(row.base)}, CPU", method(row.method), whole(row.trained), NOT_RUN,
-                         ratio(row, "step_ratio"), scaled(row.peak_bytes, 2**30),
-                         scaled(row.file_bytes, 1e6)])  # fmt: skip
+        found = dict(zip(own["column"], own["text"], strict=True))
+        rows.append(["published", label, own["trained"].iloc[0], *(found.get(column, _UNKNOWN) for column in units)])
+    for row in () if costs is None else costs.itertuples():
+        rows.append([f"ours, {names.model(row.base)}, CPU", method(row.method), whole(row.trained), _UNKNOWN,
+                     ratio(row, "step_ratio"), _UNKNOWN, scaled(row.peak_bytes, 2**30),
+                     scaled(row.file_bytes, 1e6)])  # fmt: skip
+    below = [*([f"Ours: {NOT_RUN}."] if costs is None else []), *notes("training_cost")]
     ours = (
         "Ours: median of paired ratios with its 95 % interval; peak memory of a training step beyond the bare base. "
-        "The published memory is all that the process reserved. n is in results/overhead."
+        "The published memory is all that the process reserved. n is in results/overhead. -: not known to us."
     )
-    heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in columns)]
-    return Table("Cost of training", heads, rows, [*notes("training_cost"), ours])
+    heads = ["block", "method", "trained", *(f"{column}, {unit}" for column, unit in units.items())]
+    return Table("Cost of training", heads, rows, [*below, ours])
 
 
 def draw(published: pd.DataFrame, costs: pd.DataFrame | None) -> Figure:
-    """Step time over LoRA's: PEFT's benchmark, and ours on each base."""
+    """Seconds of PEFT's benchmark, and step time over LoRA's, ours on each base."""
     ours = [] if costs is None else [(base, own) for base, own in costs.groupby("base", sort=False)]
-    values = published[published["column"] == "step time / LoRA"]
+    values = published[published["column"] == _SECONDS].sort_values("value")
     most = max([len(values), *(len(own) for _, own in ours)])
     count = 1 + max(1, len(ours))
     figure, axes = panels(count, count, 0.8 + LINE * most)
     lines_of(axes[0], list(values["method"]))
     for place, value in enumerate(values["value"]):
         point(axes[0], value, place, None)
-    guide(axes[0], 1)
     axes[0].set_title("published: PEFT,\nLlama-3.2-3B, GPU")
-    axes[0].set_xlabel("step time / LoRA's\n(n = 1 run)")
+    axes[0].set_xlabel("seconds of 5,000 steps\n(n = 1 run)")
     if not ours:
         say(axes[1], f"ours: {NOT_RUN}")
     for (base, own), panel in zip(ours, axes[1:], strict=False):
-        _ratios(panel, own, f"ours: {names.model(base)},\nCPU")
+        _ratios(panel, own, f"ours, CPU:\n{names.model(base)}")
     return figure
 
 

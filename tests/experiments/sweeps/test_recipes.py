@@ -35,11 +35,12 @@ def few_rows(tmp_path_factory, shared_data: str) -> str:
         _write(pd.read_json(path, lines=True, nrows=10 * FEW), folder / path.relative_to(shared))
     for path in shared.glob("commonsense/*/*.parquet"):
         _write(pd.read_parquet(path).head(10 * FEW), (folder / path.relative_to(shared)).with_suffix(".jsonl"))
-    (folder / "cifar10").mkdir()
-    for split in ("train", "test"):
-        pd.read_parquet(shared / "cifar10_small" / f"{split}.parquet").head(10 * FEW).to_parquet(
-            folder / "cifar10" / f"{split}.parquet"
-        )
+    # EuroSAT has ten classes too, and a validation split of its own
+    for name, splits in (("cifar10", ("train", "test")), ("eurosat", ("train", "validation", "test"))):
+        (folder / name).mkdir()
+        for split in splits:
+            rows = pd.read_parquet(shared / "cifar10_small" / f"{split}.parquet").head(10 * FEW)
+            rows.to_parquet(folder / name / f"{split}.parquet")
     shown = pd.read_json(folder / "gsm8k" / "train.jsonl", lines=True)
     _write(shown.rename(columns={"question": "query", "answer": "response"}), folder / "metamathqa" / "train.jsonl")
     return str(folder)
@@ -95,10 +96,10 @@ def test_instruction(runs: Path, few_rows: str, llama: str, here) -> None:
 
 
 def test_vision(runs: Path, few_rows: str, vit: str, here) -> None:
-    found = _run(
-        "vision", runs, few_rows, "settings.dtype=float32", f"cases=[{{model:{vit},task:cifar10,lr:1e-2,head_lr:5e-2}}]"
-    )
-    assert found["head"].iloc[0] == 32 * 10 + 10 and found["rows"].iloc[0] == 6
+    cases = ",".join(f"{{model:{vit},task:{task},lr:1e-2,head_lr:5e-2}}" for task in ("cifar10", "eurosat"))
+    found = _run("vision", runs, few_rows, "settings.dtype=float32", f"cases=[{cases}]")
+    assert set(found["task"]) == {"cifar10", "eurosat"}
+    assert set(found["head"]) == {32 * 10 + 10} and set(found["rows"]) == {6}
 
 
 def test_a_folder_of_pictures(runs: Path, tmp_path: Path, few_rows: str, vit: str, here) -> None:
