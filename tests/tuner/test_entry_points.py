@@ -219,6 +219,28 @@ def test_hotswap(kind: str, tmp_path: Path) -> None:
     assert _same(model, first)
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hotswap_leaves_trained_what_was_trained(kind: str, is_trained: bool, tmp_path: Path) -> None:
+    model = _with_adapter(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    whole = PeftModel.from_pretrained(base_model("llama"), tmp_path, is_trainable=True)
+    for one, swap in (
+        (whole, lambda: hotswap_adapter(whole, str(tmp_path), "default", torch_device="cpu")),
+        (model, lambda: model.load_adapter(tmp_path, adapter_name="default", hotswap=True)),
+    ):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(is_trained)
+        swap()
+        assert [p for p in trained if p.requires_grad is is_trained] == trained
+        assert {id(p) for p in one.parameters() if p.requires_grad} == (
+            {id(p) for p in trained} if is_trained else set()
+        )
+    model.load_adapter(tmp_path, adapter_name="default", hotswap=True, is_trainable=not is_trained)
+    assert adapter_of(model).theta_d.requires_grad is not is_trained
+
+
 def test_hotswap_refuses_merged_layers_and_other_names(tmp_path: Path) -> None:
     _trained().save_pretrained(tmp_path)
     whole = PeftModel.from_pretrained(base_model("llama"), tmp_path)
