@@ -134,6 +134,39 @@ def test_two_adapters_switch_off_and_go() -> None:
     train_steps(model, "llama")
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+@pytest.mark.parametrize("way", ["transformers", "tuner", "peft"])
+def test_deleting_the_active_adapter_activates_one_that_is_left(way: str) -> None:
+    """Also where some of its layers hold no other: the model says which acts, and no layer keeps one that is gone."""
+    places = {"one": "down_proj", "two": "q_proj", "three": "v_proj"}
+    model = base_model("llama")
+    if way == "peft":
+        model = get_peft_model(model, config("llama", target_modules=["down_proj"]), "one")
+    for name, target in places.items():
+        if way != "peft" or name != "one":
+            given = config("llama", target_modules=[target], init_seed=4)
+            model.add_adapter(*((name, given) if way == "peft" else (given, name)))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for active, deleted, expected in (
+        (["one", "two"], "two", "one"),
+        (["three"], "three", "one"),
+    ):
+        tuner_of(model).set_adapter(active)
+        (tuner_of(model) if way == "tuner" else model).delete_adapter(deleted)
+        found = model.active_adapters if way == "peft" else model.active_adapters()
+        assert found == tuner_of(model).active_adapters == [expected]
+        assert all(layer.active_adapters == [expected] for layer in layers)
+        assert [n for n, p in model.named_parameters() if p.requires_grad and "uniproj_theta_d" in n][0].endswith(
+            expected
+        )
+    before = logits(model.eval())
+    model.train()(**batch("llama")).loss.backward()
+    assert adapter_of(model, "one").theta_d.grad.any()
+    with torch.no_grad():
+        adapter_of(model, "one").theta_d.mul_(2)
+    assert not _same(model, before)
+
+
 def test_both_of_two_active_adapters_act() -> None:
     model = _trained()
     model.add_adapter(config("llama", target_modules=["o_proj"], init_seed=4), "two")

@@ -332,6 +332,10 @@ class UniProjModel(LoraModel):
         for holder in (self.uniproj_theta_d, self.uniproj_projections, self.uniproj_identity):
             if adapter_name in holder:
                 del holder[adapter_name]
+        # where it was active, PEFT has activated another on each layer, or none on one that holds no other
+        active = [layer.active_adapters for layer in self._layers]
+        if any(names != active[0] for names in active):
+            self.set_adapter(next(filter(None, active)))
         self._guard.renew()
 
     # ---- merging ----------------------------------------------------------------------------------
