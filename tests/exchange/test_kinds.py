@@ -73,7 +73,14 @@ def _lora(folder: Path, **fields: Any) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("fields", [{}, PATTERNS, {"use_rslora": True}], ids=["plain", "patterns", "rslora"])
+NAMED = {"target_modules": [*KINDS["target_modules"], "out_proj"]}  # as well as its attention
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, PATTERNS, {"use_rslora": True}, NAMED, {**NAMED, "exclude_modules": "nothing.*"}],
+    ids=["plain", "patterns", "rslora", "output projection", "beside a pattern"],
+)
 def test_peft_gives_the_same_logits_and_it_comes_back(fields: dict[str, Any], tmp_path: Path) -> None:
     model = _ours(**fields)
     wanted = _logits(model)

@@ -70,6 +70,9 @@ def named_in_full(
     stacks = _stacks(model)
     if given.header is None and (found or parameters or stacks):  # else PEFT says why it finds nothing
         adapted_too = tied_to_embedding(model) if given.ensure_weight_tying else set()
+        adapted_too |= {
+            f"{name}.out_proj" for name, module in found.items() if isinstance(module, nn.MultiheadAttention)
+        }
         _check_used("target_modules", () if isinstance(asked, str) else asked, {*found, *adapted_too}, stacks)
         _check_used("target_parameters", given.target_parameters, parameters, stacks)
     modules = [*found, *parameters]

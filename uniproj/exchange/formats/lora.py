@@ -22,7 +22,7 @@ from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod, is_parame
 from uniproj.exchange.registry import register
 from uniproj.format.fields import Role, used
 from uniproj.format.heads import entitled
-from uniproj.format.patterns import of_sites
+from uniproj.format.patterns import of_sites, targets
 from uniproj.format.places import Place, places
 from uniproj.layout import LoRALayout, Site
 from uniproj.projections.lora import LoRA
@@ -210,6 +210,13 @@ def _warn_of_attentions(what: str, layout: LoRALayout) -> None:
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
     fields = lora_fields(adapter.config) | {"inference_mode": True}
+    names = [site.name for site in adapter.layout.sites]
+    # which PEFT adapts with their attention, and would once more by a name of their own
+    parts = {f"{name}.out_proj" for name in names}.intersection(targets(adapter.config, names)[0])
+    if parts and isinstance(excluded := fields["exclude_modules"] or [], str):
+        fields["exclude_modules"] = "|".join([excluded, *map(re.escape, sorted(parts))])
+    elif parts:
+        fields["exclude_modules"] = sorted({*excluded, *parts})
     if rank is not None:
         first = next(iter(adapter.scales.values()))
         fields |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
