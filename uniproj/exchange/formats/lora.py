@@ -59,7 +59,12 @@ class LoRAFormat(PeftMethod):
             site, is_A = P.layout.sites[slot // 2], bool(slot % 2)
             factor = factors_of(theirs.layers[site.name])[is_A][theirs.name]
             tensor = factor if isinstance(factor, Tensor) else factor.weight
-            yield Pair(f"{site.name}.lora_{'BA'[is_A]}", _as_ours(site, is_A, tensor), ours)
+            where = f"{site.name}.lora_{'BA'[is_A]}"
+            if is_A and site.axes:  # axis by axis, as its channels may lie last in memory
+                tensor = tensor if site.count is None else tensor.unflatten(0, (site.count, -1))
+                yield Pair(where, tensor, ours.unflatten(-1, site.axes))
+            else:
+                yield Pair(where, _as_ours(site, is_A, tensor), ours)
 
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
         """See `write` below."""
