@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.tuner.models import base_model, batch, config, logits
 from uniproj import AdapterError
+from uniproj.exchange import export
 from uniproj.tuner import UniProjConfig, adapter_of, bypass
 from uniproj.tuner.bypass import _Reads
 
@@ -376,10 +378,11 @@ def test_an_embedding_that_is_called_is_not_told_of_its_twins(targets: list[str]
 
 
 @pytest.mark.filterwarnings("error:.*must call an adapted layer")
+@pytest.mark.parametrize("target", ["shared", "encoder.embed_tokens", "lm_head"])
 @torch.no_grad()
-def test_all_that_is_tied_to_the_embedding_shares_one_update() -> None:
+def test_all_that_is_tied_to_the_embedding_shares_one_update(target: str, tmp_path: Path) -> None:
     """T5's encoder and decoder look rows of W + s B A up, and its output multiplies by them."""
-    config = UniProjConfig(d=20, r=2, target_modules=["encoder.embed_tokens"], ensure_weight_tying=True)
+    config = UniProjConfig(d=20, r=2, target_modules=[target], ensure_weight_tying=True)
     model, plain = get_peft_model(_t5(), config).train(), _t5()
     P, theta_d = adapter_of(model)
     theta_d.mul_(30)
@@ -394,6 +397,11 @@ def test_all_that_is_tied_to_the_embedding_shares_one_update() -> None:
             model.eval()(input_ids=IDS, **call).logits, plain.eval()(input_ids=IDS, **call).logits
         )
     assert theta_d.grad is not None and theta_d.grad.any()
+    model.save_pretrained(tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(_t5(), tmp_path / "ours")
+    assert torch.equal(loaded.eval()(input_ids=IDS, labels=IDS).logits, model(input_ids=IDS, labels=IDS).logits)
+    with pytest.raises(AdapterError, match=r"export: PEFT ties .* got shared"):
+        export(tmp_path / "ours", tmp_path / "lora")
 
 
 def test_a_part_that_is_called_alone_is_watched_too() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
@@ -174,6 +175,12 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
             "export: of a tied output embedding PEFT takes the rank and alpha that patterns give to its own name, "
             f"uniproj those of the input embedding, got {own.rank_pattern or own.alpha_pattern}. Pass --rank, which "
             "needs no patterns."
+        )
+    embeddings = [site.name for site in old if site.axes == ()] if own.ensure_weight_tying else []
+    if embeddings and {name.rpartition(".")[2] for name in embeddings}.isdisjoint(EMBEDDING_LAYER_NAMES):
+        raise AdapterError(
+            f"export: PEFT ties output embeddings to input embeddings called {EMBEDDING_LAYER_NAMES[0]} alone, and no "
+            f"others, got {embeddings[0]}. Train an adapter without ensure_weight_tying to export it."
         )
     sites = [site if rank is None else replace(site, r=rank // (site.rank // site.r)) for site in old]
     _warn_of_attentions("export", adapter.layout)
