@@ -142,20 +142,22 @@ class _Reads(TorchDispatchMode):
         self.others: dict[str, list[str]] = {}  # modules that hold the weight of a layer too
         self._made_of: dict[int | None, set[str]] = {}
         self._kept: list[StorageWeakRef] = []
-        holders: defaultdict[int | None, list[str]] = defaultdict(list)
+        holders: defaultdict[int | None, list[tuple[str, Tensor]]] = defaultdict(list)
         for key, parameter in model.named_parameters(remove_duplicate=False):
-            holders[_storage(parameter)].append(key.rpartition(".")[0].replace(".base_layer", ""))
+            holders[_storage(parameter)].append((key.rpartition(".")[0].replace(".base_layer", ""), parameter))
         tied = {_storage(weight_of(layer)) for layer in layers.values() if any(is_tied(layer, n) for n in layer.r)}
         module, (is_training, with_gradients, *_) = call
         is_whole = module is model and is_training and with_gradients
         for name, layer in layers.items():
             weight = weight_of(layer)
-            storage = _storage(weight) if isinstance(weight, Tensor) and _applies(layer) else None
-            if storage is None or (len(holders[storage]) > 1 and (not is_whole or storage in tied)):
+            if not isinstance(weight, Tensor) or not _applies(layer):
                 continue
-            if len(holders[storage]) > 1:
-                self.others[name] = [other for other in holders[storage] if other != name.replace(".base_layer", "")]
-            self._note(weight, {name, *self._made_of.get(storage, ())})
+            held = holders[storage := _storage(weight)]
+            if len(held) == 1:
+                self._note(weight, {name})
+            elif held and is_whole and storage not in tied and all(parameter is weight for _, parameter in held):
+                self.others[name] = [other for other, _ in held if other != name.replace(".base_layer", "")]
+                self._note(weight, {name, *self._made_of.get(storage, ())})
         self.__enter__()
 
     def end(self) -> None:
