@@ -24,12 +24,11 @@ from experiments.errors import ExperimentError, status
 from experiments.files import digest
 from experiments.models import adapted_shapes, trust
 from experiments.records import is_done
-from experiments.runs import DEVICES, RUNS, RunConfig, run_folder, shapes_of
+from experiments.runs import DEVICES, RUNS, RunConfig, layout_of, run_folder, shapes_of
 from experiments.sweeps import CONF, Sweep, comparison, preflight, protocol, read, trainer
 from experiments.tasks import METRICS
 from uniproj import console
 from uniproj.errors import printable
-from uniproj.layout import LoRALayout
 from uniproj.registry import get
 
 # VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
@@ -177,10 +176,12 @@ def _announced(sweep: Sweep, runs: Path) -> str:
 
 def _trained_numbers(run: RunConfig) -> int:
     """How many numbers a run trains besides its head; all of theta_D for the reference."""
-    shapes = shapes_of(run.task, run.data, run.model, run.target_modules)
+    base = run.task, run.data, run.model, run.target_modules
+    if run.d is not None:
+        return run.d
     if run.budget is None:
-        return LoRALayout.from_shapes(shapes, run.r).D
-    return get(run.projection).for_budget(shapes, run.budget, run.r).trained
+        return layout_of(*base, run.r).D
+    return get(run.projection).for_budget(shapes_of(*base), run.budget, run.r).trained
 
 
 def compare(args: argparse.Namespace) -> int:

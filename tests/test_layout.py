@@ -97,6 +97,21 @@ def test_a_layout_survives_its_json() -> None:
     assert LoRALayout.from_json(layout.to_json()) == layout
 
 
+def test_layouts_with_other_counts_or_axes_are_not_equal() -> None:
+    """They have the same blocks, so the same P and the same fingerprint."""
+    alike = [
+        [Site("a.0", 4, 6, 2), Site("a.1", 4, 6, 2)],
+        [Site("a", 4, 6, 2, 2)],
+        [Site("a", 4, 6, 2, 2, (3, 2))],
+        [Site("a", 4, 6, 2, 2, (2, 3))],
+        [Site("a", 4, 6, 2, 2, ())],
+    ]
+    layouts = [LoRALayout.of_sites(sites) for sites in alike for _ in range(2)]
+    assert len({layout.fingerprint for layout in layouts}) == 1 and len(set(layouts)) == len(alike)
+    for i, one in enumerate(layouts):
+        assert [one == other for other in layouts] == [i // 2 == j // 2 for j in range(len(layouts))]
+
+
 def test_stacks_and_axes_survive_json_names_and_restriction() -> None:
     sites = [
         Site("h.experts", 6, 4, 2, 3),
@@ -111,6 +126,7 @@ def test_stacks_and_axes_survive_json_names_and_restriction() -> None:
     assert again == layout and again.sites == layout.sites
     one_by_one = LoRALayout.from_shapes(layout.shapes(), {b.module: b.shape[1] for b, _ in layout.pairs()})
     assert one_by_one.fingerprint == layout.fingerprint and len(one_by_one.sites) == 7
+    assert one_by_one != layout and len({one_by_one, layout, again}) == 2
     now = {site.name: f"x.{site.name}" for site in sites}
     assert [site.name for site in layout.renamed(now).sites] == list(now.values())
     kept = layout.restrict(["h.experts.0", "h.experts.2", "h.grouped.0", "h.grouped.1"]).sites

@@ -354,10 +354,11 @@ class LoRALayout:
         return torch.cat([factors[b.module, b.factor].flatten(-2) for b in self.blocks], dim=-1)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LoRALayout) and self.blocks == other.blocks
+        """Of the same blocks at the same sites; `fingerprint` is of the blocks alone, as P is."""
+        return isinstance(other, LoRALayout) and (self.blocks, self.sites) == (other.blocks, other.sites)
 
     def __hash__(self) -> int:
-        return hash(self.blocks)
+        return hash((self.blocks, self.sites))
 
     def __repr__(self) -> str:
         return f"LoRALayout(D={self.D}, modules={len(self.modules)}, fingerprint={self.fingerprint[:12]})"

@@ -16,7 +16,8 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from experiments.models.pretrained import BaseModel, target_modules, unloaded
 from experiments.tasks import Task
-from uniproj.format import adapted_modules
+from uniproj.format import adapted_modules, layout_on
+from uniproj.layout import LoRALayout
 
 
 class Family(ABC):
@@ -81,11 +82,27 @@ def adapted_shapes(family: str, model: str, targets: Sequence[str] | str | None 
     return _adapted_shapes(family, model, targets if isinstance(targets, str | None) else tuple(targets))
 
 
+def adapted_layout(family: str, model: str, targets: Sequence[str] | str | None, r: int) -> LoRALayout:
+    """The layout of these modules at PEFT's rank r, which a convolution parts among its groups."""
+    return _adapted_layout(family, model, targets if isinstance(targets, str | None) else tuple(targets), r)
+
+
 @cache
 def _adapted_shapes(family: str, model: str, targets: tuple[str, ...] | str | None) -> dict[str, tuple[int, int]]:
+    return adapted_modules(*_adapted(family, model, targets, 1))
+
+
+@cache
+def _adapted_layout(family: str, model: str, targets: tuple[str, ...] | str | None, r: int) -> LoRALayout:
+    return layout_on(*_adapted(family, model, targets, r))
+
+
+def _adapted(
+    family: str, model: str, targets: tuple[str, ...] | str | None, r: int
+) -> tuple[PreTrainedModel, LoraConfig]:
     base = unloaded(family_of(family).auto, model)
     with torch.device("meta"):
         chosen = targets if isinstance(targets, str) else list(targets or target_modules(model))
         # a classification head is trained whole: PEFT's LoRA leaves it out under this task type, as the tuner does
-        lora = LoraConfig(r=1, target_modules=chosen, task_type=family_of(family).task_type)
-    return adapted_modules(base, lora)
+        lora = LoraConfig(r=r, target_modules=chosen, task_type=family_of(family).task_type)
+    return base, lora

@@ -18,7 +18,7 @@ from experiments.runs.folder import (
     prepare,
     run_folder,
 )
-from experiments.runs.resolve import DEVICES, check_device, errors_of_projection, resolve, shapes_of
+from experiments.runs.resolve import DEVICES, check_device, errors_of_projection, layout_of, resolve, shapes_of
 from experiments.runs.result import ADAPTER, peak_bytes
 from experiments.runs.run import Run
 from experiments.runs.training import train
@@ -26,6 +26,6 @@ from experiments.runs.training import train
 __all__ = [
     "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "LOSSES", "NAMED", "REFERENCE",
     "RESULT", "RUNS", "SEEDS", "TORCHRUN", "Run", "RunConfig", "asked_of_accelerate", "check_config",
-    "check_device", "check_rows", "describe", "draw", "errors_of_projection", "is_locked", "lock", "peak_bytes",
-    "prepare", "resolve", "run_folder", "shapes_of", "train",
+    "check_device", "check_rows", "describe", "draw", "errors_of_projection", "is_locked", "layout_of", "lock",
+    "peak_bytes", "prepare", "resolve", "run_folder", "shapes_of", "train",
 ]  # fmt: skip

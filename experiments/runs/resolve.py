@@ -16,11 +16,12 @@ from transformers.training_args import OptimizerNames
 from experiments import tasks
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
-from experiments.models import QUANTIZED, adapted_shapes
+from experiments.models import QUANTIZED, adapted_layout, adapted_shapes
 from experiments.runs.config import REFERENCE, SEEDS, RunConfig
 from experiments.tasks import HUB, METRICS
 from uniproj import plugins
 from uniproj.errors import ProjectionError
+from uniproj.layout import LoRALayout
 from uniproj.registry import get
 
 
@@ -57,10 +58,12 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ExperimentError(f"config: {projection} needs either a budget or d, got budget={budget} and d={d}.")
     if budget is None:
         return {"r": r, "d": d, "budget": None, "hyperparameters": given}
-    shapes = shapes_of(settings["task"], settings.get("data", HUB), settings["model"], settings.get("target_modules"))
+    base = settings["task"], settings.get("data", HUB), settings["model"], settings.get("target_modules")
+    shapes = shapes_of(*base)
     with errors_of_projection(f"{projection} must say what it trains at a budget of {budget}"):
         solved = get(projection).for_budget(shapes, budget, r)
-        sizes = {"r": solved.r, "d": solved.d, "hyperparameters": {**given, **solved.hyperparameters}}
+        d = solved.d and min(solved.d, layout_of(*base, solved.r).D)
+        sizes = {"r": solved.r, "d": d, "hyperparameters": {**given, **solved.hyperparameters}}
     check_fields(f"config: {projection}.for_budget: ", RunConfig, sizes)
     return {**sizes, "budget": budget}
 
@@ -95,11 +98,18 @@ def shapes_of(
         ) from error
     # PEFT passes over a name that no module bears, as long as another one is found
     for target in [] if isinstance(target_modules, str) else target_modules or ():
-        if not any(f".{name}".endswith(f".{target}") for name in shapes):
+        # the groups of a convolution are numbered modules
+        if not any(re.search(rf"(^|\.){re.escape(target)}(\.\d+)?$", name) for name in shapes):
             raise ExperimentError(
-                f"config: target_modules must name linear layers of {model}, got {target!r}. Leave it out."
+                f"config: target_modules must name layers of {model} that PEFT adapts, got {target!r}. Leave it out."
             )
     return shapes
+
+
+def layout_of(task: str, data: str, model: str, target_modules: Sequence[str] | str | None, r: int) -> LoRALayout:
+    """The layout that a run has at rank r. Raises ExperimentError as `shapes_of` does."""
+    shapes_of(task, data, model, target_modules)
+    return adapted_layout(tasks.get(task, data).family, model, target_modules, r)
 
 
 DEVICES = ("cpu", "cuda", "mps")

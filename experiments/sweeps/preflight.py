@@ -28,15 +28,14 @@ from experiments.runs import (
     describe,
     draw,
     errors_of_projection,
+    layout_of,
     peak_bytes,
     prepare,
     run_folder,
-    shapes_of,
 )
 from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
 from experiments.sweeps.sweep import Sweep
 from uniproj.errors import printable
-from uniproj.layout import LoRALayout
 from uniproj.registry import build
 from uniproj.registry import get as projection_of
 
@@ -90,8 +89,8 @@ def _one_each(configs: Iterable[RunConfig], keys: Sequence[str]) -> Iterable[Run
 
 def _check_projection(config: RunConfig) -> None:
     """Make P as the run will, with made-up base weights, and apply it once each way."""
-    shapes = shapes_of(config.task, config.data, config.model, config.target_modules)
-    layout = LoRALayout.from_shapes(shapes, config.r)
+    layout = layout_of(config.task, config.data, config.model, config.target_modules, config.r)
+    shapes = layout.shapes()
     if config.d is not None and config.d > layout.D:
         raise ExperimentError(
             f"config: d must be at most D = {layout.D} on {config.model} at r = {config.r}, got {config.d}. "

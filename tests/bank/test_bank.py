@@ -3,6 +3,7 @@
 import os
 import threading
 import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,8 @@ from tests.bank.processes import in_child
 from tests.tuner.models import base_model, batch
 from uniproj import AdapterError, Projection
 from uniproj.bank import AdapterBank
-from uniproj.tuner import adapter_of
+from uniproj.tuner import adapter_of, tuner_of
+from uniproj.tuner.theta import FactorSource
 
 
 def test_what_goes_in_comes_out(bank: AdapterBank) -> None:
@@ -94,6 +96,21 @@ def test_select_is_one_copy_and_one_projection(monkeypatch, bank: AdapterBank) -
             assert torch.equal(model(**batch("llama")).logits, expected[name])
         assert len(calls) == count
     assert adapter_of(model).theta_d is theta_d and theta_d.requires_grad
+
+
+def test_select_projects_only_what_a_later_call_takes(monkeypatch, bank: AdapterBank) -> None:
+    """Off the CPU, here on the meta device, a call outside of `generate` projects anew whatever was there."""
+    calls: list[int] = []
+    model = adapted()
+    monkeypatch.setattr(FactorSource, "views", lambda self: calls.append(1))
+    bank.add("3", vector(3))
+    for device, in_generate, expected in (("cpu", False, 1), ("meta", False, 0), ("meta", True, 1)):
+        model.to(device)
+        call = tuner_of(model)._call
+        with call.generation() if in_generate else nullcontext():
+            bank.select(model, "3")
+        assert len(calls) == expected, (device, in_generate)
+        calls.clear()
 
 
 def test_a_larger_bank_takes_no_more_to_select_from(model: PeftModel, bank: AdapterBank) -> None:

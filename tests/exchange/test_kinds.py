@@ -73,7 +73,14 @@ def _lora(folder: Path, **fields: Any) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("fields", [{}, PATTERNS, {"use_rslora": True}], ids=["plain", "patterns", "rslora"])
+NAMED = {"target_modules": [*KINDS["target_modules"], "out_proj"]}  # as well as its attention
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, PATTERNS, {"use_rslora": True}, NAMED, {**NAMED, "exclude_modules": "nothing.*"}],
+    ids=["plain", "patterns", "rslora", "output projection", "beside a pattern"],
+)
 def test_peft_gives_the_same_logits_and_it_comes_back(fields: dict[str, Any], tmp_path: Path) -> None:
     model = _ours(**fields)
     wanted = _logits(model)
@@ -129,6 +136,22 @@ def test_adapters_in_memory(tmp_path: Path) -> None:
     other = _lora(tmp_path)
     to_peft(P, theta_d, other)
     assert torch.equal(_logits(other), _logits(model))
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels"])
+def test_kernels_in_memory_in_either_order(memory: torch.memory_format) -> None:
+    wanted = from_peft(get_peft_model(*_picture()))
+    model = get_peft_model(*_picture()).to(memory_format=memory)
+    P, theta_d = from_peft(model)
+    assert P.layout == wanted[0].layout and torch.equal(theta_d, wanted[1])
+    to_peft(P, 2 * theta_d, model)
+    assert torch.equal(from_peft(model)[1], 2 * theta_d)
+
+
+def _picture() -> tuple[nn.Module, LoraConfig]:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"plain": nn.Conv2d(4, 6, (3, 2)), "grouped": nn.Conv2d(4, 6, 3, groups=2)})
+    return base, LoraConfig(r=4, init_lora_weights=False, target_modules=["plain", "grouped"])
 
 
 def test_what_the_base_alone_tells(tmp_path: Path) -> None:

@@ -75,10 +75,13 @@ def test_random_numbers_that_a_P_of_base_weights_holds_are_counted_before_it_is_
 
 def test_what_is_allowed_takes_memory_and_time_linear_in_D(tmp_path: Path) -> None:
     """Every method with a free d at D = 2^20, from a file of a few kB: at most 80 bytes a row."""
-    layout = one_module(2**20)
+    small, layout = one_module(2**14), one_module(2**20)
     for name in names():
         cls = get(name)
         for k, variant in enumerate(cls.variants) if not cls.needs_base_weights and cls.free_d else ():
+            compiling = forge(tmp_path / f"{name}{k} small", name, small, max(4, cls.min_d(small)), **variant)
+            with pytest.raises(AdapterError, match="P must have the checksum"):
+                verify(compiling)  # here, as compiling takes more memory than what is measured
             folder = forge(tmp_path / f"{name}{k}", name, layout, max(4, cls.min_d(layout)), **variant)
             found = cost(verify, folder, most=1024)
             assert "P must have the checksum 000000000000.." in found.said, (folder.name, found)

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.tuner.models import base_model, batch, config, logits
 from uniproj import AdapterError
+from uniproj.exchange import export
 from uniproj.tuner import UniProjConfig, adapter_of, bypass
 from uniproj.tuner.bypass import _Reads
 
@@ -168,15 +170,15 @@ def test_a_layer_that_a_model_calls_is_merged_though_it_is_of_the_class_of_outpu
 
 
 @torch.no_grad()
-def test_a_pattern_that_matches_an_attention_and_its_output_projection_adapts_it_once() -> None:
+def test_an_attention_that_is_named_with_its_output_projection_is_adapted_once() -> None:
     torch.manual_seed(0)
     base, x = Attending(nn.MultiheadAttention(8, 2)), torch.randn(2, 3, 8)
     models = [
         get_peft_model(copy.deepcopy(base), UniProjConfig(d=20, r=2, target_modules=targets))
-        for targets in (r"attention(\.out_proj)?", ["attention"])
+        for targets in (["attention"], r"attention(\.out_proj)?", ["attention", "out_proj"])
     ]
-    assert adapter_of(models[0]).P.layout.fingerprint == adapter_of(models[1]).P.layout.fingerprint
-    assert torch.equal(models[0](x), models[1](x))
+    assert len({adapter_of(model).P.layout.fingerprint for model in models}) == 1
+    assert all(torch.equal(models[0](x), model(x)) for model in models)
 
 
 # ---- modules of other people ----------------------------------------------------------------------
@@ -325,10 +327,9 @@ def test_no_false_alarms(how: str) -> None:
 
 
 def test_no_alarm_for_parts_experts_and_ties() -> None:
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    torch.manual_seed(0)
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True))
-    model = get_peft_model(base, UniProjConfig(d=20, r=2, target_modules=["q", "wo", "v", "lm_head"]))  # reads wo.dtype
+    model = get_peft_model(
+        _t5(), UniProjConfig(d=20, r=2, target_modules=["q", "wo", "v", "lm_head"])
+    )  # reads wo.dtype
     ids = torch.ones(2, 3, dtype=torch.long)
     for training in (True, False):
         model.train(training)
@@ -346,6 +347,61 @@ def test_no_alarm_for_parts_experts_and_ties() -> None:
             return F.linear(self.experts[0](x), self.tied.weight)
 
     _attached(Experts(), "0", "1", "2")(torch.randn(3, 6))
+
+
+def _t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True))
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("targets", [["shared"], ["shared", "lm_head"], ["shared", "encoder.embed_tokens"]])
+def test_an_embedding_that_only_lends_its_weight_is_told(targets: list[str]) -> None:
+    """T5's `shared`, which is never called: its twins of the same weight are."""
+    model = _attached(_t5(), *targets).train()
+    with pytest.warns(RuntimeWarning, match=r"^shared: .* encoder\.embed_tokens or decoder\.embed_tokens or lm_head"):
+        model(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "error:.*must call an adapted layer")
+@pytest.mark.parametrize("targets", [["encoder.embed_tokens"], ["decoder.embed_tokens", "lm_head"], ["lm_head", "q"]])
+def test_an_embedding_that_is_called_is_not_told_of_its_twins(targets: list[str]) -> None:
+    model = _attached(_t5(), *targets)
+    for training in (True, False):
+        model.train(training)(input_ids=IDS, labels=IDS)
+    with torch.no_grad():
+        model(encoder_outputs=model.get_encoder()(IDS), decoder_input_ids=IDS)
+
+
+@pytest.mark.filterwarnings("error:.*must call an adapted layer")
+@pytest.mark.parametrize("target", ["shared", "encoder.embed_tokens", "lm_head"])
+@torch.no_grad()
+def test_all_that_is_tied_to_the_embedding_shares_one_update(target: str, tmp_path: Path) -> None:
+    """T5's encoder and decoder look rows of W + s B A up, and its output multiplies by them."""
+    config = UniProjConfig(d=20, r=2, target_modules=[target], ensure_weight_tying=True)
+    model, plain = get_peft_model(_t5(), config).train(), _t5()
+    P, theta_d = adapter_of(model)
+    theta_d.mul_(30)
+    assert [(site.name, site.out_features, site.in_features) for site in P.layout.sites] == [("shared", 16, 32)]
+    B, A = P.layout.split(P(theta_d))
+    plain.shared.weight += (B @ A).T
+    for call in ({"labels": IDS}, {"labels": IDS.flip(0)}):
+        with torch.enable_grad():
+            found = model.train()(input_ids=IDS, **call)
+            found.loss.backward()
+        torch.testing.assert_close(
+            model.eval()(input_ids=IDS, **call).logits, plain.eval()(input_ids=IDS, **call).logits
+        )
+    assert theta_d.grad is not None and theta_d.grad.any()
+    model.save_pretrained(tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(_t5(), tmp_path / "ours")
+    assert torch.equal(loaded.eval()(input_ids=IDS, labels=IDS).logits, model(input_ids=IDS, labels=IDS).logits)
+    with pytest.raises(AdapterError, match=r"export: PEFT ties .* got shared"):
+        export(tmp_path / "ours", tmp_path / "lora")
 
 
 def test_a_part_that_is_called_alone_is_watched_too() -> None:

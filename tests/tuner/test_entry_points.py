@@ -134,6 +134,37 @@ def test_two_adapters_switch_off_and_go() -> None:
     train_steps(model, "llama")
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+@pytest.mark.parametrize("way", ["transformers", "tuner", "peft"])
+def test_deleting_the_active_adapter_activates_one_that_is_left(way: str) -> None:
+    """Also where some of its layers hold no other: the model says which acts, and no layer keeps one that is gone."""
+    places = {"one": "down_proj", "two": "q_proj", "three": "v_proj"}
+    model = base_model("llama")
+    if way == "peft":
+        model = get_peft_model(model, config("llama", target_modules=["down_proj"]), "one")
+    for name, target in places.items():
+        if way != "peft" or name != "one":
+            given = config("llama", target_modules=[target], init_seed=4)
+            model.add_adapter(*((name, given) if way == "peft" else (given, name)))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for active, deleted, expected in (
+        (["one", "two"], "two", "one"),
+        (["three"], "three", "one"),
+    ):
+        tuner_of(model).set_adapter(active)
+        (tuner_of(model) if way == "tuner" else model).delete_adapter(deleted)
+        found = model.active_adapters if way == "peft" else model.active_adapters()
+        assert found == tuner_of(model).active_adapters == [expected]
+        assert all(layer.active_adapters == [expected] for layer in layers)
+        assert adapter_of(model, expected).theta_d.requires_grad
+    before = logits(model.eval())
+    model.train()(**batch("llama")).loss.backward()
+    assert adapter_of(model, "one").theta_d.grad.any()
+    with torch.no_grad():
+        adapter_of(model, "one").theta_d.mul_(2)
+    assert not _same(model, before)
+
+
 def test_both_of_two_active_adapters_act() -> None:
     model = _trained()
     model.add_adapter(config("llama", target_modules=["o_proj"], init_seed=4), "two")
@@ -217,6 +248,28 @@ def test_hotswap(kind: str, tmp_path: Path) -> None:
     assert _same(whole, first)
     model.load_adapter(tmp_path / "one", adapter_name="default", hotswap=True)
     assert _same(model, first)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hotswap_leaves_trained_what_was_trained(kind: str, is_trained: bool, tmp_path: Path) -> None:
+    model = _with_adapter(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    whole = PeftModel.from_pretrained(base_model("llama"), tmp_path, is_trainable=True)
+    for one, swap in (
+        (whole, lambda: hotswap_adapter(whole, str(tmp_path), "default", torch_device="cpu")),
+        (model, lambda: model.load_adapter(tmp_path, adapter_name="default", hotswap=True)),
+    ):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(is_trained)
+        swap()
+        assert [p for p in trained if p.requires_grad is is_trained] == trained
+        assert {id(p) for p in one.parameters() if p.requires_grad} == (
+            {id(p) for p in trained} if is_trained else set()
+        )
+    model.load_adapter(tmp_path, adapter_name="default", hotswap=True, is_trainable=not is_trained)
+    assert adapter_of(model).theta_d.requires_grad is not is_trained
 
 
 def test_hotswap_refuses_merged_layers_and_other_names(tmp_path: Path) -> None:

@@ -701,3 +701,11 @@ def test_an_embedding_is_adapted_or_has_trained_tokens(tokens: list | dict) -> N
     model = get_peft_model(base, UniProjConfig(**fields, target_modules=["q_proj"]))
     losses = train_steps(model, "llama")
     assert losses[-1] < losses[0]
+    adapting = UniProjConfig(**{**fields, "trainable_token_indices": None}, target_modules=["embed_tokens"])
+    other = get_peft_model(_language_model(tied=False, scaled=False), copy.deepcopy(adapting))
+    for targets in (["embed_tokens"], ["q_proj"]):
+        with pytest.raises(AdapterError, match=r"^trainable_token_indices: model.embed_tokens must be adapted or have"):
+            other.add_adapter("two", UniProjConfig(**fields, target_modules=targets))
+    with pytest.raises(AdapterError, match=r"^trainable_token_indices: model.embed_tokens must be adapted or have"):
+        model.add_adapter("two", adapting)
+    model.add_adapter("two", UniProjConfig(d=60, r=4, task_type="CAUSAL_LM", target_modules=["v_proj"]))

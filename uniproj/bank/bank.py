@@ -136,7 +136,9 @@ class AdapterBank:
         return self.get_many(list(once)), torch.tensor([once[name] for name in names])
 
     def select(self, model: nn.Module, name: str) -> None:
-        """Make the active adapter of a model this one: copies d numbers into its theta_d and projects once.
+        """Make the active adapter of a model this one: copies d numbers into its theta_d.
+
+        On the CPU, and within `generate`, it projects them too, once; elsewhere every call of the model does so.
 
         The adapter may be disabled, but not merged.
         """

@@ -8,7 +8,7 @@ from uniproj.format.fields import FIELDS, Role
 from uniproj.format.file import CONFIG, WEIGHTS, SavedAdapter, of_weights, read, write
 from uniproj.format.header import FORMAT_VERSION, Header
 from uniproj.format.keys import HEADS, THETA_D
-from uniproj.format.places import adapted_modules
+from uniproj.format.places import adapted_modules, layout_on
 
 __all__ = [
     "CONFIG",
@@ -24,6 +24,7 @@ __all__ = [
     "adapted_modules",
     "check_layout",
     "first_difference",
+    "layout_on",
     "of_weights",
     "read",
     "write",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from itertools import dropwhile
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uniproj.errors import AdapterError
-from uniproj.tuner.layers import OutProjection, weight_of
+from uniproj.tuner.layers import OutProjection, is_tied, weight_of
 
 # attributes that let PyTorch's own encoders hand the weights of their layers to one kernel, or pack padded batches for
 # it; the results are the same without, but for rounding and for what stands in the padding
@@ -53,10 +54,12 @@ class Guard:
 
     A weight counts as read when it, or what was made of it, enters a product (of matrices, a convolution, attention)
     together with something else; what was reduced to one number, as in penalties and logs, is forgotten. That is
-    allowed if the same call of the model also calls the layer, or if no adapter acts on it at the time. Not checked are
-    layers whose weight another module holds too, as it may be that module which reads it, and compiled or traced code.
+    allowed if the same call of the model also calls the layer, or if no adapter acts on it at the time. Compiled and
+    traced code is not checked.
 
-    Such a call raises AdapterError at its end.
+    Such a call raises AdapterError at its end. If another module holds the weight too, it may rightly be that module
+    which is called, as where only an encoder's or a decoder's embedding is adapted: then a call of the whole model in
+    training warns, and no other is checked.
     """
 
     def __init__(self, model: nn.Module):
@@ -107,7 +110,16 @@ class Guard:
         reads.end()
         if output is None:
             return
-        if passed_by := sorted(reads.read - reads.called):
+        passed_by = sorted(reads.read - reads.called)
+        for name in filter(reads.others.__contains__, passed_by):
+            warnings.warn(
+                f"{name}: the model must call an adapted layer, got a call in training that uses its weight, but in "
+                f"{' or '.join(reads.others[name])}, so this adapter has no effect. Name in target_modules those of "
+                "them that the model calls.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if passed_by := [name for name in passed_by if name not in reads.others]:
             around = type(self._model.get_submodule(passed_by[0].rpartition(".")[0])).__name__
             mode = "training" if module.training else "evaluation"
             raise AdapterError(
@@ -127,13 +139,25 @@ class _Reads(TorchDispatchMode):
         self.read: set[str] = set()
         self.called: set[str] = set()
         self._layers = layers
+        self.others: dict[str, list[str]] = {}  # modules that hold the weight of a layer too
         self._made_of: dict[int | None, set[str]] = {}
         self._kept: list[StorageWeakRef] = []
-        holders = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
+        holders: defaultdict[int | None, list[tuple[str, Tensor]]] = defaultdict(list)
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            holders[_storage(parameter)].append((key.rpartition(".")[0].replace(".base_layer", ""), parameter))
+        tied = {_storage(weight_of(layer)) for layer in layers.values() if any(is_tied(layer, n) for n in layer.r)}
+        module, (is_training, with_gradients, *_) = call
+        is_whole = module is model and is_training and with_gradients
         for name, layer in layers.items():
             weight = weight_of(layer)
-            if isinstance(weight, Tensor) and holders[_storage(weight)] == 1 and _applies(layer):
+            if not isinstance(weight, Tensor) or not _applies(layer):
+                continue
+            held = holders[storage := _storage(weight)]
+            if len(held) == 1:
                 self._note(weight, {name})
+            elif held and is_whole and storage not in tied and all(parameter is weight for _, parameter in held):
+                self.others[name] = [other for other, _ in held if other != name.replace(".base_layer", "")]
+                self._note(weight, {name, *self._made_of.get(storage, ())})
         self.__enter__()
 
     def end(self) -> None:

@@ -57,7 +57,10 @@ def _load_adapter(self: Any, *args: Any, **rest: Any) -> Any:
     with file.read_once(), whole_or_not(self, where):
         tensors = given.get("adapter_state_dict") or load_peft_weights(where, device=str(self.device), **hub)
         if swap:
-            set_other_numbers(Injected(_tuner(self, name)), tensors, name, "load_adapter")
+            tuner = _tuner(self, name)
+            set_other_numbers(Injected(tuner), tensors, name, "load_adapter")
+            if "is_trainable" in given:  # else it stays as it was
+                tuner.set_requires_grad(name, given["is_trainable"])
         else:
             config = config or UniProjConfig.from_pretrained(where, **hub)
             config.inference_mode = not given.get("is_trainable", False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.import_utils import is_hqq_available
@@ -25,7 +25,7 @@ def adapted(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         if not isinstance(module, LoraLayer):
             continue
         layers.add(name)
-        if adapter_name in module.r and not _is_tied(module, adapter_name):
+        if adapter_name in module.r and not is_tied(module, adapter_name):
             # what adapts a parameter, or all of an attention, stands around what adapts the rest, its `base_layer`
             parts = name.split(".")
             own = (part for i, part in enumerate(parts) if part != "base_layer" or ".".join(parts[:i]) not in layers)
@@ -109,6 +109,26 @@ def _names(layer: LoraLayer) -> tuple[str, str]:
 
 def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -> None:
     """Put views of theta_D in the place of the A and B of an adapter. site: its index in the layout."""
+    _prepare(layer)
+    for slot, holder in enumerate(factors_of(layer), 2 * site):
+        holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
+
+
+def tie(layer: LoraLayer, embedding: LoraLayer, adapter_name: str) -> None:
+    """Let a module that holds the weight of the input embedding have its A and B: the update is that of one weight."""
+    _prepare(layer)
+    is_output = not isinstance(layer, Embedding)  # whose W is the transpose, so its B is that of A
+    for slot, holder in enumerate(factors_of(layer)):
+        holder[adapter_name] = _Tied(embedding, adapter_name, slot ^ is_output, is_output)
+
+
+def is_tied(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether a layer has the A and B of the input embedding."""
+    return isinstance(factors_of(layer)[1]._modules.get(adapter_name), _Tied)  # type: ignore[attr-defined]
+
+
+def _prepare(layer: LoraLayer) -> None:
+    """Let a layer of PEFT's be of our class, where there is one."""
     if type(layer) is Embedding:
         layer.lora_embedding_A, layer.lora_embedding_B = map(_Weights, (layer.lora_embedding_A, layer.lora_embedding_B))
         layer.__class__ = _Embedding
@@ -118,18 +138,6 @@ def plug(layer: LoraLayer, adapter_name: str, source: FactorSource, site: int) -
         layer.__class__, layer.get_base_layer().out_proj.__class__ = _Attention, OutProjection
     elif is_hqq_available() and type(layer) is HqqLoraLinear:
         layer.__class__ = _Hqq
-    for slot, holder in enumerate(factors_of(layer), 2 * site):
-        holder[adapter_name] = _factor(layer, source, slot, holder[adapter_name])
-
-
-def tie(layer: LoraLayer, embedding: LoraLayer, adapter_name: str) -> None:
-    """Let an output embedding have the A and B of the input's, transposed: its update is that of the one weight."""
-    for slot, holder in enumerate((layer.lora_A, layer.lora_B)):
-        holder[adapter_name] = _Tied(embedding, adapter_name, slot)
-
-
-def _is_tied(layer: LoraLayer, adapter_name: str) -> bool:
-    return isinstance(layer.lora_A._modules.get(adapter_name), _Tied)
 
 
 def _factor(layer: LoraLayer, source: FactorSource, slot: int, drawn: Any) -> Factor:
@@ -302,30 +310,35 @@ class OutProjection(Linear):
 
 
 class _Tied(nn.Module):
-    """The A of an output embedding, which is the transposed B of the input's, or its B, which is the transposed A.
+    """A factor of the input embedding, in another layer on its weight.
 
-    slot: 0 for A.
+    slot: 0 for its B, 1 for its A; is_transposed: for an output embedding, whose W is the transpose.
     """
 
     bias = None
 
-    def __init__(self, embedding: LoraLayer, adapter_name: str, slot: int):
+    def __init__(self, embedding: LoraLayer, adapter_name: str, slot: int, is_transposed: bool):
         super().__init__()
         # in a tuple, as the embedding is registered in its own place
         self._of = (embedding, adapter_name, slot)
+        self._is_transposed = is_transposed
 
     @property
     def weight(self) -> Tensor:
         embedding, adapter_name, slot = self._of
-        return factors_of(embedding)[slot][adapter_name].mT  # type: ignore[no-any-return]
+        weight: Tensor = factors_of(embedding)[slot][adapter_name]
+        return weight.mT if self._is_transposed else weight
+
+    def refuse_rows(self, x: Tensor, wanted: str) -> NoReturn:
+        """Raises AdapterError, see `Factor.refuse_rows`."""
+        embedding, adapter_name, slot = self._of
+        modules_of(embedding, adapter_name)[slot].refuse_rows(x, wanted)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). In a mixed batch x (n, ..., in), and row i has a weight of its own."""
         weight = self.weight.to(x.device)
         if weight.ndim == 3 and (x.ndim < 3 or len(x) != len(weight)):
-            embedding, adapter_name, slot = self._of
-            wanted = f"tokens, features) = ({len(weight)}, .., {weight.shape[-1]})"
-            modules_of(embedding, adapter_name)[slot].refuse_rows(x, wanted)
+            self.refuse_rows(x, f"tokens, features) = ({len(weight)}, .., {weight.shape[-1]})")
         return x @ weight.mT
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -150,6 +151,17 @@ class UniProjModel(LoraModel):
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         return sorted(tied_to_embedding(self.model))
+
+    def _check_tied_modules(self, model: Any, peft_config: UniProjConfig) -> None:
+        """PEFT's, which knows an embedding by the names of Llama's alone."""
+        tied = self._get_module_names_tied_with_embedding() if peft_config.ensure_weight_tying else []
+        embedding = model.get_input_embeddings() if tied else None
+        if any(module is embedding and name in (peft_config.places or ()) for name, module in model.named_modules()):
+            with warnings.catch_warnings(action="ignore"):  # that nothing tied is adapted
+                super()._check_tied_modules(model, peft_config)
+            self._add_targets_to_tie(peft_config, tied)
+        else:
+            super()._check_tied_modules(model, peft_config)
 
     def _add_modules_to_save_to_tie(self, peft_config: UniProjConfig, tied_weight_keys: list[str]) -> None:
         raise AdapterError(
@@ -332,6 +344,10 @@ class UniProjModel(LoraModel):
         for holder in (self.uniproj_theta_d, self.uniproj_projections, self.uniproj_identity):
             if adapter_name in holder:
                 del holder[adapter_name]
+        # where it was active, PEFT has activated another on each layer, or none on one that holds no other
+        active = [layer.active_adapters for layer in self._layers]
+        if any(names != active[0] for names in active):
+            self.set_adapter(next(filter(None, active)))
         self._guard.renew()
 
     # ---- merging ----------------------------------------------------------------------------------

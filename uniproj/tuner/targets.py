@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -69,6 +70,9 @@ def named_in_full(
     stacks = _stacks(model)
     if given.header is None and (found or parameters or stacks):  # else PEFT says why it finds nothing
         adapted_too = tied_to_embedding(model) if given.ensure_weight_tying else set()
+        adapted_too |= {
+            f"{name}.out_proj" for name, module in found.items() if isinstance(module, nn.MultiheadAttention)
+        }
         _check_used("target_modules", () if isinstance(asked, str) else asked, {*found, *adapted_too}, stacks)
         _check_used("target_parameters", given.target_parameters, parameters, stacks)
     modules = [*found, *parameters]
@@ -92,17 +96,22 @@ def named_in_full(
         given.target_modules = named.target_modules
 
 
-def _refuse_tokens_of_adapted(tokens: Any, found: Mapping[str, nn.Module], model: nn.Module) -> None:
+def _refuse_tokens_of_adapted(tokens: Any, found: Iterable[str], model: nn.Module) -> None:
     """Raise AdapterError for an embedding that is adapted and has single trained tokens, of which PEFT takes one.
 
-    tokens: trainable_token_indices, for the input embedding or by the ends of names.
+    tokens: trainable_token_indices, for the input embedding or by the ends of names. What other adapters of the model
+    adapt and train counts too.
     """
-    of_input = getattr(model, "get_input_embeddings", lambda: None)
-    for name, module in found.items() if tokens is not None else ():
-        if name.endswith(tuple(tokens)) if isinstance(tokens, Mapping) else module is of_input():
+    modules = dict(model.named_modules())
+    of_input = getattr(model, "get_input_embeddings", lambda: None)() if tokens is not None else None
+    ends = tuple(tokens) if isinstance(tokens, Mapping) else ()
+    for name in {*found, *(name for name, module in modules.items() if isinstance(module, LoraLayer) and module.r)}:
+        module = modules[name]
+        is_named = name.endswith(ends) if ends else module is of_input
+        if is_named or isinstance(module, TrainableTokensWrapper):
             raise AdapterError(
-                f"trainable_token_indices: {name} must be adapted or have trained tokens, got both. Leave it out of "
-                "target_modules, or train all its tokens by its adapter."
+                f"trainable_token_indices: {name} must be adapted or have trained tokens, got both, of all adapters of "
+                "the model. Leave it out of target_modules, or train all its tokens by its adapter."
             )
 
 

@@ -218,9 +218,10 @@ class FactorSource:
         return theta_D.views
 
     def refresh(self) -> None:
-        """Make `views` anew, and have them ready for the next call without gradients."""
+        """Forget `views`, and have new ones ready where the next call without gradients would take them."""
         self._call.forget(self._name)
-        self.views()
+        if self._call.generated is not None or self._inputs()[0].device.type == "cpu":
+            self.views()
 
     @contextmanager
     def using(self, per_row: PerRow) -> Iterator[None]:

@@ -167,7 +167,7 @@ def test_broken_settings_are_refused(tmp_path: Path, settings: str, message: str
             r"target_modules \['nope'\], got: base: must have modules called",
         ),
         ({"target_modules": "("}, "target_modules"),
-        ({"target_modules": ["query", "nope"]}, "target_modules must name linear layers of .*, got 'nope'"),
+        ({"target_modules": ["query", "nope"]}, "target_modules must name layers of .* that PEFT adapts, got 'nope'"),
     ],
 )
 def test_impossible_settings_are_refused(task: str, model: str, extra: dict, message: str) -> None:

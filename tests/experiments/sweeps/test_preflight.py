@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from transformers import SqueezeBertConfig
 
 from experiments import compare, harness, sweep, train
+from experiments.errors import ExperimentError
 from experiments.files import read_json, write_json
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import CONFIG, LOSSES, RESULT, prepare
@@ -93,6 +95,28 @@ def test_target_modules_that_re_would_not_end_on(file: Path, runs: Path, capsys)
             assert ("target_modules: all patterns must be matched within" in said) == (status == 2), said
     finally:
         signal.alarm(0)
+
+
+def test_grouped_convolutions_part_the_rank_among_their_groups(task: str, tmp_path: Path) -> None:
+    """Of a convolution from 32 to 32 channels in 4 groups PEFT makes A (4, 32) and B (32, 1) at r = 4."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 1}
+    SqueezeBertConfig(**sizes, num_attention_heads=4, intermediate_size=48).save_pretrained(tmp_path)
+    D = 2 * (4 * 32 + 32 * 1)
+    settings = {
+        "task": task,
+        "model": str(tmp_path),
+        "target_modules": ["query", "value"],
+        "seed": 0,
+        "lr": 0.1,
+        "r": 4,
+    }
+    assert resolve({**settings, "projection": "unilora", "budget": 10**4}).d == D
+    config = resolve({**settings, "projection": "unilora", "budget": D - 20})
+    preflight._check_projection(config)
+    with pytest.raises(ExperimentError, match=rf"d must be at most D = {D} .* got {D + 1}"):
+        preflight._check_projection(replace(config, d=D + 1))
+    counts = [compare._trained_numbers(run) for run in (config, resolve({**settings, "projection": "lora"}))]
+    assert counts == [D - 20, D]
 
 
 def test_rows_in_order_are_counted_with_their_classes(folder: Path, file: Path, runs: Path, capsys) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from uniproj.errors import AdapterError
@@ -22,7 +23,7 @@ from uniproj.exchange.formats._peft import Attached, Pair, PeftMethod, is_parame
 from uniproj.exchange.registry import register
 from uniproj.format.fields import Role, used
 from uniproj.format.heads import entitled
-from uniproj.format.patterns import of_sites
+from uniproj.format.patterns import of_sites, targets
 from uniproj.format.places import Place, places
 from uniproj.layout import LoRALayout, Site
 from uniproj.projections.lora import LoRA
@@ -59,7 +60,12 @@ class LoRAFormat(PeftMethod):
             site, is_A = P.layout.sites[slot // 2], bool(slot % 2)
             factor = factors_of(theirs.layers[site.name])[is_A][theirs.name]
             tensor = factor if isinstance(factor, Tensor) else factor.weight
-            yield Pair(f"{site.name}.lora_{'BA'[is_A]}", _as_ours(site, is_A, tensor), ours)
+            where = f"{site.name}.lora_{'BA'[is_A]}"
+            if is_A and site.axes:  # axis by axis, as its channels may lie last in memory
+                tensor = tensor if site.count is None else tensor.unflatten(0, (site.count, -1))
+                yield Pair(where, tensor, ours.unflatten(-1, site.axes))
+            else:
+                yield Pair(where, _as_ours(site, is_A, tensor), ours)
 
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
         """See `write` below."""
@@ -170,6 +176,12 @@ def write(adapter: LoRAAdapter, folder: Path, rank: int | None = None) -> None:
             f"uniproj those of the input embedding, got {own.rank_pattern or own.alpha_pattern}. Pass --rank, which "
             "needs no patterns."
         )
+    embeddings = [site.name for site in old if site.axes == ()] if own.ensure_weight_tying else []
+    if embeddings and {name.rpartition(".")[2] for name in embeddings}.isdisjoint(EMBEDDING_LAYER_NAMES):
+        raise AdapterError(
+            f"export: PEFT ties output embeddings to input embeddings called {EMBEDDING_LAYER_NAMES[0]} alone, and no "
+            f"others, got {embeddings[0]}. Train an adapter without ensure_weight_tying to export it."
+        )
     sites = [site if rank is None else replace(site, r=rank // (site.rank // site.r)) for site in old]
     _warn_of_attentions("export", adapter.layout)
     config = _config(adapter, rank)
@@ -210,6 +222,13 @@ def _warn_of_attentions(what: str, layout: LoRALayout) -> None:
 
 def _config(adapter: LoRAAdapter, rank: int | None) -> LoraConfig:
     fields = lora_fields(adapter.config) | {"inference_mode": True}
+    names = [site.name for site in adapter.layout.sites]
+    # which PEFT adapts with their attention, and would once more by a name of their own
+    parts = {f"{name}.out_proj" for name in names}.intersection(targets(adapter.config, names)[0])
+    if parts and isinstance(excluded := fields["exclude_modules"] or [], str):
+        fields["exclude_modules"] = "|".join([excluded, *map(re.escape, sorted(parts))])
+    elif parts:
+        fields["exclude_modules"] = sorted({*excluded, *parts})
     if rank is not None:
         first = next(iter(adapter.scales.values()))
         fields |= {"r": rank, "lora_alpha": max(1, round(first * rank))}
