@@ -247,25 +247,6 @@ def test_numbers_that_lie_where_the_old_ones_did() -> None:
         assert not theta._Unwritten(uncounted).holds(uncounted)
 
 
-@pytest.mark.parametrize("ends", ["well", "by an error"])
-def test_hooks_inside_come_back_after_a_generation(ends: str) -> None:
-    """Tokens are decoded without them; a call that enters there afterwards is one call again."""
-    model = _llama()
-    inside, hooked = model.get_base_model().model, []
-
-    def look() -> None:
-        hooked.append(bool(inside._forward_pre_hooks))
-        if ends != "well":
-            raise InterruptedError
-
-    callback = _Callback(model, look)
-    with nullcontext() if ends == "well" else pytest.raises(InterruptedError):
-        _tokens(model, stopping_criteria=StoppingCriteriaList([callback]))
-    projected = _projected(model)
-    inside(IDS)
-    assert (hooked, projected) == ([False], [False])
-
-
 @pytest.mark.parametrize("work", ["switch", "disable", "generate within", "delete and add"])
 @torch.no_grad()
 def test_adapters_change_between_tokens(work: str) -> None:

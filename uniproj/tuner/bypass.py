@@ -114,8 +114,8 @@ class Guard:
         for name in filter(reads.others.__contains__, passed_by):
             warnings.warn(
                 f"{name}: the model must call an adapted layer, got a call in training that uses its weight, but in "
-                f"{' or '.join(reads.others[name])}, so this adapter has no effect. Name in target_modules those of "
-                "them that the model calls.",
+                f"{' or '.join(reads.others[name])}, so this adapter has no effect in it. Name in target_modules "
+                "those of them that the model calls.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -206,8 +206,6 @@ class UniProjModel(LoraModel):
         self._replicated = None
         self._call = Call()
         self._hooks: list[RemovableHandle] = []
-        self._inside: list[nn.Module] = []  # the base model, that have an adapted layer inside
-        self._hooks_inside: list[RemovableHandle] = []
         self._guard = Guard(self.model)
 
     def _attach(self, adapter_name: str) -> None:
@@ -262,42 +260,24 @@ class UniProjModel(LoraModel):
 
     def _watch_calls(self) -> None:
         """Hook every module with an adapted layer inside: any of them may be what a caller calls."""
-        self._unwatch()
+        for hook in self._hooks:
+            hook.remove()
         adapted = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
         self._layers = list(adapted.values())
         around = {name[:end] for name in adapted for end, letter in enumerate(name) if letter == "."}
-        self._hooks = self._hook(self.model, self._begin_call)
-        self._inside = [self.model.get_submodule(name) for name in around]
-        self._watch_inside()
+        self._hooks = []
+        for name in {"", *around}:
+            module = self.model.get_submodule(name)
+            enter = self._enter if name else self._begin_call
+            self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         if hasattr(type(self.model), "generate"):  # in the model itself, where every way to generate ends
             self.model.__dict__.setdefault("generate", self._generate)
 
-    def _watch_inside(self) -> None:
-        if not self._hooks_inside:
-            self._hooks_inside = [hook for module in self._inside for hook in self._hook(module, self._enter)]
-
-    def _hook(self, module: nn.Module, enter: Any) -> list[RemovableHandle]:
-        before = module.register_forward_pre_hook(enter, with_kwargs=True)
-        return [before, module.register_forward_hook(self._leave, always_call=True)]
-
-    def _unwatch_inside(self) -> None:
-        for hook in self._hooks_inside:
-            hook.remove()
-        self._hooks_inside = []
-
-    def _unwatch(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._unwatch_inside()
-        self._hooks, self._inside = [], []
-
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, all of it as one."""
-        try:
-            with self._call.generation():
-                return type(self.model).generate(self.model, *args, **kwargs)
-        finally:
-            self._watch_inside()
+        with self._call.generation():
+            return type(self.model).generate(self.model, *args, **kwargs)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # the same module again: a KeyboardInterrupt ended its last call, and PyTorch then runs no hooks
@@ -306,11 +286,8 @@ class UniProjModel(LoraModel):
 
     def _begin_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._call.begin(module)
-        if not torch.compiler.is_compiling():
+        if self._made_by and not torch.compiler.is_compiling():
             self._settle()
-            if module is self.model and self._call.generated is not None:
-                # whose calls enter here from now on: hooks inside would cost each token 1 to 2 % of its time
-                self._unwatch_inside()
         active = [name for name in self.active_adapters if name in self._sources]
         if self._adapters_enabled:
             for name in active:
@@ -344,9 +321,9 @@ class UniProjModel(LoraModel):
         for holder in (self.uniproj_theta_d, self.uniproj_projections, self.uniproj_identity):
             if adapter_name in holder:
                 del holder[adapter_name]
-        # where it was active, PEFT has activated another on each layer, or none on one that holds no other
+        # where it was active on a layer that holds no other adapter, PEFT has activated none there
         active = [layer.active_adapters for layer in self._layers]
-        if any(names != active[0] for names in active):
+        if any(active) and not all(active):
             self.set_adapter(next(filter(None, active)))
         self._guard.renew()
 
@@ -380,7 +357,8 @@ class UniProjModel(LoraModel):
             # once more for what lies within a layer around a parameter, which PEFT takes for a part of that layer
             while any(isinstance(module, LoraLayer) for module in model.modules()):
                 model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        self._unwatch()
+        for hook in self._hooks:
+            hook.remove()
         if self.model.__dict__.get("generate") == self._generate:
             del self.model.generate
         self._guard.remove()

@@ -104,10 +104,10 @@ def _refuse_tokens_of_adapted(tokens: Any, found: Iterable[str], model: nn.Modul
     """
     modules = dict(model.named_modules())
     of_input = getattr(model, "get_input_embeddings", lambda: None)() if tokens is not None else None
-    ends = tuple(tokens) if isinstance(tokens, Mapping) else ()
+    ends = tuple(tokens) if isinstance(tokens, Mapping) else None
     for name in {*found, *(name for name, module in modules.items() if isinstance(module, LoraLayer) and module.r)}:
         module = modules[name]
-        is_named = name.endswith(ends) if ends else module is of_input
+        is_named = module is of_input if ends is None else name.endswith(ends)
         if is_named or isinstance(module, TrainableTokensWrapper):
             raise AdapterError(
                 f"trainable_token_indices: {name} must be adapted or have trained tokens, got both, of all adapters of "
