@@ -327,9 +327,8 @@ def test_no_false_alarms(how: str) -> None:
 
 
 def test_no_alarm_for_parts_experts_and_ties() -> None:
-    model = get_peft_model(
-        _t5(), UniProjConfig(d=20, r=2, target_modules=["q", "wo", "v", "lm_head"])
-    )  # reads wo.dtype
+    # reads wo.dtype
+    model = get_peft_model(_t5(), UniProjConfig(d=20, r=2, target_modules=["q", "wo", "v", "lm_head"]))
     ids = torch.ones(2, 3, dtype=torch.long)
     for training in (True, False):
         model.train(training)

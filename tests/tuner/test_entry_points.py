@@ -349,3 +349,19 @@ def test_an_alora_needs_a_peft_model(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="alora_invocation_tokens: a PeftModel must find these tokens"):
             attach(model)
         assert list(model.state_dict()) == list(base_model("llama").state_dict())
+
+
+def test_deleting_an_adapter_leaves_layers_alone_that_hold_another_active() -> None:
+    model = get_peft_model(base_model("llama"), config("llama"))
+    for name in ("other", "gone"):
+        model.add_adapter(name, config("llama"))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers[0].set_adapter("other")
+    model.delete_adapter("gone")
+    assert [layer.active_adapters for layer in layers] == [["other"], *[["default"]] * (len(layers) - 1)]
+
+
+def test_no_trained_tokens_are_no_tokens_of_an_adapted_embedding() -> None:
+    targets = {"target_modules": ["embed_tokens"]}
+    model = get_peft_model(base_model("llama"), config("llama", trainable_token_indices={}, **targets))
+    assert [site.name for site in adapter_of(model).P.layout.sites] == ["model.embed_tokens"]
