@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.errors import ExperimentError
 from experiments.records import RECORDS, statistics
-from experiments.records.gather import OVERHEAD, Records, read_sweep, read_table
+from experiments.records.gather import OVERHEAD, Records, read_sweep, read_table, together
 
 NOT_RUN, NOT_AVAILABLE = "not run", "not available"
 # a sweep that only checks that sweeps run
@@ -71,10 +71,15 @@ class Committed:
             )
 
     def sweep(self, name: str) -> Sweep | None:
-        """The sweep of this name, or None if it was not run."""
-        place = self.folder / "sweeps" / name
-        if name not in self._known and place.is_dir():
-            self._known[name] = Sweep(name, read_sweep(place))
+        """The sweep of this name, or None if it was not run.
+
+        One of many hours may be run in parts, `name_<part>`, which have no cell in common: they are read as one.
+        """
+        if name not in self._known:
+            places = [self.folder / "sweeps" / name, *sorted(self.folder.glob(f"sweeps/{name}_*"))]
+            parts = [read_sweep(place) for place in places if place.is_dir()]
+            if parts:
+                self._known[name] = Sweep(name, together(parts))
         return self._known.get(name)
 
     @cached_property
@@ -86,7 +91,8 @@ class Committed:
     def sweeps(self) -> list[Sweep]:
         """Every study at hand, by name."""
         names = sorted(path.name for path in (self.folder / "sweeps").iterdir())
-        return [sweep for name in names if name != _SMOKE and (sweep := self.sweep(name))]
+        whole = [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+        return [sweep for name in whole if name != _SMOKE and (sweep := self.sweep(name))]
 
     @cached_property
     def costs(self) -> pd.DataFrame | None:

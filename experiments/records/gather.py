@@ -6,7 +6,7 @@ One row per run, with `sweep`, `failed` (the reason, or NaN) and `folder` (<task
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,15 +68,20 @@ def read(folder: Path) -> Records:
             "Train something first: `make compare`."
         )
     models = folder / OVERHEAD
-    together = Records(
-        _marked(pd.concat([part.runs for part in found], ignore_index=True)),
-        pd.concat([part.curves for part in found], ignore_index=True),
-        {name: origin for part in found for name, origin in part.origins.items()},
-        _attempt(str(OVERHEAD), damaged, read_table, models, ("base", "method")) if models.exists() else None,
-        damaged,
+    overhead = _attempt(str(OVERHEAD), damaged, read_table, models, ("base", "method")) if models.exists() else None
+    every = together(found)
+    every = replace(every, runs=_marked(every.runs), overhead=overhead, damaged=damaged)
+    check(every.runs, str(folder))
+    return every
+
+
+def together(parts: Sequence[Records]) -> Records:
+    """The runs, curves and origins of all of them."""
+    return Records(
+        pd.concat([part.runs for part in parts], ignore_index=True),
+        pd.concat([part.curves for part in parts], ignore_index=True),
+        {name: origin for part in parts for name, origin in part.origins.items()},
     )
-    check(together.runs, str(folder))
-    return together
 
 
 def _attempt(place: str, damaged: list[tuple[str, str]], read: Callable[..., T], *arguments: Any) -> T | None:
