@@ -439,8 +439,9 @@ def test_off_the_CPU_nothing_is_compared(compared: list[bool], monkeypatch: pyte
     """PyTorch's meta device stands in: whatever needs a number of a tensor is an error there."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which knows no meta device
     for projection in ("lora", "vblora"):
-        model, x = _llama(projection).to("meta"), torch.ones(2, 32, device="meta")
-        part, projected = model.get_base_model().model.layers[0].mlp, _projected(model)
+        model, x = _llama(projection).to("meta"), torch.ones(1, 2, 32, device="meta")
+        layer, projected = model.get_base_model().model.layers[0], _projected(model)
+        part = partial(layer, position_embeddings=2 * (torch.ones(1, 2, layer.self_attn.head_dim, device="meta"),))
         for _ in range(3):
             part(x)
         assert len(projected) == 3  # an edit through `.data` is seen, at the cost of a product

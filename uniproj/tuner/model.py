@@ -259,14 +259,21 @@ class UniProjModel(LoraModel):
         self._made_by = {}
 
     def _watch_calls(self) -> None:
-        """Hook every module with an adapted layer inside: any of them may be what a caller calls."""
+        """Hook the modules around adapted layers, any of which a caller may call.
+
+        Left out, as hooks there would take 1 % of a generated token, is the inmost module around a layer (an attention,
+        an MLP), unless the model itself has it as a child. Where one of these is called by itself, each look of a layer
+        at its factors is a call of its own, and the `Guard` is not asked.
+        """
         for hook in self._hooks:
             hook.remove()
         adapted = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
         self._layers = list(adapted.values())
-        around = {name[:end] for name in adapted for end, letter in enumerate(name) if letter == "."}
+        holders = {name.rpartition(".")[0] for name in adapted}
+        around = {name[:end] for name in holders for end, letter in enumerate(name) if letter == "."}
+        children = {name.partition(".")[0] for name in holders}
         self._hooks = []
-        for name in {"", *around}:
+        for name in {"", *children, *around}:
             module = self.model.get_submodule(name)
             enter = self._enter if name else self._begin_call
             self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))

@@ -177,7 +177,7 @@ class FactorSource:
       backward has passed through that or the checkpoint is reentrant, projects anew;
     - under torch.func or forward-mode differentiation, and under torch.compile outside of `generate`, projects anew and
       keeps nothing. So does the capture of a CUDA graph, whose replays then see every edit.
-    A layer called by itself is a call of its own.
+    A layer called by itself, or by the one module around it, is in no call: each look at its factors is one.
 
     The call belongs to its thread. Threads share a theta_D without a graph, which nobody changes, and during a
     backward, which a GPU runs in a thread of its own, the theta_Ds whose graph it walks.
