@@ -19,7 +19,7 @@ from uniproj import console
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sweep", help="name of a sweep, such as glue_budget")
+    parser.add_argument("sweep", help="name of a sweep, such as glue_budget_sst2")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
     parser.add_argument("--out", type=Path, default=OUT, help="a folder of the sweep's name is written into this one")
     return parser.parse_args(argv)

@@ -27,13 +27,20 @@ PROJECTIONS = {label: name for name, label in mapping("methods").items()}
 TASKS = {label: name for name, label in mapping("tasks").items()}
 
 
+def _parts(sweep: str) -> list[Path]:
+    """The folders of a sweep, or of the parts in which it was run."""
+    places = [ROOT / "results" / "sweeps" / sweep, *sorted(ROOT.glob(f"results/sweeps/{sweep}_*"))]
+    return [place for place in places if place.is_dir()]
+
+
 def _records(sweep: str) -> pd.DataFrame:
-    return pd.read_csv(ROOT / "results" / "sweeps" / sweep / "records.csv")
+    return pd.concat([pd.read_csv(part / "records.csv") for part in _parts(sweep)], ignore_index=True)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_summaries_and_differences_are_those_of_the_records(sweep: str) -> None:
-    folder, records = ROOT / "results" / "sweeps" / sweep, _records(sweep)
+    folder = ROOT / "results" / "sweeps" / sweep
+    records = pd.read_csv(folder / "records.csv")
     committed = pd.read_csv(folder / "summary.csv").set_index("cell")
     trained = records[records["failed"].isna() & records["did_not_train"].isna()].groupby("cell")["score"]
     pd.testing.assert_series_equal(committed["score"], trained.mean().reindex(committed.index), rtol=1e-12)
@@ -52,7 +59,7 @@ def test_a_run_that_did_not_train_is_in_no_mean_anywhere() -> None:
     own = own[(own["projection"] == "vera") & (own["task"] == "glue/qnli")]
     mean = own.loc[own["did_not_train"].isna(), "score"].mean()
     assert len(own) == 3 and own["did_not_train"].notna().sum() == 1 and abs(mean - own["score"].mean()) > 0.01
-    summary = pd.read_csv(ROOT / "results/sweeps/glue_budget/summary.csv").set_index(["projection", "task"])
+    summary = pd.read_csv(ROOT / "results/sweeps/glue_budget_qnli/summary.csv").set_index(["projection", "task"])
     sweep = Committed(ROOT / "results").sweep("glue_budget")
     assert sweep is not None
     cell = sweep.cells.set_index(["projection", "task"]).loc[("vera", "glue/qnli")]
@@ -118,9 +125,9 @@ def _difference(own: pd.DataFrame, other: pd.DataFrame, key: str, scale: float, 
 def test_the_rates_at_the_edge_of_the_grid_are_counted(heading: str, sweep: str) -> None:
     section = (ROOT / "docs" / "evidence.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     (said,) = re.findall(r"(\d+) of (\d+) rates lie at the edge", section)
-    choices = json.loads((ROOT / "results" / "sweeps" / sweep / "choice.json").read_text())["choices"]
-    lowest, highest = (f({trial["lr"] for each in choices for trial in each["trials"]}) for f in (min, max))
-    at_edge = sum(each["chosen"]["lr"] in (lowest, highest) for each in choices)
+    choices = [each for part in _parts(sweep) for each in json.loads((part / "choice.json").read_text())["choices"]]
+    tried = [{trial["lr"] for trial in each["trials"]} for each in choices]
+    at_edge = sum(each["chosen"]["lr"] in (min(rates), max(rates)) for each, rates in zip(choices, tried, strict=True))
     assert (int(said[0]), int(said[1])) == (at_edge, len(choices))
 
 
