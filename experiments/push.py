@@ -98,7 +98,8 @@ def _push_sweep(folder: Path, repo: str, options: dict[str, Any]) -> hub.Upload:
 @console.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.push", description=(__doc__ or "").split(": ")[0] + ".")
+    about = (__doc__ or "").split(": ")[0] + "."
+    parser = argparse.ArgumentParser(prog="python -m experiments.push", description=about)
     parser.add_argument("folder", type=Path, help="of a finished run, or of a sweep that `experiments.export` wrote")
     console.add_upload(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")

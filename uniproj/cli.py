@@ -146,8 +146,10 @@ def _push(args: argparse.Namespace) -> int:
     from uniproj.hub import push
 
     options = {"base_model": args.base, **console.uploading(args)}
-    is_bank = (args.path / INDEX).is_file()
-    done = AdapterBank(args.path).push_to_hub(args.repo, **options) if is_bank else push(args.path, args.repo, **options)
+    if (args.path / INDEX).is_file():
+        done = AdapterBank(args.path).push_to_hub(args.repo, **options)
+    else:
+        done = push(args.path, args.repo, **options)
     done.show(args.json)
     return 0
 

@@ -38,7 +38,11 @@ _METRICS = {
     "Pearson": "pearsonr",
     "Spearman": "spearmanr",
 }
-_SCORES = ("task", "model", "projection", "metric", "lr", "trained", "n", "score", "score_sd", "score_low", "score_high")
+_SCORES = (
+    *("task", "model", "projection", "metric", "lr", "trained"),
+    *("n", "score", "score_sd", "score_low", "score_high"),
+)
+_ONE = "\n\nThis is one run: n says nothing of the spread over seeds."
 
 
 # ---- a run ----------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ def of_entrant(found: Mapping[str, Any], repo: str, size: int, saved: Mapping[st
         "in the head": found.get("head"),
         "file": f"{size:,} bytes",
     }
-    of_peft = ("from peft import PeftModel", f'model = PeftModel.from_pretrained(base, "{repo}")  # base: as it was then')
+    of_peft = ("from peft import PeftModel", f'model = PeftModel.from_pretrained(base, "{repo}")  # base: as then')
     whole = (f"from transformers import {kind}", f'model = {kind}.from_pretrained("{repo}")')
     data = ModelCardData(
         base_model=base,
@@ -136,7 +140,7 @@ def _score_table(found: Mapping[str, Any]) -> str:
     }
     rows = [(name, f"{score:.4f}", "" if n is None else n) for name, score in scores.items() if score is not None]
     task = names.task(found["config"]["task"])
-    return card.table((f"{task}, {split} split", "score", "rows n"), rows) + "\n\nThis is one run; n says nothing of the spread over seeds."
+    return card.table((f"{task}, {split} split", "score", "rows n"), rows) + _ONE
 
 
 def _training(found: Mapping[str, Any]) -> dict[str, object]:

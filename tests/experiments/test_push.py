@@ -32,7 +32,7 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def _run(runs: Path, **more: Any) -> Path:
     """The folder of a finished run, without what it trained."""
     (values,) = sweeps.made_up([TASK], ["unilora"], seeds=1).to_dict("records")
-    values |= {"model": "someone/base", "scores": {"accuracy": values["score"], "macro F1": 0.5}, "head_lr": 0.005}
+    values |= {"model": "someone/base", "scores": {"accuracy": values["score"], "macro F1": 0.5}, "head_lr": 0.005, "adapter_sha256": None}
     return runs / sweeps.write_run(runs, {**values, **more})
 
 
@@ -77,9 +77,9 @@ def test_a_run_that_did_not_train_has_no_score(tmp_path: Path, uploads: Hub) -> 
 
 def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: Path, uploads: Hub) -> None:
     folder = _run(tmp_path / "runs", projection="peft-lora", model="/home/ada/base", D=None, budget=None)
-    model = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
-    model.get_base_model().name_or_path = "/home/ada/base"
-    model.save_pretrained(folder / "adapter")
+    base = base_model("llama")
+    base.name_or_path = "/home/ada/base"
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(folder / "adapter")
     _finish(folder, folder / "adapter")
     done = push.push(folder, "someone/lora")
     files = uploads.files("someone/lora")
@@ -88,7 +88,8 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     assert (data.library_name, data.base_model) == ("peft", None) and data.eval_results
     assert "| PEFT's type | LORA |" in done.card and "UNIPROJ" not in done.card and "None" not in done.card
     push.push(folder, "someone/lora", base_model="someone/base")
-    assert json.loads((uploads.folder("someone/lora") / CONFIG).read_text())["base_model_name_or_path"] == "someone/base"
+    there = json.loads((uploads.folder("someone/lora") / CONFIG).read_text())
+    assert there["base_model_name_or_path"] == "someone/base"
 
 
 @pytest.fixture

@@ -152,6 +152,7 @@ def of_adapter(
     """
     beside = beside or {}
     heads = sum(math.prod(shape) for shape in beside.values())
+    also = f", and {heads:,} beside P: {_listed(name.removeprefix(HEADS) for name in beside)}" if heads else ""
     labels = min((shape[0] for shape in beside.values() if len(shape) == 2), default=None)
     title = title or repo.rpartition("/")[2]
     data = ModelCardData(
@@ -163,7 +164,7 @@ def of_adapter(
         eval_results=list(results) or None,
     )
     of_P = _of_P(header) | {
-        "trained": f"{trained:,} numbers" + (f", and {heads:,} beside P: {_listed(name.removeprefix(HEADS) for name in beside)}" if heads else ""),
+        "trained": f"{trained:,} numbers{also}",
         "file": None if size is None else f"{size:,} bytes",
     }
     return page(

@@ -51,7 +51,7 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
 
 
 def _updated(model: PeftModel, there: str | None, loading: str) -> str:
-    """A card as PEFT writes it, or updates one of the user's own, with the lines that load an adapter, and every tag."""
+    """A card as PEFT writes it or updates the one that is there, with the lines that load an adapter, and all tags."""
     with TemporaryDirectory() as apart:
         draft = Path(apart, card.CARD)
         if there is not None:
