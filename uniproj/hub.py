@@ -108,7 +108,9 @@ def upload(
     repository can have, without a token, and for whatever the Hub refuses.
     """
     card.check_name(repo, "push: the repository")
-    api, stays, own = None, None, folder / card.CARD
+    api: HfApi | None = None
+    stays: str | None = None
+    own = folder / card.CARD
     if not dry_run:
         api = _client(repo, token)
         with _refusals(repo):
@@ -194,7 +196,7 @@ def _client(repo: str, token: str | bool | None) -> HfApi:
 
 def _changed_card(api: HfApi, repo: str, kind: str, revision: str | None) -> str | None:
     """The card of a repository, if somebody has changed it since uniproj wrote it."""
-    where = {"repo_id": repo, "filename": card.CARD, "repo_type": kind, "revision": revision}
+    where: dict[str, Any] = {"repo_id": repo, "filename": card.CARD, "repo_type": kind, "revision": revision}
     if not api.file_exists(**where):
         return None
     text = Path(api.hf_hub_download(**where)).read_text("utf-8", "replace")

@@ -22,13 +22,13 @@ from experiments.runs import SEEDS
 from uniproj.errors import printable
 from uniproj.format import card
 
-TABLES = {
+_TABLES = {
     RECORDS: "every run: its settings, scores, sizes and cost",
     SUMMARY: "every cell: mean, standard deviation and 95 % interval over the runs that trained",
     PAIRED: "differences to the reference, paired by seed",
     CURVES: "the logged losses of every run",
 }
-FILES = (*TABLES, PROVENANCE, CHOICE)
+FILES = (*_TABLES, PROVENANCE, CHOICE)
 _TYPES = {"text": "text-classification", "image": "image-classification", "causal": "text-generation"}
 # what the Hub calls a metric
 _METRICS = {
@@ -174,7 +174,7 @@ def _training(found: Mapping[str, Any]) -> dict[str, object]:
 
 def of_sweep(folder: Path, repo: str) -> str:
     """The card of a sweep that `experiments.export` wrote, as a data set."""
-    read = {name: pd.read_csv(folder / name) for name in TABLES if (folder / name).exists()}
+    read = {name: pd.read_csv(folder / name) for name in _TABLES if (folder / name).exists()}
     runs, title = read[RECORDS], repo.rpartition("/")[2]
     first = Path(RECORDS).stem
     data = DatasetCardData(
@@ -187,7 +187,7 @@ def of_sweep(folder: Path, repo: str) -> str:
     )
     methods = ", ".join(f"`{name}`" for name in dict.fromkeys(runs["projection"]))
     on = ", ".join(dict.fromkeys(map(names.task, runs["task"])))
-    tables = [(f"`{name}`", len(table), len(table.columns), TABLES[name]) for name, table in read.items()]
+    tables = [(f"`{name}`", len(table), len(table.columns), _TABLES[name]) for name, table in read.items()]
     columns = {f"`{name}`": ", ".join(f"`{column}`" for column in table) for name, table in read.items()}
     return card.page(
         data,

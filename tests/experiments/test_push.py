@@ -32,7 +32,8 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def _run(runs: Path, **more: Any) -> Path:
     """The folder of a finished run, without what it trained."""
     (values,) = sweeps.made_up([TASK], ["unilora"], seeds=1).to_dict("records")
-    values |= {"model": "someone/base", "scores": {"accuracy": values["score"], "macro F1": 0.5}, "head_lr": 0.005, "adapter_sha256": None}
+    values |= {"model": "someone/base", "head_lr": 0.005, "adapter_sha256": None}
+    values["scores"] = {"accuracy": values["score"], "macro F1": 0.5}
     return runs / sweeps.write_run(runs, {**values, **more})
 
 

@@ -120,9 +120,9 @@ def without_place(text: str, name: str | None) -> str:
     if not name or name not in text or public(name):
         return text
     card = ModelCard(text, ignore_metadata_errors=True)
-    if card.data.base_model == name:
-        card.data.base_model = None
-    card.data.tags = [tag for tag in card.data.tags or () if name not in tag] or None
+    if card.data.get("base_model") == name:
+        card.data["base_model"] = None
+    card.data["tags"] = [tag for tag in card.data.get("tags", ()) if name not in tag] or None
     card.text = card.text.replace(name, Path(name).name)
     return str(card)
 
@@ -271,7 +271,7 @@ def _claims(measured: Mapping[str, Measurement | None] | None) -> str | None:
     if measured is None:
         return None
     said = {
-        claim: "claimed by the method; too much work to be decided of this P"
+        claim: "claimed by the method, not decided for this P"
         if found is None
         else f"{'holds' if found.holds else 'does not hold'}: {found.what} = {found.value:.2g}"
         for claim, found in measured.items()

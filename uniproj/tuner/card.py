@@ -58,7 +58,7 @@ def _updated(model: PeftModel, there: str | None, loading: str) -> str:
             draft.write_bytes(there.encode())
         _theirs(model, apart)
         found = ModelCard.load(draft)
-    tags = ModelCard(there).data.tags if there is not None and there.startswith("---") else None
+    tags = ModelCard(there).data.get("tags") if there is not None and there.startswith("---") else None
     found.data.tags = sorted({*(tags or ()), *(found.data.tags or ()), card.TAG})
     if _PLACE in found.text:
         found.text = found.text.replace(_PLACE, loading)
