@@ -57,8 +57,8 @@ def _push_run(folder: Path, repo: str, base_model: str | None, options: dict[str
     _check_scored(found, weights)
     saved, base_model = read_json(config), base_model or cards.base_of(found)
     if saved.get("peft_type") == "UNIPROJ":
-        known = {"results": cards.results(found), "sections": cards.sections(found)}
-        return hub.push(config.parent, repo, base_model=base_model, **known, **options)
+        options |= {"results": cards.results(found), "sections": cards.sections(found)}
+        return hub.push(config.parent, repo, base_model=base_model, **options)
     saved |= {key: base_model for key in _PLACES if key in saved}
     with TemporaryDirectory() as apart:
         out = Path(apart)

@@ -1,4 +1,4 @@
-"""The command line: `python -m uniproj list | check | scaffold | inspect | verify | restore | export | import | push`."""
+"""The commands of `python -m uniproj`: list, check, scaffold, inspect, verify, restore, export, import, push."""
 
 from __future__ import annotations
 

@@ -171,7 +171,8 @@ def _saved(model: Any, folder: Path) -> Path:
 def _copy(folder: Path, out: Path, saved: file.SavedAdapter, header: Header) -> None:
     """The files of an adapter that go: as they are, or written anew for another name of the base; a card of the user's
     own without the old name."""
-    named = {saved.header and saved.header.base_model, saved.config.get("base_model_name_or_path")}
+    assert saved.header is not None
+    named: set[str | None] = {saved.header.base_model, saved.config.get("base_model_name_or_path")}
     out.mkdir()
     if named == {header.base_model}:
         for name in (file.CONFIG, file.WEIGHTS):

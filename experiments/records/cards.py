@@ -39,7 +39,7 @@ _METRICS = {
     "Spearman": "spearmanr",
 }
 _SCORES = (
-    *("task", "model", "projection", "metric", "lr", "trained"),
+    *("task", "model", "projection", "metric", "rows", "lr", "trained"),
     *("n", "score", "score_sd", "score_low", "score_high"),
 )
 _ONE = "\n\nThis is one run: n says nothing of the spread over seeds."

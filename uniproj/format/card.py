@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from uniproj.claims import Measurement
 from uniproj.errors import AdapterError, printable, shown
@@ -283,4 +283,3 @@ def _listed(names: Iterable[str]) -> str:
     found = list(names)
     rest = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
     return ", ".join(f"`{name}`" for name in found[:_MOST_NAMES]) + rest
-
