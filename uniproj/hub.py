@@ -181,8 +181,8 @@ def _copy(folder: Path, out: Path, saved: file.SavedAdapter, header: Header) -> 
         file.write(out, saved.tensors, header, {**saved.config, "base_model_name_or_path": header.base_model})
     own = folder / card.CARD
     if own.is_file() and not own.is_symlink() and not card.is_ours(text := own.read_text("utf-8", "replace")):
-        for name in named:
-            text = card.without_place(text, name)
+        for place in named:
+            text = card.without_place(text, place)
         (out / card.CARD).write_bytes(text.encode())
 
 
