@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
     {"uniproj.registry"},
     {"uniproj.projections", "uniproj.testing", "uniproj.scaffold", "uniproj"},
     {"uniproj.format"},
+    {"uniproj.hub"},
     {"uniproj.tuner"},
     {"uniproj.exchange", "uniproj.bank"},
     {"uniproj.cli"},
@@ -46,7 +47,7 @@ FLOORS: list[set[str]] = [
     {"experiments.runs"},
     {"experiments.records"},
     {"experiments.sweeps", "experiments.evaluate"},
-    {f"experiments.{command}" for command in ("compare", "export", "harness", "mt_bench", "sweep", "train")},
+    {f"experiments.{command}" for command in ("compare", "export", "harness", "mt_bench", "push", "sweep", "train")},
     {"analysis"},
     {"paper_figures"},
     {"commands of analysis"},  # they measure, and then draw

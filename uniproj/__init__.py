@@ -12,6 +12,7 @@ The whole interface is what this package exports, and
     uniproj.budget      Budget, for a method of one's own
     uniproj.kernels.random   numbers that are the same everywhere
     uniproj.bank        the adapters of many users
+    uniproj.hub         push: an adapter and its card to the Hub; upload: any folder
 
 `import uniproj` is all that PEFT needs to know the method UNIPROJ of a saved adapter: `uniproj.tuner`, which enters it
 there, is imported as soon as PEFT is, before or after this package, and never by those who do not use PEFT.

@@ -1,4 +1,4 @@
-"""The command line: `python -m uniproj list | check | scaffold | inspect | verify | restore | export | import`."""
+"""The commands of `python -m uniproj`: list, check, scaffold, inspect, verify, restore, export, import, push."""
 
 from __future__ import annotations
 
@@ -141,6 +141,19 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
+def _push(args: argparse.Namespace) -> int:
+    from uniproj.bank import INDEX, AdapterBank
+    from uniproj.hub import push
+
+    options = {"base_model": args.base, **console.uploading(args)}
+    if (args.path / INDEX).is_file():
+        done = AdapterBank(args.path).push_to_hub(args.repo, **options)
+    else:
+        done = push(args.path, args.repo, **options)
+    done.show(args.json)
+    return 0
+
+
 def _row(text: str) -> tuple[str, str]:
     old, equals, new = text.partition("=")
     if not (old and equals):
@@ -185,6 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     into.add_argument("--d", type=int, help="length of theta_d, where the projection leaves it free")
     into.add_argument("--seed", type=int, default=0, help="of P")
     into.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="hyperparameters of P")
+    upload = add("push", _push, "upload an adapter or a bank to the Hub, with a card written from its header")
+    upload.add_argument("path", type=Path, help="folder of a uniproj adapter, or of a bank")
+    console.add_upload(upload)
     for command in (out, into):
         command.add_argument("out", help="folder to write")
         command.add_argument("--base", help="the base model: a folder or a name on the hub")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import logging
@@ -76,6 +77,19 @@ def report(facts: Mapping[str, Any], as_json: bool) -> None:
     for key, value in facts.items():
         shown = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else printable(value)
         print(f"{key:20s} {shown}")
+
+
+def add_upload(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that uploads: where to, and `uploading` of them."""
+    parser.add_argument("repo", help="on the Hub: user/name")
+    parser.add_argument("--base", help="name of the base model on the Hub, where the adapter does not know it")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if there is none yet")
+    parser.add_argument("--dry-run", action="store_true", help="print what would go, and the card; send nothing")
+
+
+def uploading(args: argparse.Namespace) -> dict[str, Any]:
+    """What `uniproj.hub.upload` is asked for by these arguments."""
+    return {"private": args.private or None, "dry_run": args.dry_run}
 
 
 class Progress:

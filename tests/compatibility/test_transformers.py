@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -43,6 +40,7 @@ from tests.compatibility.subjects import (
     trained_model,
 )
 from tests.compatibility.texts import tokenizer
+from tests.uploads import stand_in
 
 capability = partial(pytest.mark.capability, "Transformers")
 ROWS = 16
@@ -131,22 +129,11 @@ def test_trainer_save_model_evaluate_predict(tmp_path: Path) -> None:
 
 
 @capability("`push_to_hub`: the folder that is uploaded loads")
-def test_push_to_hub_the_folder_that_is_uploaded_loads(tmp_path: Path) -> None:
-    model, uploaded = trained_model(), tmp_path / "uploaded"
-
-    class Hub:
-        def create_repo(self, repo_id: str, **_: Any) -> Any:
-            return SimpleNamespace(repo_id=repo_id)
-
-        def create_commit(self, operations: list[Any], **_: Any) -> None:
-            uploaded.mkdir()
-            for operation in operations:
-                (uploaded / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
-
-    card = patch("transformers.utils.hub.create_and_tag_model_card", return_value=ModelCard("---\n---\n"))
-    with card, patch("transformers.utils.hub.hf_api", Hub):
-        model.push_to_hub("someone/adapter")
-    same(logits(PeftModel.from_pretrained(llama(), uploaded)), logits(model), "logits")
+def test_push_to_hub_the_folder_that_is_uploaded_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_model()
+    stand_in(tmp_path, monkeypatch)
+    model.push_to_hub("someone/adapter")
+    same(logits(PeftModel.from_pretrained(llama(), "someone/adapter")), logits(model), "logits")
 
 
 @capability("`Seq2SeqTrainer` with `predict_with_generate`")

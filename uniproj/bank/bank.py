@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -20,17 +21,19 @@ from uniproj.bank.adapter import (
     layers_of,
     read_adapter,
 )
-from uniproj.bank.backup import copy
+from uniproj.bank.backup import copy, forget_deleted
 from uniproj.bank.folder import RESTORE, appearing, disk
 from uniproj.bank.index import Change, Index
 from uniproj.bank.slots import Slots, crc
 from uniproj.bank.spool import Spool
 from uniproj.errors import AdapterError
+from uniproj.format import card
 from uniproj.format.compatibility import warn_of_another_base
 from uniproj.format.file import SavedAdapter, config_of, write
 from uniproj.format.header import Header
 from uniproj.format.keys import THETA_D
 from uniproj.format.tensors import check_numbers
+from uniproj.hub import Upload, measured, upload
 from uniproj.tuner import adapter_of
 from uniproj.tuner.attached import tuner_of
 from uniproj.tuner.config import UniProjConfig
@@ -211,6 +214,24 @@ class AdapterBank:
         folder = _path(folder)
         with appearing(folder) as part, disk(folder):
             copy(self._index, self._slots, part / INDEX, part / VECTORS)
+
+    def push_to_hub(self, repo: str, base_model: str | None = None, **options: Any) -> Upload:
+        """Upload the bank as it is at one moment, with every name in it, as a repository with a card.
+
+        base_model: the name of its base on the Hub, where the header has none or that of a place on this machine;
+        options: of `uniproj.hub.upload`, such as private and dry_run. Raises AdapterError as `backup` and `upload` do.
+        """
+        header = card.published(self.header, base_model)
+        with TemporaryDirectory() as apart:
+            folder = Path(apart)
+            with disk(folder):
+                copy(self._index, self._slots, folder / INDEX, folder / VECTORS, header.to_metadata())
+                forget_deleted(folder / INDEX)
+                with closing(AdapterBank(folder)) as copied:
+                    count = len(copied)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            known = (count, size, measured(header))
+            return upload(folder, repo, lambda name: card.of_bank(header, name, *known), **options)
 
     def close(self) -> None:
         """Close the database; the next use opens it again."""

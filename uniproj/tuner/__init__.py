@@ -2,8 +2,9 @@
 
 Importing this package enters the method into PEFT's own dictionaries, so `get_peft_model`,
 `PeftModel.from_pretrained` and the Transformers `Trainer` know it; `uniproj.tuner.files` takes over its files,
-`uniproj.tuner.entry_points` what Transformers' models do with adapters by themselves, and `uniproj.tuner.card` adds
-to the model card how to load them. Where PEFT is used, `import uniproj` imports this package.
+`uniproj.tuner.entry_points` what Transformers' models do with adapters by themselves, and
+`uniproj.tuner.card` what is written on the model card and uploaded. Where PEFT is used, `import uniproj` imports this
+package.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

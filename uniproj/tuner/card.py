@@ -1,51 +1,91 @@
-"""The model card beside a saved adapter: PEFT's own, with the lines that load an adapter of this method."""
+"""The model card beside a saved adapter, and how models that hold one of ours go to the Hub.
+
+PEFT writes a template to be filled in, and names the place of a base model on this machine; Transformers' `push_to_hub`
+puts a card of Transformers in its place. Importing `uniproj.tuner` replaces both by thin wrappers, which call the
+original for any other adapter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from transformers import PreTrainedModel
 
-from uniproj.format import file
+from uniproj import hub
+from uniproj.format import card, file
 from uniproj.format.disk import replace
+from uniproj.format.header import Header
+from uniproj.tuner.attached import adapter_of
+from uniproj.tuner.injected import tuner_on
 
 _theirs = PeftModel.create_or_update_model_card
-
-_TAG = "uniproj"
-PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"  # in the Hub's template
-_LOADING = """\
-PEFT knows the method of this adapter, UNIPROJ, once uniproj is imported (`pip install uniproj`):
-
-```python
-import uniproj
-from peft import PeftModel
-
-# base_model: the model that the adapter was trained on, as it was loaded then
-model = PeftModel.from_pretrained(base_model, "the folder of this file, or its name on the Hub")
-```"""
+_theirs_push, _theirs_push_injected = PeftModel.push_to_hub, PreTrainedModel.push_to_hub
+_PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"  # in the Hub's template
+_HERE = "the folder of this file, or its name on the Hub"
 
 
 def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
-    if all(config.peft_type != file.KIND for config in model.peft_config.values()):
+    ours = [name for name, config in model.peft_config.items() if config.peft_type == file.KIND]
+    if not ours:
         _theirs(model, output_dir)
         return
-    path = Path(output_dir, "README.md")
-    with TemporaryDirectory() as apart:  # PEFT would follow a symbolic link in the folder
-        draft = Path(apart, path.name)
-        if path.is_file() and not path.is_symlink():
-            draft.write_bytes(path.read_bytes())
+    path = Path(output_dir, card.CARD)
+    # a link may lead to the file of somebody else
+    there = path.read_text("utf-8") if path.is_file() and not path.is_symlink() else None
+    fields = model.peft_config[ours[0]].to_dict()
+    header = Header.of(fields, adapter_of(model, ours[0]).P, model.base_model.model)
+    known = card.published(header)
+    if list(model.peft_config) == ["default"] and (there is None or card.is_ours(there)):
+        trained = adapter_of(model).P.trained
+        text = card.of_adapter(known, fields, _HERE, trained, title="Adapter of uniproj")
+    else:
+        text = _updated(model, there, card.loading(fields, _HERE, known))
+        text = card.without_place(text, header.base_model)
+    replace({path: text.encode()})
+
+
+def _updated(model: PeftModel, there: str | None, loading: str) -> str:
+    """A card as PEFT writes it or updates the one that is there, with the lines that load an adapter, and all tags."""
+    with TemporaryDirectory() as apart:
+        draft = Path(apart, card.CARD)
+        if there is not None:
+            draft.write_bytes(there.encode())
         _theirs(model, apart)
-        card = ModelCard.load(draft)
-    card.data.tags = sorted({*(card.data.tags or []), _TAG})
-    if PLACE in card.text:
-        card.text = card.text.replace(PLACE, _LOADING)
-    elif "import uniproj" not in card.text:
-        card.text += f"\n\n## How to Get Started with the Model\n\n{_LOADING}\n"
-    replace({path: str(card).encode()})
+        found = ModelCard.load(draft)
+    tags = ModelCard(there).data.get("tags") if there is not None and there.startswith("---") else None
+    found.data.tags = sorted({*(tags or ()), *(found.data.tags or ()), card.TAG})
+    if _PLACE in found.text:
+        found.text = found.text.replace(_PLACE, loading)
+    elif "import uniproj" not in found.text:
+        found.text += f"\n\n## How to load it\n\n{loading}\n"
+    return str(found)
+
+
+def _pushes(theirs: Callable[..., Any], holds_ours: Callable[[Any], bool]) -> Callable[..., Any]:
+    @wraps(theirs)
+    def push_to_hub(self: Any, repo_id: str, **options: Any) -> Any:
+        if not holds_ours(self):
+            return theirs(self, repo_id, **options)
+        options.pop("max_shard_size", None)  # an adapter is one file
+        tags = options.pop("tags", None) or ()
+        done = hub.push(self, repo_id, tags=[tags] if isinstance(tags, str) else tags, **options)
+        return done if done.commit is None else done.commit
+
+    return push_to_hub
+
+
+def _is_ours(model: PeftModel) -> bool:
+    return any(config.peft_type == file.KIND for config in model.peft_config.values())
 
 
 def install() -> None:
-    """Put the wrapper in the place of PEFT's function."""
+    """Put the wrappers in the place of PEFT's and Transformers' functions."""
     PeftModel.create_or_update_model_card = _create_or_update_model_card
+    PeftModel.push_to_hub = _pushes(_theirs_push, _is_ours)
+    PreTrainedModel.push_to_hub = _pushes(_theirs_push_injected, lambda model: tuner_on(model) is not None)

@@ -1,0 +1,255 @@
+"""Adapters and banks on the Hub: what goes, what stays here, what the card says, and that what is there loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+
+from tests.bank.models import adapted, vector
+from tests.format.saved import HEAD, LAYOUT, drop_header, save
+from tests.tuner.models import base_model, config, logits, train_steps
+from tests.uploads import Hub, stand_in
+from uniproj import AdapterError, build, get, hub
+from uniproj.bank import AdapterBank
+from uniproj.cli import main
+from uniproj.format import CONFIG, WEIGHTS, Header, card, file
+from uniproj.tuner import UniProjConfig
+
+HERE = "/home/ada/models/llama"
+SENT = {CONFIG, WEIGHTS, "README.md"}
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return stand_in(tmp_path / "cache", monkeypatch)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved adapter with a head."""
+    save(tmp_path / "adapter", base_model_name_or_path=HERE, task_type="SEQ_CLS")
+    return tmp_path / "adapter"
+
+
+def _trained(name: str = HERE) -> PeftModel:
+    base = base_model("llama")
+    base.config._name_or_path = base.name_or_path = name
+    model = get_peft_model(base, config("llama"))
+    train_steps(model, "llama", 2)
+    return model.eval()
+
+
+def _code(text: str) -> list[str]:
+    (found,) = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
+    return found.splitlines()
+
+
+def test_a_dry_run_says_what_would_go_and_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HfApi", lambda **_: pytest.fail("a client was made"))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    done = hub.push(folder, "someone/adapter", base_model="someone/base", dry_run=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert done.commit is None and done.files.keys() == SENT and done.kind == "model"
+    data = ModelCard(done.card).data
+    assert (data.library_name, data.base_model, data.pipeline_tag) == ("peft", "someone/base", "text-classification")
+    assert {"uniproj", "unilora"} <= set(data.tags)
+    # four modules of 24 x 16 at rank 3
+    D, formula = 4 * 3 * (24 + 16), get("unilora").formula
+    for said in (f"| d, D | 40, {D}: 1 to 12 |", f"`{formula}`", "40 numbers, and 6 beside P: `head.weight`", "arXiv"):
+        assert said in done.card
+    assert re.search(r"\| `isometric` \| holds: max\\\|P\^T P - I\\\| = \d", done.card)
+    assert f"| file | {done.files[WEIGHTS]:,} bytes |" in done.card
+    assert len(_code(done.card)) == 5 and "num_labels=2" in done.card
+
+
+def test_the_lines_of_the_card_load_the_adapter_of_the_hub(uploads: Hub, tmp_path: Path) -> None:
+    model = _trained("someone/base")
+    base_model("llama").save_pretrained(tmp_path / "base")
+    uploads.create_repo("someone/base", private=None, repo_type="model", exist_ok=True)
+    uploads.upload_folder(repo_id="someone/base", folder_path=tmp_path / "base", repo_type="model")
+    model.save_pretrained(tmp_path / "adapter")
+    done = hub.push(tmp_path / "adapter", "someone/adapter")
+    # nothing had to be changed, so the bytes are those that were scored
+    assert uploads.files("someone/adapter")[WEIGHTS] == (tmp_path / "adapter" / WEIGHTS).read_bytes()
+    found: dict[str, Any] = {}
+    exec("\n".join(_code(done.card)), found)
+    assert torch.equal(logits(found["model"].eval()), logits(model))
+
+
+def test_push_to_hub_of_peft_carries_our_card_and_no_place_of_this_machine(uploads: Hub) -> None:
+    model = _trained()
+    commit = model.push_to_hub("adapter", private=True, tags=["mine"], commit_message="First", revision="v1")
+    assert uploads.asked["private"] is True and uploads.asked["commit_message"] == "First"
+    assert uploads.asked["branch"] == uploads.asked["revision"] == "v1" and "someone/adapter" in commit.commit_url
+    files = uploads.files("someone/adapter")
+    assert files.keys() == SENT and not [name for name, content in files.items() if b"ada/" in content]
+    text = files["README.md"].decode()
+    assert ModelCard(text).data.tags == ["uniproj", "unilora", "mine"] and ModelCard(text).data.base_model is None
+    assert 'from_pretrained(base, "someone/adapter")' in text and "More Information Needed" not in text
+    loaded = PeftModel.from_pretrained(base_model("llama"), "someone/adapter").eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_with_injected_adapters_goes_the_same_way(uploads: Hub) -> None:
+    model = base_model("llama")
+    model.add_adapter(config("llama"))
+    train_steps(model, "llama", 2)
+    done = model.push_to_hub("someone/injected", dry_run=True)
+    assert done.files.keys() == SENT and uploads.asked == {}
+    model.push_to_hub("someone/injected")
+    again = base_model("llama")
+    again.load_adapter("someone/injected")
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
+def test_only_the_files_of_the_adapter_go(folder: Path, uploads: Hub) -> None:
+    (folder / "checkpoint-1").mkdir()
+    for name in ("optimizer.pt", ".lock", "training_args.bin", "checkpoint-1/adapter_model.bin"):
+        (folder / name).write_bytes(b"private")
+    (folder / "README.md").symlink_to(folder / "optimizer.pt")
+    hub.push(folder, "someone/adapter")
+    files = uploads.files("someone/adapter")
+    assert files.keys() == SENT and b"private" not in files["README.md"]
+
+
+def test_another_name_of_the_base_is_that_of_all_files(folder: Path, uploads: Hub) -> None:
+    hub.push(folder, "someone/adapter", base_model="someone/base")
+    there = uploads.folder("someone/adapter")
+    assert json.loads((there / CONFIG).read_text())["base_model_name_or_path"] == "someone/base"
+    saved, before = file.read(there), file.read(folder)
+    assert saved.header is not None and saved.header.base_model == "someone/base"
+    assert saved.header.identity == before.header.identity  # type: ignore[union-attr]
+    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in saved.tensors.items())
+    assert HEAD in saved.tensors
+
+
+def test_a_card_that_somebody_changed_stays_here_and_there(folder: Path, uploads: Hub) -> None:
+    first = hub.push(folder, "someone/adapter").card
+    assert card.is_ours(first)
+    changed = first.replace("# adapter", "# The adapter of Ada")
+    readme = uploads.folder("someone/adapter") / "README.md"
+    readme.unlink()
+    readme.write_text(changed)
+    again = hub.push(folder, "someone/adapter")
+    assert readme.read_text() == changed == again.card and "README.md" not in again.files
+    # one of the user's own in the folder is what he wants to upload, without the place that PEFT wrote into it
+    own = f"---\nbase_model: {HERE}\nlicense: mit\ntags:\n- base_model:adapter:{HERE}\n- x\n---\n# Mine, on {HERE}\n"
+    (folder / "README.md").write_text(own)
+    hub.push(folder, "someone/adapter")
+    assert readme.read_text() == "---\nlicense: mit\ntags:\n- x\n---\n# Mine, on llama\n"
+    assert (folder / "README.md").read_text() == own
+
+
+def test_saving_writes_our_card_and_leaves_one_of_the_users_own(tmp_path: Path) -> None:
+    model, readme = _trained(), tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    first = readme.read_text()
+    assert card.is_ours(first) and "More Information Needed" not in first and "ada/" not in first
+    assert ModelCard(first).data.library_name == "peft" and "| d, D | 60," in first
+    model.save_pretrained(tmp_path)
+    assert readme.read_text() == first
+    readme.write_text("---\nlicense: mit\ntags:\n- x\n---\n# Mine\n")
+    model.save_pretrained(tmp_path)
+    kept = readme.read_text()
+    assert "# Mine" in kept and "license: mit" in kept and "- x\n" in kept and "ada/" not in kept
+    assert kept.count("import uniproj") == 1
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "", "../x", "someone/a--b", "/home/ada/x"])
+def test_no_repository_has_such_a_name(folder: Path, uploads: Hub, name: str) -> None:
+    with pytest.raises(AdapterError, match=r"push: the repository must be the name .* such as user/name, got"):
+        hub.push(folder, name, dry_run=True)
+    with pytest.raises(AdapterError, match="base_model must be the name"):
+        hub.push(folder, "someone/adapter", base_model=name or "/")
+
+
+def test_what_cannot_go_is_refused_by_a_sentence(folder: Path, uploads: Hub, monkeypatch, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="must be a folder with"):
+        hub.push(tmp_path / "nowhere", "someone/adapter")
+    lora = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="peft_type must be UNIPROJ, got 'LORA'"):
+        hub.push(lora, "someone/adapter")
+    two = _trained()
+    two.add_adapter("other", config("llama"))
+    with pytest.raises(AdapterError, match=r"holds one adapter, got .* with \['default', 'other'\]"):
+        two.push_to_hub("someone/adapter")
+    old, cut = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("old", "cut"))
+    (cut / WEIGHTS).write_bytes((cut / WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(AdapterError, match=rf"{WEIGHTS}.*must be"):
+        hub.push(cut, "someone/adapter")
+    drop_header(old)
+    with pytest.raises(AdapterError, match="header"):
+        hub.push(old, "someone/adapter")
+    assert not uploads.cache.exists()
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(AdapterError, match=r"a token that may write someone/adapter .* Run `hf auth login`"):
+        hub.push(folder, "someone/adapter")
+    monkeypatch.setattr(uploads, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("403\n\nForbidden")))
+    with pytest.raises(AdapterError, match=r"someone/adapter must be a repository .* got 403 Forbidden\. Check name"):
+        hub.push(folder, "someone/adapter", token="hf_other")
+
+
+def _header(projection: str) -> Header:
+    """Of an adapter of this projection on LAYOUT."""
+    size = {"d": 40} if get(projection).free_d else {}
+    weights = {name: torch.randn(shape) for name, shape in LAYOUT.shapes().items()}
+    more = {"base_weights": weights} if get(projection).needs_base_weights else {}
+    fields = UniProjConfig(projection=projection, r=3, target_modules=["q", "v"], **size)
+    return Header.of(fields.to_dict(), build(projection, layout=LAYOUT, **size, **more))
+
+
+def test_measured_are_the_claims_of_this_very_P() -> None:
+    P = hub.measured(_header("unilora_unnormalised"))
+    assert not P["isometric"].holds and P["orthogonal"].holds  # type: ignore[union-attr]
+    # made of the base's weights, which are not here
+    assert set(hub.measured(_header("lora_xs")).values()) == {None}
+
+
+def test_a_bank_goes_whole_and_without_what_was_deleted(uploads: Hub, tmp_path: Path) -> None:
+    model = adapted()
+    model.get_base_model().config._name_or_path = model.get_base_model().name_or_path = HERE
+    bank = AdapterBank.create(tmp_path / "bank", model)
+    bank.add_many({f"user {i}": vector(i) for i in range(3)})
+    bank.add("deleted long ago", vector(9))
+    bank.delete("deleted long ago")
+    assert bank.push_to_hub("someone/bank", dry_run=True).commit is None and not uploads.cache.exists()
+    done = bank.push_to_hub("someone/bank")
+    files = uploads.files("someone/bank")
+    assert files.keys() == {"index.sqlite", "theta_d.safetensors", "README.md"} == done.files.keys()
+    gone = (b"ada/", b"deleted", vector(9).numpy().tobytes())
+    assert not [name for name, content in files.items() if any(each in content for each in gone)]
+    text = files["README.md"].decode()
+    assert "| adapters | 3 |" in text and "user 1" not in text and "| bytes of an adapter | 240 |" in text
+    there = AdapterBank(uploads.folder("someone/bank"))
+    assert there.names() == bank.names() and all(torch.equal(there.get(name), bank.get(name)) for name in bank)
+    there.select(model, "user 2")
+
+
+def test_the_command(folder: Path, uploads: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(folder), "someone/adapter", "--base", "someone/base", "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"].keys() == SENT and not said["sent"] and said["url"] is None and "someone/base" in said["card"]
+    assert not uploads.cache.exists()
+    assert main(["push", str(folder), "someone/adapter", "--private"]) == 0
+    assert "https://hub/someone/adapter" in capsys.readouterr().out and uploads.asked["private"] is True
+    bank = AdapterBank.create(tmp_path / "bank", adapted())
+    assert main(["push", str(bank.folder), "someone/bank", "--dry-run"]) == 0
+    assert "| adapters | 0 |" in capsys.readouterr().out
+    assert main(["push", str(tmp_path), "someone/adapter"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_header_of_what_went_is_readable_by_safetensors(folder: Path, uploads: Hub) -> None:
+    hub.push(folder, "someone/adapter")
+    with safe_open(os.fspath(uploads.folder("someone/adapter") / WEIGHTS), "pt") as tensors:
+        assert tensors.metadata()["uniproj.base_model"] == "null"
