@@ -25,10 +25,10 @@ from experiments.tasks.humaneval import check_allowed, may_run_code
 FILE, BEFORE = "harness.json", "harness-before.json"
 # what decides how a base answers
 _OF_A_BASE = ("task", "data", "model", "revision", "base_dtype", "quantization")
-Found = dict[str, Any]
+_Found = dict[str, Any]
 
 
-def evaluate(run: Run, name: str, limit: int | None = None) -> Found:
+def evaluate(run: Run, name: str, limit: int | None = None) -> _Found:
     """The harness's metrics of one of its tasks, as fractions, with their standard errors, shots and rows.
 
     samples: of each metric that is a mean over rows, what the rows have, in their order.
@@ -124,7 +124,7 @@ def _rows(published: Splits, data: str) -> Any:
     return DatasetDict({split: Dataset.from_pandas(rows) for split, rows in splits.items()})
 
 
-def record(folder: Path, tasks: Sequence[str] | None, limit: int | None) -> Found:
+def record(folder: Path, tasks: Sequence[str] | None, limit: int | None) -> _Found:
     """Evaluate what harness.json of a finished run lacks, of these tasks or those that belong to the run's own.
 
     Raises ExperimentError for a run whose task has none of its own, where none are named.
@@ -143,14 +143,14 @@ def record(folder: Path, tasks: Sequence[str] | None, limit: int | None) -> Foun
     return _completed(folder / FILE, names, limit, lambda name: evaluate(run(), name, limit))
 
 
-def record_base(folder: Path, tasks: Sequence[str], limit: int | None, others: Sequence[Path] = ()) -> Found:
+def record_base(folder: Path, tasks: Sequence[str], limit: int | None, others: Sequence[Path] = ()) -> _Found:
     """The same of the base of a finished run, in harness-before.json; what one of the others has of it is taken."""
 
     @cache
     def run() -> Run:
         return load_base(folder, "harness")
 
-    def found(name: str) -> Found:
+    def found(name: str) -> _Found:
         known = (read_json(other / BEFORE).get(name) for other in others if _is_same_base(folder, other))
         return next((one for one in known if _fits(one, limit)), None) or evaluate(run(), name, limit)
 
@@ -164,7 +164,7 @@ def _is_same_base(folder: Path, other: Path) -> bool:
     return all(mine[key] == theirs[key] for key in _OF_A_BASE)
 
 
-def _completed(path: Path, names: Sequence[str], limit: int | None, evaluated: Callable[[str], Found]) -> Found:
+def _completed(path: Path, names: Sequence[str], limit: int | None, evaluated: Callable[[str], _Found]) -> _Found:
     """The file with these tasks: what it lacks is evaluated, and written at once."""
     found = read_json(path) if path.exists() else {}
     missing = [name for name in names if not _fits(found.get(name), limit)]
@@ -175,11 +175,11 @@ def _completed(path: Path, names: Sequence[str], limit: int | None, evaluated: C
     return found
 
 
-def _fits(found: Found | None, limit: int | None) -> bool:
+def _fits(found: _Found | None, limit: int | None) -> bool:
     return found is not None and found["limit"] == limit
 
 
-def scores(folder: Path, found: Found) -> pd.DataFrame:
+def scores(folder: Path, found: _Found) -> pd.DataFrame:
     """One row per task and metric: the score and its standard error."""
     rows = [
         {"run": folder.name, "task": name, "metric": key, "score": score, "standard error": _error(task, key),
@@ -190,7 +190,7 @@ def scores(folder: Path, found: Found) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def forgetting(folder: Path, after: Found, before: Found) -> pd.DataFrame:
+def forgetting(folder: Path, after: _Found, before: _Found) -> pd.DataFrame:
     """One row per task and metric of both: the score before and after training, and after minus before.
 
     Its standard error is that of the differences row by row; where the rows are not known (paired: 0), that of two
@@ -208,7 +208,7 @@ def forgetting(folder: Path, after: Found, before: Found) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _change(task: Found, base: Found, key: str) -> dict[str, float]:
+def _change(task: _Found, base: _Found, key: str) -> dict[str, float]:
     rows, of_base = (found.get("samples", {}).get(key, []) for found in (task, base))
     if rows and len(rows) == len(of_base):
         change, error = statistics.change(rows, of_base)
@@ -217,13 +217,13 @@ def _change(task: Found, base: Found, key: str) -> dict[str, float]:
     return {"change": task["scores"][key] - base["scores"][key], "standard error": error, "paired": 0}
 
 
-def _scored(task: Found) -> Iterator[tuple[str, float]]:
+def _scored(task: _Found) -> Iterator[tuple[str, float]]:
     for key, score in task["scores"].items():
         if not key.partition(",")[0].endswith("_stderr"):
             yield key, score
 
 
-def _error(task: Found, key: str) -> float:
+def _error(task: _Found, key: str) -> float:
     """The standard error that the harness gives a score; NaN where it gives none."""
     metric, _, reading = key.partition(",")
     error: float = task["scores"].get(f"{metric}_stderr,{reading}", math.nan)

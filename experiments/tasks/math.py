@@ -17,8 +17,9 @@ from experiments.tasks.task import Task
 GSM8K = Splits("openai/gsm8k", "gsm8k", "main", {"train": 7473, "test": 1319})
 _MATH500 = Splits("HuggingFaceH4/MATH-500", "math", None, {"test": 500})
 _METAMATH = Splits("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
-# how PEFT's benchmark puts a question, and the characters of its longest row, with a space between question and answer
-PEFT_PROMPT, _PEFT_LONGEST = "Question: {query} Think step by step.\nAnswer:", 1300
+# the task of PEFT's benchmark, how that puts a question, and the characters of its longest row, a space between the two
+PEFT_TASK, PEFT_PROMPT = "metamath/gsm8k", "Question: {query} Think step by step.\nAnswer:"
+_PEFT_LONGEST = 1300
 
 
 def gsm8k(data: str) -> Task:
@@ -63,7 +64,7 @@ def metamath_gsm8k(data: str) -> Task:
 
     # how many rows are short enough is not published
     published = {"test": GSM8K.rows["test"]}
-    return Task("metamath/gsm8k", "causal", read, judge=_is_right, published=published, harness={"gsm8k": GSM8K})
+    return Task(PEFT_TASK, "causal", read, judge=_is_right, published=published, harness={"gsm8k": GSM8K})
 
 
 def _is_right(text: str, row: Mapping[str, Any]) -> bool:
