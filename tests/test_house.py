@@ -47,7 +47,10 @@ FLOORS: list[set[str]] = [
     {"experiments.runs"},
     {"experiments.records"},
     {"experiments.sweeps", "experiments.evaluate"},
-    {f"experiments.{command}" for command in ("compare", "export", "harness", "mt_bench", "push", "sweep", "train")},
+    {
+        f"experiments.{command}"
+        for command in ("compare", "export", "harness", "method_comparison", "mt_bench", "push", "sweep", "train")
+    },
     {"analysis"},
     {"paper_figures"},
     {"commands of analysis"},  # they measure, and then draw

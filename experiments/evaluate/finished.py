@@ -1,4 +1,4 @@
-"""A finished run with the numbers that it trained, ready to answer."""
+"""A finished run with the numbers that it trained, or its base alone, ready to answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from experiments.runs import ADAPTER, Run
 
 def load_finished(folder: Path, caller: str) -> Run:
     """A finished run with the numbers it trained. Raises ExperimentError, in the name of `caller`, for another."""
-    if not is_done(folder):
-        raise ExperimentError(f"{caller}: {folder} must be a finished run, got no result.json. Train it first.")
-    run = Run.load(folder)
+    run = _loaded(folder, caller)
     set_peft_model_state_dict(run.model, load_peft_weights(str(folder / ADAPTER), device="cpu"))
     return run
+
+
+def load_base(folder: Path, caller: str) -> Run:
+    """A finished run whose model is the base that it was trained on. Raises ExperimentError as `load_finished` does."""
+    run = _loaded(folder, caller)
+    run.model = run.model.unload()
+    return run
+
+
+def _loaded(folder: Path, caller: str) -> Run:
+    if not is_done(folder):
+        raise ExperimentError(f"{caller}: {folder} must be a finished run, got no result.json. Train it first.")
+    return Run.load(folder)

@@ -34,8 +34,12 @@ SETTINGS = (
     *(f"cell.{seed}" for seed in SEEDS),
 )
 # settings in which two methods may differ that are compared
-OF_A_METHOD = ("projection", "version", "plugins", "r", "d", "hyperparameters", "budget", "lr", "head_lr")
-_RATES = ("lr", "head_lr")
+OF_A_METHOD = (
+    *("projection", "version", "plugins", "r", "alpha", "d", "hyperparameters", "budget"),
+    *("lr", "head_lr", "weight_decay"),
+)
+# of these, those which a method may have for itself or a sweep may cross: then the same value is compared
+_ALIKE = ("lr", "head_lr", "weight_decay", "alpha")
 _OF_A_CELL = (
     *("metric", "trained", "budget_error", "rows", "majority", "D", "head"),
     *("adapter_bytes", "resident_bytes", "index_bytes", "isometry_error"),
@@ -208,7 +212,7 @@ def differences(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
     Columns: row (of the cell in `cells`), its settings, trained, reference_trained and reference_cell (what it is
     compared with), pairs, difference, its t interval (t_low, t_high) and bootstrap interval over seeds (seeds_low,
     seeds_high). Of several cells of the reference, the first of its largest size stands for it, at the same
-    rate where the sweep crosses rates: a choice that reads no score.
+    rate, decay or scale where the sweep crosses these: a choice that reads no score.
     """
     found = [{**about, **_difference(both)} for about, both in _pairs(runs, reference)]
     keys = [key for key in SETTINGS if key in runs]
@@ -269,8 +273,8 @@ def _point(runs: pd.DataFrame) -> list[str]:
 
 def _standing_for(others: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """The runs of the one cell of the reference with which a cell is compared."""
-    for rate in (f"cell.{rate}" for rate in _RATES if f"cell.{rate}" in others):
-        same = others[others[rate] == own[rate].iloc[0]]
+    for key in (f"cell.{key}" for key in _ALIKE if f"cell.{key}" in others):
+        same = others[others[key] == own[key].iloc[0]]
         others = same if len(same) else others
     largest = others[others["trained"] == others["trained"].max()]
     return largest[largest["row"] == largest["row"].iloc[0]] if len(largest) else largest
@@ -292,6 +296,12 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
         return float("nan"), float("nan")
     found = _bootstrap(values, np.mean).confidence_interval
     return float(found.low), float(found.high)
+
+
+def change(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
+    """Mean difference of what the same rows have after and before, and its standard error; NaN for fewer than two."""
+    gaps = np.subtract(after, before)
+    return float(gaps.mean()), float(stats.sem(gaps)) if len(gaps) > 1 else float("nan")
 
 
 def _bootstrap(values: np.ndarray, statistic: Callable[..., Any]) -> Any:

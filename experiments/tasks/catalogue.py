@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from experiments.errors import ExperimentError
+from experiments.tasks.code import code
 from experiments.tasks.commonsense import commonsense
 from experiments.tasks.formats import FORMATS
 from experiments.tasks.images import PICTURES, has_pictures, pictures, published
 from experiments.tasks.instruction import alpaca
-from experiments.tasks.math import gsm8k, metamath
+from experiments.tasks.math import gsm8k, metamath, metamath_gsm8k
 from experiments.tasks.own import own
 from experiments.tasks.splits import HUB
 from experiments.tasks.task import Task
@@ -23,7 +24,9 @@ KNOWN: dict[str, Callable[[str], Task]] = {
     **{f"glue/{subset}": partial(glue, subset) for subset in GLUE},
     "gsm8k": gsm8k,
     "metamath": metamath,
+    "metamath/gsm8k": metamath_gsm8k,
     "commonsense": commonsense,
+    "code": code,
     "alpaca": alpaca,
     **{name: partial(published, name) for name in PICTURES},
 }

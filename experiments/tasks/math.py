@@ -1,4 +1,7 @@
-"""Word problems with worked solutions: GSM8K, and MetaMathQA for training with GSM8K and MATH-500 as the test."""
+"""Word problems with worked solutions: GSM8K, and MetaMathQA for training with GSM8K and MATH-500 as the test.
+
+`metamath/gsm8k` is the task of PEFT's benchmark (huggingface/peft, method_comparison/MetaMathQA).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from experiments.tasks.task import Task
 GSM8K = Splits("openai/gsm8k", "gsm8k", "main", {"train": 7473, "test": 1319})
 _MATH500 = Splits("HuggingFaceH4/MATH-500", "math", None, {"test": 500})
 _METAMATH = Splits("meta-math/MetaMathQA", "metamathqa", None, {"train": 395000})
+# the task of PEFT's benchmark, how that puts a question, and the characters of its longest row, a space between the two
+PEFT_TASK, PEFT_PROMPT = "metamath/gsm8k", "Question: {query} Think step by step.\nAnswer:"
+_PEFT_LONGEST = 1300
 
 
 def gsm8k(data: str) -> Task:
@@ -39,6 +45,26 @@ def metamath(data: str) -> Task:
     published = {**_METAMATH.rows, "test": GSM8K.rows["test"] + _MATH500.rows["test"]}
     harness = {"gsm8k": GSM8K, "hendrycks_math500": None}
     return Task("metamath", "causal", read, judge=_is_right, published=published, harness=harness)
+
+
+def metamath_gsm8k(data: str) -> Task:
+    """MetaMathQA in the prompt of PEFT's benchmark, without its rows of more than 1,300 characters; GSM8K's test alone.
+
+    Validation rows are carved from MetaMathQA, where PEFT takes some of GSM8K's own training rows.
+    """
+
+    def read(split: str) -> pd.DataFrame:
+        if split == "test":
+            rows = _gsm8k_rows(GSM8K.read("test", data))
+        else:
+            whole = _metamath_rows(_METAMATH.read("train", data))
+            lengths = whole["prompt"].str.len() + 1 + whole["completion"].str.len()
+            rows = carve(whole[lengths <= _PEFT_LONGEST], split)
+        return rows.assign(prompt=[PEFT_PROMPT.format(query=query) for query in rows["prompt"]])
+
+    # how many rows are short enough is not published
+    published = {"test": GSM8K.rows["test"]}
+    return Task(PEFT_TASK, "causal", read, judge=_is_right, published=published, harness={"gsm8k": GSM8K})
 
 
 def _is_right(text: str, row: Mapping[str, Any]) -> bool:

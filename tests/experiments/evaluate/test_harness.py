@@ -2,14 +2,22 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import AutoModelForCausalLM
 
 from experiments import harness, train
-from experiments.evaluate.harness import FILE
+from experiments.errors import ExperimentError
+from experiments.evaluate.finished import load_base, load_finished
+from experiments.evaluate.harness import BEFORE, FILE, _samples, evaluate, forgetting
 from experiments.records.reading import load
 from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
@@ -98,3 +106,110 @@ def test_what_cannot_be_scored_is_said(tmp_path: Path, runs: Path, solver: Path,
     assert train.main([str(encoder)]) == 0
     assert harness.main([str(encoder), "--tasks", "gsm8k"]) == 2
     assert "causal model" in capsys.readouterr().err
+
+
+def _found(scores: dict, samples: dict | None = None, limit: int | None = None) -> dict:
+    return {"scores": scores, "samples": samples or {}, "rows": 4, "shots": 0, "limit": limit}
+
+
+def test_forgetting_pairs_the_rows_where_both_hold_them(tmp_path: Path) -> None:
+    """Differences 0, -1, 1, 1: mean 1/4, sd sqrt(11/12), over 2 for four rows. Without rows: a 3-4-5 triangle."""
+    after = {"a": _found({"acc,none": 0.75, "acc_stderr,none": 0.25}, {"acc,none": [1.0, 0.0, 1.0, 1.0]}),
+             "b": _found({"acc,none": 0.5, "acc_stderr,none": 0.03})}  # fmt: skip
+    before = {"a": _found({"acc,none": 0.5, "acc_stderr,none": 0.29}, {"acc,none": [1.0, 1.0, 0.0, 0.0]}),
+              "b": _found({"acc,none": 0.7, "acc_stderr,none": 0.04}), "c": _found({"acc,none": 0.1})}  # fmt: skip
+    a, b = (row for _, row in forgetting(tmp_path, after, before).iterrows())
+    assert (a["before"], a["after"], a["change"], a["paired"]) == (0.5, 0.75, 0.25, 4)
+    assert a["standard error"] == pytest.approx((11 / 12) ** 0.5 / 2)
+    assert (b["task"], b["change"], b["paired"]) == ("b", pytest.approx(-0.2), 0)
+    assert b["standard error"] == pytest.approx(0.05)
+    assert forgetting(tmp_path, after, {"a": before["a"] | {"limit": 10}}).empty
+
+
+def test_rows_are_kept_of_scores_that_are_their_mean() -> None:
+    logged = [
+        {"filter": "none", "acc": 1.0, "inst": [True, False], "ppl": (2.0, 3), "strict": np.True_},
+        {"filter": "none", "acc": 0.0, "inst": [True], "ppl": (1.0, 2), "strict": np.False_},
+        {"filter": "other", "acc": 1.0},
+    ]
+    scores = {"acc,none": 0.5, "acc_stderr,none": 0.5, "acc,other": 0.2, "inst,none": 2 / 3, "ppl,none": 4.0}
+    scores["strict,none"] = 0.5
+    assert _samples(logged, scores) == {"acc,none": [1.0, 0.0], "strict,none": [1.0, 0.0]}
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is loaded and asked, by a harness that answers at once."""
+    asked: list[tuple[str, str]] = []
+
+    def evaluate(run: tuple[str, str], name: str, limit: int | None) -> dict:
+        asked.append((*run, name))
+        return _found({"acc,none": 0.5}, limit=limit)
+
+    monkeypatch.setattr("experiments.evaluate.harness._manager", lambda: SimpleNamespace(task_index=CODE))
+    monkeypatch.setattr("experiments.evaluate.harness.evaluate", evaluate)
+    for what in ("finished", "base"):
+        load = partial(lambda what, folder, caller: (what, folder.name), what)
+        monkeypatch.setattr(f"experiments.evaluate.harness.load_{what}", load)
+    return asked
+
+
+CODE = {"humaneval": SimpleNamespace(cfg={"unsafe_code": True}), "gsm8k": SimpleNamespace(cfg={})}
+
+
+def test_runs_of_one_base_have_it_scored_once(tmp_path: Path, answered: list, capsys) -> None:
+    base = {"task": "gsm8k", "data": "hub", "model": "m", "revision": None, "base_dtype": "float32"}
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for folder, quantization in zip(folders, (None, None, "nf4"), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**base, "quantization": quantization}))
+    words = [*map(str, folders), "--tasks", "gsm8k", "--before"]
+    assert harness.main(words) == 0
+    assert [one for one in answered if one[0] == "base"] == [("base", "one", "gsm8k"), ("base", "three", "gsm8k")]
+    assert sum(one[0] == "finished" for one in answered) == 3 and "change" in capsys.readouterr().out
+    assert all("gsm8k" in json.loads((folder / BEFORE).read_text()) for folder in folders)
+    assert harness.main(words) == 0 and len(answered) == 5  # what is there is not evaluated again
+
+
+def test_code_is_not_run_unless_it_is_allowed(tmp_path: Path, answered: list, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    words = [str(tmp_path), "--tasks", "gsm8k,humaneval"]
+    assert harness.main(words) == 2 and answered == []
+    assert "harness: humaneval: programs that a model wrote are executed" in capsys.readouterr().err
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert harness.main(words) == 0 and len(answered) == 2
+    # what the harness itself says of the task
+    folder = Path(lm_eval.__file__).parent / "tasks" / "humaneval"
+    assert load_yaml(folder / "humaneval_instruct.yaml", resolve_func=False)["unsafe_code"] is True
+
+
+@pytest.mark.system
+def test_the_base_is_what_it_was_before_training(solver: Path, tmp_path: Path, llama: str, capsys) -> None:
+    folder = Path(shutil.copytree(solver, tmp_path / solver.name))
+    assert harness.main([str(folder), "--limit", "2", "--before"]) == 0
+    found = json.loads((folder / BEFORE).read_text())["gsm8k"]
+    assert found["rows"] == 2 and len(found["samples"]["exact_match,flexible-extract"]) == 2
+    assert "change" in capsys.readouterr().out
+    row = {"input_ids": torch.tensor([[1, 2, 3]])}
+    base = AutoModelForCausalLM.from_pretrained(llama, trust_remote_code=False)
+    with torch.inference_mode():
+        bare, before, after = (
+            model.eval()(**row).logits
+            for model in (base, load_base(folder, "test").model, load_finished(folder, "test").model)
+        )
+    assert torch.equal(bare, before) and not torch.equal(bare, after)
+
+
+@pytest.mark.system
+def test_a_group_has_the_rows_of_its_tasks(solver: Path, monkeypatch) -> None:
+    """Two tasks of made-up rows, weighted by size: 1 of 2 and 3 of 4 rows are right."""
+    results = {"both": {"acc,none": 4 / 6, "acc_stderr,none": 0.2, "sample_len": 6, "alias": "both"}}
+    samples = {"x": [1.0, 0.0], "y": [1.0, 1.0, 0.0, 1.0]}
+    logged = {name: [{"filter": "none", "acc": one} for one in values] for name, values in samples.items()}
+    answer = {"results": results, "samples": logged, "n-shot": {}, "versions": {"both": 2}}
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: answer)
+    run = load_finished(solver, "test")
+    found = evaluate(run, "both")
+    assert found["rows"] == 6 and found["samples"]["acc,none"] == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ExperimentError, match=r"'tag' must have a score of its own, got a name for x, y\. Name these"):
+        evaluate(run, "tag")

@@ -118,7 +118,8 @@ def test_cells_that_are_the_same_runs_of_the_reference_count_once(records: pd.Da
     assert row == once and row["pairs"] == 3 and row["cell"] == "unilora"
 
 
-def test_rates_along_an_axis_are_compared_at_the_same_rate_and_tuned_ones_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", ["lr", "weight_decay", "alpha"])
+def test_rates_along_an_axis_are_compared_at_the_same_rate_and_tuned_ones_are_not(rate: str, tmp_path: Path) -> None:
     right = {
         ("lora", 0.1): [1, 1, 0, 0],
         ("lora", 0.2): [1, 0, 0, 0],
@@ -126,15 +127,15 @@ def test_rates_along_an_axis_are_compared_at_the_same_rate_and_tuned_ones_are_no
         ("unilora", 0.2): [0] * 4,
     }
     rows = []
-    for (projection, lr), answers in right.items():
-        folder = tmp_path / str(lr)
+    for (projection, value), answers in right.items():
+        folder = tmp_path / str(value)
         folder.mkdir(exist_ok=True)
-        same = {"cell": f"{projection} {lr}", "lr": lr, "cell.lr": lr}
+        same = {"cell": f"{projection} {value}", rate: value, f"cell.{rate}": value}
         rows += [_record(folder, projection, seed, answers, **same) for seed in (1, 2)]
     table = pd.DataFrame(rows)
-    assert dict(differences(table, "lora").set_index("lr")["difference"]) == {0.1: 0.5, 0.2: -0.25}
+    assert dict(differences(table, "lora").set_index(rate)["difference"]) == {0.1: 0.5, 0.2: -0.25}
     # a rate that was chosen for each is no setting in which they agree
-    tuned = table[table["cell"].isin(["lora 0.1", "unilora 0.2"])].drop(columns="cell.lr")
+    tuned = table[table["cell"].isin(["lora 0.1", "unilora 0.2"])].drop(columns=f"cell.{rate}")
     assert list(differences(tuned, "lora")["difference"]) == [-0.5]
 
 

@@ -2,17 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig, ViTImageProcessor, ViTModel
 
-from experiments import mt_bench, sweep, tasks
+from experiments import method_comparison, mt_bench, sweep, tasks
+from experiments.models import unloaded
+from experiments.records import gather
 from experiments.records.reading import load
-from experiments.sweeps.file import CONF
+from experiments.runs import Run, RunConfig, layout_of
+from experiments.sweeps import protocol
+from experiments.sweeps.file import CONF, read
 from experiments.tasks.commonsense import TESTS
+from uniproj.projection import Projection
+from uniproj.registry import build
 
 FEW = 12
 
@@ -29,7 +36,7 @@ def vit(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def few_rows(tmp_path_factory, shared_data: str) -> str:
-    """The published files cut to their first rows; MetaMathQA's columns filled from GSM8K, which it rewrites."""
+    """The published files cut to their first rows; MetaMathQA and CodeFeedback filled from GSM8K, HumanEval made up."""
     folder, shared = tmp_path_factory.mktemp("data"), Path(shared_data)
     for path in [*shared.glob("*/*/*.jsonl"), *shared.glob("*/*.jsonl")]:
         _write(pd.read_json(path, lines=True, nrows=10 * FEW), folder / path.relative_to(shared))
@@ -43,6 +50,9 @@ def few_rows(tmp_path_factory, shared_data: str) -> str:
             rows.to_parquet(folder / name / f"{split}.parquet")
     shown = pd.read_json(folder / "gsm8k" / "train.jsonl", lines=True)
     _write(shown.rename(columns={"question": "query", "answer": "response"}), folder / "metamathqa" / "train.jsonl")
+    _write(shown.rename(columns={"question": "query"}), folder / "codefeedback" / "train.jsonl")
+    problem = {"prompt": "def one():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "one"}
+    _write(pd.DataFrame([problem] * FEW), folder / "humaneval" / "test.jsonl")
     return str(folder)
 
 
@@ -61,7 +71,7 @@ def _run(recipe: str, runs: Path, data: str, *overrides: str) -> pd.DataFrame:
     path = CONF / "sweeps" / "paper" / f"{recipe}.yaml"
     assert sweep.main([str(path), *SMALL, f"settings.data={data}", *overrides, "--runs", str(runs)]) == 0
     found = load(runs)
-    assert (found["theta_change"] > 0).all() and (found["trained"] == 64).all()
+    assert (found["theta_change"] > 0).all() and (found.loc[found["projection"] != "lora", "trained"] == 64).all()
     return found
 
 
@@ -114,11 +124,102 @@ def test_a_folder_of_pictures(runs: Path, tmp_path: Path, few_rows: str, vit: st
     assert found["head"].iloc[0] == 32 * 10 + 10
 
 
-def test_commonsense_trains_and_is_tested_on_all_eight(runs: Path, few_rows: str, llama: str, here) -> None:
+def _of_2026(recipe: str, runs: Path, data: str, llama: str, *overrides: str) -> pd.DataFrame:
+    """A recipe of the 8B bases on a small one, at a given rate in place of tuning."""
+    small = ["settings.dtype=float32", "settings.base_dtype=float32", "settings.accumulation=2"]
+    small += ["settings.max_length=96", "settings.max_new_tokens=4", f"axes.model=[{llama}]"]
+    given = ["axes.projection=[unilora]", "~tune", "++settings.lr=1e-2"]
+    return _run(recipe, runs, data, *small, *(overrides or given))
+
+
+def test_math_8b_tunes_lora_by_the_same_trials(runs: Path, few_rows: str, llama: str, here, monkeypatch) -> None:
+    monkeypatch.setattr(protocol, "MOST_BEYOND", 0)
+    found = _of_2026("math_8b", runs, few_rows, llama, "settings.test_size=24", "tune.lr=[1e-3,1e-2]")
+    tested = found[found["score_on"] == "test"]
+    assert sorted(tested["projection"]) == ["lora", "unilora"] and len(found) == 2 * (2 + 1)
+    assert set(tested["groups"].iloc[0]) == {"gsm8k", "math500"}
+    choice = json.loads((runs / "sweeps" / "math_8b" / "choice.json").read_text())
+    assert [len(each["trials"]) for each in choice["choices"]] == [2, 2]
+
+
+def test_code_8b(runs: Path, few_rows: str, llama: str, here, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(AssertionError):
+        _of_2026("code_8b", runs, few_rows, llama)
+    assert "HF_ALLOW_CODE_EVAL must be 1" in capsys.readouterr().err and not list(runs.rglob("result.json"))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    # what a random model writes is not run here
+    metric = SimpleNamespace(pass_at_k=lambda references, predictions, k: {"pass@1": float("one" in references[0])})
+    monkeypatch.setattr("experiments.tasks.humaneval._harness", lambda: metric)
+    found = _of_2026("code_8b", runs, few_rows, llama).iloc[0]
+    assert (found["score"], found["rows"]) == (1.0, 6)
+
+
+def test_ifeval_8b(runs: Path, few_rows: str, llama: str, here) -> None:
+    found = _of_2026("ifeval_8b", runs, few_rows, llama).iloc[0]
+    assert found["task"] == "alpaca" and found["rows"] == 6 and 0.0 <= found["score"] <= 1.0
+
+
+# PEFT's reader (method_comparison/processing.py) makes these integers and floats
+INTEGERS = {
+    "accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th", "file_size",
+    "num_trainable_params",
+}  # fmt: skip
+PACKAGES = ("peft", "transformers", "datasets", "torch", "bitsandbytes")
+
+
+def test_pefts_benchmark_writes_and_reads_its_files(runs: Path, few_rows: str, llama: str, here, capsys) -> None:
+    cases = "cases=[{projection:lora,r:2,alpha:4,lr:1e-2,weight_decay:0.1},{projection:unilora,r:2,lr:1e-1}]"
+    small = ["settings.base_dtype=float32", "settings.max_length=96", "settings.max_new_tokens=4"]
+    found = _run("peft_benchmark", runs, few_rows, *small, f"settings.model={llama}", cases)
+    differences = pd.read_csv(runs / "sweeps" / "peft_benchmark" / "paired.csv")
+    assert list(differences["pairs"]) == [1]  # alpha and weight decay are a method's own
+    out, folders = runs / "peft", list(found["folder"])
+    assert method_comparison.main(["write", *folders, "--out", str(out)]) == 0
+    files = [json.loads(path.read_text()) for path in sorted(out.glob("uniproj--*.json"))]
+    for content, (projection, row) in zip(files, found.set_index("projection").sort_index().iterrows(), strict=True):
+        info, train = content["run_info"], content["train_info"]
+        last = train["metrics"][-1]
+        assert all(isinstance(train[key], int) for key in INTEGERS) and train["status"] == "success"
+        assert float(info["total_time"]) >= float(train["train_time"]) > 0
+        assert info["peft_config"]["projection"] == projection
+        assert "Question: {query} Think step by step.\nAnswer:" in info["train_config"]["query_template"]
+        assert pd.Timestamp(info["created_at"]) <= pd.Timestamp(row["provenance"]["finished"])
+        assert (last["test accuracy"], last["train samples"]) == (row["score"], 12)
+        data = Run.load(Path(row["folder"])).trainer.train_dataset
+        assert last["train total tokens"] == sum(len(ids) for ids in data["input_ids"])
+        assert train["num_trainable_params"] == row["trained"]
+        whole = AutoModelForCausalLM.from_pretrained(llama, trust_remote_code=False).num_parameters()
+        assert train["num_total_params"] == whole + row["trained"]
+        assert info["train_config"]["optimizer_kwargs"] == {"lr": row["lr"], "weight_decay": row["weight_decay"]}
+        assert {f"{name}-version" for name in PACKAGES} <= set(content["meta_info"]["package_info"])
+    assert method_comparison.main(["read", str(out), "--out", str(runs / "again")]) == 0
+    again = gather.read(runs / "again").runs.set_index("projection")
+    for projection, row in found.set_index("projection").iterrows():
+        assert again.loc[projection, "trained"] == row["trained"] and again.loc[projection, "score"] == row["score"]
+
+
+def test_pefts_benchmark_trains_as_many_numbers_as_peft_says(tmp_path: Path) -> None:
+    """num_trainable_params and num_total_params of its result files, on the shapes of Llama-3.2-3B."""
+    size = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    size |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True}
+    LlamaConfig(**size).save_pretrained(tmp_path)
+    asked = read(CONF / "sweeps" / "paper" / "peft_benchmark.yaml", [f"settings.model={tmp_path}"])
+    configs = [asked.confirmations(cell, {})[0] for cell in asked.cells()]
+    assert [_projection(config).trained for config in configs] == [9175040, 129024, 4849664, 131072, 524288]
+    base = unloaded(AutoModelForCausalLM, str(tmp_path))
+    assert sum(p.numel() for p in base.parameters()) + 131072 == 3212880896
+
+
+def _projection(config: RunConfig) -> Projection:
+    layout = layout_of(config.task, config.data, config.model, config.target_modules, config.r)
+    return build(config.projection, layout=layout, d=config.d, seed=0, **config.hyperparameters)
+
+
+def test_commonsense_8b_trains_and_is_tested_on_all_eight(runs: Path, few_rows: str, llama: str, here) -> None:
     # 120 rows of each test, of which eight are drawn from each on average
-    other = ["settings.task=commonsense", "settings.dtype=float32", "settings.accumulation=2", "settings.max_length=96"]
-    other += ["settings.max_new_tokens=4", "settings.test_size=64", f"axes.model=[{llama}]"]
-    found = _run("math", runs, few_rows, *other).iloc[0]
+    given = ["axes.projection=[unilora]", "~tune", "++settings.lr=1e-2", "settings.test_size=64"]
+    found = _of_2026("commonsense_8b", runs, few_rows, llama, *given).iloc[0]
     assert found["task"] == "commonsense" and found["rows"] == 64
     assert set(found["groups"]) == set(TESTS) and len(TESTS) == 8
     assert found["score"] == pytest.approx(np.mean(list(found["groups"].values())))
