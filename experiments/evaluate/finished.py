@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import load_peft_weights, set_peft_model_state_dict
-
 from experiments.errors import ExperimentError
 from experiments.records import is_done
 from experiments.runs import ADAPTER, Run
@@ -16,5 +14,5 @@ def load_finished(folder: Path, caller: str) -> Run:
     if not is_done(folder):
         raise ExperimentError(f"{caller}: {folder} must be a finished run, got no result.json. Train it first.")
     run = Run.load(folder)
-    set_peft_model_state_dict(run.model, load_peft_weights(str(folder / ADAPTER), device="cpu"))
+    run.entrant.load(run.model, folder / ADAPTER)
     return run
