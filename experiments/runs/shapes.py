@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from transformers import PreTrainedModel
 
@@ -21,7 +23,12 @@ def family_class(config: RunConfig) -> type[Family]:
 
 def bare(config: RunConfig) -> PreTrainedModel:
     """The base of a run on the meta device."""
-    return unloaded(family_class(config).auto, config.model)
+    return copy.deepcopy(_bare(tasks.get(config.task, config.data).family, config.model))
+
+
+@cache
+def _bare(family: str, model: str) -> PreTrainedModel:
+    return unloaded(family_of(family).auto, model)
 
 
 def targets_of(config: RunConfig) -> list[str] | str:

@@ -22,6 +22,7 @@ from experiments.models.text import TextClassifier
 from experiments.records.reading import load
 from experiments.runs import entrants
 from experiments.runs.callbacks import StopOnSignal, checkpoints
+from experiments.runs.entrants.solve import nearest
 from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.run import Run
@@ -329,3 +330,18 @@ def test_records_and_looks_know_entrants_by_name(runs: Path) -> None:
     assert {"full", "head", "peft/dora", "peft/fourierft", "peft/randlora"} <= set(known)
     looks = {(style.colour(name), style.marker(name)) for name in entrants.names()}
     assert len(looks) == len(entrants.names())
+
+
+@pytest.mark.parametrize("count", [lambda n: 12 * n + 5, lambda n: n**3, lambda n: 10 * n if n < 400 else float("inf")])
+def test_the_nearest_count_is_found_in_few_questions(count: Any) -> None:
+    values, asked = range(1, 5000), []
+
+    def told(value: int) -> float:
+        asked.append(value)
+        return count(value)
+
+    for budget in (1, 100, 4740, 3991):
+        asked.clear()
+        best = min(values, key=lambda value: abs(count(value) - budget))
+        assert nearest(told, values, budget) == best and len(asked) == len(set(asked)) < 30
+    assert nearest(lambda n: n, [7], 100) == 7

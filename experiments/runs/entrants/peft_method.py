@@ -6,13 +6,14 @@ import importlib.util
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
@@ -26,6 +27,7 @@ from experiments.models import Family
 from experiments.runs.config import RANK, RunConfig
 from experiments.runs.entrants.adapter import Adapter
 from experiments.runs.entrants.entrant import check_options, parts, tensors_of
+from experiments.runs.entrants.solve import VALUES, nearest
 from experiments.runs.shapes import bare, family_class, shapes_of, targets_of
 from experiments.tasks import HUB
 from uniproj.errors import shown, unknown
@@ -33,8 +35,6 @@ from uniproj.errors import shown, unknown
 PREFIX = "peft/"
 # of the options in a sweep, not PEFT's: the one over which a budget is solved, in place of the table's
 _BUDGET_OPTION = "budget_option"
-# a base of more numbers is not made up where a method reads its weights
-_MOST_MADE_UP = 2**28
 
 
 @cache
@@ -85,7 +85,7 @@ class PeftMethod(Adapter):
             return sizes
         # nothing that differs between the runs of a cell changes a count
         config = RunConfig(**{**settings, **sizes, "version": self.version})
-        return {**sizes, **self._nearest(config, budget, option, self._values(config, budget, kind))}
+        return {**sizes, **self._solved(config, budget, option, self._values(config, budget, kind))}
 
     def _scaled_by(self, asked: Any) -> tuple[str | None, str]:
         """The option over which a budget is solved and the kind of its values; (None, "") where there is none."""
@@ -93,10 +93,10 @@ class PeftMethod(Adapter):
         found = {asked: "integers"} if isinstance(asked, str) else asked or self._about.get("budget", by_rank)
         if not found:
             return None, ""
-        if not isinstance(found, Mapping) or len(found) != 1 or not {*found.values()} <= {*_VALUES}:
+        if not isinstance(found, Mapping) or len(found) != 1 or not {*found.values()} <= {*VALUES}:
             raise ExperimentError(
                 f"config: {_BUDGET_OPTION} of {self.name} must be one of its options, or one option with the kind of "
-                f"its values ({', '.join(_VALUES)}), got {shown(asked)}. Correct it."
+                f"its values ({', '.join(VALUES)}), got {shown(asked)}. Correct it."
             )
         ((option, kind),) = found.items()
         check_options(self.name, {option: kind}, [*self._defaults])
@@ -105,15 +105,15 @@ class PeftMethod(Adapter):
     def _values(self, config: RunConfig, budget: int, kind: str) -> Sequence[int]:
         targets = config.hyperparameters.get("target_modules", config.target_modules)
         if kind.endswith("integers") and not kind.startswith("falling"):
-            return _VALUES[kind](budget)
+            return VALUES[kind](budget)
         shapes = shapes_of(config.task, config.data, config.model, targets)
         widths = [width for shape in shapes.values() for width in shape]
-        return _VALUES[kind](math.gcd(*widths) if kind.endswith("divisors") else min(widths))
+        return VALUES[kind](math.gcd(*widths) if kind.endswith("divisors") else min(widths))
 
-    def _nearest(self, config: RunConfig, budget: int, option: str, values: Sequence[int]) -> dict[str, Any]:
+    def _solved(self, config: RunConfig, budget: int, option: str, values: Sequence[int]) -> dict[str, Any]:
         """r or hyperparameters of the count that is nearest to the budget.
 
-        values: in the order of a growing count, whose least must be possible; one that the method refuses is too large.
+        A value that the method refuses counts as too large; the least of all must be possible.
         """
 
         def sizes(value: int) -> dict[str, Any]:
@@ -121,23 +121,15 @@ class PeftMethod(Adapter):
                 return {"r": value}
             return {"hyperparameters": {**config.hyperparameters, option: value}}
 
-        @cache
-        def count(place: int) -> float:
+        def count(value: int) -> float:
             try:
-                return self.count(replace(config, **sizes(values[place])))
+                return self.count(replace(config, **sizes(value)))
             except ExperimentError:
-                if place == 0:
+                if value == values[0]:
                     raise
                 return math.inf
 
-        low, high = 0, 1
-        while high < len(values) and count(high) < budget:
-            low, high = high, 2 * high
-        high = min(high, len(values) - 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if count(middle) < budget else (low, middle)
-        return sizes(values[min(low, high, key=lambda place: abs(count(place) - budget))])
+        return sizes(nearest(count, values, budget))
 
     def count(self, config: RunConfig) -> int:
         alike = dict.fromkeys(("projection_seed", "init_seed", "data_seed", "train_seed"), 0)
@@ -202,22 +194,21 @@ class PeftMethod(Adapter):
         return int(scaled) if scaled.is_integer() else scaled
 
     def made_up(self, config: RunConfig) -> PeftModel:
-        """The method on the run's base without weights, or with made-up ones where it reads them.
+        """The method on a stand-in for the run's base.
 
         Raises ExperimentError with the method's own words where it cannot be attached.
         """
         family = family_class(config)
         with self._own_words(config):
-            try:
-                with torch.device("meta"):
-                    return self.attach(_base(config), config, family)
-            except Exception:
-                if sum(p.numel() for p in bare(config).parameters()) > _MOST_MADE_UP:
-                    raise
-            base = _base(config).to_empty(device="cpu")
-            for parameter in base.parameters():
-                nn.init.normal_(parameter, std=0.02)
-            return self.attach(base, config, family)
+            last: Exception | None = None
+            for base, device in _stand_ins(config):
+                try:
+                    with device:
+                        return self.attach(base, config, family)
+                except Exception as error:  # of the device or of the method: the last stand-in tells
+                    last = error
+            assert last is not None
+            raise last
 
     @contextmanager
     def _own_words(self, config: RunConfig) -> Iterator[None]:
@@ -242,8 +233,22 @@ class PeftMethod(Adapter):
         return tensors_of([*layers, *tuners], bases, {type(each).__module__.split(".")[0] for each in tuners})
 
 
+def _stand_ins(config: RunConfig) -> Iterator[tuple[PreTrainedModel, torch.device]]:
+    """Bases in place of the run's, the cheapest first, and where an adapter is made on each."""
+    yield _base(config), torch.device("meta")
+    # for what draws with a generator of the CPU
+    yield _base(config), torch.device("cpu")
+    # for what reads weights
+    base = _base(config)
+    if sum(p.nbytes for p in base.parameters()) < psutil.virtual_memory().available / 2:
+        base = base.to_empty(device="cpu")
+        for parameter in base.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        yield base, torch.device("cpu")
+
+
 def _base(config: RunConfig) -> PreTrainedModel:
-    """The base of a run on the meta device, with checkpointing where the run has it, which not all methods allow."""
+    """The base on the meta device, with checkpointing where the run has it, which not all methods allow."""
     base = bare(config)
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable()
@@ -257,16 +262,3 @@ def _count(config: str) -> int:
     own, _ = parts(PeftMethod(run.projection).made_up(run), family_class(run).heads)
     return sum(p.numel() for p in own.values())
 
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-# kinds of values of an option, up to a number
-_VALUES: Mapping[str, Callable[[int], Sequence[int]]] = {
-    "integers": lambda most: range(1, most + 1),
-    "even integers": lambda most: range(2, most + 2, 2),
-    "falling integers": lambda most: range(most, 0, -1),
-    "divisors": _divisors,
-    "falling divisors": lambda most: _divisors(most)[::-1],
-}
