@@ -1,4 +1,4 @@
-"""Projections at one budget on one task: `python -m experiments.compare` trains, measures, and writes a table.
+"""Entrants at one budget on one task: `python -m experiments.compare` trains, measures, and writes a table.
 
 A run that is done is not repeated, an interrupted one resumes: start the same command again.
 """
@@ -24,12 +24,11 @@ from experiments.errors import ExperimentError, status
 from experiments.files import digest
 from experiments.models import adapted_shapes, trust
 from experiments.records import is_done
-from experiments.runs import DEVICES, RUNS, RunConfig, layout_of, run_folder, shapes_of
+from experiments.runs import DEVICES, RUNS, entrants, run_folder
 from experiments.sweeps import CONF, Sweep, comparison, preflight, protocol, read, trainer
 from experiments.tasks import METRICS
 from uniproj import console
 from uniproj.errors import printable
-from uniproj.registry import get
 
 # VeRA's count is the least adjustable: sum(out) + r M. Its value at r = 11 is near what the others can reach.
 _VERA_RANK = 11
@@ -60,7 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=known["model"], help=model)
     parser.add_argument("--task", default=known["task"], help=task)
     parser.add_argument("--metric", choices=list(METRICS), help="what ranks, in place of the task's own")
-    parser.add_argument("--projections", nargs="+", default=methods, metavar="NAME")
+    named = "projections, peft/<method>, full or head; with options as 'peft/fourierft: {n_frequency: 1000}'"
+    parser.add_argument("--projections", nargs="+", default=methods, metavar="NAME", help=named)
     trust.add_options(parser)
     parser.add_argument("--budget", type=int, help="trained numbers, without the head (default: VeRA's at r = 11)")
     parser.add_argument("--rank", type=int, default=known["r"], help="r where a method leaves it free (4)")
@@ -80,8 +80,8 @@ def check(args: argparse.Namespace) -> None:
     tasks.get(args.task)
     for option in ("projections", "seeds"):
         check_distinct(f"compare: --{option}", getattr(args, option))
-    for name in args.projections:
-        get(name)
+    for method in _methods(args):
+        entrants.get(method["projection"])
     if args.budget is not None and args.budget < 1:
         raise ExperimentError(f"compare: --budget must be at least 1, got {args.budget}. Leave it out for the default.")
 
@@ -90,6 +90,11 @@ def default_budget(task: str, model: str) -> int:
     """Trained numbers that every method can come near to on this model."""
     shapes = adapted_shapes(tasks.get(task).family, model)
     return sum(out for out, _ in shapes.values()) + _VERA_RANK * len(shapes)
+
+
+def _methods(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The named entrants as settings of a run."""
+    return [entrants.read(text) for text in args.projections]
 
 
 def asked(args: argparse.Namespace) -> Sweep:
@@ -108,7 +113,7 @@ def asked(args: argparse.Namespace) -> Sweep:
         "dtype": "bfloat16" if args.device == "cuda" else "float32",
     }
     chosen = {key: getattr(args, key) for key in ("projections", "seeds", "lr")}
-    methods = [{"projection": projection} for projection in args.projections]
+    methods = _methods(args)
     rates = {} if args.lr == AUTO else _given_rates(args)
     return replace(
         committed(),
@@ -124,7 +129,7 @@ def _given_rates(args: argparse.Namespace) -> Mapping[str, float]:
     """The learning rate of every projection. Raises ExperimentError for one that was never tuned."""
     if args.lr == TABLE:
         known = {case["projection"]: case["lr"] for case in committed().cases}
-        if missing := [projection for projection in args.projections if projection not in known]:
+        if missing := [name for method in _methods(args) if (name := method["projection"]) not in known]:
             raise ExperimentError(
                 f"compare: every projection needs a tuned rate, got none for {', '.join(missing)}. "
                 f"Known: {', '.join(known)}. Pass --lr auto to tune, or a number."
@@ -136,7 +141,7 @@ def _given_rates(args: argparse.Namespace) -> Mapping[str, float]:
         lr = math.nan
     if not 0 < lr < math.inf:
         raise ExperimentError(f"compare: --lr must be table, auto or a positive number, got {args.lr!r}. Correct it.")
-    return dict.fromkeys(args.projections, lr)
+    return {method["projection"]: lr for method in _methods(args)}
 
 
 def remark(settings: Mapping[str, Any]) -> str:
@@ -159,7 +164,7 @@ def _announced(sweep: Sweep, runs: Path) -> str:
             "projection": run.projection,
             "lr": "tuned first" if sweep.tune else run.lr,
             "r": run.r,
-            "trained": _trained_numbers(run),
+            "trained": entrants.get(run.projection).count(run),
             "hyperparameters": ", ".join(f"{key}={value}" for key, value in run.hyperparameters.items()),
         }
         for run in configs[:: len(sweep.seeds)]
@@ -174,23 +179,13 @@ def _announced(sweep: Sweep, runs: Path) -> str:
     )
 
 
-def _trained_numbers(run: RunConfig) -> int:
-    """How many numbers a run trains besides its head; all of theta_D for the reference."""
-    base = run.task, run.data, run.model, run.target_modules
-    if run.d is not None:
-        return run.d
-    if run.budget is None:
-        return layout_of(*base, run.r).D
-    return get(run.projection).for_budget(shapes_of(*base), run.budget, run.r).trained
-
-
 def compare(args: argparse.Namespace) -> int:
     """Train what is missing and write the table; returns the exit status."""
     check(args)
     sweep = asked(args)
     preflight.check(sweep)
     remarks = [said] if args.lr == TABLE and (said := remark(sweep.settings)) else []
-    print("".join(f"{said}\n" for said in remarks), end="")
+    print("".join(f"{said}\n" for said in [*remarks, *preflight.remarks(sweep)]), end="")
     if args.dry_run:
         print(_announced(sweep, args.runs))
         return 0

@@ -18,7 +18,7 @@ def mapping(kind: str) -> dict[str, str]:
 
 
 def method(name: str) -> str:
-    """A projection of the registry, or another entrant of a measurement."""
+    """A projection of the registry, or another entrant of a comparison or a measurement."""
     return mapping("methods").get(name, name)
 
 

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.doctor:
         return preflight.doctor(sweep, args.runs)
+    for remark in preflight.remarks(sweep):
+        print(remark)
     train = trainer(sweep, args.launcher, args.runs)
     chosen = protocol.tune(sweep, args.runs, train)
     records, failures = protocol.confirm(sweep, args.runs, chosen, train)

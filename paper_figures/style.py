@@ -1,4 +1,4 @@
-"""The look of every chart: a fixed colour and marker per projection, and files that are the same byte for byte."""
+"""The look of every chart: a fixed colour and marker per entrant, and files that are the same byte for byte."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 import uniproj
 from experiments.files import write_bytes
 from experiments.names import mapping, method
+from experiments.runs import entrants
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without yellow, which is faint on paper; then Tol's
 # muted ones and others that are none of these.
@@ -28,7 +29,7 @@ _PALETTE = (
     *("#882255", "#332288", "#CC6677", "#661100", "#999933", "#AA4499", "#7D8597", "#117733", "#8B5CF6", "#A6761D"),
     *("#1B9E9E", "#C2185B", "#4D7C0F", "#6699CC"),
 )
-# Ten, which has no divisor in common with the 21 colours: 210 projections differ in colour or marker.
+# Ten, which has no divisor in common with the 21 colours: 210 entrants differ in colour or marker.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 # the next one after every seven projections
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1.2, 1)), (0, (5, 1, 1, 1)))
@@ -64,7 +65,7 @@ _RC = {
 
 
 def order(names: Iterable[str]) -> list[str]:
-    """As names.yaml lists them, then the library's other projections, then those of other packages."""
+    """As names.yaml lists them, then the library's other projections, then what PEFT and other packages have."""
     known = list(mapping("methods"))
 
     def place(name: str) -> tuple[int, bool, str]:
@@ -81,32 +82,32 @@ def _positions(names: tuple[str, ...]) -> dict[str, int]:
 
 
 def _position(name: str) -> int | None:
-    return _positions(tuple(uniproj.names())).get(name)
+    return _positions(tuple(entrants.names())).get(name)
 
 
 def look(position: int) -> tuple[str, str, Any]:
-    """Colour, marker and dash of the projection at this place; no two have the same colour and marker."""
+    """Colour, marker and dash of the entrant at this place; no two have the same colour and marker."""
     return _PALETTE[position % len(_PALETTE)], MARKERS[position % len(MARKERS)], _DASHES[position // 7 % len(_DASHES)]
 
 
 def colour(name: str) -> str:
-    """Hex colour of a projection by its place in `order`; grey for a name that is not in it."""
+    """Hex colour of an entrant by its place in `order`; grey for a name that is not in it."""
     position = _position(name)
     return UNKNOWN if position is None else look(position)[0]
 
 
 def marker(name: str) -> str:
-    """Marker of a projection."""
+    """Marker of an entrant."""
     return look(_position(name) or 0)[1]
 
 
 def dash(name: str) -> Any:
-    """Line style of a projection."""
+    """Line style of an entrant."""
     return look(_position(name) or 0)[2]
 
 
 def line(name: str) -> dict[str, Any]:
-    """Colour, marker and dash of a projection's line, and its name in the legend: arguments of `Axes.plot`."""
+    """Colour, marker and dash of an entrant's line, and its name in the legend: arguments of `Axes.plot`."""
     return {"color": colour(name), "marker": marker(name), "linestyle": dash(name), "label": method(name)}
 
 

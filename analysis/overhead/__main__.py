@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from analysis.overhead import growth, kernel, model, report, runner, summary, surroundings
+from analysis.overhead import entrants, growth, kernel, model, report, runner, summary, surroundings
 from analysis.overhead.workloads import DEFAULT, WORKLOADS
 from experiments.errors import status
 from paper_figures.figures.overhead import draw
@@ -24,7 +24,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=list(report.PARTS), choices=report.PARTS, metavar="PART")
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, metavar="MODEL", help="bases of the model part")
-    parser.add_argument("--methods", nargs="+", choices=model.names(), metavar="METHOD", help="of the model part")
+    methods = "of the model part: projections, 'PEFT LORA' .., peft/<method>, full, head"
+    parser.add_argument("--methods", nargs="+", type=entrants.method, metavar="METHOD", help=methods)
     parser.add_argument("--out", type=Path, default=Path("results/overhead"), help="folder of records and tables")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return parser.parse_args(argv)

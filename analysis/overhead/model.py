@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, UniLoraConfig, VBLoRAConfig, VeraConfig,
 from torch import Tensor, nn
 
 import uniproj
+from analysis.overhead import entrants
 from analysis.overhead.memory import Peak, give_back_at_once, tensor_bytes
 from analysis.overhead.shapes import sub_vectors
 from analysis.overhead.workloads import WORKLOADS, Workload, greedy, load
@@ -34,7 +35,7 @@ HEAD = "modules_to_save"
 # Turns of training steps, of steps with checkpointing, and of generations, whose interval should tell 1 % apart.
 PAIRS = {"cpu": (9, 6, 41), "cuda": (25, 25, 25)}
 WARM_UP = 1
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "*.safetensors"
 
 
 def names() -> list[str]:
@@ -51,8 +52,8 @@ def size(name: str, layout: LoRALayout, work: Workload) -> int | None:
     return min(max(wanted, cls.min_d(layout)), layout.D)
 
 
-def attach(model: nn.Module, work: Workload, name: str) -> PeftModel:
-    """The model with this adapter, its alpha chosen so that the scale alpha / r is 1."""
+def attach(model: nn.Module, work: Workload, name: str) -> Any:
+    """The model with this adapter, its alpha chosen so that the scale alpha / r is 1; itself for full fine-tuning."""
     layout = LoRALayout.from_shapes(work.shapes(model), RANK)
     common: dict[str, Any] = {"r": RANK, "target_modules": list(work.targets), "task_type": work.task_type}
     if name == "PEFT LORA":
@@ -63,6 +64,8 @@ def attach(model: nn.Module, work: Workload, name: str) -> PeftModel:
         config = VeraConfig(**common)
     elif name == "PEFT VBLORA":
         config = VBLoRAConfig(**common, **sub_vectors(layout))
+    elif entrants.is_entrant(name):
+        return entrants.attach(model, work, name, RANK)
     else:
         hyperparameters = sub_vectors(layout) if name == "vblora" else {}
         d = size(name, layout, work)
@@ -152,42 +155,49 @@ def _used_before(
     model = attach(base, work, method)
     _evaluate(model, prompt)
     _peak(model, batch, device, Peak(device))
-    base = model.unload()
+    base = _bare(model)
     give_back_at_once(False)
     started = now(device)
     model = attach(base, work, method)
     seconds = now(device) - started
-    return model.unload(), seconds
+    return _bare(model), seconds
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The base without its adapter."""
+    return model.unload() if isinstance(model, PeftModel) else model
 
 
 def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _evaluate(model: PeftModel, prompt: Mapping[str, Tensor]) -> None:
+def _evaluate(model: Any, prompt: Mapping[str, Tensor]) -> None:
     model.eval()
     with torch.no_grad(), _autocast(prompt["input_ids"].device):
         model(**prompt)
 
 
-def _sizes(model: PeftModel, prompt: Mapping[str, Tensor], device: torch.device, before: int) -> dict[str, int]:
+def _sizes(model: Any, prompt: Mapping[str, Tensor], device: torch.device, before: int) -> dict[str, int]:
     """Trained numbers, their bytes, and the bytes of what else the adapter holds after a forward pass.
 
-    The head's copy is a part of every adapter's state that no method decides: it is left out.
+    The head's copy is a part of every adapter's state that no method decides: it is left out. Full fine-tuning holds
+    nothing besides the base.
     """
     _evaluate(model, prompt)
     own = parameters(model)
     head = sum(p.nbytes for name, p in model.named_parameters() if HEAD in name)
     trained_bytes = sum(p.nbytes for p in own)
+    added = trained_bytes + head if isinstance(model, PeftModel) else 0
     return {
         "trained": sum(p.numel() for p in own),
         "trained_bytes": trained_bytes,
-        "state_bytes": tensor_bytes(device) - before - trained_bytes - head,
+        "state_bytes": tensor_bytes(device) - before - added,
     }
 
 
-def _set_checkpointing(model: PeftModel, enabled: bool) -> None:
-    inner = model.get_base_model()
+def _set_checkpointing(model: Any, enabled: bool) -> None:
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if enabled:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -207,7 +217,7 @@ def _peak(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device, p
 
 
 def _inference(
-    model: PeftModel, reference: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int, pairs: int
+    model: Any, reference: Any, prompt: Mapping[str, Tensor], new_tokens: int, pairs: int
 ) -> dict[str, float]:
     """Time per generated token (or of one forward pass of an encoder) relative to LoRA's, and in s."""
     actions = [_answer(each.eval(), prompt, new_tokens) for each in (model, reference)]
@@ -216,7 +226,7 @@ def _inference(
     return {**found, "inference_seconds": float(np.median(seconds[:, 0]))}
 
 
-def _answer(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
+def _answer(model: Any, prompt: Mapping[str, Tensor], new_tokens: int) -> Callable[[], float]:
     device = prompt["input_ids"].device
 
     def timed() -> float:
@@ -228,15 +238,18 @@ def _answer(model: PeftModel, prompt: Mapping[str, Tensor], new_tokens: int) -> 
     return timed
 
 
-def _on_disk(model: PeftModel, device: torch.device) -> dict[str, float]:
-    """Seconds to save the adapter and to load it onto its bare base, and bytes of its weights file."""
+def _on_disk(model: Any, device: torch.device) -> dict[str, float]:
+    """Seconds to save the adapter and to load it onto its bare base, and bytes of its weights."""
     with TemporaryDirectory() as folder:
         started = now(device)
         model.save_pretrained(folder)
         save_seconds = now(device) - started
-        bare = model.unload()
+        bare = _bare(model)
         started = now(device)
-        PeftModel.from_pretrained(bare, folder)
+        if isinstance(model, PeftModel):
+            PeftModel.from_pretrained(bare, folder)
+        else:
+            type(model).from_pretrained(folder, trust_remote_code=False)
         load_seconds = now(device) - started
-        file_bytes = (Path(folder) / WEIGHTS).stat().st_size
+        file_bytes = sum(file.stat().st_size for file in Path(folder).glob(WEIGHTS))
     return {"save_seconds": save_seconds, "load_seconds": load_seconds, "file_bytes": file_bytes}

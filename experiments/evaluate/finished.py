@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import load_peft_weights, set_peft_model_state_dict
-
 from experiments.errors import ExperimentError
 from experiments.records import is_done
 from experiments.runs import ADAPTER, Run
@@ -14,14 +12,14 @@ from experiments.runs import ADAPTER, Run
 def load_finished(folder: Path, caller: str) -> Run:
     """A finished run with the numbers it trained. Raises ExperimentError, in the name of `caller`, for another."""
     run = _loaded(folder, caller)
-    set_peft_model_state_dict(run.model, load_peft_weights(str(folder / ADAPTER), device="cpu"))
+    run.entrant.load(run.model, folder / ADAPTER)
     return run
 
 
 def load_base(folder: Path, caller: str) -> Run:
     """A finished run whose model is the base that it was trained on. Raises ExperimentError as `load_finished` does."""
     run = _loaded(folder, caller)
-    run.model = run.model.unload()
+    run.model = run.family.load(run.task.split("train")).to(run.config.device)
     return run
 
 

@@ -20,6 +20,9 @@ def count_labels(labels: Any) -> int:
 class Classifier(Family):
     """A base with a fresh head that is trained whole; one output is regression."""
 
+    # as PEFT knows them under the task type of sequence classification
+    heads = ("classifier", "score")
+
     @property
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         def compute(output: EvalPrediction) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """One run: what it is asked, its folder, its training, and what it writes down at its end."""
 
+from experiments.runs import entrants
 from experiments.runs.config import LOGGING_STEPS, REFERENCE, SEEDS, RunConfig
 from experiments.runs.data import check_rows, describe, draw
 from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
@@ -18,7 +19,7 @@ from experiments.runs.folder import (
     prepare,
     run_folder,
 )
-from experiments.runs.resolve import DEVICES, check_device, errors_of_projection, layout_of, resolve, shapes_of
+from experiments.runs.resolve import DEVICES, check_device, resolve
 from experiments.runs.result import ADAPTER, peak_bytes
 from experiments.runs.run import Run
 from experiments.runs.training import train
@@ -26,6 +27,6 @@ from experiments.runs.training import train
 __all__ = [
     "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "LOSSES", "NAMED", "REFERENCE",
     "RESULT", "RUNS", "SEEDS", "TORCHRUN", "Run", "RunConfig", "asked_of_accelerate", "check_config",
-    "check_device", "check_rows", "describe", "draw", "errors_of_projection", "is_locked", "layout_of", "lock",
-    "peak_bytes", "prepare", "resolve", "run_folder", "shapes_of", "train",
+    "check_device", "check_rows", "describe", "draw", "entrants", "is_locked", "lock", "peak_bytes", "prepare",
+    "resolve", "run_folder", "train",
 ]  # fmt: skip

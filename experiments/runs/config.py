@@ -15,6 +15,8 @@ _LATER: Mapping[str, Any] = {"metric": None}
 LOGGING_STEPS = 10
 # what others are compared with, at its own size
 REFERENCE = "lora"
+# of factors, where a run does not say it
+RANK = 4
 SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 
 
@@ -22,10 +24,12 @@ SEEDS = ("projection_seed", "init_seed", "data_seed", "train_seed")
 class RunConfig:
     """One run, resolved: no setting is left to be worked out.
 
-    What is adapted: r, d (None where the layout decides it), hyperparameters of P, target_modules (None: PEFT's for
-    this type of model; "all-linear"), budget (trained numbers asked for; None for the reference and for a given d).
-    Rates: lr of theta_d and a learned P, head_lr of a fresh head. Rows: train_size of the training rows, drawn by
-    data_seed, of which label_noise (a fraction) exchange their labels; validation_size and test_size rows are scored.
+    projection: an entrant by its name, a projection or another (`experiments.runs.entrants`). What is adapted: r,
+    d (None where the layout decides it), hyperparameters (of P, or options of a PEFT method), target_modules (None:
+    PEFT's for this type of model; "all-linear"), budget (trained numbers asked for; None for what stands at its own
+    size, as the reference does, and for a given d or option). Rates: lr of what the entrant trains, head_lr of a fresh
+    head beside it. Rows: train_size of the training rows, drawn by data_seed, of which label_noise (a fraction)
+    exchange their labels; validation_size and test_size rows are scored.
     evaluations: how often a run is scored on the validation split, evenly spread; the best and the last count.
     dtype: of the arithmetic (autocast); base_dtype: of the frozen weights; alpha: scale = alpha / r, None for 1;
     revision: of the model on the hub. metric: the one that ranks, None for the task's own.

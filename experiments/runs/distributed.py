@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
@@ -88,7 +87,7 @@ class DistributedTrainer(Trainer):
 
     _order: _OneOrder | None = None
 
-    def __init__(self, model: PeftModel, **options: Any):
+    def __init__(self, model: Any, **options: Any):
         super().__init__(model, **options)
         if is_sharded():
             # Trainer's word for a model that must be neither wrapped nor moved

@@ -29,7 +29,7 @@ FAILED = "failed: "
 
 def run_folder(runs: Path, config: Mapping[str, Any]) -> Path:
     """runs/<task>/<projection>-<hash of the configuration>."""
-    return runs / slug(config["task"]) / f"{config['projection']}-{digest(config)}"
+    return runs / slug(config["task"]) / f"{config['projection'].replace('/', '-')}-{digest(config)}"
 
 
 def prepare(runs: Path, config: Mapping[str, Any]) -> Path:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -13,25 +11,22 @@ import torch
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from experiments import tasks
 from experiments.checks import check_fields, check_positive
 from experiments.errors import ExperimentError
-from experiments.models import QUANTIZED, adapted_layout, adapted_shapes
-from experiments.runs.config import REFERENCE, SEEDS, RunConfig
-from experiments.tasks import HUB, METRICS
+from experiments.models import QUANTIZED
+from experiments.runs import entrants
+from experiments.runs.config import SEEDS, RunConfig
+from experiments.tasks import METRICS
 from uniproj import plugins
-from uniproj.errors import ProjectionError
-from uniproj.layout import LoRALayout
-from uniproj.registry import get
 
 
 def resolve(settings: Mapping[str, Any]) -> RunConfig:
     """The run of these settings: fields of RunConfig, and `seed` for those of the four seeds that are not given.
 
-    A budget is solved by the projection's `for_budget`; a given d is taken as it is. Raises ExperimentError for
-    unknown settings, missing ones and impossible values, ProjectionError for an unknown projection.
+    A budget is solved by the entrant; a given d, or option of its own, is taken as it is. Raises ExperimentError for
+    unknown settings, missing ones and impossible values, ProjectionError for an unknown entrant.
     """
-    settings = dict(settings)
+    settings = entrants.spelled(settings)
     seed = settings.pop("seed", None)
     settings |= {name: seed for name in SEEDS if settings.get(name) is None}
     known = {f.name for f in fields(RunConfig)} - {"version"}
@@ -41,75 +36,8 @@ def resolve(settings: Mapping[str, Any]) -> RunConfig:
         raise ExperimentError(f"config: a run needs {', '.join(missing)}, got none. Add it to the settings or axes.")
     _check(settings)
     plugins.load(settings.get("plugins", ()))
-    cls = get(settings["projection"])
-    return RunConfig(**{"version": cls.version, **_UNSOLVED, **settings, **_sizes(settings)})
-
-
-_UNSOLVED: dict[str, Any] = {"r": 4, "d": None, "hyperparameters": {}, "budget": None}
-
-
-def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """r, d, hyperparameters and budget of a run."""
-    projection, budget, d = settings["projection"], settings.get("budget"), settings.get("d")
-    r, given = settings.get("r", _UNSOLVED["r"]), dict(settings.get("hyperparameters", {}))
-    if projection == REFERENCE:
-        return {"r": r, "d": None, "budget": None, "hyperparameters": given}
-    if (budget is None) == (d is None) and get(projection).free_d:
-        raise ExperimentError(f"config: {projection} needs either a budget or d, got budget={budget} and d={d}.")
-    if budget is None:
-        return {"r": r, "d": d, "budget": None, "hyperparameters": given}
-    base = settings["task"], settings.get("data", HUB), settings["model"], settings.get("target_modules")
-    shapes = shapes_of(*base)
-    with errors_of_projection(f"{projection} must say what it trains at a budget of {budget}"):
-        solved = get(projection).for_budget(shapes, budget, r)
-        d = solved.d and min(solved.d, layout_of(*base, solved.r).D)
-        sizes = {"r": solved.r, "d": d, "hyperparameters": {**given, **solved.hyperparameters}}
-    check_fields(f"config: {projection}.for_budget: ", RunConfig, sizes)
-    return {**sizes, "budget": budget}
-
-
-@contextmanager
-def errors_of_projection(what: str) -> Iterator[None]:
-    """Turn whatever error a projection raises into a sentence that begins with `what`; its own sentences stay."""
-    try:
-        yield
-    except ProjectionError:
-        raise
-    except Exception as error:  # anything may go wrong in somebody else's class
-        raise ExperimentError(f"config: {what}, got {error!r}. Repair it, or choose another.") from error
-
-
-def shapes_of(
-    task: str, data: str, model: str, target_modules: Sequence[str] | str | None
-) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every module that a run adapts, by name.
-
-    Raises ExperimentError for a model of another family than the task's, and for target_modules that it does not have.
-    """
-    family = tasks.get(task, data).family
-    try:
-        shapes = adapted_shapes(family, model, target_modules)
-    except ExperimentError:
-        raise
-    except (ValueError, re.error) as error:  # Transformers' for another family, PEFT's for the modules
-        raise ExperimentError(
-            f"config: {model} must be a model for {task} with target_modules {target_modules or 'of its type'}, got: "
-            f"{str(error).strip().splitlines()[0]} Choose others."
-        ) from error
-    # PEFT passes over a name that no module bears, as long as another one is found
-    for target in [] if isinstance(target_modules, str) else target_modules or ():
-        # the groups of a convolution are numbered modules
-        if not any(re.search(rf"(^|\.){re.escape(target)}(\.\d+)?$", name) for name in shapes):
-            raise ExperimentError(
-                f"config: target_modules must name layers of {model} that PEFT adapts, got {target!r}. Leave it out."
-            )
-    return shapes
-
-
-def layout_of(task: str, data: str, model: str, target_modules: Sequence[str] | str | None, r: int) -> LoRALayout:
-    """The layout that a run has at rank r. Raises ExperimentError as `shapes_of` does."""
-    shapes_of(task, data, model, target_modules)
-    return adapted_layout(tasks.get(task, data).family, model, target_modules, r)
+    entrant = entrants.get(settings["projection"])
+    return RunConfig(**{"version": entrant.version, **settings, **entrant.settled(settings)})
 
 
 DEVICES = ("cpu", "cuda", "mps")

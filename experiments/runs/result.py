@@ -5,22 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
-from safetensors import safe_open
-from torch import Tensor
 
 from experiments.files import write_text
-from experiments.runs.run import HEAD, Run
+from experiments.runs import entrants
+from experiments.runs.run import Run, watched
 from experiments.runs.step_time import step_times
 from uniproj.claims import isometry_error
-from uniproj.format import HEADS
-from uniproj.projection import Projection
-from uniproj.tuner import adapter_of
 
 # Fraction of the initial loss that a run must gain on rows it was trained on.
 LEAST_GAIN = 0.01
@@ -32,9 +26,9 @@ _CHECKED_ENTRIES = 2**28
 def evaluate(run: Run, before: float) -> dict[str, Any]:
     """Everything a trained run is asked; the test split is read only where the configuration says so.
 
-    One that diverged has no score and no adapter.
+    One that diverged has no score, and nothing of it is kept.
     """
-    after, change, diverged = run.probe(), _theta_change(run), run.divergence.reason
+    after, change, diverged = run.probe(), _largest_change(run), run.divergence.reason
     scored = _unscored(run) if diverged else _scored(run)
     saved = None if diverged else _saved(run)
     return {
@@ -46,8 +40,8 @@ def evaluate(run: Run, before: float) -> dict[str, Any]:
         "loss_after": _finite(after),
         "did_not_train": diverged or did_not_train(before, after, change),
         "theta_change": _finite(change),
-        **_sizes(run, saved),
-        "adapter_sha256": saved and hashlib.sha256(saved.read_bytes()).hexdigest(),
+        **_sizes(run, saved, bool(diverged)),
+        "adapter_sha256": saved and _sha256(saved),
         "incomplete_data": _data_rows(run),
         **(_timed(run) if run.config.timing and not diverged else {}),
     }
@@ -59,13 +53,19 @@ def _scored(run: Run) -> dict[str, Any]:
     return {**(_tested(run) if on_test else {"score": validation["validation"]}), **validation}
 
 
-def _saved(run: Run) -> Path:
-    """The file of the adapter, which the first process writes."""
+def _saved(run: Run) -> Path | None:
+    """The file of what was trained, which the first process writes; None where it is not kept."""
+    file = None
     run.trainer.accelerator.wait_for_everyone()
     if run.trainer.is_world_process_zero():
-        run.model.save_pretrained(run.folder / ADAPTER)
+        file = run.entrant.save(run.model, run.folder / ADAPTER, run.config)
     run.trainer.accelerator.wait_for_everyone()
-    return run.folder / ADAPTER / "adapter_model.safetensors"
+    return file
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _validations(run: Run) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def _tested(run: Run) -> dict[str, Any]:
         best = last
     else:
         kept = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
-        checkpoint = run.folder / f"checkpoint-{best_step}"
-        set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint), device="cpu"))
+        run.entrant.load(run.model, run.folder / f"checkpoint-{best_step}")
         best = _scores(run, "best")
         run.model.load_state_dict(kept, strict=False)
     return {**last, "best": {key: best[key] for key in ("score", "scores")}}
@@ -134,72 +133,49 @@ def _unscored(run: Run) -> dict[str, Any]:
     }
 
 
-def _theta_change(run: Run) -> float:
-    """Largest change of an entry of theta_d since the start."""
-    theta_d = adapter_of(run.model).theta_d.detach().cpu()
-    return float((theta_d - run.projection.init_theta(run.config.init_seed).cpu()).abs().max())
+def _largest_change(run: Run) -> float:
+    """Largest change since the start of what the entrant trains, as far as that is kept."""
+    now = watched(run.model, run.family)
+    return max((float((now[name] - start).abs().max()) for name, start in run.start.items()), default=0.0)
 
 
 def did_not_train(before: float, after: float, change: float) -> str | None:
-    """Why a run must not be ranked, or None: the loss did not fall by 1 %, or theta_d stayed where it was."""
+    """Why a run must not be ranked, or None: the loss did not fall by 1 %, or what is trained stayed where it was."""
     if not math.isfinite(after):
         return f"the loss went from {before:.3f} to {after}"
     if not change > 0:
-        return "theta_d did not change"
+        return "no trained number changed"
     if after > (1 - LEAST_GAIN) * before:
         return f"the loss went from {before:.3f} to {after:.3f}"
     return None
 
 
-def _sizes(run: Run, saved: Path | None) -> dict[str, Any]:
-    """Numbers trained; bytes stored (the file), resident (what P holds besides), and those of them that are indices.
+def _sizes(run: Run, saved: Path | None, diverged: bool) -> dict[str, Any]:
+    """Numbers trained; bytes stored (the file), resident (what is held besides), and those of them that are indices.
 
-    saved: the file of the adapter, None where there is none.
+    saved: the file of what was trained; where it is not kept, its bytes are those of the numbers.
     """
-    P, budget = run.projection, run.config.budget
-    heads = [p for name, p in run.model.named_parameters() if p.requires_grad and HEAD in name]
-    head_bytes, adapter_bytes = sum(p.nbytes for p in heads), None
-    if saved is not None:
-        with safe_open(saved, "pt") as tensors:
-            head_bytes = sum(tensors.get_tensor(k).nbytes for k in tensors.keys() if k.startswith(HEADS))  # noqa: SIM118
-        adapter_bytes = saved.stat().st_size - head_bytes
-    held = {t.data_ptr(): t for t in _held_tensors(P)}.values()
+    own, head = (list(part.values()) for part in entrants.parts(run.model, run.family.heads))
+    trained, budget = sum(p.numel() for p in own), run.config.budget
+    head_bytes, P = sum(p.nbytes for p in head), run.entrant.projection(run.model)
+    stored = sum(p.nbytes for p in own) if saved is None else saved.stat().st_size - head_bytes
+    held = {t.data_ptr(): t for t in run.entrant.held(run.model)}.values()
     return {
-        "D": P.D,
-        "trained": P.trained,
-        "budget_error": None if budget is None else P.trained / budget - 1.0,
-        "head": sum(p.numel() for p in heads),
-        "adapter_bytes": adapter_bytes,
+        "D": None if P is None else P.D,
+        "trained": trained,
+        "budget_error": None if budget is None else trained / budget - 1.0,
+        "head": sum(p.numel() for p in head),
+        "adapter_bytes": None if diverged else stored,
         "head_bytes": head_bytes,
         "resident_bytes": sum(t.nbytes for t in held),
         "index_bytes": sum(t.nbytes for t in held if not t.is_floating_point()),
     }
 
 
-def _held_tensors(P: Projection) -> Iterator[Tensor]:
-    """Every tensor that P keeps besides what is trained: buffers, caches, tables of its parts."""
-    seen: set[int] = set()
-    waiting: list[Any] = [P]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen or isinstance(value, torch.nn.Parameter):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-        elif type(value).__module__.startswith("uniproj") or type(value).__module__ == P.__class__.__module__:
-            waiting += [getattr(value, name) for name in getattr(type(value), "__slots__", ())]
-            waiting += vars(value).values() if hasattr(value, "__dict__") else ()
-
-
 def _timed(run: Run) -> dict[str, Any]:
     """max|P^T P - I| of the P that was trained, where it is cheap to know, and the times of training steps."""
-    P = run.projection
-    cheap = P.sparse or P.D * P.d <= _CHECKED_ENTRIES
+    P = run.entrant.projection(run.model)
+    cheap = P is not None and (P.sparse or P.D * P.d <= _CHECKED_ENTRIES)
     return {"isometry_error": isometry_error(P) if cheap else None, **step_times(run)}
 
 

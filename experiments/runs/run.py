@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,38 +11,40 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from experiments import tasks
 from experiments.files import read_json
-from experiments.models import BaseModel, Family, family_of, target_modules
+from experiments.models import BaseModel, Family, family_of
+from experiments.processes import is_sharded
+from experiments.runs import entrants
 from experiments.runs.callbacks import LossLog, RemoveCheckpoints, StopOnDivergence, StopOnSignal
 from experiments.runs.config import LOGGING_STEPS, RunConfig
 from experiments.runs.data import check_rows, scored_rows, training_rows
 from experiments.runs.distributed import DistributedTrainer, share
 from experiments.runs.folder import CONFIG
 from experiments.runs.resolve import check_device
-from uniproj.projection import Projection
-from uniproj.tuner import UniProjConfig, adapter_of
 
-HEAD = "modules_to_save"
 _PROBE_ROWS = 32
+# numbers of each trained tensor of which the start is kept, to tell whether they move
+_WATCHED = 2**18
 
 
 @dataclass
 class Run:
-    """A run, ready to train or to resume."""
+    """A run, ready to train or to resume. start: the first numbers of each tensor that its entrant trains, by name."""
 
     folder: Path
     config: RunConfig
     task: tasks.Task
     family: Family
-    model: PeftModel
+    entrant: entrants.Entrant
+    model: Any
     trainer: Trainer
     stop: StopOnSignal
     divergence: StopOnDivergence
+    start: Mapping[str, Tensor]
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -59,7 +62,11 @@ class Run:
         )
         check_rows(task, config)
         rows = task.split("train")
-        model = attach(config, family, rows)
+        entrant = entrants.get(config.projection)
+        if is_sharded():
+            entrant.check_sharded()
+        model = entrant.attach(family.load(rows), config, family)
+        start = watched(model, family)
         trainer = DistributedTrainer(
             model=model,
             args=arguments(folder, config, family),
@@ -75,12 +82,8 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         # Trainer guesses this from the signature, and would sum the mean losses of classifiers over accumulated batches
         trainer.model_accepts_loss_kwargs = family.loss_by_item
-        trainer.optimizer = optimizer(model, config, trainer.args)
-        return cls(folder, config, task, family, model, trainer, stop, divergence)
-
-    @property
-    def projection(self) -> Projection:
-        return adapter_of(self.model).P
+        trainer.optimizer = optimizer(model, config, trainer.args, family)
+        return cls(folder, config, task, family, entrant, model, trainer, stop, divergence, start)
 
     @cached_property
     def probe_rows(self) -> Any:
@@ -100,41 +103,28 @@ class Run:
         return scored_rows(self.task, self.config, "test")
 
 
-def attach(config: RunConfig, family: Family, rows: pd.DataFrame) -> PeftModel:
-    """The base model with the projection of this run, and a fresh head where the family has one."""
-    chosen = config.target_modules
-    adapter = UniProjConfig(
-        projection=config.projection,
-        d=config.d,
-        r=config.r,
-        lora_alpha=config.r if config.alpha is None else config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=chosen if isinstance(chosen, str) else list(chosen or target_modules(config.model)),
-        projection_seed=config.projection_seed,
-        init_seed=config.init_seed,
-        projection_kwargs=dict(config.hyperparameters),
-        task_type=family.task_type,
-        modules_to_save=list(family.modules_to_save) if family.modules_to_save else None,
-    )
-    return get_peft_model(family.load(rows), adapter)
+def watched(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    """Copies of the first numbers of what an entrant trains, by name: of its own, or of the head that is all it has."""
+    own, head = entrants.parts(model, family.heads)
+    return {name: p.detach().flatten()[:_WATCHED].cpu().clone() for name, p in (own or head).items()}
 
 
-def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """theta_d and a learned P at `lr`; the head at `head_lr`."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    adapter = [p for name, p in named if HEAD not in name]
-    head = [p for name, p in named if HEAD in name]
+def _parameter_groups(model: nn.Module, config: RunConfig, family: Family) -> list[dict[str, Any]]:
+    """What the entrant trains at `lr`; a head beside it at `head_lr`, and at `lr` where it is all that is trained."""
+    own, head = (list(part.values()) for part in entrants.parts(model, family.heads))
     groups = [
-        {"params": adapter, "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": head, "lr": config.head_lr, "weight_decay": config.head_weight_decay},
+        {"params": own, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": head, "lr": config.head_lr if own else config.lr, "weight_decay": config.head_weight_decay},
     ]
     return [group for group in groups if group["params"]]
 
 
-def optimizer(model: nn.Module, config: RunConfig, args: TrainingArguments) -> torch.optim.Optimizer:
+def optimizer(
+    model: nn.Module, config: RunConfig, args: TrainingArguments, family: Family
+) -> torch.optim.Optimizer:
     """The optimiser that Transformers knows by this name, on two groups of parameters."""
     cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return cls(_parameter_groups(model, config), **{**options, "lr": config.lr})
+    return cls(_parameter_groups(model, config, family), **{**options, "lr": config.lr})
 
 
 def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArguments:

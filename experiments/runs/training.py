@@ -10,13 +10,13 @@ from typing import Any
 from zipfile import ZipFile
 
 from experiments.errors import INTERRUPTED, ExperimentError
-from experiments.files import write_json
+from experiments.files import read_json, write_json
 from experiments.provenance import provenance
+from experiments.runs import entrants
 from experiments.runs.callbacks import checkpoints
-from experiments.runs.folder import RESULT
+from experiments.runs.folder import CONFIG, RESULT
 from experiments.runs.result import evaluate, peak_bytes
 from experiments.runs.run import Run
-from uniproj.format import read
 
 STATE = "trainer_state.json"
 # without one of these Trainer would go on from other numbers, and say nothing
@@ -25,12 +25,12 @@ _STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole, and so is the best one that it remembers. A line names each passed over."""
-    found = checkpoints(folder)
+    found, entrant = checkpoints(folder), entrants.get(read_json(folder / CONFIG)["projection"])
     for step in sorted(found, reverse=True):
         try:
-            best = _check_checkpoint(found[step], step).get("best_global_step") or step
+            best = _check_checkpoint(entrant, found[step], step).get("best_global_step") or step
             if best != step:
-                _check_checkpoint(folder / f"checkpoint-{best}", best)
+                _check_checkpoint(entrant, folder / f"checkpoint-{best}", best)
         except Exception as error:  # of whatever reads it: files may hold anything after a power cut
             print(f"train: {found[step]} must be whole, got: {error} The run goes on from an earlier one, or anew.")
         else:
@@ -38,12 +38,12 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _check_checkpoint(path: Path, step: int) -> dict[str, Any]:
+def _check_checkpoint(entrant: entrants.Entrant, path: Path, step: int) -> dict[str, Any]:
     """Raises for a file that is missing, cut off or damaged; returns the state, the last file that is written."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())  # the log in it may hold NaN
     if state.get("global_step") != step:
         raise ExperimentError(f"{path / STATE} must be that of step {step}, got {state.get('global_step')!r}.")
-    read(path)
+    entrant.check_saved(path)
     for name in sorted(_STATES | {other.name for other in path.glob("*.pt*")}):
         with ZipFile(path / name) as archive:
             if damaged := archive.testzip():

@@ -46,7 +46,7 @@ def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remarks: Seque
             "projection": table["projection"],
             f"test {statistics.unit(first['metric'])}": [_score(row) for row in table.itertuples()],
             "trained": table["trained"].map("{:,}".format),
-            "budget error": table["budget_error"].map(lambda e: "reference" if pd.isna(e) else f"{e:+.1%}"),
+            "budget error": table["budget_error"].map(lambda e: "own size" if pd.isna(e) else f"{e:+.1%}"),
             "max|PtP-I|": table["isometry_error"].map(lambda e: "not measured" if pd.isna(e) else f"{e:.1e}"),
             "step time / LoRA": [
                 f"{t.step_ratio:.2f} [{t.step_ratio_low:.2f}, {t.step_ratio_high:.2f}]" for t in table.itertuples()
@@ -69,7 +69,8 @@ def _notes(table: pd.DataFrame, runs: pd.DataFrame, budget: int) -> list[str]:
         f"{first['model']} on {first['task']}: {first['rows']:,} test rows, majority class "
         f"{100 * first['majority']:.1f} %, {table['runs'].max()} seed(s). Budget {budget:,} trained numbers; "
         f"the head's {first['head']:,} ({first['head_bytes']:,} bytes) are counted apart.",
-        "lora is the reference at its own size. Scores: mean over the seeds that trained, Student's 95 % interval. "
+        "lora is the reference. Own size: no budget was solved for it. Scores: mean over the seeds that trained, "
+        "Student's 95 % interval. "
         "Step time: median of paired steps beside PEFT's LoRA at the same rank, 95 % interval.",
         baseline.RULE,
     ]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from experiments import tasks
 from experiments.errors import ExperimentError
@@ -27,26 +26,24 @@ from experiments.runs import (
     check_rows,
     describe,
     draw,
-    errors_of_projection,
-    layout_of,
+    entrants,
     peak_bytes,
     prepare,
     run_folder,
 )
 from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
 from experiments.sweeps.sweep import Sweep
+from uniproj.budget import TOLERANCE as OF_BUDGET
 from uniproj.errors import printable
-from uniproj.registry import build
-from uniproj.registry import get as projection_of
 
 MEASURED = "doctor.json"
 _SCORED_ROWS = 4
 TOLERANCE = 1e-3
-# what decides which rows a run reads, and how it makes P
+# what decides which rows a run reads, and what it trains
 ROWS = ("task", "data", "metric", "validation_size", "test_size")
-OF_P = (
-    *("task", "data", "model", "target_modules"),
-    *("projection", "version", "r", "d", "hyperparameters", "projection_seed"),
+OF_ENTRANT = (
+    *("task", "data", "model", "target_modules", "quantization", "gradient_checkpointing", "dropout"),
+    *("projection", "version", "r", "d", "hyperparameters", "budget", "projection_seed"),
 )
 # what decides the time of a step and the memory of a run
 KIND = (
@@ -68,7 +65,7 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
 
 
 def check(sweep: Sweep, here: bool = True) -> None:
-    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, modules, projection or device.
+    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, modules, entrant or device.
 
     The test rows are checked for tuning runs too: a choice that they cannot confirm is in vain. here: whether the runs
     train on this machine, which then needs their devices.
@@ -78,8 +75,12 @@ def check(sweep: Sweep, here: bool = True) -> None:
         check_device(device)
     for config in _one_each(configs, ROWS):
         check_rows(tasks.get(config.task, config.data, config.metric), config)
-    for config in _one_each(configs, OF_P):
-        _check_projection(config)
+    is_split = any(options.get("sharded") for options in sweep.launcher.values())
+    for config in _one_each(configs, OF_ENTRANT):
+        entrant = entrants.get(config.projection)
+        if is_split:
+            entrant.check_sharded()
+        entrant.check(config)
 
 
 def _one_each(configs: Iterable[RunConfig], keys: Sequence[str]) -> Iterable[RunConfig]:
@@ -87,24 +88,18 @@ def _one_each(configs: Iterable[RunConfig], keys: Sequence[str]) -> Iterable[Run
     return {json.dumps([getattr(config, key) for key in keys]): config for config in configs}.values()
 
 
-def _check_projection(config: RunConfig) -> None:
-    """Make P as the run will, with made-up base weights, and apply it once each way."""
-    layout = layout_of(config.task, config.data, config.model, config.target_modules, config.r)
-    shapes = layout.shapes()
-    if config.d is not None and config.d > layout.D:
-        raise ExperimentError(
-            f"config: d must be at most D = {layout.D} on {config.model} at r = {config.r}, got {config.d}. "
-            "Lower d or raise r."
-        )
-    options = dict(config.hyperparameters)
-    with errors_of_projection(f"{config.projection} must work on {config.model} at r = {config.r}, d = {config.d}"):
-        if projection_of(config.projection).needs_base_weights:
-            drawn = torch.Generator().manual_seed(0)
-            alike = {shape: torch.randn(shape, generator=drawn) for shape in set(shapes.values())}
-            options["base_weights"] = {name: alike[shape] for name, shape in shapes.items()}
-        projection = build(config.projection, layout=layout, d=config.d, seed=config.projection_seed, **options)
-        with torch.no_grad():
-            projection.adjoint(projection(projection.init_theta(config.init_seed)))
+def remarks(sweep: Sweep) -> list[str]:
+    """What a reader must know before training of entrants that come not near to their budget."""
+    found = []
+    for config in _one_each(runs_of(sweep)["confirm"], OF_ENTRANT):
+        trained = entrants.get(config.projection).count(config) if config.budget else 0
+        if config.budget and abs(trained / config.budget - 1) > OF_BUDGET:
+            found.append(
+                f"{config.projection} on {config.model} trains {trained:,} numbers, {trained / config.budget - 1:+.1%} "
+                f"beside the budget of {config.budget:,}: none of its sizes comes nearer. Choose another budget, or "
+                "another option that scales it (`budget_option`)."
+            )
+    return list(dict.fromkeys(found))
 
 
 def kind(config: RunConfig) -> str:
@@ -142,6 +137,7 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
             lines.append(f"device   {error}")
     asked = _one_each(stages["confirm"], ("task", "data", "metric"))
     lines += [f"data     {describe(tasks.get(c.task, c.data, c.metric))}" for c in asked]
+    lines += [f"budget   {remark}" for remark in remarks(sweep)]
     bases = {f"{c.model} in {c.quantization or c.base_dtype}": c for c in stages["confirm"]}
     lines += [f"weights  {base}: {_weights(config) / 1e9:.2f} GB" for base, config in sorted(bases.items())]
     return "\n".join(lines)
@@ -207,26 +203,26 @@ def _examine(config: RunConfig) -> dict[str, Any]:
         started = time.perf_counter()
         run.trainer.train()
         seconds = time.perf_counter() - started
-        run.model.save_pretrained(folder / ADAPTER)
-        _check_saved(run, folder)
+        if run.entrant.save(run.model, folder / ADAPTER, small):
+            _check_saved(run, folder)
     return {"seconds_per_step": seconds, "peak_bytes": peak_bytes(config.device)}
 
 
 def _check_saved(run: Run, folder: Path) -> None:
-    """The saved adapter on a fresh base, and the merged model, give the outputs of the trained one."""
+    """What was saved on a fresh base, and a projection merged into it, give the outputs of the trained model."""
     rows = draw(run.task.split("validation"), _SCORED_ROWS, 0)
     encoded = [{k: v for k, v in feature.items() if k != "length"} for feature in run.family.encode(rows)]
     batch = run.family.collate(encoded)
     expected = _logits(run.model, batch)
     base = run.family.load(run.task.split("train"))
-    loaded = PeftModel.from_pretrained(base, folder / ADAPTER)
-    for what, model in (("loaded", loaded), ("merged", loaded.merge_and_unload())):
-        if what == "merged" and run.config.quantization:
-            continue
+    loaded: Any = run.entrant.restored(base, folder / ADAPTER)
+    can_merge = run.entrant.projection(run.model) is not None and not run.config.quantization
+    for what in ("loaded", "merged") if can_merge else ("loaded",):
+        model = loaded.merge_and_unload() if what == "merged" else loaded
         difference = float((_logits(model, batch) - expected).abs().max())
         if not difference <= TOLERANCE:
             raise ExperimentError(
-                f"the {what} adapter must give the trained outputs, got a difference of {difference:.1e}"
+                f"the {what} model must give the trained outputs, got a difference of {difference:.1e}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.checks import check_distinct, check_fields, check_type
 from experiments.errors import ExperimentError
-from experiments.runs import SEEDS, RunConfig, resolve
+from experiments.runs import SEEDS, RunConfig, entrants, resolve
 
 Cell = dict[str, Any]
 # what the sweep itself gives to each run
@@ -22,11 +22,11 @@ OWN = {"seed", "score_on"}
 class Sweep:
     """What a sweep file says.
 
-    settings: fields of RunConfig that all runs share. cases: settings of which each run has one; axes: settings
-    with a list of values, all of which are crossed. tune: `seeds` and the settings to choose among on the validation
-    split; seeds: those of the runs that are reported, none of them used for tuning. published: scores others reported,
-    by task. launcher: options of the launchers, by name. most_runs: a sweep that asks for more is refused before they
-    are worked out.
+    settings: fields of RunConfig that all runs share. cases: settings of which each run has one; axes: settings with a
+    list of values, all of which are crossed. A projection may be any entrant, written as `name` or `{name: options}`.
+    tune: `seeds` and the settings to choose among on the validation split; seeds: those of the runs that are reported,
+    none of them used for tuning. published: scores others reported, by task. launcher: options of the launchers, by
+    name. most_runs: a sweep that asks for more is refused before they are worked out.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """cases x axes: what is compared; seeds and tuned settings are added to each."""
-        return [{**case, **point} for case in self.cases for point in _crossed(self.axes)]
+        return [entrants.spelled({**case, **point}) for case in self.cases for point in _crossed(self.axes)]
 
     def trials(self, cell: Cell, beyond: Sequence[float] = ()) -> list[RunConfig]:
         """The tuning runs of a cell: the grid, as large for every cell, and learning rates beyond it."""

@@ -209,14 +209,14 @@ def test_a_comparison_shows_what_diverged_without_a_rank(runs: Path, model: str,
 def test_a_rate_of_zero_is_marked_as_not_trained(runs: Path, config: RunConfig) -> None:
     folder = prepare(runs, replace(config, lr=0.0, head_lr=0.0, score_on="validation").to_json())
     assert train.main([str(folder)]) == 0
-    assert read_json(folder / RESULT)["did_not_train"] == "theta_d did not change"
+    assert read_json(folder / RESULT)["did_not_train"] == "no trained number changed"
 
 
 @pytest.mark.parametrize(
     ("before", "after", "change", "reason"),
     [
         (0.7, 0.5, 0.1, None),
-        (0.7, 0.5, 0.0, "theta_d did not change"),
+        (0.7, 0.5, 0.0, "no trained number changed"),
         (0.7, 0.699, 0.1, "the loss went from 0.700 to 0.699"),
         (0.7, float("nan"), 0.1, "the loss went from 0.700 to nan"),
     ],
@@ -312,7 +312,7 @@ def test_endless_epochs_are_refused(runs: Path, capsys) -> None:
         (["--train-size", "-1"], "train_size must be positive"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--plugins", "none.py"], "none.py must be a Python file or module"),
-        (["--projections", "uni"], "unknown projection 'uni'"),
+        (["--projections", "uni"], "unknown entrant 'uni'"),
         (["--task", "glue/x"], "unknown task 'glue/x'. Known: vader"),
         (["--lr", "fast"], "--lr must be table, auto or a positive number, got 'fast'"),
         (["--lr", "nan"], "--lr must be table, auto or a positive number, got 'nan'"),

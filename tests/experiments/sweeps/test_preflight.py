@@ -16,6 +16,7 @@ from transformers import SqueezeBertConfig
 from experiments import compare, harness, sweep, train
 from experiments.errors import ExperimentError
 from experiments.files import read_json, write_json
+from experiments.runs import entrants
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import CONFIG, LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
@@ -112,10 +113,11 @@ def test_grouped_convolutions_part_the_rank_among_their_groups(task: str, tmp_pa
     }
     assert resolve({**settings, "projection": "unilora", "budget": 10**4}).d == D
     config = resolve({**settings, "projection": "unilora", "budget": D - 20})
-    preflight._check_projection(config)
+    entrants.get(config.projection).check(config)
     with pytest.raises(ExperimentError, match=rf"d must be at most D = {D} .* got {D + 1}"):
-        preflight._check_projection(replace(config, d=D + 1))
-    counts = [compare._trained_numbers(run) for run in (config, resolve({**settings, "projection": "lora"}))]
+        entrants.get(config.projection).check(replace(config, d=D + 1))
+    runs = (config, resolve({**settings, "projection": "lora"}))
+    counts = [entrants.get(run.projection).count(run) for run in runs]
     assert counts == [D - 20, D]
 
 
