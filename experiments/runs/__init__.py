@@ -1,5 +1,6 @@
 """One run: what it is asked, its folder, its training, and what it writes down at its end."""
 
+from experiments.runs import tracking
 from experiments.runs.config import LOGGING_STEPS, REFERENCE, SEEDS, RunConfig
 from experiments.runs.data import check_rows, describe, draw
 from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
@@ -27,5 +28,5 @@ __all__ = [
     "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "LOSSES", "NAMED", "REFERENCE",
     "RESULT", "RUNS", "SEEDS", "TORCHRUN", "Run", "RunConfig", "asked_of_accelerate", "check_config",
     "check_device", "check_rows", "describe", "draw", "errors_of_projection", "is_locked", "layout_of", "lock",
-    "peak_bytes", "prepare", "resolve", "run_folder", "shapes_of", "train",
+    "peak_bytes", "prepare", "resolve", "run_folder", "shapes_of", "tracking", "train",
 ]  # fmt: skip
