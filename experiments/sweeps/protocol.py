@@ -27,7 +27,6 @@ _RULE = (
     "best validation score of the best checkpoint, mean over the tuning seeds; a setting at which a run did not train "
     "is passed over; ties to the earlier value; {}; the test split was not read"
 )
-_NO_SCORE = "it has no validation score"
 Train = Callable[[Sequence[Path]], Mapping[Path, str]]
 # a run and the cell that asks for it
 Asked = tuple[Cell, RunConfig]
@@ -177,12 +176,16 @@ def _choose(sweep: Sweep, cell: Cell, runs: Path, points: Sequence[Cell]) -> dic
         # a better setting may lie outside what was tried
         "at_edge": [key for key, value in best.items() if value in _edges(sweep, key, points)],
         "beyond": study.beyond(sweep, points),
-        "tried": [
-            {"point": point, "score": trained.get(text), "pruned": None if text in trained else stuck.get(text, _NO_SCORE)}
-            for point, text in zip(points, map(json.dumps, points), strict=True)
-        ],
+        "tried": [_tried(point, trained, stuck) for point in points],
         "trials": [{**p, **_trial(record)} for p, record in zip(settings, records.to_dict("records"), strict=True)],
     }
+
+
+def _tried(point: Cell, scores: pd.Series, stuck: pd.Series) -> dict[str, Any]:
+    """A point with its mean score, or the reason for which it is passed over."""
+    text = json.dumps(point)
+    pruned = None if text in scores else stuck.get(text, "it has no validation score")
+    return {"point": point, "score": scores.get(text), "pruned": pruned}
 
 
 def _edges(sweep: Sweep, key: str, points: Sequence[Cell]) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """At which points a cell is tuned: those of the grid and beyond it, drawn ones, or those that an Optuna study asks for.
 
-Each sampler gives every cell the same number of points, and none cuts a trial short: the numbers of a run follow from
-its settings alone. A point at which a run did not train is pruned.
+Each sampler gives every cell the same number of points, rates beyond the grid aside, and none cuts a trial short: the
+numbers of a run follow from its settings alone. A point at which a run did not train is pruned.
 """
 
 from __future__ import annotations

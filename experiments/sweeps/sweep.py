@@ -81,7 +81,9 @@ class Sweep:
         for key in self.tuned():
             check_type(where + key, tune[key], Sequence[Any])
         if self.sampler not in SAMPLERS:
-            raise ExperimentError(f"{where}sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}. Correct it.")
+            raise ExperimentError(
+                f"{where}sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}. Correct it."
+            )
         if "trials" in tune:
             check_type(f"{where}trials", tune["trials"], int)
             check_positive(where, tune, ("trials",))
