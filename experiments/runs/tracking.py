@@ -136,8 +136,8 @@ def _events(folder: Path) -> str:
     """TensorBoard calls a run as the folder of its events, which lies beside the runs or where the user says."""
     label = _label(folder)
     beside = Path(os.environ.get(_TENSORBOARD) or folder.resolve().parents[1] / "tensorboard")
-    # one part of a path, whatever the label says
-    return str(beside / f"sweep={label.sweep},{label.name}".replace("/", "-"))
+    # one part of a path each, whatever the label says
+    return str(beside / f"sweep={label.sweep}".replace("/", "-") / label.name.replace("/", "-"))
 
 
 def end(trainer: Trainer, report_to: Sequence[str]) -> None:

@@ -136,9 +136,7 @@ def _found(runs: Path, trials: Sequence[Asked]) -> None:
             )
 
 
-def _choices(
-    sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[Asked]], None]
-) -> list[dict[str, Any]]:
+def _choices(sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[Asked]], None]) -> list[dict[str, Any]]:
     """The choice of every cell, as JSON has it.
 
     finish: what makes sure that trials are finished, or raises. Which points come next follows from trials that are

@@ -43,7 +43,7 @@ def test_tensorboard_shows_the_losses_under_the_names_of_the_run(runs: Path, con
     plain, reported = (prepare(runs / name, settings) for name in ("plain", "reported"))
     tracking.write(reported, Label("mine", "projection=unilora", NAME, 0))
     words = [str(reported), "--report-to", "tensorboard"]
-    assert _until(6, words) == INTERRUPTED
+    assert _until(10, words) == INTERRUPTED
     assert train.main(words) == train.main([str(plain)]) == 0
     events = reader.EventAccumulator(str(runs / "reported" / "tensorboard" / "sweep=mine" / NAME)).Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -67,11 +67,23 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_sweep_is_a_project_of_trackio(store: Path, file: Path, runs: Path, monkeypatch) -> None:
     def here(folders: Sequence[Path], device: str, over: object, report_to: Sequence[str]) -> dict[Path, str]:
-        return {folder: "failed" for folder in folders if train.main([str(folder), *tracking.words(report_to)])}
+        (words,) = ([str(folder), *tracking.words(report_to)] for folder in folders)
+        assert (_until(10, words), train.main(words)) == (INTERRUPTED, 0)
+        return {}
 
     monkeypatch.setattr(launchers, "train_all", here)
     overrides = ["~tune", "+settings.lr=0.05", "axes.projection=[unilora]", "seeds=[1]", "+report_to=[trackio]"]
     assert sweep.main([str(file), *overrides, "--runs", str(runs)]) == 0
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = trackio.Api().runs("mine")
+    assert run.name == "projection=unilora,seed=1" and list(store.glob("mine.db"))
+    tags = {"sweep": "mine", "cell": "projection=unilora", "seed": 1}
+    assert {key: run.config[key] for key in tags} == tags
+    logged = [line["train/loss"] for line in SQLiteStorage.get_logs("mine", run.name) if "train/loss" in line]
+    (folder,) = runs.glob("*/unilora-*")
+    assert logged == [pytest.approx(line["loss"]) for line in losses(folder)] and logged
 
 
 def test_a_tracker_that_cannot_be_told_is_refused_before_any_run(
@@ -142,9 +154,7 @@ def test_every_run_of_a_sweep_has_a_name_of_its_own(file: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "axes": axes}))
     asked = read(file)
     runs = [
-        (cell, run)
-        for cell in asked.cells()
-        for run in (*asked.trials(cell), *asked.confirmations(cell, {"lr": 0.01}))
+        (cell, run) for cell in asked.cells() for run in (*asked.trials(cell), *asked.confirmations(cell, {"lr": 0.01}))
     ]
     labels = [asked.label(cell, run) for cell, run in runs]
     assert len({label.name for label in labels}) == len(runs) == 16 * (2 + 2)
