@@ -29,7 +29,7 @@ _RULE = (
 )
 Train = Callable[[Sequence[Path]], Mapping[Path, str]]
 # a run and the cell that asks for it
-Asked = tuple[Cell, RunConfig]
+_Asked = tuple[Cell, RunConfig]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sweep_folder(runs: Path, sweep: Sweep) -> Path:
     return runs / "sweeps" / sweep.name
 
 
-def _folders(sweep: Sweep, runs: Path, asked: Iterable[Asked]) -> list[Path]:
+def _folders(sweep: Sweep, runs: Path, asked: Iterable[_Asked]) -> list[Path]:
     """The prepared folders of these runs, each once: cells that resolve to the same run share it."""
     found: dict[Path, None] = {}
     for cell, config in asked:
@@ -121,13 +121,13 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
     return {cell: choice["chosen"] for cell, choice in again.items()}
 
 
-def _train(sweep: Sweep, runs: Path, trials: Sequence[Asked], train: Train) -> None:
+def _train(sweep: Sweep, runs: Path, trials: Sequence[_Asked], train: Train) -> None:
     if failures := train(_folders(sweep, runs, trials)):
         folder, reason = next(iter(failures.items()))
         raise ExperimentError(f"tune: every trial must finish, got a failure in {folder}: {reason}")
 
 
-def _found(runs: Path, trials: Sequence[Asked]) -> None:
+def _found(runs: Path, trials: Sequence[_Asked]) -> None:
     for folder in (run_folder(runs, trial.to_json()) for _, trial in trials):
         if not is_done(folder):
             raise ExperimentError(
@@ -136,7 +136,7 @@ def _found(runs: Path, trials: Sequence[Asked]) -> None:
             )
 
 
-def _choices(sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[Asked]], None]) -> list[dict[str, Any]]:
+def _choices(sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[_Asked]], None]) -> list[dict[str, Any]]:
     """The choice of every cell, as JSON has it.
 
     finish: what makes sure that trials are finished, or raises. Which points come next follows from trials that are

@@ -18,7 +18,7 @@ from experiments.runs import SEEDS, RunConfig, resolve, tracking
 Cell = dict[str, Any]
 # of tune, what is no setting
 _SEARCH = ("seeds", "sampler", "trials")
-SAMPLERS = GRID, RANDOM, OPTUNA = "grid", "random", "optuna"
+GRID, RANDOM, OPTUNA = _SAMPLERS = "grid", "random", "optuna"
 # of a name that is that of a folder too, which may have 255 bytes
 _LONGEST = 160
 # what the sweep itself gives to each run
@@ -80,9 +80,9 @@ class Sweep:
         check_type(f"{where}seeds", tune["seeds"], Sequence[int])
         for key in self.tuned():
             check_type(where + key, tune[key], Sequence[Any])
-        if self.sampler not in SAMPLERS:
+        if self.sampler not in _SAMPLERS:
             raise ExperimentError(
-                f"{where}sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}. Correct it."
+                f"{where}sampler must be one of {', '.join(_SAMPLERS)}, got {self.sampler!r}. Correct it."
             )
         if "trials" in tune:
             check_type(f"{where}trials", tune["trials"], int)
