@@ -24,7 +24,7 @@ from experiments.errors import ExperimentError, status
 from experiments.files import digest
 from experiments.models import adapted_shapes, trust
 from experiments.records import is_done
-from experiments.runs import DEVICES, RUNS, entrants, run_folder
+from experiments.runs import DEVICES, RUNS, entrants, run_folder, tracking
 from experiments.sweeps import CONF, Sweep, comparison, preflight, protocol, read, trainer
 from experiments.tasks import METRICS
 from uniproj import console
@@ -71,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", default=TABLE, help="table (the committed rates), auto (tune first) or a number")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and train nothing")
+    tracking.add_option(parser)
     return parser.parse_args(argv)
 
 
@@ -122,6 +123,7 @@ def asked(args: argparse.Namespace) -> Sweep:
         cases=[{**method, "lr": rates[method["projection"]]} if rates else method for method in methods],
         tune=None if rates else {"seeds": [max(args.seeds) + 1], "lr": _GRID},
         seeds=args.seeds,
+        report_to=args.report_to,
     )
 
 

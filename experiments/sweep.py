@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from experiments.errors import status
 from experiments.models import trust
-from experiments.runs import RUNS
+from experiments.runs import RUNS, tracking
 from experiments.sweeps import LAUNCHERS, at_once, check_launchers, preflight, protocol, read, report, trainer
 from uniproj import console, plugins
 from uniproj.errors import printable
@@ -27,6 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print counts, memory and time, and train nothing")
     parser.add_argument("--doctor", action="store_true", help="one step, save, load and merge of each kind of run")
     plugins.add_trust(parser)
+    tracking.add_option(parser)
     return parser.parse_args(argv)
 
 
@@ -34,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Everything a sweep asks for; returns the exit status."""
     trust.trust_remote_code(args.trust_remote_code)
     sweep = read(args.file, args.overrides)
+    sweep = replace(sweep, report_to=args.report_to or sweep.report_to)
     check_launchers(sweep)
     preflight.check(sweep, here=args.doctor or (args.launcher == "local" and not args.dry_run))
     if args.dry_run:

@@ -19,7 +19,7 @@ from experiments.files import disk_errors
 from experiments.models import trust
 from experiments.orphans import end_with
 from experiments.records import is_done, result
-from experiments.runs import BUSY, CONFIG, FAILED, TORCHRUN, asked_of_accelerate, lock, train
+from experiments.runs import BUSY, CONFIG, FAILED, TORCHRUN, asked_of_accelerate, lock, tracking, train
 from uniproj import console
 from uniproj.errors import OneLineError, printable
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=__doc__.split(": ")[0] + ".")
     parser.add_argument("folder", type=Path, help="of the run, with its config.json: `sweep` and `compare` write it")
     trust.add_options(parser)
+    tracking.add_option(parser)
     args = parser.parse_args(argv)
     folder = args.folder
     if TORCHRUN in os.environ:
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
         trust.apply(args)
+        tracking.check(args.report_to)
         if not (folder / CONFIG).is_file():
             raise ExperimentError(
                 f"train: {folder} must be the folder of a run, got no {CONFIG} there. Check the path."
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             return BUSY
         if not is_done(folder):
             with disk_errors(folder):
-                status = train(folder)
+                status = train(folder, args.report_to)
             if status:
                 return status
         if is_first:

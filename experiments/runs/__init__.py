@@ -1,6 +1,6 @@
 """One run: what it is asked, its folder, its training, and what it writes down at its end."""
 
-from experiments.runs import entrants
+from experiments.runs import entrants, tracking
 from experiments.runs.config import LOGGING_STEPS, REFERENCE, SEEDS, RunConfig
 from experiments.runs.data import check_rows, describe, draw
 from experiments.runs.distributed import TORCHRUN, asked_of_accelerate
@@ -28,5 +28,5 @@ __all__ = [
     "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "LOSSES", "NAMED", "REFERENCE",
     "RESULT", "RUNS", "SEEDS", "TORCHRUN", "Run", "RunConfig", "asked_of_accelerate", "check_config",
     "check_device", "check_rows", "describe", "draw", "entrants", "is_locked", "lock", "peak_bytes", "prepare",
-    "resolve", "run_folder", "train",
+    "resolve", "run_folder", "tracking", "train",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiments import tasks
 from experiments.files import read_json
 from experiments.models import BaseModel, Family, family_of
 from experiments.processes import is_sharded
-from experiments.runs import entrants
+from experiments.runs import entrants, tracking
 from experiments.runs.callbacks import LossLog, RemoveCheckpoints, StopOnDivergence, StopOnSignal
 from experiments.runs.config import LOGGING_STEPS, RunConfig
 from experiments.runs.data import check_rows, scored_rows, training_rows
@@ -47,7 +47,7 @@ class Run:
     start: Mapping[str, Tensor]
 
     @classmethod
-    def load(cls, folder: Path) -> Run:
+    def load(cls, folder: Path, report_to: Sequence[str] = ()) -> Run:
         """The run of a folder. What its config.json names as `plugins` is not imported: that is for whoever calls."""
         config = RunConfig.from_json(read_json(folder / CONFIG))
         check_device(config.device)
@@ -69,7 +69,7 @@ class Run:
         start = watched(model, family)
         trainer = DistributedTrainer(
             model=model,
-            args=arguments(folder, config, family),
+            args=arguments(folder, config, family, report_to),
             train_dataset=family.encode(training_rows(rows, config)),
             eval_dataset=family.encode(scored_rows(task, config, "validation")),
             data_collator=family.collate,
@@ -127,12 +127,14 @@ def optimizer(
     return cls(_parameter_groups(model, config, family), **{**options, "lr": config.lr})
 
 
-def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArguments:
+def arguments(
+    folder: Path, config: RunConfig, family: Family, report_to: Sequence[str] = ()
+) -> tracking.TrackedArguments:
     """What the run's settings are in Transformers' words."""
     # a fraction of the run: 1 would mean every step. Transformers evaluates and saves at the last step in any case
     interval = min(1 / config.evaluations, 0.9999)
     batch_size, accumulation = share(config)
-    return TrainingArguments(
+    return tracking.TrackedArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=batch_size,
@@ -163,5 +165,5 @@ def arguments(folder: Path, config: RunConfig, family: Family) -> TrainingArgume
         disable_tqdm=not sys.stderr.isatty(),
         # P is the same on every process: it is made from its seed
         ddp_broadcast_buffers=False,
-        report_to="none",
+        **tracking.arguments(folder, report_to),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -12,7 +13,7 @@ from zipfile import ZipFile
 from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import read_json, write_json
 from experiments.provenance import provenance
-from experiments.runs import entrants
+from experiments.runs import entrants, tracking
 from experiments.runs.callbacks import checkpoints
 from experiments.runs.folder import CONFIG, RESULT
 from experiments.runs.result import evaluate, peak_bytes
@@ -51,12 +52,14 @@ def _check_checkpoint(entrant: entrants.Entrant, path: Path, step: int) -> dict[
     return state
 
 
-def train(folder: Path) -> int:
-    """Train and score, or resume; returns the exit status."""
+def train(folder: Path, report_to: Sequence[str] = ()) -> int:
+    """Train and score, or resume; returns the exit status. report_to: the trackers that hear of the training."""
     started = time.perf_counter()
-    current = Run.load(folder)
-    before = current.probe()
-    output = current.trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    with tracking.named(folder, report_to):
+        current = Run.load(folder, report_to)
+        before = current.probe()
+        output = current.trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    tracking.end(current.trainer, report_to)
     if current.stop.requested:
         return INTERRUPTED
     result = evaluate(current, before)

@@ -24,8 +24,9 @@ def trainer(sweep: Sweep, launcher: str, runs: Path) -> protocol.Train:
     """The launcher as a function of run folders that returns the reason of each failure."""
     options = _options(sweep, launcher)
     if launcher == "local":
-        return lambda folders: train_all(folders, sweep.settings.get("device", "cpu"), options)
-    return lambda folders: slurm.train_all(folders, options, protocol.sweep_folder(runs, sweep) / "slurm")
+        return lambda folders: train_all(folders, sweep.settings.get("device", "cpu"), options, sweep.report_to)
+    logs = protocol.sweep_folder(runs, sweep) / "slurm"
+    return lambda folders: slurm.train_all(folders, options, logs, sweep.report_to)
 
 
 def at_once(sweep: Sweep, launcher: str) -> int:

@@ -30,9 +30,11 @@ from experiments.runs import (
     peak_bytes,
     prepare,
     run_folder,
+    tracking,
 )
+from experiments.sweeps import study
 from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
-from experiments.sweeps.sweep import Sweep
+from experiments.sweeps.sweep import GRID, Sweep
 from uniproj.budget import TOLERANCE as OF_BUDGET
 from uniproj.errors import printable
 
@@ -57,7 +59,7 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
     cells = sweep.cells()
     stages: dict[str, list[RunConfig]] = {"tune": [], "confirm": []}
     for cell in cells:
-        trials = sweep.trials(cell) if sweep.tune else []
+        trials = sweep.trials(cell, study.expected(sweep, cell)) if sweep.tune else []
         stages["tune"] += trials
         first = {key: getattr(trials[0], key) for key in sweep.tuned()} if trials else {}
         stages["confirm"] += sweep.confirmations(cell, first)
@@ -65,11 +67,14 @@ def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
 
 
 def check(sweep: Sweep, here: bool = True) -> None:
-    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, modules, entrant or device.
+    """Raises ExperimentError or ProjectionError for a run that would fail for its rows, modules, entrant or device, and
+    for a tracker or a sampler whose package is missing.
 
     The test rows are checked for tuning runs too: a choice that they cannot confirm is in vain. here: whether the runs
     train on this machine, which then needs their devices.
     """
+    tracking.check(sweep.report_to)
+    study.check(sweep)
     configs = [replace(config, score_on="test") for configs in runs_of(sweep).values() for config in configs]
     for device in sorted({config.device for config in configs}) if here else ():
         check_device(device)
@@ -113,7 +118,8 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
     at_once: how many runs the launcher trains at the same time; a stage ends before the next begins.
     """
     further = f", tuned at up to {MOST_BEYOND} rates beyond either edge of the grid where the best lies there"
-    lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells" + further * (len((sweep.tune or {}).get("lr", ())) > 1)]
+    widened = sweep.sampler == GRID and len((sweep.tune or {}).get("lr", ())) > 1
+    lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells" + further * widened]
     stages = runs_of(sweep)
     measured = _measured(sweep, stages, runs)
     seconds, unknown = 0.0, 0

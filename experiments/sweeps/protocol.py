@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,24 +16,28 @@ from experiments.errors import ExperimentError
 from experiments.files import as_written, digest, read_json, write_json
 from experiments.provenance import versions
 from experiments.records import CHOICE, is_done, row, statistics
-from experiments.runs import RunConfig, prepare, run_folder
-from experiments.sweeps.sweep import Cell, Sweep
+from experiments.runs import RunConfig, prepare, run_folder, tracking
+from experiments.sweeps import study
+from experiments.sweeps.sweep import GRID, Cell, Sweep
 from uniproj.errors import shown
 
 # so many rates are tried below a grid of learning rates, and as many above, where the best lies at its edge
 MOST_BEYOND = 4
-RATE = "lr"
-RULE = (
+_RULE = (
     "best validation score of the best checkpoint, mean over the tuning seeds; a setting at which a run did not train "
-    "is passed over; ties to the earlier value; where the best rate lies at the edge of those tried, the next of 1 and "
-    f"3 times powers of ten is tried beyond it, at most {MOST_BEYOND} on a side; the test split was not read"
+    "is passed over; ties to the earlier value; {}; the test split was not read"
 )
 Train = Callable[[Sequence[Path]], Mapping[Path, str]]
+# a run and the cell that asks for it
+_Asked = tuple[Cell, RunConfig]
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Of choice.json, what was chosen for one cell; beyond: the rates that were tried beyond the grid."""
+    """Of choice.json, what was chosen for one cell.
+
+    beyond: the rates that were tried beyond the grid; tried: every point with its mean score, or why it was pruned.
+    """
 
     cell: Mapping[str, Any]
     cell_digest: str
@@ -42,6 +45,7 @@ class _Choice:
     at_edge: Sequence[str]
     trials: Sequence[Mapping[str, Any]]
     beyond: Sequence[float] = field(default_factory=list)
+    tried: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,15 @@ def sweep_folder(runs: Path, sweep: Sweep) -> Path:
     return runs / "sweeps" / sweep.name
 
 
-def folders(runs: Path, configs: Iterable[RunConfig]) -> list[Path]:
+def _folders(sweep: Sweep, runs: Path, asked: Iterable[_Asked]) -> list[Path]:
     """The prepared folders of these runs, each once: cells that resolve to the same run share it."""
-    return list(dict.fromkeys(prepare(runs, config.to_json()) for config in configs))
+    found: dict[Path, None] = {}
+    for cell, config in asked:
+        folder = prepare(runs, config.to_json())
+        if sweep.report_to and folder not in found:
+            tracking.write(folder, sweep.label(cell, config))
+        found[folder] = None
+    return list(found)
 
 
 def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, Any]]:
@@ -73,19 +83,20 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
     if sweep.tune is None:
         return {digest(cell): {} for cell in sweep.cells()}
     trials = {digest(cell): sweep.trials(cell) for cell in sweep.cells()}
-    asked = digest({key: [digest(trial.to_json()) for trial in each] for key, each in trials.items()})
+    search = {} if sweep.sampler == GRID else {"sampler": sweep.sampler, "trials": sweep.points_per_cell}
+    asked = digest({key: [digest(trial.to_json()) for trial in each] for key, each in trials.items()} | search)
     path = sweep_folder(runs, sweep) / CHOICE
     if not path.exists():
         write_json(
             path,
             {
-                "rule": RULE,
+                "rule": _RULE.format(study.rule(sweep, MOST_BEYOND)),
                 "trials_digest": asked,
-                "trials_per_cell": len(next(iter(trials.values()))),
+                "trials_per_cell": sweep.trials_per_cell,
                 "most_beyond": MOST_BEYOND,
                 "locked": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": versions(),
-                "choices": _choices(sweep, runs, MOST_BEYOND, lambda configs: _train(runs, configs, train)),
+                "choices": _choices(sweep, runs, MOST_BEYOND, lambda asked: _train(sweep, runs, asked, train)),
             },
         )
     locked = read_json(path)
@@ -97,7 +108,7 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
             "after its choice was locked. Give the changed sweep another name."
         )
     most = locked.get("most_beyond", 0)
-    again = {each["cell_digest"]: each for each in _choices(sweep, runs, most, lambda configs: _found(runs, configs))}
+    again = {each["cell_digest"]: each for each in _choices(sweep, runs, most, lambda asked: _found(runs, asked))}
     known = {each["cell_digest"]: each for each in locked["choices"]}
     for cell, choice in again.items():
         for what in ("chosen", "trials"):
@@ -110,14 +121,14 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
     return {cell: choice["chosen"] for cell, choice in again.items()}
 
 
-def _train(runs: Path, trials: Sequence[RunConfig], train: Train) -> None:
-    if failures := train(folders(runs, trials)):
+def _train(sweep: Sweep, runs: Path, trials: Sequence[_Asked], train: Train) -> None:
+    if failures := train(_folders(sweep, runs, trials)):
         folder, reason = next(iter(failures.items()))
         raise ExperimentError(f"tune: every trial must finish, got a failure in {folder}: {reason}")
 
 
-def _found(runs: Path, trials: Sequence[RunConfig]) -> None:
-    for folder in (run_folder(runs, trial.to_json()) for trial in trials):
+def _found(runs: Path, trials: Sequence[_Asked]) -> None:
+    for folder in (run_folder(runs, trial.to_json()) for _, trial in trials):
         if not is_done(folder):
             raise ExperimentError(
                 f"tune: {folder} must be a finished trial, from which the choice was made, got none. Put it back, or "
@@ -125,54 +136,32 @@ def _found(runs: Path, trials: Sequence[RunConfig]) -> None:
             )
 
 
-def _choices(
-    sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[RunConfig]], None]
-) -> list[dict[str, Any]]:
+def _choices(sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[_Asked]], None]) -> list[dict[str, Any]]:
     """The choice of every cell, as JSON has it.
 
-    finish: what makes sure that trials are finished, or raises. Which rates lie beyond the grid follows from trials
-    that are finished: an interrupted tuning goes on where it was.
+    finish: what makes sure that trials are finished, or raises. Which points come next follows from trials that are
+    finished: an interrupted tuning goes on where it was.
     """
     cells = {digest(cell): cell for cell in sweep.cells()}
-    waiting: dict[str, list[float]] = {key: [] for key in cells}
+    folder = sweep_folder(runs, sweep)
+    waiting = {key: study.points(sweep, cell, None, folder, most) for key, cell in cells.items()}
     choices: dict[str, dict[str, Any]] = {}
     while waiting:
-        trials = {key: sweep.trials(cells[key], beyond) for key, beyond in waiting.items()}
-        finish([trial for each in trials.values() for trial in each])
-        choices |= {key: _choose(sweep, cells[key], runs, trials[key], beyond) for key, beyond in waiting.items()}
-        further = {key: _further(sweep, choices[key], most) for key in waiting}
-        waiting = {key: [*waiting[key], rate] for key, rate in further.items() if rate is not None}
+        finish([(cells[key], trial) for key, points in waiting.items() for trial in sweep.trials(cells[key], points)])
+        choices |= {key: _choose(sweep, cells[key], runs, points) for key, points in waiting.items()}
+        further = {key: study.points(sweep, cells[key], choices[key], folder, most) for key in waiting}
+        waiting = {key: points for key, points in further.items() if len(points) > len(waiting[key])}
     return json.loads(json.dumps([choices[key] for key in cells]))
 
 
-def _further(sweep: Sweep, choice: Mapping[str, Any], most: int) -> float | None:
-    """The rate beyond the edge at which the best one lies; None if it lies inside or enough were tried."""
-    grid, beyond = (sweep.tune or {}).get(RATE, ()), choice["beyond"]
-    if len(grid) < 2 or not choice["trained"]:
-        return None
-    best = choice["chosen"][RATE]
-    if best == max(*grid, *beyond) and sum(rate > max(grid) for rate in beyond) < most:
-        return min(rate for rate in _ladder(best) if rate > best)
-    if best == min(*grid, *beyond) and sum(rate < min(grid) for rate in beyond) < most:
-        return max(rate for rate in _ladder(best) if rate < best)
-    return None
-
-
-def _ladder(rate: float) -> list[float]:
-    """1 and 3 times the powers of ten around a rate."""
-    power = math.floor(math.log10(rate))
-    return [float(f"{digit}e{k}") for k in (power - 1, power, power + 1) for digit in (1, 3)]
-
-
-def _choose(
-    sweep: Sweep, cell: Cell, runs: Path, trials: Sequence[RunConfig], beyond: Sequence[float]
-) -> dict[str, Any]:
-    points = [{key: getattr(trial, key) for key in sweep.tuned()} for trial in trials]
+def _choose(sweep: Sweep, cell: Cell, runs: Path, points: Sequence[Cell]) -> dict[str, Any]:
+    trials = sweep.trials(cell, points)
+    settings = [point for point in points for _ in range(len(trials) // len(points))]
     records = pd.DataFrame([row(run_folder(runs, trial.to_json())) for trial in trials])
-    records["point"] = [json.dumps(point) for point in points]
+    records["point"] = [json.dumps(point) for point in settings]
     means = statistics.means(records, "point", "validation_best")
-    stuck = set(records.loc[records["did_not_train"].notna(), "point"])
-    trained = means.drop([point for point in means.index if point in stuck]).dropna()
+    stuck = records.dropna(subset="did_not_train").groupby("point")["did_not_train"].first()
+    trained = means.drop(stuck.index).dropna()
     # where nothing trained, the confirming runs will say so: a cell is never left out
     means = means if trained.empty else trained
     means = means.fillna(0.0) if means.isna().all() else means
@@ -183,19 +172,28 @@ def _choose(
         "trained": not trained.empty,
         "chosen": best,
         # a better setting may lie outside what was tried
-        "at_edge": [key for key, value in best.items() if value in _edges(sweep, key, beyond)],
-        "beyond": list(beyond),
-        "trials": [{**p, **_trial(record)} for p, record in zip(points, records.to_dict("records"), strict=True)],
+        "at_edge": [key for key, value in best.items() if value in _edges(sweep, key, points)],
+        "beyond": study.beyond(sweep, points),
+        "tried": [_tried(point, trained, stuck) for point in points],
+        "trials": [{**p, **_trial(record)} for p, record in zip(settings, records.to_dict("records"), strict=True)],
     }
 
 
-def _edges(sweep: Sweep, key: str, beyond: Sequence[float]) -> tuple[Any, ...]:
+def _tried(point: Cell, scores: pd.Series, stuck: pd.Series) -> dict[str, Any]:
+    """A point with its mean score, or the reason for which it is passed over."""
+    text = json.dumps(point)
+    pruned = None if text in scores else stuck.get(text, "it has no validation score")
+    return {"point": point, "score": scores.get(text), "pruned": pruned}
+
+
+def _edges(sweep: Sweep, key: str, points: Sequence[Cell]) -> tuple[Any, ...]:
     """The outermost of what was tried of a setting; nothing of a single value."""
     assert sweep.tune is not None
     values = sweep.tune[key]
-    if len(values) < 2:
-        return ()
-    return (min(*values, *beyond), max(*values, *beyond)) if key == RATE else (values[0], values[-1])
+    if study.is_range(values):
+        tried = [point[key] for point in points]
+        return min(tried), max(tried)
+    return (values[0], values[-1]) if len(values) > 1 else ()
 
 
 def _trial(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +207,7 @@ def confirm(
 ) -> tuple[pd.DataFrame, Mapping[Path, str]]:
     """The records of the reported runs, with their cell, and the reason of each failure."""
     wanted = [(cell, config) for cell in sweep.cells() for config in sweep.confirmations(cell, chosen[digest(cell)])]
-    failures = train(folders(runs, (config for _, config in wanted)))
+    failures = train(_folders(sweep, runs, wanted))
     records = []
     for cell, config in wanted:
         folder = run_folder(runs, config.to_json())

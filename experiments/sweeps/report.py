@@ -116,6 +116,9 @@ def _notes(sweep: Sweep, folder: Path, records: pd.DataFrame, summary: pd.DataFr
                 f"{len(further)} of {len(choices)} cells were tuned further, at {min(further)} to {max(further)} rates "
                 "beyond the grid, since their best lay at its edge."
             )
+        tried = [point for choice in choices for point in choice.get("tried", ())]
+        if pruned := [point for point in tried if point["pruned"]]:
+            notes.append(f"{len(pruned)} of {len(tried)} points of the tuning were pruned, since a run did not train.")
         if edge := [choice["cell"] for choice in choices if choice["at_edge"]]:
             notes.append(f"{len(edge)} of {len(choices)} choices lie at the edge of what was tried.")
     return notes

@@ -19,6 +19,7 @@ from experiments.files import read_json, write_json
 from experiments.models import trust
 from experiments.processes import Processes
 from experiments.records import damage, is_done
+from experiments.runs import tracking
 from experiments.sweeps.workers import last_words, start
 from uniproj.console import DONE, Progress
 
@@ -49,13 +50,13 @@ class SlurmOptions:
 class _Job:
     """What runs on each node of an allocation: one run as a child, told to write a checkpoint when time is up."""
 
-    def __init__(self, over: Processes, code: Sequence[str]):
-        self.over, self.code = over, code
+    def __init__(self, over: Processes, words: Sequence[str]):
+        self.over, self.words = over, words
 
     def __call__(self, folder: str) -> int:
         # SLURM sends the signal to every process of the job: the run inherits it blocked, and is told by `checkpoint`
         signal.pthread_sigmask(signal.SIG_BLOCK, {_TIME_IS_UP})
-        self._child = start(Path(folder), self._here(), self.code)
+        self._child = start(Path(folder), self._here(), self.words)
         # a thread waits: the signal handler that calls `checkpoint` may wait again, which Popen.wait itself cannot
         self._waiter = threading.Thread(target=self._child.wait)
         self._waiter.start()
@@ -74,10 +75,12 @@ class _Job:
         """Called by submitit on a time limit or preemption: the run is requeued and goes on from its checkpoint."""
         self._child.terminate()
         self._waiter.join()
-        return DelayedSubmission(_Job(self.over, self.code), folder)
+        return DelayedSubmission(_Job(self.over, self.words), folder)
 
 
-def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[Path, str]:
+def train_all(
+    folders: Sequence[Path], options: SlurmOptions, logs: Path, report_to: Sequence[str] = ()
+) -> dict[Path, str]:
     """Train every run that is not done; returns the reason of each failure.
 
     Runs that an earlier launcher left in the queue are waited for, not submitted again. KeyboardInterrupt leaves the
@@ -103,14 +106,14 @@ def train_all(folders: Sequence[Path], options: SlurmOptions, logs: Path) -> dic
                 return failures
             if waiting and not live:
                 wave = waiting[: options.queue_cap]
-                known |= _submit(wave, options, logs)
+                known |= _submit(wave, options, logs, [*trust.words(), *tracking.words(report_to)])
                 write_json(logs / JOBS, known)
                 mine |= set(wave)
             time.sleep(POLL_SECONDS)
 
 
-def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[str, str]:
-    """One array; returns the job id of each run."""
+def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path, words: Sequence[str]) -> dict[str, str]:
+    """One array of runs that are started with these words; returns the job id of each run."""
     try:
         executor = submitit.SlurmExecutor(folder=logs.resolve(), max_num_timeout=options.restarts)
         executor.update_parameters(
@@ -123,7 +126,7 @@ def _submit(wave: Sequence[Path], options: SlurmOptions, logs: Path) -> dict[str
         )
         over = Processes(options.processes, options.sharded, nodes=int(options.parameters.get("nodes", 1)))
         with executor.batch():
-            jobs = [executor.submit(_Job(over, trust.words()), str(folder.resolve())) for folder in wave]
+            jobs = [executor.submit(_Job(over, words), str(folder.resolve())) for folder in wave]
     except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
         raise ExperimentError(
             f"slurm: sbatch must accept launcher.slurm.parameters, got: {error}. Correct them."

@@ -6,14 +6,21 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.checks import check_distinct, check_fields, check_type
+from experiments.checks import check_distinct, check_fields, check_positive, check_type
 from experiments.errors import ExperimentError
-from experiments.runs import SEEDS, RunConfig, entrants, resolve
+from experiments.files import digest, short_names
+from experiments.runs import SEEDS, RunConfig, entrants, resolve, tracking
 
 Cell = dict[str, Any]
+# of tune, what is no setting
+_SEARCH = ("seeds", "sampler", "trials")
+GRID, RANDOM, OPTUNA = _SAMPLERS = "grid", "random", "optuna"
+# of a name that is that of a folder too, which may have 255 bytes
+_LONGEST = 160
 # what the sweep itself gives to each run
 OWN = {"seed", "score_on"}
 
@@ -24,19 +31,21 @@ class Sweep:
 
     settings: fields of RunConfig that all runs share. cases: settings of which each run has one; axes: settings with a
     list of values, all of which are crossed. A projection may be any entrant, written as `name` or `{name: options}`.
-    tune: `seeds` and the settings to choose among on the validation split; seeds: those of the runs that are reported,
-    none of them used for tuning. published: scores others reported, by task. launcher: options of the launchers, by
-    name. most_runs: a sweep that asks for more is refused before they are worked out.
+    tune: `seeds` and the settings to choose among on the validation split, `sampler` and `trials`: how, and at how many
+    points where it is not the grid. seeds: those of the runs that are reported, none of them used for tuning.
+    published: scores others reported, by task. launcher: options of the launchers, by name. report_to: trackers of
+    Transformers that hear of each run. most_runs: a sweep that asks for more is refused before they are worked out.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ({},)
-    tune: Mapping[str, Sequence[Any]] | None = None
+    tune: Mapping[str, Any] | None = None
     seeds: Sequence[int] = (0,)
     published: Mapping[str, Any] = field(default_factory=dict)
     launcher: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    report_to: Sequence[str] = ()
     most_runs: int = 10_000
 
     def __post_init__(self) -> None:
@@ -47,6 +56,8 @@ class Sweep:
             raise ExperimentError(
                 f"{sweep}name must be that of one folder, got {self.name!r}. Leave slashes and control characters out."
             )
+        if self.tune is not None:
+            self._check_tune(self.tune)
         if self.size > self.most_runs:
             raise ExperimentError(
                 f"{sweep}the crossed axes, cases and seeds must ask for at most {self.most_runs:,} runs, got "
@@ -54,20 +65,33 @@ class Sweep:
             )
         for what in ("cases", "seeds"):
             check_distinct(sweep + what, getattr(self, what))
-        for what in ("axes", "tune"):
-            for key, values in (getattr(self, what) or {}).items():
-                check_distinct(f"{sweep}{what}.{key}", values)
-        if self.tune is not None:
-            self._check_tune(self.tune)
+        for what, keys in (("axes", self.axes), ("tune", self.tune and ("seeds", *self.tuned()))):
+            for key in keys or ():
+                check_distinct(f"{sweep}{what}.{key}", getattr(self, what)[key])
         self._check_places()
 
-    def _check_tune(self, tune: Mapping[str, Sequence[Any]]) -> None:
-        if "seeds" not in tune or len(tune) < 2:
+    def _check_tune(self, tune: Mapping[str, Any]) -> None:
+        where = f"sweep {self.name}: tune."
+        if "seeds" not in tune or not self.tuned():
             raise ExperimentError(
                 f"sweep {self.name}: tune needs `seeds` and at least one setting with a list of values, such as "
                 f"lr: [1e-3, 1e-2], got {dict(tune)}."
             )
-        check_type(f"sweep {self.name}: tune.seeds", tune["seeds"], Sequence[int])
+        check_type(f"{where}seeds", tune["seeds"], Sequence[int])
+        for key in self.tuned():
+            check_type(where + key, tune[key], Sequence[Any])
+        if self.sampler not in _SAMPLERS:
+            raise ExperimentError(
+                f"{where}sampler must be one of {', '.join(_SAMPLERS)}, got {self.sampler!r}. Correct it."
+            )
+        if "trials" in tune:
+            check_type(f"{where}trials", tune["trials"], int)
+            check_positive(where, tune, ("trials",))
+            if self.sampler == GRID:
+                raise ExperimentError(
+                    f"{where}trials must be left to the lists of the grid, all of whose points are tried, got "
+                    f"{tune['trials']}. Take it out, or name the sampler {RANDOM} or {OPTUNA}."
+                )
         if shared := set(tune["seeds"]) & set(self.seeds):
             raise ExperimentError(
                 f"sweep {self.name}: the seeds that confirm a choice must be fresh, got {sorted(shared)} in tune.seeds "
@@ -90,20 +114,40 @@ class Sweep:
     @property
     def size(self) -> int:
         """How many runs are asked for, as counted by the lengths of lists."""
-        trials = math.prod(map(len, self.tune.values())) if self.tune else 0
-        return len(self.cases) * math.prod(map(len, self.axes.values())) * (len(self.seeds) + trials)
+        return len(self.cases) * math.prod(map(len, self.axes.values())) * (len(self.seeds) + self.trials_per_cell)
+
+    @property
+    def sampler(self) -> str:
+        """How the points that a cell is tuned at are picked."""
+        return (self.tune or {}).get("sampler", GRID)
+
+    @property
+    def points_per_cell(self) -> int:
+        """At how many points each cell is tuned: those of the grid, unless `trials` says another number."""
+        tune = self.tune or {"trials": 0}
+        return tune["trials"] if "trials" in tune else math.prod(len(tune[key]) for key in self.tuned())
+
+    @property
+    def trials_per_cell(self) -> int:
+        """How many runs tune a cell, rates beyond the grid aside: each point once with each seed."""
+        return self.points_per_cell * len((self.tune or {}).get("seeds", ()))
 
     def cells(self) -> list[Cell]:
         """cases x axes: what is compared; seeds and tuned settings are added to each."""
         return [entrants.spelled({**case, **point}) for case in self.cases for point in _crossed(self.axes)]
 
-    def trials(self, cell: Cell, beyond: Sequence[float] = ()) -> list[RunConfig]:
-        """The tuning runs of a cell: the grid, as large for every cell, and learning rates beyond it."""
-        assert self.tune is not None
-        grid = {key: self.tune[key] for key in self.tuned()}
+    def grid(self, beyond: Sequence[float] = ()) -> list[Cell]:
+        """The values to tune, crossed, with learning rates beyond theirs."""
+        lists = {key: (self.tune or {})[key] for key in self.tuned()}
         if beyond:
-            grid["lr"] = [*grid["lr"], *beyond]
-        return [self._run(cell, point, seed, "validation") for point in _crossed(grid) for seed in self.tune["seeds"]]
+            lists["lr"] = [*lists["lr"], *beyond]
+        return list(_crossed(lists))
+
+    def trials(self, cell: Cell, points: Sequence[Cell] | None = None) -> list[RunConfig]:
+        """The tuning runs of a cell at these points, or at those of the grid."""
+        assert self.tune is not None
+        points = self.grid() if points is None else points
+        return [self._run(cell, point, seed, "validation") for point in points for seed in self.tune["seeds"]]
 
     def confirmations(self, cell: Cell, chosen: Mapping[str, Any]) -> list[RunConfig]:
         """The reported runs of a cell with its chosen settings, one per fresh seed."""
@@ -111,13 +155,36 @@ class Sweep:
 
     def tuned(self) -> list[str]:
         """The settings that tuning chooses."""
-        return [key for key in self.tune or {} if key != "seeds"]
+        return [key for key in self.tune or {} if key not in _SEARCH]
+
+    def label(self, cell: Cell, config: RunConfig) -> tracking.Label:
+        """How trackers show a run of a cell: `projection=unilora,lr=0.01,seed=0` in a project called as the sweep."""
+        free = [name for name in SEEDS if {**self.settings, **cell}.get(name) is None]
+        seed = getattr(config, free[0] if free else SEEDS[0])
+        name = self.in_words({**cell, **{key: getattr(config, key) for key in self.tuned()}, "seed": seed})
+        if len(name) > _LONGEST:
+            name = f"{name[:_LONGEST]}-{digest(config.to_json())}"
+        return tracking.Label(self.name, self.in_words(cell), name, seed)
+
+    def in_words(self, settings: Cell) -> str:
+        """Settings as `projection=unilora,r=4`; of a path what tells it from the others of the sweep."""
+        return ",".join(f"{key}={self._short.get(str(value), _word(value))}" for key, value in settings.items())
+
+    @cached_property
+    def _short(self) -> Mapping[str, str]:
+        return short_names(value for cell in self.cells() for value in cell.values() if isinstance(value, str))
 
     def _run(self, cell: Cell, chosen: Mapping[str, Any], seed: int, score_on: str) -> RunConfig:
         # an axis over one of the four seeds holds it while the others follow the seed of the repetition
         fixed = {**self.settings, **cell}
         seeds = {name: seed for name in SEEDS if fixed.get(name) is None}
         return resolve({**fixed, **chosen, **seeds, "score_on": score_on})
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(_word, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _crossed(axes: Mapping[str, Sequence[Any]]) -> Iterator[Cell]:

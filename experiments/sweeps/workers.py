@@ -19,7 +19,7 @@ from experiments.models import trust
 from experiments.orphans import end_with
 from experiments.processes import ALONE, SHARDED, Processes
 from experiments.records import damage, is_done, losses
-from experiments.runs import BUSY, FAILED, is_locked
+from experiments.runs import BUSY, FAILED, is_locked, tracking
 from uniproj.console import DONE, Progress
 
 ROOT = Path(__file__).parents[2]
@@ -35,14 +35,17 @@ def runs_at_once(device: str, over: Processes = ALONE) -> int:
     return max(1, min(_MOST_PROCESSES, os.cpu_count() or 1) // over.processes) if device == "cpu" else 1
 
 
-def train_all(folders: Sequence[Path], device: str, over: Processes = ALONE) -> dict[Path, str]:
+def train_all(
+    folders: Sequence[Path], device: str, over: Processes = ALONE, report_to: Sequence[str] = ()
+) -> dict[Path, str]:
     """Train every run that is not done, each spread `over` these processes; returns the reason of each failure.
 
     KeyboardInterrupt passes through after every child has written its checkpoint and ended.
     """
     failures = {folder: said for folder in folders if (said := damage(folder))}
     waiting = [folder for folder in folders if folder not in failures and not is_done(folder)]
-    with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over) as pool:
+    words = [*trust.words(), *tracking.words(report_to)]
+    with Progress("run", len(folders), len(folders) - len(waiting)) as progress, _Pool(over, words) as pool:
         slots = list(range(1, 1 + runs_at_once(device, over)))
         while waiting or pool.children:
             while slots and (folder := _startable(waiting, progress)):
@@ -72,10 +75,11 @@ def _startable(waiting: list[Path], progress: Progress) -> Path | None:
     return None
 
 
-def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> subprocess.Popen:
+def start(folder: Path, over: Processes = ALONE, words: Sequence[str] = ()) -> subprocess.Popen:
     """Begin to train a run, on one thread per process; what it prints is appended to its log. It ends with this one.
 
-    code: `trust.words` of the launcher, since a run imports no plugin that its folder alone names.
+    words: `trust.words` of the launcher, since a run imports no plugin that its folder alone names, and
+    `tracking.words`, since it reports to no tracker that its folder alone names.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {
@@ -94,7 +98,7 @@ def start(folder: Path, over: Processes = ALONE, code: Sequence[str] = ()) -> su
         log.flush()
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once
         return subprocess.Popen(
-            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder), *code],
+            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder), *words],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -114,9 +118,9 @@ def last_words(folder: Path) -> str:
 class _Child:
     """One running process and its progress bar."""
 
-    def __init__(self, folder: Path, slot: int, over: Processes):
+    def __init__(self, folder: Path, slot: int, over: Processes, words: Sequence[str]):
         self.folder, self.slot = folder, slot
-        self.process = start(folder, over, trust.words())
+        self.process = start(folder, over, words)
         self.bar = tqdm(desc=f"  {folder.name}: loading", position=slot, unit="step", leave=False, disable=None)
 
     def show(self) -> None:
@@ -130,15 +134,15 @@ class _Child:
 class _Pool:
     """The running children. Leaving the context stops those that still run."""
 
-    def __init__(self, over: Processes) -> None:
-        self.over = over
+    def __init__(self, over: Processes, words: Sequence[str]) -> None:
+        self.over, self.words = over, words
         self.children: list[_Child] = []
 
     def __enter__(self) -> _Pool:
         return self
 
     def start(self, folder: Path, slot: int) -> None:
-        self.children.append(_Child(folder, slot, self.over))
+        self.children.append(_Child(folder, slot, self.over, self.words))
 
     def finished(self) -> list[_Child]:
         done = [child for child in self.children if child.process.poll() is not None]
