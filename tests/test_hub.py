@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from transformers import Trainer, TrainingArguments
 
 from tests.bank.models import adapted, vector
 from tests.format.saved import HEAD, LAYOUT, drop_header, save
@@ -21,6 +24,7 @@ from tests.tuner.models import base_model, config, logits, train_steps
 from tests.uploads import Hub, stand_in
 from uniproj import AdapterError, build, get, hub
 from uniproj.bank import AdapterBank
+from uniproj.bank.backup import forget_deleted
 from uniproj.cli import main
 from uniproj.format import CONFIG, WEIGHTS, Header, card, file
 from uniproj.tuner import UniProjConfig
@@ -165,6 +169,15 @@ def test_saving_writes_our_card_and_leaves_one_of_the_users_own(tmp_path: Path) 
     assert kept.count("import uniproj") == 1
 
 
+def test_the_card_of_a_trainer_names_no_place_either(uploads: Hub, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(_trained(), arguments)
+    trainer.save_model(str(tmp_path))
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "a fine-tuned version of llama on" in text and "ada/" not in text and text.count("import uniproj") == 1
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "", "../x", "someone/a--b", "/home/ada/x"])
 def test_no_repository_has_such_a_name(folder: Path, uploads: Hub, name: str) -> None:
     with pytest.raises(AdapterError, match=r"push: the repository must be the name .* such as user/name, got"):
@@ -233,6 +246,17 @@ def test_a_bank_goes_whole_and_without_what_was_deleted(uploads: Hub, tmp_path: 
     there = AdapterBank(uploads.folder("someone/bank"))
     assert there.names() == bank.names() and all(torch.equal(there.get(name), bank.get(name)) for name in bank)
     there.select(model, "user 2")
+
+
+def test_a_copied_index_forgets_what_was_deleted(tmp_path: Path) -> None:
+    """Also where SQLite leaves what is deleted in the file."""
+    path = tmp_path / "index.sqlite"
+    with closing(sqlite3.connect(path)) as index:
+        index.executescript("PRAGMA secure_delete = OFF; CREATE TABLE adapters (name TEXT);")
+        index.executescript("INSERT INTO adapters VALUES ('a user of long ago'); DELETE FROM adapters;")
+    assert b"long ago" in path.read_bytes()
+    forget_deleted(path)
+    assert b"long ago" not in path.read_bytes()
 
 
 def test_the_command(folder: Path, uploads: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

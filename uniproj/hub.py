@@ -82,9 +82,13 @@ def push(
         _copy(folder, out, saved, header)
         beside = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items() if not name.startswith(OWN)}
         trained = sum(tensor.numel() for name, tensor in saved.tensors.items() if name.startswith(OWN))
-        known: dict[str, Any] = {"beside": beside, "size": (out / file.WEIGHTS).stat().st_size}
-        known |= {"measured": measured(header), "results": results, "sections": sections, "tags": tags}
-        return upload(out, repo, lambda name: card.of_adapter(header, saved.config, name, trained, **known), **options)
+        size, decided = (out / file.WEIGHTS).stat().st_size, measured(header)
+
+        def write(name: str) -> str:
+            known: dict[str, Any] = {"beside": beside, "size": size, "measured": decided, "results": results}
+            return card.of_adapter(header, saved.config, name, trained, **known, sections=sections, tags=tags)
+
+        return upload(out, repo, write, **options)
 
 
 def upload(

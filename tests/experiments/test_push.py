@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from huggingface_hub import DatasetCard, ModelCard
 from peft import LoraConfig, get_peft_model
 
@@ -17,7 +18,7 @@ from experiments import push
 from experiments.errors import ExperimentError
 from tests import sweeps
 from tests.format.saved import save
-from tests.tuner.models import base_model
+from tests.tuner.models import base_model, logits
 from tests.uploads import Hub, stand_in
 from uniproj.format import CONFIG, WEIGHTS
 
@@ -91,6 +92,17 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     push.push(folder, "someone/lora", base_model="someone/base")
     there = json.loads((uploads.folder("someone/lora") / CONFIG).read_text())
     assert there["base_model_name_or_path"] == "someone/base"
+
+
+def test_a_whole_model_goes_as_one_of_transformers(tmp_path: Path, uploads: Hub) -> None:
+    folder = _run(tmp_path / "runs", projection="full", D=None, budget=None)
+    base_model("llama").save_pretrained(folder / "adapter")
+    done = push.push(folder, "someone/full")
+    assert uploads.files("someone/full").keys() == {"config.json", "model.safetensors", "README.md"}
+    assert ModelCard(done.card).data.library_name == "transformers"
+    found: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)\n```", done.card, flags=re.DOTALL)), found)
+    assert torch.equal(logits(found["model"].eval()), logits(base_model("llama")))
 
 
 @pytest.fixture

@@ -123,7 +123,8 @@ def without_place(text: str, name: str | None) -> str:
     if card.data.get("base_model") == name:
         card.data["base_model"] = None
     card.data["tags"] = [tag for tag in card.data.get("tags", ()) if name not in tag] or None
-    card.text = card.text.replace(name, Path(name).name)
+    last = Path(name).name
+    card.text = card.text.replace(f"[{name}]({_HUB}/{name})", last).replace(name, last)
     return str(card)
 
 
