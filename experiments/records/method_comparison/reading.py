@@ -85,7 +85,7 @@ class _File:
 
 
 def read(paths: Sequence[Path], out: Path) -> Path:
-    """PEFT's files, or all of a folder, as the sweep `peft_method_comparison` in the files of `experiments.export`; returns its folder.
+    """PEFT's files, or all of a folder, as the exported sweep `peft_method_comparison`; returns its folder.
 
     A method is called `peft/<its type>`, full fine-tuning `full`, one of ours by its projection; options beside PEFT's
     defaults are its hyperparameters. Seconds of training are those of its steps, which PEFT sums with the final test.
