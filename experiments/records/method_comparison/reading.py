@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,8 @@ def _options(peft: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a PEFT method that are not those by default; all of a method that this PEFT does not have."""
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft.get("peft_type"))  # type: ignore[call-overload]
     by_default = {
-        field.name: field.default_factory() if field.default is MISSING else field.default  # type: ignore[misc]
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
         for field in (fields(cls) if cls else ())
-        if field.default is not MISSING or field.default_factory is not MISSING
     }
     given = {key: value for key, value in peft.items() if key not in _SAID and value is not None}
     return {key: value for key, value in given.items() if key not in by_default or by_default[key] != value}
