@@ -3,8 +3,8 @@
 A sweep scores a model in the words it was trained in. Here prompts, shots and the reading of answers are the harness's
 own, so that scores compare with those which others report by it (Gao et al., "A framework for few-shot language model
 evaluation"). Each task is written as soon as it is done; what a file holds is not evaluated again. With `--before` the
-bases answer the same tasks, and the table shows what training changed: name tasks that a run was not trained for, and it
-is what the run forgot.
+bases answer the same tasks, and a table shows what training changed: of tasks that a run was not trained for, what it
+forgot.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """PEFT's benchmark and ours in one table: `python -m experiments.method_comparison read FILE_OR_FOLDER ..`.
 
 `read` makes PEFT's result files (method_comparison/MetaMathQA/results of huggingface/peft) a sweep beside the exported
-ones, which tables, figures and the report then show with ours, and prints all runs of that benchmark. `write RUN_FOLDER ..`
-writes finished runs of `experiments/conf/sweeps/paper/peft_benchmark.yaml` as PEFT's own files.
+ones, so that tables, figures and the report show them with ours, and prints all runs of that benchmark.
+`write RUN_FOLDER ..` writes finished runs of `experiments/conf/sweeps/paper/peft_benchmark.yaml` as PEFT's own files.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def check_allowed(who: str) -> None:
     if not may_run_code():
         raise ExperimentError(
             f"{who}: programs that a model wrote are executed here, for which {_ALLOWED} must be 1, got "
-            f"{os.environ.get(_ALLOWED)!r}. Set it where they can do no harm: in a container without network and secrets."
+            f"{os.environ.get(_ALLOWED)!r}. Set it where they can do no harm, without network and secrets."
         )
 
 

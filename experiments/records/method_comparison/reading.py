@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class _File:
 
 
 def read(paths: Sequence[Path], out: Path) -> Path:
-    """PEFT's files, or all of a folder, as the sweep `peft_method_comparison` in the files of `experiments.export`; returns its folder.
+    """PEFT's files, or all of a folder, as the exported sweep `peft_method_comparison`; returns its folder.
 
     A method is called `peft/<its type>`, full fine-tuning `full`, one of ours by its projection; options beside PEFT's
     defaults are its hyperparameters. Seconds of training are those of its steps, which PEFT sums with the final test.
@@ -163,9 +163,8 @@ def _options(peft: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a PEFT method that are not those by default; all of a method that this PEFT does not have."""
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft.get("peft_type"))  # type: ignore[call-overload]
     by_default = {
-        field.name: field.default_factory() if field.default is MISSING else field.default  # type: ignore[misc]
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
         for field in (fields(cls) if cls else ())
-        if field.default is not MISSING or field.default_factory is not MISSING
     }
     given = {key: value for key, value in peft.items() if key not in _SAID and value is not None}
     return {key: value for key, value in given.items() if key not in by_default or by_default[key] != value}

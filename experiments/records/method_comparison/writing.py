@@ -33,17 +33,19 @@ def write(folder: Path, out: Path) -> Path:
     ExperimentError for a run that has not finished, or of another task.
     """
     if not is_done(folder):
-        raise ExperimentError(f"method_comparison: {folder} must be a finished run, got no result.json. Train it first.")
-    found = result(folder)
-    config = RunConfig.from_json(found["config"])
-    if config.task != PEFT_TASK or config.score_on != "test":
         raise ExperimentError(
-            f"method_comparison: {folder} must be a run of {PEFT_TASK} that was scored on its test, got {config.task} "
-            f"scored on {config.score_on}. Train one: experiments/conf/sweeps/paper/peft_benchmark.yaml."
+            f"method_comparison: {folder} must be a finished run, got no result.json. Train it first."
+        )
+    found = result(folder)
+    task, split = found["config"]["task"], found["config"].get("score_on", "test")
+    if (task, split) != (PEFT_TASK, "test"):
+        raise ExperimentError(
+            f"method_comparison: {folder} must be a run of {PEFT_TASK} that was scored on its test, got {task} "
+            f"scored on {split}. Train one: experiments/conf/sweeps/paper/peft_benchmark.yaml."
         )
     name = folder.resolve().name
     path = out / f"uniproj--{name}.json"
-    write_json(path, _content(f"uniproj/{name}", folder, config, found))
+    write_json(path, _content(f"uniproj/{name}", folder, RunConfig.from_json(found["config"]), found))
     return path
 
 

@@ -1,4 +1,4 @@
-"""PEFT's benchmark as records: three of its result files, cut to what their numbers need (huggingface/peft, 2026-09-16)."""
+"""PEFT's benchmark as records: three of its result files (huggingface/peft), cut to what is read."""
 
 from __future__ import annotations
 

@@ -11,7 +11,15 @@ from experiments import tasks
 from experiments.errors import ExperimentError
 from experiments.tasks.humaneval import passes
 
-STUB = 'from typing import List\n\n\ndef total(of: List[int]) -> int:\n    """Their sum.\n    >>> total([1, 2])\n    3\n    """\n'
+STUB = '''from typing import List
+
+
+def total(of: List[int]) -> int:
+    """Their sum.
+    >>> total([1, 2])
+    3
+    """
+'''
 TEST = "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n"
 ROW = {"stub": STUB, "test": TEST, "entry_point": "total"}
 RIGHT = "    return sum(of)\n"
