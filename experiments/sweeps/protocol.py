@@ -87,6 +87,7 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
     asked = digest({key: [digest(trial.to_json()) for trial in each] for key, each in trials.items()} | search)
     path = sweep_folder(runs, sweep) / CHOICE
     if not path.exists():
+        choices = _choices(sweep, runs, MOST_BEYOND, lambda asked: _train(sweep, runs, asked, train))
         write_json(
             path,
             {
@@ -96,7 +97,7 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
                 "most_beyond": MOST_BEYOND,
                 "locked": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": versions(),
-                "choices": _choices(sweep, runs, MOST_BEYOND, lambda asked: _train(sweep, runs, asked, train)),
+                "choices": choices,
             },
         )
     locked = read_json(path)

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def rule(sweep: Sweep, most: int) -> str:
             "where the best rate lies at the edge of those tried, the next of 1 and 3 times powers of ten is tried "
             f"beyond it, at most {most} on a side"
         )
-    asked = {RANDOM: "drawn", OPTUNA: "asked for by Optuna's tree-structured Parzen estimator"}[sweep.sampler]
-    return f"{sweep.points_per_cell} points per cell, {asked} between the ends of each list, by factor where positive"
+    by = "drawn" if sweep.sampler == RANDOM else f"asked for by the TPE of Optuna {version(OPTUNA)}"
+    return f"{sweep.points_per_cell} points per cell, {by} between the ends of each list, by factor where positive"
 
 
 def points(sweep: Sweep, cell: Cell, choice: Mapping[str, Any] | None, folder: Path, most: int) -> list[Cell]:
