@@ -29,8 +29,7 @@ from experiments.runs.entrants.adapter import Adapter
 from experiments.runs.entrants.entrant import check_options, parts, tensors_of
 from experiments.runs.entrants.solve import VALUES, nearest
 from experiments.runs.shapes import bare, family_class, shapes_of, targets_of
-from experiments.tasks import HUB
-from uniproj.errors import shown, unknown
+from uniproj.errors import shown
 
 PREFIX = "peft/"
 # of the options in a sweep, not PEFT's: the one over which a budget is solved, in place of the table's
@@ -261,4 +260,3 @@ def _count(config: str) -> int:
     run = RunConfig.from_json(json.loads(config))
     own, _ = parts(PeftMethod(run.projection).made_up(run), family_class(run).heads)
     return sum(p.numel() for p in own.values())
-
