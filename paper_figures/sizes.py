@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -19,10 +21,11 @@ NAMED = 0.08
 
 
 def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
-    """Complete cells of one task against a size, others by name; a method's points are joined where each has its own
-    size."""
+    """Complete cells of one task against a size, others and those of size 0 by name; a method's points are joined where
+    each has its own size."""
     one_task(cells, label)
-    usable = complete(cells, key).sort_values(key)
+    whole = complete(cells, key).sort_values(key)
+    usable, nothing = whole[whole[key] > 0], whole[whole[key] == 0]
     if usable.empty:
         say(axes, "no complete cell")
         return
@@ -36,17 +39,18 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
             axes.plot(own["x"], 100 * own["score"], **look)
     logarithmic(axes)
     axes.set_ylabel(unit(usable["metric"].iloc[0]))
-    _name_lost(axes, cells[cells["status"] != COMPLETE])
+    lost = [f"{method(cell.projection)}: {cell.status}" for cell in cells[cells["status"] != COMPLETE].itertuples()]
+    _name(axes, [*lost, *(f"{method(cell.projection)}: {100 * cell.score:.1f} at 0" for cell in nothing.itertuples())])
     axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {style.span(usable['n'])} seeds, 95 % t interval)")
 
 
-def _name_lost(axes: Axes, lost: pd.DataFrame) -> None:
+def _name(axes: Axes, lines: Sequence[str]) -> None:
     """The cells that are not drawn, in lines of their own above all points and intervals."""
     low, high = axes.get_ylim()
     height = NAMED * (high - low)
-    axes.set_ylim(low, high + height * len(lost))
-    for line, cell in enumerate(lost.itertuples(), start=1):
-        place, text = (0.02, high + height * (len(lost) - line)), f"{method(cell.projection)}: {cell.status}"
+    axes.set_ylim(low, high + height * len(lines))
+    for line, text in enumerate(lines, start=1):
+        place = (0.02, high + height * (len(lines) - line))
         axes.annotate(text, place, xycoords=axes.get_yaxis_transform(), va="bottom", fontsize=5.5, color=MISSING)
 
 

@@ -37,7 +37,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def usable(records: pd.DataFrame) -> pd.DataFrame:
-    """The runs that were scored on the test split and trained.
+    """The runs that were scored on the test split and trained, of entrants that have a theta_D.
 
     Raises ExperimentError for none, for a score or a baseline that is missing, and for settings that are mixed.
     """
@@ -45,7 +45,7 @@ def usable(records: pd.DataFrame) -> pd.DataFrame:
         raise ExperimentError(
             f"intrinsic_dimension: runs must hold {sorted(missing)}, got none. Pass a folder of runs."
         )
-    rows = records[(records["score_on"] == "test") & records["did_not_train"].isna()]
+    rows = records[(records["score_on"] == "test") & records["did_not_train"].isna() & records["D"].notna()]
     if rows.empty:
         raise ExperimentError(
             f"intrinsic_dimension: at least one run must be scored on the test split and have trained, got none of "

@@ -39,7 +39,13 @@ def attach(model: Any, work: Workload, name: str, rank: int) -> Any:
 
     family = family_of("causal" if work.new_tokens else "text")
     seeds = dict.fromkeys(("projection_seed", "init_seed", "data_seed", "train_seed"), SEED)
-    asked = {"task": "overhead", "model": "a workload", "r": rank, "lr": 1.0, "target_modules": list(work.targets)}
+    asked: dict[str, Any] = {
+        "task": "overhead",
+        "model": "a workload",
+        "r": rank,
+        "lr": 1.0,
+        "target_modules": list(work.targets),
+    }
     asked |= entrants.read(name)
     entrant = entrants.get(asked["projection"])
     config = RunConfig(**{**asked, **seeds, "version": entrant.version, **entrant.settled(asked)})

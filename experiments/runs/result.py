@@ -175,8 +175,10 @@ def _sizes(run: Run, saved: Path | None, diverged: bool) -> dict[str, Any]:
 def _timed(run: Run) -> dict[str, Any]:
     """max|P^T P - I| of the P that was trained, where it is cheap to know, and the times of training steps."""
     P = run.entrant.projection(run.model)
-    cheap = P is not None and (P.sparse or P.D * P.d <= _CHECKED_ENTRIES)
-    return {"isometry_error": isometry_error(P) if cheap else None, **step_times(run)}
+    error = None
+    if P is not None and (P.sparse or P.D * P.d <= _CHECKED_ENTRIES):
+        error = isometry_error(P)
+    return {"isometry_error": error, **step_times(run)}
 
 
 def peak_bytes(device: str) -> int:

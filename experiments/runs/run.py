@@ -119,9 +119,7 @@ def _parameter_groups(model: nn.Module, config: RunConfig, family: Family) -> li
     return [group for group in groups if group["params"]]
 
 
-def optimizer(
-    model: nn.Module, config: RunConfig, args: TrainingArguments, family: Family
-) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, config: RunConfig, args: TrainingArguments, family: Family) -> torch.optim.Optimizer:
     """The optimiser that Transformers knows by this name, on two groups of parameters."""
     cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     return cls(_parameter_groups(model, config, family), **{**options, "lr": config.lr})

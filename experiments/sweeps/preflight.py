@@ -43,7 +43,7 @@ _SCORED_ROWS = 4
 TOLERANCE = 1e-3
 # what decides which rows a run reads, and what it trains
 ROWS = ("task", "data", "metric", "validation_size", "test_size")
-OF_ENTRANT = (
+_OF_ENTRANT = (
     *("task", "data", "model", "target_modules", "quantization", "gradient_checkpointing", "dropout"),
     *("projection", "version", "r", "d", "hyperparameters", "budget", "projection_seed"),
 )
@@ -81,7 +81,7 @@ def check(sweep: Sweep, here: bool = True) -> None:
     for config in _one_each(configs, ROWS):
         check_rows(tasks.get(config.task, config.data, config.metric), config)
     is_split = any(options.get("sharded") for options in sweep.launcher.values())
-    for config in _one_each(configs, OF_ENTRANT):
+    for config in _one_each(configs, _OF_ENTRANT):
         entrant = entrants.get(config.projection)
         if is_split:
             entrant.check_sharded()
@@ -96,7 +96,7 @@ def _one_each(configs: Iterable[RunConfig], keys: Sequence[str]) -> Iterable[Run
 def remarks(sweep: Sweep) -> list[str]:
     """What a reader must know before training of entrants that come not near to their budget."""
     found = []
-    for config in _one_each(runs_of(sweep)["confirm"], OF_ENTRANT):
+    for config in _one_each(runs_of(sweep)["confirm"], _OF_ENTRANT):
         trained = entrants.get(config.projection).count(config) if config.budget else 0
         if config.budget and abs(trained / config.budget - 1) > OF_BUDGET:
             found.append(

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 
 from experiments.errors import ExperimentError
 from experiments.models import Family
-from experiments.runs.config import RANK, RunConfig
+from experiments.runs.config import RANK, SEEDS, RunConfig
 from experiments.runs.entrants.adapter import Adapter
 from experiments.runs.entrants.entrant import check_options, parts, tensors_of
 from experiments.runs.entrants.solve import VALUES, nearest
 from experiments.runs.shapes import bare, family_class, shapes_of, targets_of
-from experiments.tasks import HUB
-from uniproj.errors import shown, unknown
+from uniproj.errors import shown
+from uniproj.tuner import UniProjConfig
 
 PREFIX = "peft/"
 # of the options in a sweep, not PEFT's: the one over which a budget is solved, in place of the table's
@@ -44,8 +44,12 @@ def _table() -> dict[str, Any]:
 
 
 def _registered() -> dict[str, Any]:
-    """The key of every method in PEFT's dictionaries, by its name: a member of an enumeration, or another's text."""
-    return {str(getattr(key, "value", key)).lower(): key for key in PEFT_TYPE_TO_CONFIG_MAPPING}
+    """The key of every method in PEFT's dictionaries, by its name: a member of an enumeration, or another's text.
+
+    Projections stand there by names of their own.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    return {str(getattr(key, "value", key)).lower(): key for key, cls in known if cls is not UniProjConfig}
 
 
 def names() -> list[str]:
@@ -73,17 +77,24 @@ class PeftMethod(Adapter):
         given = dict(settings.get("hyperparameters", {}))
         option, kind = self._scaled_by(given.pop(_BUDGET_OPTION, None))
         check_options(self.name, given, [*self._defaults, _BUDGET_OPTION])
+        if reason := self._about.get("cannot"):
+            raise ExperimentError(
+                f"config: {self.name} needs {reason}, which runs do not have. Choose another entrant."
+            )
         if settings.get("d") is not None:
             raise ExperimentError(
                 f"config: d must be left to projections, got d={settings['d']} for {self.name}. Write it as a budget."
             )
         budget, is_given = settings.get("budget"), option in given
+        if option is not None and budget is None and not is_given and self._defaults[option] is None:
+            raise ExperimentError(
+                f"config: {self.name} needs a budget or its option {option}, got neither. Add {option} to its options."
+            )
         asked_r = settings.get("r", RANK)
         r = asked_r if self._about.get("own_rank") else given.pop("r", asked_r)
         sizes = {"r": r, "d": None, "budget": None if is_given else budget, "hyperparameters": given}
         if budget is None or is_given or option is None:
             return sizes
-        # nothing that differs between the runs of a cell changes a count
         config = RunConfig(**{**settings, **sizes, "version": self.version})
         return {**sizes, **self._solved(config, budget, option, self._values(config, budget, kind))}
 
@@ -132,8 +143,9 @@ class PeftMethod(Adapter):
         return sizes(nearest(count, values, budget))
 
     def count(self, config: RunConfig) -> int:
-        alike = dict.fromkeys(("projection_seed", "init_seed", "data_seed", "train_seed"), 0)
-        return _count(json.dumps(replace(config, lr=1.0, score_on="test", budget=None, **alike).to_json()))
+        # nothing that differs between the runs of a cell changes a count
+        alike = {"lr": 1.0, "score_on": "test", "budget": None, **dict.fromkeys(SEEDS, 0)}
+        return _count(json.dumps({**config.to_json(), **alike}))
 
     def check(self, config: RunConfig) -> None:
         self._refuse(config)
@@ -148,10 +160,8 @@ class PeftMethod(Adapter):
 
     def _refuse(self, config: RunConfig) -> None:
         """What attaching does not show."""
-        reason, remedy = self._about.get("cannot"), "Choose another entrant"
-        if reason is not None:
-            reason = f"needs {reason}, which runs do not have"
-        elif issubclass(self._config_class, PromptLearningConfig) and family_class(config).task_type is None:
+        reason, remedy = None, "Choose another entrant"
+        if issubclass(self._config_class, PromptLearningConfig) and family_class(config).task_type is None:
             reason = f"puts tokens before a text, and {config.task} has pictures"
         elif config.quantization and not self._reads_packed_weights():
             reason, remedy = f"cannot adapt weights packed as {config.quantization}", "Leave quantization out for it"
@@ -188,7 +198,7 @@ class PeftMethod(Adapter):
         if config.alpha is not None:
             return config.alpha
         alpha, r = (self._defaults.get(key) for key in (name, "r"))
-        if alpha in (None, MISSING) or not isinstance(r, int) or not r:
+        if not isinstance(alpha, int | float) or not isinstance(r, int) or not r:
             return None
         scaled = alpha * config.r / r
         return int(scaled) if scaled.is_integer() else scaled
@@ -261,4 +271,3 @@ def _count(config: str) -> int:
     run = RunConfig.from_json(json.loads(config))
     own, _ = parts(PeftMethod(run.projection).made_up(run), family_class(run).heads)
     return sum(p.numel() for p in own.values())
-
