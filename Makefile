@@ -71,8 +71,8 @@ lint: .venv
 
 # torchao says in every process that imports Transformers what it cannot load, so who only compares does without it
 .venv/.tested: .venv/.complete
-	@echo "Adding what quantises, tracks and searches to .venv (once; seconds)"
-	@$(PIP) torchao hqq aqlm tensorboard trackio optuna
+	@echo "Adding what quantises to .venv (once; seconds)"
+	@$(PIP) torchao hqq aqlm
 	@touch $@
 
 .venv-lowest/.complete: constraints-lowest.txt pyproject.toml

@@ -127,13 +127,13 @@ def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: P
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    wanted = sweep.points_per_cell
+    wanted, direction = sweep.points_per_cell, _direction(sweep, cell)
     with _as_optuna_wrote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
             study_name=f"{sweep.in_words(cell)} {digest(cell)}",
-            direction=_direction(sweep, cell),
+            direction=direction,
             load_if_exists=True,
         )
         for number, each in enumerate(tried):
@@ -142,8 +142,13 @@ def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: P
         if len(study.trials) == len(tried) < wanted:
             # a seed for each: the state of a generator would be lost with the process
             seed = int(digest({"cell": cell, "trial": len(tried)}), 16) % 2**32
-            study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(_MOST_DRAWN, 1 + wanted // 3))
-            study.ask(_distributions(sweep))
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(_MOST_DRAWN, 1 + wanted // 3))
+            copy = optuna.create_study(sampler=sampler, direction=direction)
+            copy.add_trials(study.trials)
+            ranges = _distributions(sweep)
+            # one line of the journal: a kill leaves no trial without its point
+            state, params = optuna.trial.TrialState.RUNNING, copy.ask(ranges).params
+            study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=ranges))
         return [_point(sweep, trial.params) for trial in study.trials[:wanted]]
 
 

@@ -184,6 +184,8 @@ class Sweep:
 def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(_word, value))
+    if isinstance(value, Mapping):
+        return "+".join(f"{key}:{_word(held)}" for key, held in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -14,7 +15,7 @@ from experiments.errors import ExperimentError
 from experiments.files import digest, read_json, write_json
 from experiments.records.reading import CHOICE
 from experiments.runs.folder import CONFIG, RESULT
-from experiments.sweeps import protocol, study
+from experiments.sweeps import protocol, report, study
 from experiments.sweeps.file import read
 from experiments.sweeps.sweep import Sweep
 
@@ -79,6 +80,13 @@ def test_pruned_points_are_recorded_with_their_reason(sampled: Sweep, runs: Path
     for point in tried:
         rate = point["point"]["lr"]
         assert (point["score"], point["pruned"]) == ((_score(rate), None) if rate <= 0.2 else (None, "it diverged"))
+    summary, records = (
+        pd.DataFrame({"status": ["complete"], "stuck": [None], "budget_error": [0.0]}),
+        {"failed": [None]},
+    )
+    notes = report._notes(sampled, protocol.sweep_folder(runs, sampled), pd.DataFrame(records), summary)
+    pruned = sum(point["point"]["lr"] > 0.2 for point in tried)
+    assert f"{pruned} of 12 points of the tuning were pruned, since a run did not train." in notes
 
 
 def test_a_study_that_is_killed_goes_on_to_the_same_trials(sampled: Sweep, runs: Path, tmp_path: Path) -> None:
@@ -93,7 +101,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_trials(sampled: Sweep, runs:
     assert protocol.tune(sampled, runs, _never) == expected
 
 
-def test_optuna_reads_the_study_itself(file: Path, runs: Path) -> None:
+def test_optuna_reads_a_study_which_comes_out_again_where_it_is_lost(file: Path, runs: Path) -> None:
     optuna = pytest.importorskip("optuna")
     sweep = read(file, [*RANGE, "+tune.sampler=optuna"])
     chosen = protocol.tune(sweep, runs, _trainer([]))
@@ -106,15 +114,9 @@ def test_optuna_reads_the_study_itself(file: Path, runs: Path) -> None:
         pruned = [trial.params["lr"] > 0.2 for trial in found.trials]
         assert [trial.state is optuna.trial.TrialState.PRUNED for trial in found.trials] == pruned
         assert found.direction is optuna.study.StudyDirection.MAXIMIZE
-
-
-def test_a_study_that_is_lost_comes_out_again_and_a_damaged_one_is_named(file: Path, runs: Path) -> None:
-    pytest.importorskip("optuna")
-    sweep = read(file, [*RANGE, "+tune.sampler=optuna"])
-    expected = protocol.tune(sweep, runs, _trainer([]))
-    path = protocol.sweep_folder(runs, sweep) / study.STUDY
     path.unlink()
-    assert protocol.tune(sweep, runs, _never) == expected
+    assert protocol.tune(sweep, runs, _never) == chosen
+    # and a damaged one is named
     path.write_bytes(path.read_bytes()[:200] + b"\n" + path.read_bytes()[200:])
     with pytest.raises(ExperimentError, match=r"study\.log must be the study as Optuna wrote it, got .* Move it away"):
         protocol.tune(sweep, runs, _never)
