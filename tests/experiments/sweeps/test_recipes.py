@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig, ViTImageProcessor, ViTModel
 
 from experiments import method_comparison, mt_bench, sweep, tasks
-from experiments.models import unloaded
+from experiments.models import adapted_layout, unloaded
 from experiments.records import gather
 from experiments.records.reading import load
-from experiments.runs import Run, RunConfig, layout_of
+from experiments.runs import Run, RunConfig
 from experiments.sweeps.file import CONF, read
 from experiments.tasks.commonsense import TESTS
 from uniproj.projection import Projection
@@ -218,7 +218,7 @@ def test_pefts_benchmark_trains_as_many_numbers_as_peft_says(tmp_path: Path) -> 
 
 
 def _projection(config: RunConfig) -> Projection:
-    layout = layout_of(config.task, config.data, config.model, config.target_modules, config.r)
+    layout = adapted_layout("causal", config.model, config.target_modules, config.r)
     return build(config.projection, layout=layout, d=config.d, seed=0, **config.hyperparameters)
 
 
