@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig, ViTImageProcessor, ViTModel
 
 from experiments import method_comparison, mt_bench, sweep, tasks
-from experiments.models import unloaded
+from experiments.models import adapted_layout, unloaded
 from experiments.records import gather
 from experiments.records.reading import load
-from experiments.runs import Run, RunConfig, layout_of
+from experiments.runs import Run, RunConfig
 from experiments.sweeps.file import CONF, read
 from experiments.tasks.commonsense import TESTS
 from uniproj.projection import Projection
@@ -140,10 +140,10 @@ def test_recipes_of_2026_tune_lora_by_as_many_trials(recipe: str) -> None:
 
 
 def test_math_8b_is_tuned_and_confirmed(runs: Path, few_rows: str, llama: str, here) -> None:
-    found = _of_2026("math_8b", runs, few_rows, llama, "settings.test_size=24", "tune.lr=[1e-2]")
+    found = _of_2026("math_8b", runs, few_rows, llama, "tune.lr=[1e-2]")
     tested = found[found["score_on"] == "test"]
     assert sorted(tested["projection"]) == ["lora", "unilora"] and len(found) == 2 * (1 + 1)
-    assert set(tested["groups"].iloc[0]) == {"gsm8k", "math500"}
+    assert set(tested["rows"]) == {6} and set(tested["groups"].iloc[0]) <= {"gsm8k", "math500"}
 
 
 def test_code_8b(runs: Path, few_rows: str, llama: str, here, monkeypatch, capsys) -> None:
@@ -183,6 +183,8 @@ def test_pefts_benchmark_writes_and_reads_its_files(runs: Path, few_rows: str, l
     out, folders = runs / "peft", list(found["folder"])
     assert method_comparison.main(["write", *folders, "--out", str(out)]) == 0
     files = [json.loads(path.read_text()) for path in sorted(out.glob("uniproj--*.json"))]
+    rows = Run.load(Path(folders[0])).trainer.train_dataset["input_ids"]
+    whole = AutoModelForCausalLM.from_pretrained(llama, trust_remote_code=False).num_parameters()
     for content, (projection, row) in zip(files, found.set_index("projection").sort_index().iterrows(), strict=True):
         info, train = content["run_info"], content["train_info"]
         last = train["metrics"][-1]
@@ -192,10 +194,8 @@ def test_pefts_benchmark_writes_and_reads_its_files(runs: Path, few_rows: str, l
         assert "Question: {query} Think step by step.\nAnswer:" in info["train_config"]["query_template"]
         assert pd.Timestamp(info["created_at"]) <= pd.Timestamp(row["provenance"]["finished"])
         assert (last["test accuracy"], last["train samples"]) == (row["score"], 12)
-        data = Run.load(Path(row["folder"])).trainer.train_dataset
-        assert last["train total tokens"] == sum(len(ids) for ids in data["input_ids"])
+        assert last["train total tokens"] == sum(len(ids) for ids in rows)
         assert train["num_trainable_params"] == row["trained"]
-        whole = AutoModelForCausalLM.from_pretrained(llama, trust_remote_code=False).num_parameters()
         assert train["num_total_params"] == whole + row["trained"]
         assert info["train_config"]["optimizer_kwargs"] == {"lr": row["lr"], "weight_decay": row["weight_decay"]}
         assert {f"{name}-version" for name in PACKAGES} <= set(content["meta_info"]["package_info"])
@@ -218,7 +218,7 @@ def test_pefts_benchmark_trains_as_many_numbers_as_peft_says(tmp_path: Path) -> 
 
 
 def _projection(config: RunConfig) -> Projection:
-    layout = layout_of(config.task, config.data, config.model, config.target_modules, config.r)
+    layout = adapted_layout("causal", config.model, config.target_modules, config.r)
     return build(config.projection, layout=layout, d=config.d, seed=0, **config.hyperparameters)
 
 
