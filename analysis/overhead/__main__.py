@@ -16,6 +16,7 @@ from analysis.overhead.workloads import DEFAULT, WORKLOADS
 from experiments.errors import status
 from paper_figures.figures.overhead import draw
 from uniproj import console
+from uniproj.errors import OneLineError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -25,10 +26,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(report.PARTS), choices=report.PARTS, metavar="PART")
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, metavar="MODEL", help="bases of the model part")
     methods = "of the model part: projections, 'PEFT LORA' .., peft/<method>, full, head"
-    parser.add_argument("--methods", nargs="+", type=entrants.method, metavar="METHOD", help=methods)
+    parser.add_argument("--methods", nargs="+", type=method, metavar="METHOD", help=methods)
     parser.add_argument("--out", type=Path, default=Path("results/overhead"), help="folder of records and tables")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     return parser.parse_args(argv)
+
+
+def method(text: str) -> str:
+    """A method of the model part. Raises ArgumentTypeError for an unknown one."""
+    try:
+        if text not in model.names():
+            entrants.check(text)
+    except OneLineError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import uniproj
 from analysis.overhead.problem import SEED
 from analysis.overhead.workloads import Workload
-from uniproj.errors import OneLineError
 
 # `experiments.runs` needs packages that a machine for projections alone does without: it is imported where it is needed
 
@@ -18,18 +15,11 @@ def is_entrant(name: str) -> bool:
     return name.startswith("peft/") or name.partition(":")[0] in ("full", "head")
 
 
-def method(text: str) -> str:
-    """A method on the command line. Raises ArgumentTypeError for an unknown one."""
-    try:
-        if is_entrant(text):
-            from experiments.runs import entrants
+def check(text: str) -> None:
+    """Raises ProjectionError, or ExperimentError, for what is no entrant."""
+    from experiments.runs import entrants
 
-            entrants.get(entrants.read(text)["projection"])
-        elif not text.startswith("PEFT "):
-            uniproj.get(text)
-    except OneLineError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    entrants.get(entrants.read(text)["projection"])
 
 
 def attach(model: Any, work: Workload, name: str, rank: int) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, UniLoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 import uniproj
@@ -165,7 +166,10 @@ def _used_before(
 
 def _bare(model: nn.Module) -> nn.Module:
     """The base without its adapter."""
-    return model.unload() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        return model
+    # tokens before a prompt change nothing in the model
+    return model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
 
 
 def _autocast(device: torch.device) -> torch.autocast:

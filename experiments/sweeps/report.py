@@ -65,7 +65,7 @@ def _cells(sweep: Sweep, summary: pd.DataFrame) -> str:
     shown.insert(shown.columns.get_loc("best"), "majority", [statistics.percent(m) for m in summary["majority"]])
     if sweep.published:
         shown["published"] = summary["task"].map(lambda task: sweep.published.get(task, "-"))
-    return shown.to_string(index=False)
+    return shown.to_string(index=False, na_rep="-")
 
 
 def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
@@ -77,7 +77,7 @@ def _differences(summary: pd.DataFrame, differences: pd.DataFrame) -> str:
         shown[label] = [
             "-" if math.isnan(a) else f"[{100 * a:+.1f}, {100 * b:+.1f}]" for a, b in zip(low, high, strict=True)
         ]
-    return shown.to_string(index=False)
+    return shown.to_string(index=False, na_rep="-")
 
 
 def beyond_budget(table: pd.DataFrame) -> list[str]:

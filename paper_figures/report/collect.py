@@ -16,7 +16,6 @@ from experiments.files import short_names
 from experiments.names import method, model, task
 from experiments.records import statistics
 from experiments.records.gather import DAMAGED, Records
-from experiments.runs import entrants
 from paper_figures import style
 from paper_figures.report.heat_map import heat_map
 
@@ -82,8 +81,8 @@ def overhead(table: pd.DataFrame | None) -> list[dict[str, Any]]:
 
 
 def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colours on light and dark pages, marker and dash of each entrant, registered here or not."""
-    ordered = list(dict.fromkeys([*style.order(entrants.names()), *sorted(names)]))
+    """Colours on light and dark pages, marker and dash of each projection, registered here or not."""
+    ordered = list(dict.fromkeys([*style.order(uniproj.names()), *sorted(names)]))
     found = {}
     for name in sorted(set(names)):
         colour, marker, dash = style.look(ordered.index(name))

@@ -148,7 +148,10 @@ def test_a_method_that_fails_within_a_measurement_is_a_failure_too(tmp_path, mea
 
 
 def test_unknown_names_are_refused(capsys) -> None:
-    for option, name in {"--methods": "nolora", "--models": "gpt5", "--parts": "all", "--device": "tpu"}.items():
+    with pytest.raises(SystemExit, match="2"):
+        main(["--methods", "peft/c4a"])
+    assert "unknown entrant 'peft/c4a'. Did you mean 'peft/c3a'" in capsys.readouterr().err
+    for option, name in {"--models": "gpt5", "--parts": "all", "--device": "tpu"}.items():
         with pytest.raises(SystemExit) as refusal:
             main([option, name])
         error = capsys.readouterr().err
@@ -275,7 +278,7 @@ def test_an_interruption_ends_the_running_measurement(tmp_path, monkeypatch, cap
 def test_every_adapter_attaches_to_the_tiny_base_and_every_parameter_gets_a_gradient() -> None:
     work = WORKLOADS["tiny"]
     tiny, batch = work.load(), work.training_batch(torch.device("cpu"))
-    for name in model.names():
+    for name in (*model.names(), "peft/c3a: {block_size: 16}", "full"):
         attached = model.attach(copy.deepcopy(tiny), work, name)
         attached(**batch).loss.backward()
         assert all(p.grad is not None for p in model.parameters(attached)), name

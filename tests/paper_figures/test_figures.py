@@ -149,7 +149,7 @@ def test_a_method_of_ones_own_is_in_every_table_and_figure(results: Path) -> Non
     """Nothing here knows these names: they are what the data hold."""
     own = made_up([*TASKS, "glue/cola", "glue/rte"], ["peft/fourierft", "full", "unilora", "unilora_mine"])
     write_sweep(results / "sweeps" / "glue_budget", own)
-    for name, wanted in (("glue_base", ["Uni-LoRA", "full", "peft/fourierft", "unilora_mine"]),
+    for name, wanted in (("glue_base", ["Uni-LoRA", "full fine-tuning", "FourierFT", "unilora_mine"]),
                          ("ablations", ["Uni-LoRA", "unilora_mine"])):  # fmt: skip
         found, figure = _made(name, results)
         mine = [row[1] for row in found.rows if row[0] in ("ours, MiniLM-L6 at one budget", "ours, score")]
@@ -158,7 +158,7 @@ def test_a_method_of_ones_own_is_in_every_table_and_figure(results: Path) -> Non
         assert {*wanted} - {"Uni-LoRA"} <= labels
         plt.close(figure)
     # with all six tasks there is an average
-    (row,) = [row for row in _made("glue_base", results)[0].rows if row[1] == "full"]
+    (row,) = [row for row in _made("glue_base", results)[0].rows if row[1] == "full fine-tuning"]
     assert row[-1].endswith("(n = 3)")
     plt.close("all")
 
