@@ -15,11 +15,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel
 
 from experiments import compare, harness, names, sweep, train
 from experiments.errors import ExperimentError
+from experiments.models import load_tokenizer
 from experiments.models.text import TextClassifier
+from experiments.processes import Processes
 from experiments.records.reading import load
 from experiments.runs import entrants
 from experiments.runs.callbacks import StopOnSignal, checkpoints
@@ -28,7 +30,7 @@ from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
 from experiments.runs.run import Run
 from experiments.runs.training import INTERRUPTED, last_checkpoint
-from experiments.sweeps import preflight
+from experiments.sweeps import preflight, workers
 from experiments.sweeps.file import read
 from paper_figures import style
 from paper_figures.report.__main__ import main as report_main
@@ -357,3 +359,20 @@ def test_the_nearest_count_is_found_in_few_questions(count: Any) -> None:
         best = min(values, key=lambda value: abs(count(value) - budget))
         assert nearest(told, values, budget) == best and len(asked) == len(set(asked)) < 30
     assert nearest(lambda n: n, [7], 100) == 7
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("asked", [{"full": {"keep": True}}, {"peft/fourierft": {"scaling": 100}}])
+def test_two_processes_train_as_one(asked: Any, settings: dict, tmp_path: Path) -> None:
+    small = AutoConfig.from_pretrained(settings["model"], trust_remote_code=False)
+    small.hidden_dropout_prob = small.attention_probs_dropout_prob = 0.0
+    BertModel(small).save_pretrained(tmp_path / "bert")
+    load_tokenizer("minilm").save_pretrained(tmp_path / "bert")
+    own = {"model": str(tmp_path / "bert"), "lr": 1e-3, "batch_size": 8, "train_size": 32, "score_on": "validation"}
+    config = resolve({**settings, **own, "projection": asked}).to_json()
+    alone, together = (prepare(tmp_path / name, config) for name in ("alone", "together"))
+    assert train.main([str(alone)]) == 0
+    assert workers.start(together, Processes(2)).wait() == 0, workers.last_words(together)
+    ours, theirs = (load_file(next((folder / "adapter").glob("*.safetensors"))) for folder in (together, alone))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=5e-5)
