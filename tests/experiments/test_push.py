@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import DatasetCard, ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from experiments import push
 from experiments.errors import ExperimentError
@@ -94,6 +94,25 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     assert there["base_model_name_or_path"] == "someone/base"
 
 
+def test_no_option_tells_a_place_and_the_hub_takes_the_name_of_a_task(tmp_path: Path, uploads: Hub) -> None:
+    place = {"tokenizer_name_or_path": "/home/ada/words"}
+    folder = _run(tmp_path / "runs", projection="peft/prompt_tuning", task="/home/ada/My reviews, 2nd")
+    for path in (folder / "config.json", folder / "result.json"):
+        found = json.loads(path.read_text())
+        found.get("config", found)["hyperparameters"] = {**place, "deep": [{"file": "/home/ada/cache.pt"}]}
+        path.write_text(json.dumps(found))
+    folder = folder.rename(folder.with_name("renamed"))
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **place)
+    get_peft_model(base_model("llama"), prompts).save_pretrained(folder / "adapter")
+    done = push.push(folder, "someone/prompts")
+    assert "/home" not in done.card and "tokenizer_name_or_path = words, deep = " in done.card
+    assert not any(b"/home" in each for each in uploads.files("someone/prompts").values())
+    (first, *_) = ModelCard(done.card).data.eval_results
+    # the pattern that the Hub demands of it
+    assert re.fullmatch(r"(?:[\w-]+/)?[\w\-.]+", first.dataset_type, re.ASCII)
+    assert first.dataset_name == "My reviews, 2nd"
+
+
 def test_a_whole_model_goes_as_one_of_transformers(tmp_path: Path, uploads: Hub) -> None:
     folder = _run(tmp_path / "runs", projection="full", D=None, budget=None)
     base_model("llama").save_pretrained(folder / "adapter")
@@ -127,6 +146,17 @@ def test_a_sweep_goes_as_a_data_set(exported: Path, uploads: Hub) -> None:
     for said in ("12 runs of `lora`, `unilora` on reviews, RTE", "python 3.11", "0123456789ab", "`train_seed`"):
         assert said in card.text
     assert 'load_dataset("someone/mine", "records", split="train")' in card.text
+
+
+def test_no_failure_and_no_option_of_a_sweep_tells_a_place(exported: Path, uploads: Hub) -> None:
+    records = pd.read_csv(exported / "records.csv", dtype=object)
+    records.loc[0, "failed"] = "OSError: '/home/ada/.cache/hub/x.json' at https://hub/some/one: 3 it/s of /tmp"
+    records.loc[1, "hyperparameters"] = '{"cache_file": "/home/ada/eva.pt"}'
+    records.to_csv(exported / "records.csv", index=False)
+    push.push(exported, "someone/mine")
+    sent = pd.read_csv(uploads.folder("someone/mine", "dataset") / "records.csv")
+    assert sent.loc[0, "failed"] == "OSError: 'x.json' at https://hub/some/one: 3 it/s of /tmp"
+    assert sent.loc[1, "hyperparameters"] == '{"cache_file": "eva.pt"}'
 
 
 def test_what_is_no_run_and_no_sweep_or_was_changed_is_refused(run: Path, uploads: Hub, tmp_path: Path, capsys) -> None:

@@ -59,7 +59,7 @@ def _updated(model: PeftModel, there: str | None, loading: str) -> str:
         _theirs(model, apart)
         found = ModelCard.load(draft)
     tags = ModelCard(there).data.get("tags") if there is not None and there.startswith("---") else None
-    found.data.tags = sorted({*(tags or ()), *(found.data.tags or ()), card.TAG})
+    found.data.tags = sorted({*map(str, tags or ()), *(found.data.tags or ()), card.TAG})
     if _PLACE in found.text:
         found.text = found.text.replace(_PLACE, loading)
     elif "import uniproj" not in found.text:
@@ -88,4 +88,6 @@ def install() -> None:
     """Put the wrappers in the place of PEFT's and Transformers' functions."""
     PeftModel.create_or_update_model_card = _create_or_update_model_card
     PeftModel.push_to_hub = _pushes(_theirs_push, _is_ours)
-    PreTrainedModel.push_to_hub = _pushes(_theirs_push_injected, lambda model: tuner_on(model) is not None)
+    PreTrainedModel.push_to_hub = _pushes(
+        _theirs_push_injected, lambda model: bool(getattr(tuner_on(model), "peft_config", None))
+    )
