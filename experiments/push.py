@@ -91,8 +91,17 @@ def _push_sweep(folder: Path, repo: str, options: dict[str, Any]) -> hub.Upload:
     with hub.apart() as out:
         for name in cards.FILES:
             if (folder / name).exists():
-                write_text(out / name, without_paths((folder / name).read_text(), runs))
+                write_text(out / name, without_paths(_text(folder / name), runs))
         return hub.upload(out, repo, lambda name: cards.of_sweep(out, name), kind="dataset", **options)
+
+
+def _text(path: Path) -> str:
+    """A file of a sweep. Raises ExperimentError for a link, whose target may be anything, and for a broken table."""
+    if path.is_symlink():
+        raise ExperimentError(f"push: {path} must be a file, got a link. Put the file itself there.")
+    if path.suffix == ".csv":
+        gather.read_table(path, ("task", "model") if path.name == cards.SUMMARY else ())
+    return path.read_text()
 
 
 @console.command

@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,13 @@ def test_a_classifier_loads_with_its_labels_whatever_else_is_trained(tmp_path: P
     found: dict[str, Any] = {}
     exec(lines.replace("someone/base", str(tmp_path / "base")).replace("someone/x", str(tmp_path / "adapter")), found)
     assert torch.equal(logits(found["model"].eval(), "bert"), logits(model.eval(), "bert"))
+
+
+def test_a_class_without_a_type_of_task_is_loaded_with_its_labels(folder: Path) -> None:
+    mapping = {"base_model_class": "ViTForImageClassification", "parent_library": "transformers.models.vit.modeling"}
+    header = replace(_header("unilora"), base_model="someone/base")
+    lines = card.loading({"task_type": None, "auto_mapping": mapping}, "someone/x", header, 10).splitlines()
+    assert lines[4].startswith('base = ViTForImageClassification.from_pretrained("someone/base", num_labels=10')
 
 
 def test_a_model_of_which_no_adapter_is_left_is_pushed_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ def without_places(value: Any) -> Any:
         return {key: without_places(each) for key, each in value.items()}
     if isinstance(value, list):
         return [without_places(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    is_place = isinstance(value, str) and Path(value).is_absolute() and len(Path(value).parts) > 2
+    return Path(value).name if is_place else value
 
 
 def _task(name: str) -> str:
@@ -201,8 +202,8 @@ def of_sweep(folder: Path, repo: str) -> str:
             for name in read
         ],
     )
-    methods = ", ".join(map(card.quoted, dict.fromkeys(runs["projection"])))
-    on = card.plain(", ".join(dict.fromkeys(map(_task, runs["task"]))))
+    methods = ", ".join(map(card.quoted, dict.fromkeys(runs["projection"].dropna())))
+    on = card.plain(", ".join(dict.fromkeys(map(_task, runs["task"].dropna()))))
     tables = [(f"`{name}`", len(table), len(table.columns), _TABLES[name]) for name, table in read.items()]
     columns = {f"`{name}`": ", ".join(map(card.quoted, table)) for name, table in read.items()}
     return card.page(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,8 @@ RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
 OUT = Path("results/sweeps")
 # of a logged loss: its noise is far above the rest
 _DIGITS = 5
+# in a list as Python writes it
+_QUOTED = re.compile(r"(['\"])(.+?)\1")
 # an absolute path of two parts or more, and not that of a URL
 _PLACE = re.compile(r"(?<![\w./-])(?:/[^\s/\"',;:()<>\[\]]+){2,}")
 
@@ -67,7 +68,7 @@ def without_paths(text: str, records: pd.DataFrame) -> str:
     """The text without the paths of the machine that tasks, data, models and plugins of these records lie in, nor
     others, as a failure or an option may name."""
     named = {value for key in ("task", "data", "model") if key in records for value in records[key].dropna()}
-    named |= {path for listed in records.get("plugins", ()) for path in ast.literal_eval(listed)}
+    named |= {path for listed in records.get("plugins", ()) for _, path in _QUOTED.findall(str(listed))}
     names = short_names(sorted(named))
     for path in sorted(names, key=len, reverse=True):
         text = text.replace(path, names[path])

@@ -151,12 +151,28 @@ def test_a_sweep_goes_as_a_data_set(exported: Path, uploads: Hub) -> None:
 def test_no_failure_and_no_option_of_a_sweep_tells_a_place(exported: Path, uploads: Hub) -> None:
     records = pd.read_csv(exported / "records.csv", dtype=object)
     records.loc[0, "failed"] = "OSError: '/home/ada/.cache/hub/x.json' at https://hub/some/one: 3 it/s of /tmp"
+    records["plugins"] = "['/home/ada/My code/mine.py']"
+    records.loc[0, "plugins"] = None
     records.loc[1, "hyperparameters"] = '{"cache_file": "/home/ada/eva.pt"}'
     records.to_csv(exported / "records.csv", index=False)
     push.push(exported, "someone/mine")
     sent = pd.read_csv(uploads.folder("someone/mine", "dataset") / "records.csv")
     assert sent.loc[0, "failed"] == "OSError: 'x.json' at https://hub/some/one: 3 it/s of /tmp"
+    assert sent.loc[1, "plugins"] == "['mine.py']"
     assert sent.loc[1, "hyperparameters"] == '{"cache_file": "eva.pt"}'
+
+
+def test_a_table_of_a_sweep_that_is_none_or_a_link_stays_here(exported: Path, uploads: Hub) -> None:
+    summary = exported / "summary.csv"
+    for text, match in (("", "must be a table"), ("a,b", r"must have the columns \['model', 'task'\]")):
+        summary.write_text(text)
+        with pytest.raises(ExperimentError, match=match):
+            push.push(exported, "someone/mine")
+    summary.unlink()
+    summary.symlink_to(exported / "notes.txt")
+    with pytest.raises(ExperimentError, match="must be a file, got a link"):
+        push.push(exported, "someone/mine")
+    assert not uploads.cache.exists()
 
 
 def test_what_is_no_run_and_no_sweep_or_was_changed_is_refused(run: Path, uploads: Hub, tmp_path: Path, capsys) -> None:
