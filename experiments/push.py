@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from experiments.errors import ExperimentError, status
 from experiments.files import read_json, write_json, write_text
 from experiments.records import RECORDS, cards, gather, result, without_paths
+from experiments.records.committed import SUMMARY
 from experiments.runs import ADAPTER, RESULT
 from uniproj import console, hub, plugins
 from uniproj.format import CONFIG, WEIGHTS
@@ -100,7 +101,7 @@ def _text(path: Path) -> str:
     if path.is_symlink():
         raise ExperimentError(f"push: {path} must be a file, got a link. Put the file itself there.")
     if path.suffix == ".csv":
-        gather.read_table(path, ("task", "model") if path.name == cards.SUMMARY else ())
+        gather.read_table(path, ("task", "model") if path.name == SUMMARY else ())
     return path.read_text()
 
 

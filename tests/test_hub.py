@@ -245,6 +245,7 @@ def test_a_classifier_loads_with_its_labels_whatever_else_is_trained(tmp_path: P
     base.classifier, base.num_labels, base.config.num_labels = torch.nn.Linear(32, 5), 5, 5
     model = get_peft_model(base, config("bert", trainable_token_indices=[5, 6]))
     model.save_pretrained(tmp_path / "adapter")
+    assert "num_labels=5" in (tmp_path / "adapter" / "README.md").read_text()
     text = hub.push(tmp_path / "adapter", "someone/x", base_model="someone/base", dry_run=True).card
     lines = "\n".join(_code(text))
     assert "num_labels=5" in lines

@@ -88,8 +88,9 @@ def of_entrant(found: Mapping[str, Any], repo: str, size: int, saved: Mapping[st
         "in the head": found.get("head"),
         "file": f"{size:,} bytes",
     }
-    of_peft = ("from peft import PeftModel", f'model = PeftModel.from_pretrained(base, "{repo}")  # base: as then')
-    whole = (f"from transformers import {kind}", f'model = {kind}.from_pretrained("{repo}")')
+    labels = 1 if found["metric"] in tasks.OF_NUMBERS else len(found.get("classes") or ())
+    of_peft = card.of_peft(saved, repo, base, config.get("revision"), labels)
+    whole = [f"from transformers import {kind}", f'model = {kind}.from_pretrained("{repo}")']
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",

@@ -81,7 +81,8 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     folder = _run(tmp_path / "runs", projection="peft-lora", model="/home/ada/base", D=None, budget=None)
     base = base_model("llama")
     base.name_or_path = "/home/ada/base"
-    get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(folder / "adapter")
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
     _finish(folder, folder / "adapter")
     done = push.push(folder, "someone/lora")
     files = uploads.files("someone/lora")
@@ -89,7 +90,9 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     data = ModelCard(done.card).data
     assert (data.library_name, data.base_model) == ("peft", None) and data.eval_results
     assert "| PEFT's type | LORA |" in done.card and "UNIPROJ" not in done.card and "None" not in done.card
-    push.push(folder, "someone/lora", base_model="someone/base")
+    assert "base = ..." in done.card
+    named = push.push(folder, "someone/lora", base_model="someone/base")
+    assert 'from_pretrained("someone/base")\nmodel = PeftModel.from_pretrained(base, "someone/lora")' in named.card
     there = json.loads((uploads.folder("someone/lora") / CONFIG).read_text())
     assert there["base_model_name_or_path"] == "someone/base"
 

@@ -173,6 +173,7 @@ def of_adapter(
     trained: int,
     *,
     title: str | None = None,
+    labels: int | None = None,
     beside: Mapping[str, Sequence[int]] | None = None,
     size: int | None = None,
     measured: Mapping[str, Measurement | None] | None = None,
@@ -182,15 +183,16 @@ def of_adapter(
 ) -> str:
     """The card of one adapter.
 
-    fields: of its configuration; repo: where it loads from; trained: numbers of theta_d and P; beside: shapes of what
-    is trained besides, such as a head, by name; size: bytes of the file; measured: the claims of P, each with None
-    where P is too large to decide it; results and sections: what is known of its training.
+    fields: of its configuration; repo: where it loads from; trained: numbers of theta_d and P; labels: those of a
+    classifier, else told by its head; beside: shapes of what is trained besides, such as a head, by name; size: bytes
+    of the file; measured: the claims of P, each with None where P is too large to decide it; results and sections: what
+    is known of its training.
     """
     beside = beside or {}
     heads = sum(math.prod(shape) for shape in beside.values())
     also = f", and {heads:,} beside P: {_listed(name.removeprefix(HEADS) for name in beside)}" if heads else ""
     matrices = [shape for name, shape in beside.items() if name.endswith(".weight") and len(shape) == 2]
-    labels = min((shape[0] for shape in matrices), default=None)
+    labels = labels or min((shape[0] for shape in matrices), default=None)
     title = title or repo.rpartition("/")[2]
     data = ModelCardData(
         base_model=header.base_model,
@@ -248,7 +250,14 @@ def of_bank(
 
 def loading(fields: Mapping[str, Any], repo: str, header: Header, labels: int | None = None) -> str:
     """Five lines of Python that load an adapter on its base; four where the base has no name that others know."""
-    base, revision = header.base_model, header.base_revision
+    lines = of_peft(fields, repo, header.base_model, header.base_revision, labels)
+    return code("import uniproj  # PEFT then knows the method UNIPROJ: pip install uniproj", *lines)
+
+
+def of_peft(
+    fields: Mapping[str, Any], repo: str, base: str | None, revision: str | None, labels: int | None
+) -> list[str]:
+    """The lines that load an adapter of any method that PEFT knows. labels: those of a classifier."""
     kind, known = _class_of(fields), ""
     if base and kind:
         options = [f"revision={json.dumps(revision)}"] if revision else []
@@ -256,12 +265,11 @@ def loading(fields: Mapping[str, Any], repo: str, header: Header, labels: int | 
         of_labels = labels and kind.endswith("Classification")
         options += [f"num_labels={labels}, ignore_mismatched_sizes=True"] if of_labels else []
         known = f"base = {kind}.from_pretrained({', '.join([json.dumps(base), *options])})"
-    return code(
-        "import uniproj  # PEFT then knows the method UNIPROJ: pip install uniproj",
+    return [
         "from peft import PeftModel",
         *([f"from transformers import {kind}", known] if known else ["base = ...  # the model that it was trained on"]),
         f"model = PeftModel.from_pretrained(base, {json.dumps(repo)})",
-    )
+    ]
 
 
 def _class_of(fields: Mapping[str, Any]) -> str | None:

@@ -41,11 +41,12 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
     fields = model.peft_config[ours[0]].to_dict()
     header = Header.of(fields, adapter_of(model, ours[0]).P, model.base_model.model)
     known = card.published(header)
+    labels = getattr(getattr(model.base_model.model, "config", None), "num_labels", None)
     if list(model.peft_config) == ["default"] and (there is None or card.is_ours(there)):
         trained = adapter_of(model).P.trained
-        text = card.of_adapter(known, fields, _HERE, trained, title="Adapter of uniproj")
+        text = card.of_adapter(known, fields, _HERE, trained, title="Adapter of uniproj", labels=labels)
     else:
-        text = _updated(model, there, card.loading(fields, _HERE, known))
+        text = _updated(model, there, card.loading(fields, _HERE, known, labels))
         text = card.without_place(text, header.base_model)
     replace({path: text.encode()})
 
