@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from experiments.errors import ExperimentError, status
 from experiments.files import read_json, write_json, write_text
 from experiments.records import RECORDS, cards, gather, result, without_paths
+from experiments.records.committed import SUMMARY
 from experiments.runs import ADAPTER, RESULT
 from uniproj import console, hub, plugins
 from uniproj.format import CONFIG, WEIGHTS
@@ -60,10 +61,9 @@ def _push_run(folder: Path, repo: str, base_model: str | None, options: dict[str
         options |= {"results": cards.results(found), "sections": cards.sections(found)}
         return hub.push(config.parent, repo, base_model=base_model, **options)
     saved |= {key: base_model for key in _PLACES if key in saved}
-    with TemporaryDirectory() as apart:
-        out = Path(apart)
-        write_json(out / config.name, saved)
-        (out / weights.name).write_bytes(weights.read_bytes())
+    with hub.apart() as out:
+        write_json(out / config.name, cards.without_places(saved))
+        shutil.copyfile(weights, out / weights.name)
         size = weights.stat().st_size
         return hub.upload(out, repo, lambda name: cards.of_entrant(found, name, size, saved, base_model), **options)
 
@@ -77,7 +77,8 @@ def _check_scored(found: dict[str, Any], weights: Path) -> None:
         raise ExperimentError(
             f"push: {weights} must be a whole safetensors file, got {error}. Bring it back, or train the run again."
         ) from error
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with weights.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
     if found.get("adapter_sha256") not in (None, digest):
         raise ExperimentError(
             f"push: {weights} must be what the run was scored with, of SHA-256 {found['adapter_sha256'][:12]}.., got "
@@ -88,11 +89,20 @@ def _check_scored(found: dict[str, Any], weights: Path) -> None:
 def _push_sweep(folder: Path, repo: str, options: dict[str, Any]) -> hub.Upload:
     gather.read_sweep(folder)  # raises for what is damaged
     runs = pd.read_csv(folder / RECORDS)
-    with TemporaryDirectory() as apart:
+    with hub.apart() as out:
         for name in cards.FILES:
             if (folder / name).exists():
-                write_text(Path(apart, name), without_paths((folder / name).read_text(), runs))
-        return hub.upload(Path(apart), repo, lambda name: cards.of_sweep(Path(apart), name), kind="dataset", **options)
+                write_text(out / name, without_paths(_text(folder / name), runs))
+        return hub.upload(out, repo, lambda name: cards.of_sweep(out, name), kind="dataset", **options)
+
+
+def _text(path: Path) -> str:
+    """A file of a sweep. Raises ExperimentError for a link, whose target may be anything, and for a broken table."""
+    if path.is_symlink():
+        raise ExperimentError(f"push: {path} must be a file, got a link. Put the file itself there.")
+    if path.suffix == ".csv":
+        gather.read_table(path, ("task", "model") if path.name == SUMMARY else ())
+    return path.read_text()
 
 
 @console.command

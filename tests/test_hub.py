@@ -8,18 +8,19 @@ import re
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import CardData, HfApi, ModelCard, RepoCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
 from tests.bank.models import adapted, vector
-from tests.format.saved import HEAD, LAYOUT, drop_header, save
+from tests.format.saved import HEAD, LAYOUT, drop_header, reconfigure, relabel, save
 from tests.tuner.models import base_model, config, logits, train_steps
 from tests.uploads import Hub, stand_in
 from uniproj import AdapterError, build, get, hub
@@ -27,6 +28,7 @@ from uniproj.bank import AdapterBank
 from uniproj.bank.backup import forget_deleted
 from uniproj.cli import main
 from uniproj.format import CONFIG, WEIGHTS, Header, card, file
+from uniproj.format.keys import OF_P
 from uniproj.tuner import UniProjConfig
 
 HERE = "/home/ada/models/llama"
@@ -178,6 +180,103 @@ def test_the_card_of_a_trainer_names_no_place_either(uploads: Hub, tmp_path: Pat
     assert "a fine-tuned version of llama on" in text and "ada/" not in text and text.count("import uniproj") == 1
 
 
+HOSTILE = "q`|<img src=x>`[a](http://evil)\n## Mine"
+
+
+def test_no_text_of_a_file_is_markup_on_the_card(folder: Path) -> None:
+    def hostile(lines: dict[str, str]) -> dict[str, str]:
+        return lines | {f"uniproj.{key}": json.dumps(HOSTILE) for key in ("base_quantisation", "library_version")}
+
+    relabel(folder, hostile)
+    reconfigure(folder, auto_mapping="mine")
+    text = hub.push(folder, "someone/adapter", dry_run=True).card
+    # a run of two backticks ends at the next run of two
+    inside = r"q`\|<img src=x>`[a](http://evil)\\n## Mine".replace("\\\\", "\\")
+    assert text.count(f"`` {inside} ``") == 2 and text.count("<img") == 2
+    assert card.quoted(HOSTILE).startswith("`` q`|") and card.quoted("a``b") == "``` a``b ```"
+    assert card.plain("a `b[0]` [c](d) <e> \\[f] `") == "a `b[0]` \\[c](d) \\<e> \\\\\\[f] \\`"
+
+
+LONG = f"{HERE} of a name that is so long that YAML breaks it into lines wherever it has spaces"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "left"),
+    [
+        (
+            HERE,
+            {"base_model": [HERE], "model_name": f"{HERE}-x", "tags": [2026]},
+            {"model_name": "llama-x", "tags": [2026]},
+        ),
+        (LONG, {"base_model": LONG, "tags": [f"base_model:adapter:{LONG}", "x"]}, {"tags": ["x"]}),
+        (HERE, {"base_model": HERE, "model-index": [{"odd": 1}]}, {"model-index": [{"odd": 1}]}),
+        ("llama", {"base_model": "llama", "tags": ["llama-3", "base_model:adapter:llama"]}, {"tags": ["llama-3"]}),
+    ],
+)
+def test_the_place_of_a_base_leaves_the_metadata_of_a_card_and_nothing_else_does(
+    name: str, given: dict[str, Any], left: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = card.without_place(f"---\n{CardData(**given).to_yaml()}\n---\n# Mine\n", name)
+    assert RepoCard(text).data.to_dict() == left
+
+
+@pytest.mark.parametrize("head", ["", "---\n- a\n---\n", "---\n: [a\n---\n"])
+def test_a_card_without_metadata_keeps_all_but_the_place(head: str) -> None:
+    assert card.without_place(f"{head}# On {HERE}\n", HERE) == f"{head}# On llama\n"
+
+
+def test_a_card_of_the_users_own_goes_byte_by_byte_and_no_tag_stops_a_save(folder: Path, uploads: Hub) -> None:
+    own = b"---\r\ntags: [2026]\r\n---\r\n# Caf\xe9\r\n"
+    (folder / "README.md").write_bytes(own)
+    hub.push(folder, "someone/adapter")
+    assert uploads.files("someone/adapter")["README.md"] == own
+    (folder / "README.md").write_bytes(own.replace(b"\xe9", b"e"))
+    _trained().save_pretrained(folder)
+    assert "2026" in ModelCard.load(folder / "README.md").data.tags
+
+
+def test_a_classifier_loads_with_its_labels_whatever_else_is_trained(tmp_path: Path) -> None:
+    """On a base with a head of another size, beside two trained tokens."""
+    base = base_model("bert")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = "someone/base"
+    base.classifier, base.num_labels, base.config.num_labels = torch.nn.Linear(32, 5), 5, 5
+    model = get_peft_model(base, config("bert", trainable_token_indices=[5, 6]))
+    model.save_pretrained(tmp_path / "adapter")
+    assert "num_labels=5" in (tmp_path / "adapter" / "README.md").read_text()
+    text = hub.push(tmp_path / "adapter", "someone/x", base_model="someone/base", dry_run=True).card
+    lines = "\n".join(_code(text))
+    assert "num_labels=5" in lines
+    found: dict[str, Any] = {}
+    exec(lines.replace("someone/base", str(tmp_path / "base")).replace("someone/x", str(tmp_path / "adapter")), found)
+    assert torch.equal(logits(found["model"].eval(), "bert"), logits(model.eval(), "bert"))
+
+
+def test_a_class_without_a_type_of_task_is_loaded_with_its_labels(folder: Path) -> None:
+    mapping = {"base_model_class": "ViTForImageClassification", "parent_library": "transformers.models.vit.modeling"}
+    header = replace(_header("unilora"), base_model="someone/base")
+    lines = card.loading({"task_type": None, "auto_mapping": mapping}, "someone/x", header, 10).splitlines()
+    assert lines[4].startswith('base = ViTForImageClassification.from_pretrained("someone/base", num_labels=10')
+
+
+def test_a_model_of_which_no_adapter_is_left_is_pushed_by_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base_model("llama")
+    model.add_adapter(config("llama"), adapter_name="mine")
+    model.delete_adapter("mine")
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("theirs")))
+    with pytest.raises(OSError, match="theirs"):
+        model.push_to_hub("someone/bare")
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, base_model_name_or_path="someone/base")
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(AdapterError, match=r"copied first, got .*No space left .* or set TMPDIR"):
+        hub.push(tmp_path, "someone/adapter", dry_run=True)
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "", "../x", "someone/a--b", "/home/ada/x"])
 def test_no_repository_has_such_a_name(folder: Path, uploads: Hub, name: str) -> None:
     with pytest.raises(AdapterError, match=r"push: the repository must be the name .* such as user/name, got"):
@@ -226,6 +325,34 @@ def test_measured_are_the_claims_of_this_very_P() -> None:
     assert not P["isometric"].holds and P["orthogonal"].holds  # type: ignore[union-attr]
     # made of the base's weights, which are not here
     assert set(hub.measured(_header("lora_xs")).values()) == {None}
+
+
+def test_measured_of_a_learned_P_is_what_was_trained(tmp_path: Path) -> None:
+    saved = save(tmp_path, "tied_lora")
+    doubled = {name: 2 * value if name.startswith(OF_P) else value for name, value in saved.tensors.items()}
+    assert saved.header is not None
+    fresh, trained = (hub.measured(saved.header, each)["isometric"] for each in (saved.tensors, doubled))
+    # P^T P = M I for M = 2 modules of a type; with scalers of 2 instead of 1 it is 4 M I
+    assert fresh is not None and trained is not None
+    assert fresh.value == pytest.approx(2 - 1) and trained.value == pytest.approx(4 * 2 - 1)
+
+
+@pytest.mark.parametrize(
+    ("projection", "kwargs", "said"),
+    [
+        ("unilora", {}, "theta_D = P theta_d, "),
+        ("sparse", {}, "theta_D = P theta_d + c, "),
+        ("tied_lora", {}, "P itself is trained"),
+        ("tied_lora", {"trained": "AB"}, "P is made again from its seed"),
+    ],
+)
+def test_a_card_says_what_is_added_and_what_of_P_is_trained(
+    projection: str, kwargs: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    size = {"d": 40} if get(projection).free_d else {}
+    P = build(projection, layout=LAYOUT, **size, **kwargs)
+    fields = UniProjConfig(projection=projection, projection_kwargs=kwargs, r=3, **size).to_dict()
+    assert said in card.of_adapter(Header.of(fields, P), fields, "someone/a", P.trained)
 
 
 def test_a_bank_goes_whole_and_without_what_was_deleted(uploads: Hub, tmp_path: Path) -> None:

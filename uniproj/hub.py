@@ -16,13 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, get_token
+from torch import Tensor
 
 from uniproj.claims import CHECKS, TOLERANCE, Measurement, isometry_error
 from uniproj.console import report
 from uniproj.errors import AdapterError
 from uniproj.format import card, file
 from uniproj.format.header import Header
-from uniproj.format.keys import OWN
+from uniproj.format.keys import OF_P, OWN
 from uniproj.registry import get
 
 # entries D d of a P up to which every claim is decided from the dense matrix, and up to which P^T P is multiplied
@@ -70,9 +71,9 @@ def push(
     results, sections, tags: what the card says beyond the header; options: of `upload`. Raises AdapterError for what
     `uniproj.format.read` refuses, and as `upload` does.
     """
-    with TemporaryDirectory() as apart:
-        folder = Path(adapter) if isinstance(adapter, str | Path) else _saved(adapter, Path(apart, "saved"))
-        saved, out = file.read(folder), Path(apart, "out")
+    with apart() as place:
+        folder = Path(adapter) if isinstance(adapter, str | Path) else _saved(adapter, place / "saved")
+        saved, out = file.read(folder), place / "out"
         if saved.header is None:
             raise AdapterError(
                 f"push: {folder} must hold a header of its P, got a file of an earlier format. "
@@ -82,7 +83,7 @@ def push(
         _copy(folder, out, saved, header)
         beside = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items() if not name.startswith(OWN)}
         trained = sum(tensor.numel() for name, tensor in saved.tensors.items() if name.startswith(OWN))
-        size, decided = (out / file.WEIGHTS).stat().st_size, measured(header)
+        size, decided = (out / file.WEIGHTS).stat().st_size, measured(header, saved.tensors)
 
         def write(name: str) -> str:
             known: dict[str, Any] = {"beside": beside, "size": size, "measured": decided, "results": results}
@@ -125,7 +126,7 @@ def upload(
     if stays is None and not own.exists():
         own.write_bytes(write(repo).encode())
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    done = Upload(repo, kind, files, own.read_text("utf-8") if stays is None else stays)
+    done = Upload(repo, kind, files, own.read_text("utf-8", "replace") if stays is None else stays)
     if api is None:
         return done
     with _refusals(repo):
@@ -141,13 +142,28 @@ def upload(
     return replace(done, commit=commit)
 
 
-def measured(header: Header) -> dict[str, Measurement | None]:
+@contextmanager
+def apart() -> Iterator[Path]:
+    """A temporary folder for what goes. Raises AdapterError where it cannot be written, or what goes cannot be read."""
+    try:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise AdapterError(
+            f"push: what goes must be readable, and be copied first, got {error}. Free some space, or set TMPDIR to a "
+            "folder with more."
+        ) from error
+
+
+def measured(header: Header, trained: Mapping[str, Tensor] | None = None) -> dict[str, Measurement | None]:
     """The claims of P, and whether it is isometric, each decided from P itself; None where that takes more than seconds
-    or the weights of the base."""
+    or the weights of the base. trained: the tensors of the adapter, with the numbers of a learned P."""
     cls, size = get(header.projection), header.layout.D * header.d
     if cls.needs_base_weights or cls.draws(header.layout, header.d, **header.projection_kwargs) > _MULTIPLIED:
         return dict.fromkeys(sorted(cls.claims))
     P = header.build(where="push")
+    if trained is not None:
+        P.load_state_dict({key.removeprefix(OF_P): own for key, own in trained.items() if key.startswith(OF_P)})
     claims = sorted({*P.claims, "isometric"})
     if size <= _DENSE:
         return {claim: CHECKS[claim](P) for claim in claims}
@@ -185,9 +201,10 @@ def _copy(folder: Path, out: Path, saved: file.SavedAdapter, header: Header) -> 
         file.write(out, saved.tensors, header, {**saved.config, "base_model_name_or_path": header.base_model})
     own = folder / card.CARD
     if own.is_file() and not own.is_symlink() and not card.is_ours(text := own.read_text("utf-8", "replace")):
+        known = text
         for place in named:
             text = card.without_place(text, place)
-        (out / card.CARD).write_bytes(text.encode())
+        (out / card.CARD).write_bytes(own.read_bytes() if text == known else text.encode())
 
 
 def _client(repo: str, token: str | bool | None) -> HfApi:

@@ -5,6 +5,7 @@ A fact that a record does not have has no line, and a task, model or data set in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from experiments.records.committed import CURVES, PAIRED, PROVENANCE, RECORDS, S
 from experiments.records.gather import trials
 from experiments.records.reading import CHOICE
 from experiments.runs import SEEDS
-from uniproj.errors import printable
 from uniproj.format import card
 
 _TABLES = {
@@ -54,8 +54,9 @@ def results(found: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=_TYPES[_family(found)],
-            dataset_type=task if task in tasks.names() else names.task(task),
-            dataset_name=names.task(task),
+            # the Hub refuses other letters
+            dataset_type=task if task in tasks.names() else re.sub(r"[^\w.-]+", "-", _task(task), flags=re.ASCII),
+            dataset_name=_task(task),
             dataset_split=found["config"].get("score_on", "test"),
             dataset_args={"rows": found["rows"]} if found.get("rows") else None,
             metric_type=_METRICS.get(metric, metric),
@@ -76,7 +77,8 @@ def of_entrant(found: Mapping[str, Any], repo: str, size: int, saved: Mapping[st
     config, title = found["config"], repo.rpartition("/")[2]
     is_adapter, scores = "peft_type" in saved, results(found)
     kind = next(iter(saved.get("architectures") or ()), "AutoModel")
-    options = ", ".join(f"{key} = {value}" for key, value in (config.get("hyperparameters") or {}).items())
+    given = without_places(config.get("hyperparameters") or {})
+    options = ", ".join(f"{key} = {value}" for key, value in given.items())
     known = {
         "method": config["projection"],
         "PEFT's type": saved.get("peft_type"),
@@ -86,8 +88,9 @@ def of_entrant(found: Mapping[str, Any], repo: str, size: int, saved: Mapping[st
         "in the head": found.get("head"),
         "file": f"{size:,} bytes",
     }
-    of_peft = ("from peft import PeftModel", f'model = PeftModel.from_pretrained(base, "{repo}")  # base: as then')
-    whole = (f"from transformers import {kind}", f'model = {kind}.from_pretrained("{repo}")')
+    labels = 1 if found["metric"] in tasks.OF_NUMBERS else len(found.get("classes") or ())
+    of_peft = card.of_peft(saved, repo, base, config.get("revision"), labels)
+    whole = [f"from transformers import {kind}", f'model = {kind}.from_pretrained("{repo}")']
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
@@ -95,7 +98,8 @@ def of_entrant(found: Mapping[str, Any], repo: str, size: int, saved: Mapping[st
         model_name=title if scores else None,
         eval_results=scores or None,
     )
-    what = f"{names.method(config['projection'])}, trained to stand in a comparison of parameter-efficient methods."
+    method = card.plain(names.method(config["projection"]))
+    what = f"{method}, trained to stand in a comparison of parameter-efficient methods."
     return card.page(
         data,
         title,
@@ -114,6 +118,20 @@ def base_of(found: Mapping[str, Any]) -> str | None:
     return None if model in PACKAGED else card.public(model)
 
 
+def without_places(value: Any) -> Any:
+    """What a configuration says, without the places of this machine: the last part of an absolute path."""
+    if isinstance(value, Mapping):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    is_place = isinstance(value, str) and Path(value).is_absolute() and len(Path(value).parts) > 2
+    return Path(value).name if is_place else value
+
+
+def _task(name: str) -> str:
+    return names.task(name if name in tasks.names() else Path(name).name)
+
+
 def _family(found: Mapping[str, Any]) -> str:
     task = found["config"]["task"]
     if task in tasks.names():
@@ -130,7 +148,7 @@ def _scores(found: Mapping[str, Any]) -> dict[str, float]:
 
 def _score_table(found: Mapping[str, Any]) -> str:
     if reason := found.get("did_not_train"):
-        return f"**It did not train**: {printable(reason)}."
+        return f"**It did not train**: {card.plain(reason)}."
     metric, split, n = found["metric"], found["config"].get("score_on", "test"), found.get("rows")
     best = (found.get("best") or {}).get("score")
     scores = {
@@ -139,7 +157,7 @@ def _score_table(found: Mapping[str, Any]) -> str:
         **{f"{metric} of one answer for all rows": found.get("majority")},
     }
     rows = [(name, f"{score:.4f}", "" if n is None else n) for name, score in scores.items() if score is not None]
-    task = names.task(found["config"]["task"])
+    task = _task(found["config"]["task"])
     return card.table((f"{task}, {split} split", "score", "rows n"), rows) + _ONE
 
 
@@ -185,10 +203,10 @@ def of_sweep(folder: Path, repo: str) -> str:
             for name in read
         ],
     )
-    methods = ", ".join(f"`{name}`" for name in dict.fromkeys(runs["projection"]))
-    on = ", ".join(dict.fromkeys(map(names.task, runs["task"])))
+    methods = ", ".join(map(card.quoted, dict.fromkeys(runs["projection"].dropna())))
+    on = card.plain(", ".join(dict.fromkeys(map(_task, runs["task"].dropna()))))
     tables = [(f"`{name}`", len(table), len(table.columns), _TABLES[name]) for name, table in read.items()]
-    columns = {f"`{name}`": ", ".join(f"`{column}`" for column in table) for name, table in read.items()}
+    columns = {f"`{name}`": ", ".join(map(card.quoted, table)) for name, table in read.items()}
     return card.page(
         data,
         title,
@@ -210,7 +228,7 @@ def _summary(cells: pd.DataFrame | None) -> str | None:
     if cells is None or cells.empty:
         return None
     shown = [key for key in _SCORES if key in cells]
-    named = cells[shown].assign(task=cells["task"].map(names.task), model=cells["model"].map(names.model))
+    named = cells[shown].assign(task=cells["task"].map(_task), model=cells["model"].map(names.model))
     return card.table(shown, [["" if pd.isna(value) else value for value in row] for row in named[shown].to_numpy()])
 
 

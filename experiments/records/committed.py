@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ RECORDS, SUMMARY, PAIRED, CURVES, PROVENANCE = (
 OUT = Path("results/sweeps")
 # of a logged loss: its noise is far above the rest
 _DIGITS = 5
+# in a list as Python writes it
+_QUOTED = re.compile(r"(['\"])(.+?)\1")
+# an absolute path of two parts or more, and not that of a URL
+_PLACE = re.compile(r"(?<![\w./-])(?:/[^\s/\"',;:()<>\[\]]+){2,}")
 
 
 def export(name: str, runs: Path, out: Path) -> Path:
@@ -61,13 +65,14 @@ def export(name: str, runs: Path, out: Path) -> Path:
 
 
 def without_paths(text: str, records: pd.DataFrame) -> str:
-    """The text without the paths of the machine that tasks, data, models and plugins of these records lie in."""
+    """The text without the paths of the machine that tasks, data, models and plugins of these records lie in, nor
+    others, as a failure or an option may name."""
     named = {value for key in ("task", "data", "model") if key in records for value in records[key].dropna()}
-    named |= {path for listed in records.get("plugins", ()) for path in ast.literal_eval(listed)}
+    named |= {path for listed in records.get("plugins", ()) for _, path in _QUOTED.findall(str(listed))}
     names = short_names(sorted(named))
     for path in sorted(names, key=len, reverse=True):
         text = text.replace(path, names[path])
-    return text
+    return _PLACE.sub(lambda found: Path(found[0]).name, text)
 
 
 def short(folder: str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import DatasetCard, ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from experiments import push
 from experiments.errors import ExperimentError
@@ -81,7 +81,8 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     folder = _run(tmp_path / "runs", projection="peft-lora", model="/home/ada/base", D=None, budget=None)
     base = base_model("llama")
     base.name_or_path = "/home/ada/base"
-    get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(folder / "adapter")
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
     _finish(folder, folder / "adapter")
     done = push.push(folder, "someone/lora")
     files = uploads.files("someone/lora")
@@ -89,9 +90,30 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     data = ModelCard(done.card).data
     assert (data.library_name, data.base_model) == ("peft", None) and data.eval_results
     assert "| PEFT's type | LORA |" in done.card and "UNIPROJ" not in done.card and "None" not in done.card
-    push.push(folder, "someone/lora", base_model="someone/base")
+    assert "base = ..." in done.card
+    named = push.push(folder, "someone/lora", base_model="someone/base")
+    assert 'from_pretrained("someone/base")\nmodel = PeftModel.from_pretrained(base, "someone/lora")' in named.card
     there = json.loads((uploads.folder("someone/lora") / CONFIG).read_text())
     assert there["base_model_name_or_path"] == "someone/base"
+
+
+def test_no_option_tells_a_place_and_the_hub_takes_the_name_of_a_task(tmp_path: Path, uploads: Hub) -> None:
+    place = {"tokenizer_name_or_path": "/home/ada/words"}
+    folder = _run(tmp_path / "runs", projection="peft/prompt_tuning", task="/home/ada/My reviews, 2nd")
+    for path in (folder / "config.json", folder / "result.json"):
+        found = json.loads(path.read_text())
+        found.get("config", found)["hyperparameters"] = {**place, "deep": [{"file": "/home/ada/cache.pt"}]}
+        path.write_text(json.dumps(found))
+    folder = folder.rename(folder.with_name("renamed"))
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **place)
+    get_peft_model(base_model("llama"), prompts).save_pretrained(folder / "adapter")
+    done = push.push(folder, "someone/prompts")
+    assert "/home" not in done.card and "tokenizer_name_or_path = words, deep = " in done.card
+    assert not any(b"/home" in each for each in uploads.files("someone/prompts").values())
+    (first, *_) = ModelCard(done.card).data.eval_results
+    # the pattern that the Hub demands of it
+    assert re.fullmatch(r"(?:[\w-]+/)?[\w\-.]+", first.dataset_type, re.ASCII)
+    assert first.dataset_name == "My reviews, 2nd"
 
 
 def test_a_whole_model_goes_as_one_of_transformers(tmp_path: Path, uploads: Hub) -> None:
@@ -127,6 +149,33 @@ def test_a_sweep_goes_as_a_data_set(exported: Path, uploads: Hub) -> None:
     for said in ("12 runs of `lora`, `unilora` on reviews, RTE", "python 3.11", "0123456789ab", "`train_seed`"):
         assert said in card.text
     assert 'load_dataset("someone/mine", "records", split="train")' in card.text
+
+
+def test_no_failure_and_no_option_of_a_sweep_tells_a_place(exported: Path, uploads: Hub) -> None:
+    records = pd.read_csv(exported / "records.csv", dtype=object)
+    records.loc[0, "failed"] = "OSError: '/home/ada/.cache/hub/x.json' at https://hub/some/one: 3 it/s of /tmp"
+    records["plugins"] = "['/home/ada/My code/mine.py']"
+    records.loc[0, "plugins"] = None
+    records.loc[1, "hyperparameters"] = '{"cache_file": "/home/ada/eva.pt"}'
+    records.to_csv(exported / "records.csv", index=False)
+    push.push(exported, "someone/mine")
+    sent = pd.read_csv(uploads.folder("someone/mine", "dataset") / "records.csv")
+    assert sent.loc[0, "failed"] == "OSError: 'x.json' at https://hub/some/one: 3 it/s of /tmp"
+    assert sent.loc[1, "plugins"] == "['mine.py']"
+    assert sent.loc[1, "hyperparameters"] == '{"cache_file": "eva.pt"}'
+
+
+def test_a_table_of_a_sweep_that_is_none_or_a_link_stays_here(exported: Path, uploads: Hub) -> None:
+    summary = exported / "summary.csv"
+    for text, match in (("", "must be a table"), ("a,b", r"must have the columns \['model', 'task'\]")):
+        summary.write_text(text)
+        with pytest.raises(ExperimentError, match=match):
+            push.push(exported, "someone/mine")
+    summary.unlink()
+    summary.symlink_to(exported / "notes.txt")
+    with pytest.raises(ExperimentError, match="must be a file, got a link"):
+        push.push(exported, "someone/mine")
+    assert not uploads.cache.exists()
 
 
 def test_what_is_no_run_and_no_sweep_or_was_changed_is_refused(run: Path, uploads: Hub, tmp_path: Path, capsys) -> None:

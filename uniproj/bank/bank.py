@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -33,7 +32,7 @@ from uniproj.format.file import SavedAdapter, config_of, write
 from uniproj.format.header import Header
 from uniproj.format.keys import THETA_D
 from uniproj.format.tensors import check_numbers
-from uniproj.hub import Upload, measured, upload
+from uniproj.hub import Upload, apart, measured, upload
 from uniproj.tuner import adapter_of
 from uniproj.tuner.attached import tuner_of
 from uniproj.tuner.config import UniProjConfig
@@ -222,8 +221,7 @@ class AdapterBank:
         options: of `uniproj.hub.upload`, such as private and dry_run. Raises AdapterError as `backup` and `upload` do.
         """
         header = card.published(self.header, base_model)
-        with TemporaryDirectory() as apart:
-            folder = Path(apart)
+        with apart() as folder:
             with disk(folder):
                 copy(self._index, self._slots, folder / INDEX, folder / VECTORS, header.to_metadata())
                 forget_deleted(folder / INDEX)

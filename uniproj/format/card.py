@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCardData, RepoCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -27,6 +27,8 @@ from uniproj.registry import get
 
 CARD, TAG = "README.md", "uniproj"
 _HUB = "https://huggingface.co"
+# what is quoted as code, which Markdown leaves alone, or a letter by which a link, picture, tag or code could begin
+_MARKUP = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)|[\\<\[`]")
 _SIGNED = re.compile(r"(.*)\n<!-- uniproj wrote this card: (\w{16})\. [^\n]*-->\n", re.DOTALL)
 # PEFT's types of tasks: the class of Transformers that loads a base, and the Hub's word
 _TASKS: Mapping[Any, tuple[str, str]] = {
@@ -37,7 +39,6 @@ _TASKS: Mapping[Any, tuple[str, str]] = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-_WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS")
 _MOST_NAMES = 8
 
 
@@ -63,7 +64,7 @@ def _digest(text: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; numbers are shown with commas and at most five digits behind the point."""
+    """A table in Markdown; integers are shown with commas, other numbers with five digits."""
     lines = (heads, ["---"] * len(heads), *rows)
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
@@ -78,10 +79,22 @@ def code(*lines: str) -> str:
     return "\n".join(("```python", *lines, "```"))
 
 
+def quoted(value: object) -> str:
+    """A text of anybody's as code, whatever letters it has."""
+    text = printable(value)
+    marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{marks} {text} {marks}" if "`" in text else f"{marks}{text}{marks}"
+
+
+def plain(value: object) -> str:
+    """A text of anybody's as words, in which nothing but what is quoted means anything to Markdown."""
+    return _MARKUP.sub(lambda found: found[0] if found[1] else f"\\{found[0]}", printable(value))
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    return f"{value:,}" if type(value) is int else printable(value).replace("|", "\\|")
+    return f"{value:,}" if type(value) is int else plain(value).replace("|", "\\|")
 
 
 # ---- names ----------------------------------------------------------------------------------------
@@ -117,15 +130,37 @@ def check_name(name: str, what: str) -> None:
 
 def without_place(text: str, name: str | None) -> str:
     """A card of somebody else without the place of a base model on this machine, which PEFT and Trainer write there."""
-    if not name or name not in text or public(name):
+    if not name or public(name):
         return text
-    card = ModelCard(text, ignore_metadata_errors=True)
-    if card.data.get("base_model") == name:
-        card.data["base_model"] = None
-    card.data["tags"] = [tag for tag in card.data.get("tags", ()) if name not in tag] or None
     last = Path(name).name
-    card.text = card.text.replace(f"[{name}]({_HUB}/{name})", last).replace(name, last)
+
+    def words(text: str) -> str:
+        return text.replace(f"[{name}]({_HUB}/{name})", last).replace(name, last)
+
+    if not text.startswith("---"):
+        return words(text)
+    try:
+        card = RepoCard(text)
+    except Exception:  # metadata that are no YAML, or no object: errors of two libraries
+        return words(text)
+    known = card.data.to_dict()
+    if name not in text and _without(known, name) == known:  # YAML may break a name into lines
+        return text
+    card.data, card.text = CardData(**_without(known, name)), words(card.text)
     return str(card)
+
+
+def _without(value: Any, name: str) -> Any:
+    """Metadata without a place: None for the place itself and for a tag of it, which no list keeps."""
+    if isinstance(value, Mapping):
+        return {key: _without(each, name) for key, each in value.items()}
+    if isinstance(value, list):
+        kept = [found for each in value if (found := _without(each, name)) is not None]
+        return kept if kept or not value else None
+    if not isinstance(value, str) or name not in value:
+        return value
+    is_base = value == name or (value.startswith("base_model:") and value.endswith(f":{name}"))
+    return None if is_base else value.replace(name, Path(name).name)
 
 
 # ---- an adapter, and a bank of many ---------------------------------------------------------------
@@ -138,6 +173,7 @@ def of_adapter(
     trained: int,
     *,
     title: str | None = None,
+    labels: int | None = None,
     beside: Mapping[str, Sequence[int]] | None = None,
     size: int | None = None,
     measured: Mapping[str, Measurement | None] | None = None,
@@ -147,14 +183,16 @@ def of_adapter(
 ) -> str:
     """The card of one adapter.
 
-    fields: of its configuration; repo: where it loads from; trained: numbers of theta_d and P; beside: shapes of what
-    is trained besides, such as a head, by name; size: bytes of the file; measured: the claims of P, each with None
-    where P is too large to decide it; results and sections: what is known of its training.
+    fields: of its configuration; repo: where it loads from; trained: numbers of theta_d and P; labels: those of a
+    classifier, else told by its head; beside: shapes of what is trained besides, such as a head, by name; size: bytes
+    of the file; measured: the claims of P, each with None where P is too large to decide it; results and sections: what
+    is known of its training.
     """
     beside = beside or {}
     heads = sum(math.prod(shape) for shape in beside.values())
     also = f", and {heads:,} beside P: {_listed(name.removeprefix(HEADS) for name in beside)}" if heads else ""
-    labels = min((shape[0] for shape in beside.values() if len(shape) == 2), default=None)
+    matrices = [shape for name, shape in beside.items() if name.endswith(".weight") and len(shape) == 2]
+    labels = labels or min((shape[0] for shape in matrices), default=None)
     title = title or repo.rpartition("/")[2]
     data = ModelCardData(
         base_model=header.base_model,
@@ -212,24 +250,32 @@ def of_bank(
 
 def loading(fields: Mapping[str, Any], repo: str, header: Header, labels: int | None = None) -> str:
     """Five lines of Python that load an adapter on its base; four where the base has no name that others know."""
-    base, revision = header.base_model, header.base_revision
+    lines = of_peft(fields, repo, header.base_model, header.base_revision, labels)
+    return code("import uniproj  # PEFT then knows the method UNIPROJ: pip install uniproj", *lines)
+
+
+def of_peft(
+    fields: Mapping[str, Any], repo: str, base: str | None, revision: str | None, labels: int | None
+) -> list[str]:
+    """The lines that load an adapter of any method that PEFT knows. labels: those of a classifier."""
     kind, known = _class_of(fields), ""
     if base and kind:
         options = [f"revision={json.dumps(revision)}"] if revision else []
-        options += [f"num_labels={labels}"] if labels and fields.get("task_type") in _WITH_LABELS else []
+        # the base may have a head of another size, in whose place that of the adapter comes
+        of_labels = labels and kind.endswith("Classification")
+        options += [f"num_labels={labels}, ignore_mismatched_sizes=True"] if of_labels else []
         known = f"base = {kind}.from_pretrained({', '.join([json.dumps(base), *options])})"
-    return code(
-        "import uniproj  # PEFT then knows the method UNIPROJ: pip install uniproj",
+    return [
         "from peft import PeftModel",
         *([f"from transformers import {kind}", known] if known else ["base = ...  # the model that it was trained on"]),
         f"model = PeftModel.from_pretrained(base, {json.dumps(repo)})",
-    )
+    ]
 
 
 def _class_of(fields: Mapping[str, Any]) -> str | None:
     """The class of Transformers that loads a base."""
     of_task = _TASKS.get(fields.get("task_type"))
-    mapped = fields.get("auto_mapping") or {}
+    mapped = given if isinstance(given := fields.get("auto_mapping"), Mapping) else {}
     name, library = str(mapped.get("base_model_class")), str(mapped.get("parent_library"))
     own = name if library.startswith("transformers.") and name.isidentifier() else None
     return of_task[0] if of_task else own
@@ -238,11 +284,14 @@ def _class_of(fields: Mapping[str, Any]) -> str | None:
 def _sentence(header: Header) -> str:
     d, D, cls, base = header.d, header.layout.D, get(header.projection), header.base_model
     where = f" of [{base}]({_HUB}/{base})" if base else ""
-    made = "P itself is trained" if cls.learned else "P is made again from the base's weights"
-    made = made if cls.learned or cls.needs_base_weights else "P is made again from its seed and is in no file"
+    # the numbers of P that are trained, of which a learned one may have none
+    of_P = cls.parameter_shapes(header.layout, d, **header.projection_kwargs)
+    made = "P itself is trained" if of_P != {} else "P is made again from the base's weights"
+    made = made if of_P != {} or cls.needs_base_weights else "P is made again from its seed and is in no file"
+    c = "" if "linear" in cls.claims else " + c"
     return (
-        f"theta_D = P theta_d, where the {D:,} numbers of LoRA's factors{where} are made out of d = {d:,} "
-        f"by `{printable(header.projection)}`. {made}."
+        f"theta_D = P theta_d{c}, where the {D:,} numbers of LoRA's factors{where} are made out of d = {d:,} "
+        f"by {quoted(header.projection)}. {made}."
     )
 
 
@@ -251,20 +300,21 @@ def _of_P(header: Header) -> dict[str, object]:
     cls, sites = get(header.projection), header.layout.sites
     ranks, scales = sorted({site.rank for site in sites}), sorted(set(header.scales.values()))
     kinds = _listed(dict.fromkeys(site.name.rpartition(".")[2] for site in sites))
+    version = f"version {header.projection_version} ({cls.source or 'no source given'})"
     return {
-        "method": f"`{header.projection}`, version {header.projection_version} ({cls.source or 'no source given'})",
-        "formula": f"`{cls.formula}`" if cls.formula else None,
+        "method": f"{quoted(header.projection)}, {version}",
+        "formula": quoted(cls.formula) if cls.formula else None,
         "d, D": f"{header.d:,}, {header.layout.D:,}: 1 to {header.layout.D / header.d:.4g}",
-        "hyperparameters": f"`{json.dumps(header.projection_kwargs)}`" if header.projection_kwargs else None,
+        "hyperparameters": quoted(json.dumps(header.projection_kwargs)) if header.projection_kwargs else None,
         "seed of P": str(header.projection_seed),
         "adapted": f"{len(header.layout.modules):,} modules: {kinds}",
         "rank": _listed(map(str, ranks)),
         "scale of the update": _listed(f"{scale:.4g}" for scale in scales),
         "base model": header.base_model,
-        "revision": header.base_revision,
-        "quantisation": header.base_quantisation,
-        "written by": f"uniproj {header.library_version}",
-        "checksum of P": f"`{header.checksum[:16]}`",
+        "revision": header.base_revision and quoted(header.base_revision),
+        "quantisation": header.base_quantisation and quoted(header.base_quantisation),
+        "written by": f"uniproj {quoted(header.library_version)}",
+        "checksum of P": quoted(header.checksum[:16]),
     }
 
 
@@ -277,10 +327,10 @@ def _claims(measured: Mapping[str, Measurement | None] | None) -> str | None:
         else f"{'holds' if found.holds else 'does not hold'}: {found.what} = {found.value:.2g}"
         for claim, found in measured.items()
     }
-    return table(("claim", "this P"), [(f"`{claim}`", what) for claim, what in said.items()])
+    return table(("claim", "this P"), [(quoted(claim), what) for claim, what in said.items()])
 
 
 def _listed(names: Iterable[str]) -> str:
     found = list(names)
     rest = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
-    return ", ".join(f"`{name}`" for name in found[:_MOST_NAMES]) + rest
+    return ", ".join(map(quoted, found[:_MOST_NAMES])) + rest

@@ -41,11 +41,12 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
     fields = model.peft_config[ours[0]].to_dict()
     header = Header.of(fields, adapter_of(model, ours[0]).P, model.base_model.model)
     known = card.published(header)
+    labels = getattr(getattr(model.base_model.model, "config", None), "num_labels", None)
     if list(model.peft_config) == ["default"] and (there is None or card.is_ours(there)):
         trained = adapter_of(model).P.trained
-        text = card.of_adapter(known, fields, _HERE, trained, title="Adapter of uniproj")
+        text = card.of_adapter(known, fields, _HERE, trained, title="Adapter of uniproj", labels=labels)
     else:
-        text = _updated(model, there, card.loading(fields, _HERE, known))
+        text = _updated(model, there, card.loading(fields, _HERE, known, labels))
         text = card.without_place(text, header.base_model)
     replace({path: text.encode()})
 
@@ -59,7 +60,7 @@ def _updated(model: PeftModel, there: str | None, loading: str) -> str:
         _theirs(model, apart)
         found = ModelCard.load(draft)
     tags = ModelCard(there).data.get("tags") if there is not None and there.startswith("---") else None
-    found.data.tags = sorted({*(tags or ()), *(found.data.tags or ()), card.TAG})
+    found.data.tags = sorted({*map(str, tags or ()), *(found.data.tags or ()), card.TAG})
     if _PLACE in found.text:
         found.text = found.text.replace(_PLACE, loading)
     elif "import uniproj" not in found.text:
@@ -88,4 +89,6 @@ def install() -> None:
     """Put the wrappers in the place of PEFT's and Transformers' functions."""
     PeftModel.create_or_update_model_card = _create_or_update_model_card
     PeftModel.push_to_hub = _pushes(_theirs_push, _is_ours)
-    PreTrainedModel.push_to_hub = _pushes(_theirs_push_injected, lambda model: tuner_on(model) is not None)
+    PreTrainedModel.push_to_hub = _pushes(
+        _theirs_push_injected, lambda model: bool(getattr(tuner_on(model), "peft_config", None))
+    )
