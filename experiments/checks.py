@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -72,8 +72,9 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and kind is bool
     if kind is Sequence:
         return isinstance(value, list | tuple)
-    if kind is float:
-        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if kind in (int, float):
+        # JSON and YAML write integers that no table can hold
+        return isinstance(value, int | float if kind is float else int) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 

@@ -118,11 +118,12 @@ def named(folder: Path, report_to: Sequence[str]) -> Iterator[None]:
 def _names(label: Label) -> Mapping[str, str]:
     """The variables of the trackers that Transformers gives no other names."""
     tags = {"sweep": label.sweep, "cell": label.cell, "seed": str(label.seed)}
+    said = f"sweep={label.sweep},{label.cell},seed={label.seed}"
     return {
         "WANDB_PROJECT": label.sweep,
         "WANDB_RUN_GROUP": label.cell,
-        # a comma ends a tag, so that each setting of the cell becomes one
-        "WANDB_TAGS": ",".join((f"sweep={label.sweep}", label.cell, f"seed={label.seed}")),
+        # a comma ends a tag, so that each setting of the cell becomes one; of 1 to 64 characters, or the run would fail
+        "WANDB_TAGS": ",".join(tag[:64] for tag in said.split(",") if tag),
         "MLFLOW_EXPERIMENT_NAME": label.sweep,
         "MLFLOW_TAGS": json.dumps(tags),
         "COMET_PROJECT_NAME": label.sweep,

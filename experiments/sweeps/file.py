@@ -19,7 +19,7 @@ from yaml import YAMLError
 from experiments import tasks
 from experiments.errors import ExperimentError
 from experiments.models import PACKAGED
-from experiments.sweeps.sweep import Sweep
+from experiments.sweeps.sweep import Sweep, texts
 from experiments.tasks import HUB
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -48,19 +48,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         content = OmegaConf.to_container(composed)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"sweep: {path} must be a sweep, got: {error}. Repair it or the overrides.") from error
-    for text in _texts(content):
+    for text in texts(content):
         # records are published, and `oc.env` would write any variable of this machine into them
         if "${" in text:
             raise ExperimentError(f"sweep: {path} must spell its values out, got {text!r}. Write the value itself.")
     return _sweep(path, dict(content))  # type: ignore[arg-type]
-
-
-def _texts(content: Any) -> Iterator[str]:
-    """Every text that a sweep holds as a value."""
-    if isinstance(content, str):
-        yield content
-    for held in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        yield from _texts(held)
 
 
 def _check_files(path: Path) -> None:

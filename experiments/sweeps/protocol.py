@@ -18,7 +18,7 @@ from experiments.provenance import versions
 from experiments.records import CHOICE, is_done, row, statistics
 from experiments.runs import RunConfig, prepare, run_folder, tracking
 from experiments.sweeps import study
-from experiments.sweeps.sweep import GRID, Cell, Sweep
+from experiments.sweeps.sweep import Cell, Sweep
 from uniproj.errors import shown
 
 # so many rates are tried below a grid of learning rates, and as many above, where the best lies at its edge
@@ -82,9 +82,7 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
     """
     if sweep.tune is None:
         return {digest(cell): {} for cell in sweep.cells()}
-    trials = {digest(cell): sweep.trials(cell) for cell in sweep.cells()}
-    search = {} if sweep.sampler == GRID else {"sampler": sweep.sampler, "trials": sweep.points_per_cell}
-    asked = digest({key: [digest(trial.to_json()) for trial in each] for key, each in trials.items()} | search)
+    asked = digest({digest(cell): study.asks(sweep, cell) for cell in sweep.cells()})
     path = sweep_folder(runs, sweep) / CHOICE
     if not path.exists():
         choices = _choices(sweep, runs, MOST_BEYOND, lambda asked: _train(sweep, runs, asked, train))
@@ -157,7 +155,7 @@ def _choices(sweep: Sweep, runs: Path, most: int, finish: Callable[[Sequence[_As
 
 def _choose(sweep: Sweep, cell: Cell, runs: Path, points: Sequence[Cell]) -> dict[str, Any]:
     trials = sweep.trials(cell, points)
-    settings = [point for point in points for _ in range(len(trials) // len(points))]
+    settings = [point for point in points for _ in (sweep.tune or {})["seeds"]]
     records = pd.DataFrame([row(run_folder(runs, trial.to_json())) for trial in trials])
     records["point"] = [json.dumps(point) for point in settings]
     means = statistics.means(records, "point", "validation_best")

@@ -6,6 +6,7 @@ numbers of a run follow from its settings alone. A point at which a run did not 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import random
@@ -80,6 +81,19 @@ def is_range(values: Sequence[Any]) -> bool:
     return len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
+def ends(sweep: Sweep) -> list[Cell]:
+    """Points in which every value of every list stands: what these cannot be, a point between them may not be."""
+    lists = {key: (sweep.tune or {})[key] for key in sweep.tuned()}
+    longest = max(map(len, lists.values()), default=0)
+    return [{key: values[i % len(values)] for key, values in lists.items()} for i in range(longest)]
+
+
+def asks(sweep: Sweep, cell: Cell) -> list[str]:
+    """Digests of all that decides at which points a cell is tuned, and what is found there."""
+    trials = [digest(trial.to_json()) for trial in sweep.trials(cell, expected(sweep, cell))]
+    return trials if sweep.sampler == GRID else [*trials, digest({**(sweep.tune or {}), "trials": len(trials)})]
+
+
 def _between(values: Sequence[Any], share: float) -> Any:
     """What lies at a share in [0, 1) of the way through a range, by factor where it is positive, or of a list."""
     if not is_range(values):
@@ -121,18 +135,18 @@ def _ladder(rate: float) -> list[float]:
 def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: Path) -> list[Cell]:
     """The points that the study of a cell has asked for, and one more where all of them were tried.
 
-    What it asks for follows from the cell and from the points before, so that a study that is lost comes out again. Two
-    launchers that ask at once get a point each, of which both try the first as many as there shall be.
+    What it asks for follows from the cell and from the points before, so that a study that is lost comes out again. Of
+    two launchers the one that asks later finds the point of the other.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     wanted, direction = sweep.points_per_cell, _direction(sweep, cell)
-    with _as_optuna_wrote(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _as_optuna_wrote(path), _alone(path.with_suffix(".lock")):
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
-            study_name=f"{sweep.in_words(cell)} {digest(cell)}",
+            # of a sweep that is changed before its choice is locked, the points of before are not its own
+            study_name=f"{sweep.in_words(cell)} {digest({'asks': asks(sweep, cell)})}",
             direction=direction,
             load_if_exists=True,
         )
@@ -153,6 +167,15 @@ def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: P
 
 
 @contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for whoever holds this lock. The kernel frees that of a process that is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _as_optuna_wrote(path: Path) -> Iterator[None]:
     try:
         with disk_errors(path):
@@ -167,7 +190,7 @@ def _as_optuna_wrote(path: Path) -> Iterator[None]:
 
 
 def _direction(sweep: Sweep, cell: Cell) -> str:
-    config = sweep.trials(cell, sweep.grid()[:1])[0]
+    config = sweep.trials(cell, ends(sweep)[:1])[0]
     task = tasks.get(config.task, config.data, config.metric)
     return "maximize" if family_of(task.family).higher_is_better else "minimize"
 

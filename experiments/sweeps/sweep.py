@@ -19,8 +19,8 @@ Cell = dict[str, Any]
 # of tune, what is no setting
 _SEARCH = ("seeds", "sampler", "trials")
 GRID, RANDOM, OPTUNA = _SAMPLERS = "grid", "random", "optuna"
-# of a name that is that of a folder too, which may have 255 bytes
-_LONGEST = 160
+# bytes of a name before its digest: Weights & Biases takes 128 characters, and a folder may have 255 bytes
+_LONGEST = 100
 # what the sweep itself gives to each run
 OWN = {"seed", "score_on"}
 
@@ -162,17 +162,22 @@ class Sweep:
         free = [name for name in SEEDS if {**self.settings, **cell}.get(name) is None]
         seed = getattr(config, free[0] if free else SEEDS[0])
         name = self.in_words({**cell, **{key: getattr(config, key) for key in self.tuned()}, "seed": seed})
-        if len(name) > _LONGEST:
-            name = f"{name[:_LONGEST]}-{digest(config.to_json())}"
-        return tracking.Label(self.name, self.in_words(cell), name, seed)
+        return tracking.Label(self.name, _cut(self.in_words(cell), cell), _cut(name, config.to_json()), seed)
 
     def in_words(self, settings: Cell) -> str:
         """Settings as `projection=unilora,r=4`; of a path what tells it from the others of the sweep."""
-        return ",".join(f"{key}={self._short.get(str(value), _word(value))}" for key, value in settings.items())
+        return ",".join(f"{key}={self._word(value)}" for key, value in settings.items())
+
+    def _word(self, value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return "+".join(map(self._word, value))
+        if isinstance(value, Mapping):
+            return "+".join(f"{key}:{self._word(held)}" for key, held in value.items())
+        return f"{value:g}" if isinstance(value, float) else self._short.get(str(value), str(value))
 
     @cached_property
     def _short(self) -> Mapping[str, str]:
-        return short_names(value for cell in self.cells() for value in cell.values() if isinstance(value, str))
+        return short_names(texts([self.cells(), self.tune]))
 
     def _run(self, cell: Cell, chosen: Mapping[str, Any], seed: int, score_on: str) -> RunConfig:
         # an axis over one of the four seeds holds it while the others follow the seed of the repetition
@@ -181,12 +186,19 @@ class Sweep:
         return resolve({**fixed, **chosen, **seeds, "score_on": score_on})
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "+".join(map(_word, value))
-    if isinstance(value, Mapping):
-        return "+".join(f"{key}:{_word(held)}" for key, held in value.items())
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def texts(content: Any) -> Iterator[str]:
+    """Every text that lists and mappings hold as a value."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for held in content.values() if isinstance(content, Mapping) else content:
+            yield from texts(held)
+
+
+def _cut(name: str, told: Mapping[str, Any]) -> str:
+    """A name as it is, or the beginning of a long one and the digest of what it tells."""
+    text = name.encode()
+    return name if len(text) <= _LONGEST else f"{text[:_LONGEST].decode(errors='ignore')}-{digest(told)}"
 
 
 def _crossed(axes: Mapping[str, Sequence[Any]]) -> Iterator[Cell]:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from experiments.checks import check_record
+from experiments.checks import check_distinct, check_record
 from experiments.errors import ExperimentError
 from experiments.files import read_json, slug, write_json, write_text
 from experiments.records.committed import CURVES, PROVENANCE, RECORDS, origin_of
@@ -33,6 +33,25 @@ _SAID = {
 
 
 @dataclass(frozen=True)
+class _Optimizer:
+    """optimizer_kwargs."""
+
+    lr: float
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class _Method:
+    """peft_config, as far as it is read of every method; d and projection are those of ours."""
+
+    peft_type: str
+    r: int | None = None
+    lora_alpha: float | None = None
+    d: int | None = None
+    projection: str = ""
+
+
+@dataclass(frozen=True)
 class _Asked:
     """train_config, as far as it is read."""
 
@@ -41,7 +60,7 @@ class _Asked:
     max_seq_length: int
     batch_size: int
     seed: int
-    optimizer_kwargs: Mapping[str, Any]
+    optimizer_kwargs: _Optimizer
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class _Run:
     created_at: str
     total_time: float
     train_config: _Asked
-    peft_config: Mapping[str, Any] | None
+    peft_config: _Method | None
     error_msg: str = ""
 
 
@@ -63,7 +82,7 @@ class _Train:
     num_trainable_params: int
     file_size: int | None
     train_time: float
-    metrics: Sequence[Mapping[str, Any]]
+    metrics: Sequence[Mapping[str, float | None]]
     accelerator_memory_max: int | None = None
 
 
@@ -90,7 +109,7 @@ def read(paths: Sequence[Path], out: Path) -> Path:
     A method is called `peft/<its type>`, full fine-tuning `full`, one of ours by its projection; options beside PEFT's
     defaults are its hyperparameters. Seconds of training are those of its steps, which PEFT sums with the final test.
     A run whose loss rose or stayed is marked as one that did not train, as ours are.
-    Raises ExperimentError for a file that is none of these, and where there are none.
+    Raises ExperimentError for a file that is none of these, for two of one name, and where there are none.
     """
     found = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not found:
@@ -98,6 +117,7 @@ def read(paths: Sequence[Path], out: Path) -> Path:
             "method_comparison: PEFT's results must be JSON files, got none. They lie in method_comparison/MetaMathQA/"
             "results of huggingface/peft."
         )
+    check_distinct("method_comparison: the names of PEFT's results", [slug(file.stem) for file in found])
     contents = {file: read_json(file) for file in found}
     rows, lines, origins = [], [], {}
     for file, content in contents.items():

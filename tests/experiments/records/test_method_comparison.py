@@ -97,7 +97,11 @@ def test_full_fine_tuning_and_what_failed(results: Path, tmp_path: Path) -> None
     ("part", "value", "message"),
     [
         (("train_info", "num_trainable_params"), "many", "num_trainable_params must be an integer, got 'many'"),
-        (("run_info", "train_config", "optimizer_kwargs"), {}, "'lr'"),
+        (("run_info", "train_config", "optimizer_kwargs"), {}, "optimizer_kwargs.lr must be there, got keys none"),
+        (("run_info", "peft_config", "peft_type"), 7, "peft_config.peft_type must be text, got 7"),
+        (("run_info", "peft_config", "r"), "<b>", "peft_config.r must be an integer or null, got '<b>'"),
+        (("run_info", "total_time"), 10**400, "total_time must be a finite number, got"),
+        (("train_info", "accelerator_memory_max"), 10**400, "accelerator_memory_max must be an integer or null, got"),
         (("train_info", "metrics"), [], "list index out of range"),
         (("train_info", "metrics"), [{"step": 1, "train samples": 4, "test accuracy": 40.8}], "that accuracy can have"),
         (("meta_info",), None, "meta_info must be a mapping, got None"),
@@ -113,6 +117,12 @@ def test_another_file_is_said(part: tuple, value: object, message: str, tmp_path
     out = tmp_path / "sweeps"
     assert method_comparison.main(["read", str(tmp_path / "mine.json"), "--out", str(out)]) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_result_is_counted_once(results: Path, tmp_path: Path, capsys) -> None:
+    words = ["read", str(results), str(results / "lora--rank32.json"), "--out", str(tmp_path / "sweeps")]
+    assert method_comparison.main(words) == 2 and not (tmp_path / "sweeps").exists()
+    assert "must hold each value once, got 'lora-rank32' twice" in capsys.readouterr().err
 
 
 def test_an_empty_folder_and_an_unfinished_run_are_said(tmp_path: Path, capsys) -> None:

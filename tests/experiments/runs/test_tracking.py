@@ -166,6 +166,27 @@ def test_every_run_of_a_sweep_has_a_name_of_its_own(file: Path) -> None:
     }
 
 
+def test_names_hold_no_path_and_what_trackers_take(file: Path, tmp_path: Path, task: str, model: str) -> None:
+    """Weights & Biases: tags of 1 to 64 characters, names of at most 128; a folder has a name of at most 255 bytes."""
+    content = json.loads(file.read_text())
+    plugin = tmp_path / f"{'mine' * 20}.py"
+    plugin.write_text("")
+    content |= {"axes": {"plugins": [[str(plugin)], []]}, "tune": {"seeds": [0], "model": [model]}}
+    content["settings"] = {"task": task, "projection": "unilora", "d": 64, "lr": 0.1}
+    file.write_text(json.dumps(content))
+    asked = read(file)
+    for cell in asked.cells():
+        (run,) = asked.trials(cell)
+        label = asked.label(cell, run)
+        assert "/" not in label.cell + label.name and Path(model).name in asked.in_words({"model": model})
+        tags = tracking._names(label)["WANDB_TAGS"].split(",")
+        assert all(1 <= len(tag) <= 64 for tag in tags) and len(label.name) <= 128 and len(label.cell) <= 128
+    empty = tracking._names(Label("mine", "", "seed=0", 0))["WANDB_TAGS"]
+    assert empty == "sweep=mine,seed=0"
+    wide = asked.label({"task": "漢" * 150}, run)
+    assert len(wide.name.encode()) <= 128 and wide.name.startswith("task=漢漢")
+
+
 def test_workers_hand_the_trackers_on(file: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -108,7 +109,7 @@ def test_optuna_reads_a_study_which_comes_out_again_where_it_is_lost(file: Path,
     path = protocol.sweep_folder(runs, sweep) / study.STUDY
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     for cell in sweep.cells():
-        name = f"projection={cell['projection']} {digest(cell)}"
+        name = f"projection={cell['projection']} {digest({'asks': study.asks(sweep, cell)})}"
         found = optuna.load_study(study_name=name, storage=storage)
         assert found.best_params == chosen[digest(cell)] and len(found.trials) == 6
         pruned = [trial.params["lr"] > 0.2 for trial in found.trials]
@@ -120,6 +121,48 @@ def test_optuna_reads_a_study_which_comes_out_again_where_it_is_lost(file: Path,
     path.write_bytes(path.read_bytes()[:200] + b"\n" + path.read_bytes()[200:])
     with pytest.raises(ExperimentError, match=r"study\.log must be the study as Optuna wrote it, got .* Move it away"):
         protocol.tune(sweep, runs, _never)
+
+
+def test_a_sweep_that_is_changed_before_its_choice_asks_within_its_own_range(file: Path, runs: Path) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(KeyboardInterrupt):
+        protocol.tune(read(file, [*RANGE, "+tune.sampler=optuna"]), runs, _trainer([], most=7))
+    narrow = read(file, ["tune.lr=[0.001,0.002]", "+tune.alpha=[4,8]", "+tune.sampler=optuna"])
+    protocol.tune(narrow, runs, _trainer([]))
+    points = [trial for choice in _choices(runs, narrow) for trial in choice["trials"]]
+    assert len(points) == 2 * 4 and all(0.001 <= point["lr"] <= 0.002 and 4 <= point["alpha"] <= 8 for point in points)
+
+
+def test_two_launchers_find_one_point(file: Path, runs: Path) -> None:
+    pytest.importorskip("optuna")
+    sweep = read(file, [*RANGE, "+tune.sampler=optuna"])
+    cell = sweep.cells()[0]
+    with ThreadPoolExecutor(4) as launchers:
+        found = list(launchers.map(lambda _: study.points(sweep, cell, None, runs, 0), range(4)))
+    assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_lists_are_not_crossed_where_points_are_drawn(sampler: str, file: Path, runs: Path, monkeypatch) -> None:
+    if sampler == "optuna":
+        pytest.importorskip("optuna")
+    monkeypatch.setattr(Sweep, "grid", None)
+    lists = [f"+tune.{key}={[k / 100 for k in range(10)]}" for key in ("dropout", "warmup", "weight_decay")]
+    sweep = read(file, ["tune.lr=[0.001,0.1]", *lists, f"+tune.sampler={sampler}", "+tune.trials=2"])
+    protocol.tune(sweep, runs, _trainer([]))
+    assert [len(choice["trials"]) for choice in _choices(runs, sweep)] == [2, 2]
+
+
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_the_ends_of_a_range_are_checked_before_any_run(sampler: str, file: Path, runs: Path, capsys) -> None:
+    """D = 2 layers x 2 modules x 4 (32 + 32) = 1,024; points between 64 and 1,100 are rarely above."""
+    if sampler == "optuna":
+        pytest.importorskip("optuna")
+    for tuned, said in (("d=[64,1100]", "d must be at most D = 1024"), ("dropout=[0.0,1.01]", "dropout must lie in")):
+        given = ["~settings.budget", "axes.projection=[unilora]", f"+tune.{tuned}", f"+tune.sampler={sampler}"]
+        given += ["+tune.trials=1"] + (["+settings.d=64"] if tuned[0:2] != "d=" else [])
+        assert command.main([str(file), *given, "--runs", str(runs)]) == 2
+        assert said in capsys.readouterr().err and not runs.exists()
 
 
 def test_a_loss_is_made_small(tmp_path: Path, llama: str, runs: Path) -> None:
