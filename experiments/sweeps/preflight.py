@@ -71,13 +71,13 @@ def check(sweep: Sweep, here: bool = True) -> None:
     for a tracker or a sampler whose package is missing.
 
     The test rows are checked for tuning runs too: a choice that they cannot confirm is in vain. So are the ends of
-    ranges, which a study may ask for. here: whether the runs
-    train on this machine, which then needs their devices.
+    ranges, which a study may ask for. here: whether the runs train on this machine, which then needs their devices.
     """
     tracking.check(sweep.report_to)
     study.check(sweep)
     asked = [config for configs in runs_of(sweep).values() for config in configs]
-    asked += [config for cell in sweep.cells() for config in sweep.trials(cell, study.ends(sweep))] if sweep.tune else []
+    for cell in sweep.cells() if sweep.tune else ():
+        asked += sweep.trials(cell, study.ends(sweep))
     configs = [replace(config, score_on="test") for config in asked]
     for device in sorted({config.device for config in configs}) if here else ():
         check_device(device)
