@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,9 +60,11 @@ def test_tensorboard_shows_the_losses_under_the_names_of_the_run(runs: Path, con
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Trackio keeps its runs, which it asks for when it is imported."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
+    """Where Trackio keeps its runs, which it asks for when it is imported, here or in a test before."""
     pytest.importorskip("trackio")
+    for module in [module for name, module in sys.modules.items() if name.startswith("trackio")]:
+        if hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "store")
     return tmp_path / "store"
 
 
