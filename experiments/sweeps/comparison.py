@@ -30,11 +30,26 @@ REFERENCE_COLOUR, METHOD_COLOUR, MAJORITY_COLOUR = "#E69F00", "#0072B2", "#99999
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per projection, best first; a projection of which a run did not train is unranked and comes last."""
-    cells = statistics.cells(runs.assign(sweep=statistics.SINGLE, failed=None))
+    """One row per entrant, best first; one of which a run did not train is unranked and comes last.
+
+    One that stands there several times bears the options in which its rows differ: `peft/fourierft (n_frequency=30)`.
+    """
+    runs = runs.assign(sweep=statistics.SINGLE, failed=None, projection=_told_apart(runs))
+    cells = statistics.cells(runs)
     table = cells.assign(ranked=cells["status"] == statistics.COMPLETE)[list(COLUMNS)]
     table["beats_majority"] = table["projection"].map(baseline.beats(runs, "projection"))
     return table.sort_values(["ranked", "score"], ascending=False, kind="stable", ignore_index=True)
+
+
+def _told_apart(runs: pd.DataFrame) -> list[str]:
+    names = list(runs["projection"])
+    options = [{"r": run.get("r"), **run.get("hyperparameters", {})} for run in runs.to_dict("records")]
+    found = []
+    for name, own in zip(names, options, strict=True):
+        twins = [other for other, its in zip(options, names, strict=True) if its == name]
+        varied = [f"{key}={value}" for key, value in own.items() if any(twin.get(key) != value for twin in twins)]
+        found.append(f"{name} ({', '.join(varied)})" if varied else name)
+    return found
 
 
 def as_text(table: pd.DataFrame, runs: pd.DataFrame, budget: int, remarks: Sequence[str] = ()) -> str:
@@ -116,7 +131,7 @@ def _draw_scores(axes: Axes, ranked: pd.DataFrame, first: pd.Series, colours: li
         "majority class", (100 * first["majority"], 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
         textcoords="offset points", fontsize=8, color="#555555",
     )  # fmt: skip
-    labels = [f"{names.method(row.projection)}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
+    labels = [f"{names.variant(row.projection)}  ({row.trained:,} numbers)" for row in ranked.itertuples()]
     axes.set_yticks(ranked.index, labels)
     seeds = int(ranked["n"].max()) if len(ranked) else 0
     bar = "95 % interval" if seeds > 1 else "one has no interval"

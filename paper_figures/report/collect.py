@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -115,8 +116,14 @@ def _with_differences(cells: pd.DataFrame, differences: pd.DataFrame) -> list[di
         gap = gaps.get(row, {}) if cell["status"] == statistics.COMPLETE else {}
         shown = {key: plain(cell.get(key)) for key in _CELL}
         shown |= {"id": len(found)} | {f"gap_{key}": plain(gap.get(key)) for key in GAP}
+        shown["options"] = _options(cell.get("hyperparameters"))
         found.append(shown)
     return found
+
+
+def _options(given: Any) -> str:
+    found = json.loads(given) if isinstance(given, str) else given
+    return ", ".join(f"{key} {value}" for key, value in found.items()) if isinstance(found, dict) else ""
 
 
 def curves(cells: pd.DataFrame, logged: pd.DataFrame) -> list[dict[str, Any]]:

@@ -1,11 +1,29 @@
-"""Sweeps as processes of their own, and the processes that train their runs, told by their command lines."""
+"""Sweeps as processes of their own, the processes that train their runs, and a training that Ctrl-C ends."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from experiments import train
+from experiments.runs.callbacks import StopOnSignal
+
 ROOT = Path(__file__).parents[2]
+
+
+def train_until(step: int, *words: str) -> int:
+    """The exit status of `experiments.train` with these words, to which Ctrl-C comes in this step."""
+    plain = StopOnSignal.on_step_end
+
+    def ctrl_c(self, args, state, control, **kwargs):
+        self.requested = state.global_step == step
+        return plain(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
+        return train.main([*words])
 
 
 def start_sweep(file: Path, runs: Path, *overrides: str, cwd: Path = ROOT, **options) -> subprocess.Popen:

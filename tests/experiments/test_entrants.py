@@ -24,7 +24,7 @@ from experiments.models.text import TextClassifier
 from experiments.processes import Processes
 from experiments.records.reading import load
 from experiments.runs import entrants
-from experiments.runs.callbacks import StopOnSignal, checkpoints
+from experiments.runs.callbacks import checkpoints
 from experiments.runs.entrants.solve import nearest
 from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
@@ -34,6 +34,7 @@ from experiments.sweeps import preflight, workers
 from experiments.sweeps.file import read
 from paper_figures import style
 from paper_figures.report.__main__ import main as report_main
+from tests.experiments.processes import train_until
 from uniproj.errors import OneLineError, ProjectionError
 
 HEAD = 2 * 32 + 2
@@ -158,6 +159,14 @@ def test_what_is_spelled_wrongly_is_said_with_the_nearest_names(asked: Any, mess
         ({"peft/c3a": {"block_size": 7}}, {}, "peft/c3a must be attached to"),
         ({"peft/lora": {"target_modules": ["nope"]}}, {"budget": None}, "got: No modules were targeted for adaptation"),
         ({"peft/prefix_tuning": {"num_virtual_tokens": 4}}, {"gradient_checkpointing": True}, "gradient checkpointing"),
+        (
+            {"peft/prefix_tuning": {"prefix_projection": True, "encoder_hidden_size": 8}},
+            {},
+            "PEFT saves the tokens alone",
+        ),
+        ("peft/p_tuning", {}, "got a network that makes its tokens, of which PEFT saves the tokens alone. Choose"),
+        # blocks of one number each, which cannot turn
+        ("peft/oft", {"budget": 1}, "peft/oft must train numbers of its own on"),
     ],
 )
 def test_what_an_entrant_cannot_do_is_said_before_the_run(
@@ -263,25 +272,12 @@ def test_the_doctor_takes_a_step_saves_and_loads_each_kind(file: Path, runs: Pat
     assert "4 of 4 kinds of run work." in capsys.readouterr().out
 
 
-def _until(step: int, folder: Path) -> int:
-    """Train until Ctrl-C in this step."""
-    plain = StopOnSignal.on_step_end
-
-    def ctrl_c(self, args, state, control, **kwargs):
-        self.requested = state.global_step == step
-        return plain(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-        return train.main([str(folder)])
-
-
 @pytest.mark.system
-@pytest.mark.parametrize("asked", [{"full": {"keep": True}}, "peft/randlora", "head"])
+@pytest.mark.parametrize("asked", [{"full": {"keep": True}}, "peft/randlora", "peft/pvera", "head"])
 def test_an_interrupted_run_resumes_to_the_same_numbers(asked: Any, settings: dict, tmp_path: Path) -> None:
     config = resolve({**settings, "lr": 1e-3, "projection": asked, "evaluations": 2, "score_on": "validation"})
     cut, whole = (prepare(tmp_path / name, config.to_json()) for name in ("cut", "whole"))
-    assert _until(7, cut) == INTERRUPTED and last_checkpoint(cut) == str(cut / "checkpoint-7")
+    assert train_until(7, str(cut)) == INTERRUPTED and last_checkpoint(cut) == str(cut / "checkpoint-7")
     file = next((cut / "checkpoint-7").glob("*.safetensors"))
     kept = file.read_bytes()
     file.write_bytes(kept[:-40])
@@ -359,6 +355,7 @@ def test_the_nearest_count_is_found_in_few_questions(count: Any) -> None:
         best = min(values, key=lambda value: abs(count(value) - budget))
         assert nearest(told, values, budget) == best and len(asked) == len(set(asked)) < 30
     assert nearest(lambda n: n, [7], 100) == 7
+    assert nearest(lambda n: min(n, 12), values, 4000) == 12
 
 
 @pytest.mark.system

@@ -86,7 +86,7 @@ def test_a_click_on_a_heading_sorts_and_another_turns_the_order(page: Page) -> N
         assert kept == sorted(kept, reverse=order == "descending") and len(kept) == 5
         # what is not ranked stays below
         assert ranked == sorted(ranked, reverse=True)
-    page.locator("#leaderboard-table th button", has_text="projection").click()
+    page.locator("#leaderboard-table th button", has_text="method").click()
     assert _column(page, 1) == sorted(_column(page, 1))
 
 

@@ -150,12 +150,19 @@ class PeftMethod(Adapter):
     def check(self, config: RunConfig) -> None:
         self._refuse(config)
         family = family_class(config)
-        own, head = parts(self.made_up(config), family.heads)
-        if not own or (family.heads and not head):
-            lost = "numbers of its own" if not own else f"the head of {config.task}"
+        model = self.made_up(config)
+        own, head = parts(model, family.heads)
+        is_empty = not any(p.numel() for p in own.values())
+        if is_empty or (family.heads and not head):
+            lost = "numbers of its own" if is_empty else f"the head of {config.task}"
             raise ExperimentError(
                 f"config: {self.name} must train {lost} on {config.model}, got none. Choose other target_modules or "
-                "another entrant."
+                "options, or another entrant."
+            )
+        if any(isinstance(part, nn.Linear) for part in getattr(model, "prompt_encoder", nn.Module()).modules()):
+            raise ExperimentError(
+                f"config: {self.name} must have checkpoints that hold what it trains, got a network that makes its "
+                "tokens, of which PEFT saves the tokens alone. Choose peft/prompt_tuning or peft/prefix_tuning."
             )
 
     def _refuse(self, config: RunConfig) -> None:

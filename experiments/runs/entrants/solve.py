@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
@@ -23,7 +24,7 @@ VALUES: Mapping[str, Callable[[int], Sequence[int]]] = {
 
 
 def nearest(count: Callable[[int], float], values: Sequence[int], budget: int) -> int:
-    """The value whose count is nearest to the budget, ties to the smaller count.
+    """The value whose count is nearest to the budget, ties to the smaller count; the first of equal counts.
 
     count: grows along `values`, infinite for a value that cannot be. It is asked few times: a straight line through two
     counts tells where to look, and halves where it leads astray.
@@ -45,4 +46,7 @@ def nearest(count: Callable[[int], float], values: Sequence[int], budget: int) -
         middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if at(middle) < budget else (low, middle)
         halve = not halve
-    return values[min((low, high), key=lambda place: abs(at(place) - budget))]
+    best = min((low, high), key=lambda place: abs(at(place) - budget))
+    if best and at(best - 1) == at(best):
+        best = bisect_left(range(best), at(best), key=at)
+    return values[best]

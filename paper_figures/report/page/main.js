@@ -15,8 +15,9 @@ for (const [, members] of grouped(DATA.cells)) {
   const ranked = members.filter((c) => c.status === "complete" && c.score !== null).sort((a, b) => b.score - a.score);
   for (const cell of members) {
     const twins = members.filter((c) => c.projection === cell.projection);
-    const differs = ["train_size", "r", "d", "budget", "lr"].find((key) => new Set(twins.map((c) => c[key])).size === twins.length);
-    cell.label = twins.length > 1 && differs ? `${called(cell.projection)}, ${differs} ${differs === "lr" ? digits(cell.lr, 3) : whole(cell[differs])}` : called(cell.projection);
+    const differs = ["train_size", "r", "d", "budget", "options", "lr"].find((key) => new Set(twins.map((c) => c[key])).size === twins.length);
+    const own = { options: cell.options || "no options", lr: `lr ${digits(cell.lr, 3)}` }[differs] ?? `${differs} ${whole(cell[differs])}`;
+    cell.label = called(cell.projection) + (twins.length > 1 && differs ? `, ${own}` : "");
     cell.ranked = ranked.includes(cell);
     cell.rank = cell.ranked ? ranked.indexOf(cell) + 1 : null;
   }
@@ -67,7 +68,7 @@ at("search").addEventListener("input", (event) => { state.search = event.target.
 at("filters").addEventListener("submit", (event) => event.preventDefault());
 
 const runs = DATA.origins.reduce((sum, each) => sum + each.runs, 0);
-at("summary").textContent = `${runs} runs in ${DATA.cells.length} cells: ${unique("projection").length} projections, ` +
+at("summary").textContent = `${runs} runs in ${DATA.cells.length} cells: ${unique("projection").length} methods, ` +
   `${unique("task").join(", ")}, on ${unique("model").join(", ")}. ${DATA.failures.length} failed, are damaged or did not train.`;
 at("about-cards").textContent = `Every projection of the registry on ${DATA.space}. Each claim is decided by the function ` +
   "that the library's tests use; what is not claimed is measured too. Pictures: opacity is |value| / max, orange is negative.";

@@ -1,6 +1,6 @@
 // What each section shows of the cells that pass the filters.
 const NAME = {
-  label: "projection", value: (r) => r.label, show: (r) => element("span", {}, mark(r.projection), r.label),
+  label: "method", value: (r) => r.label, show: (r) => element("span", {}, mark(r.projection), r.label),
 };
 const text = (label, key) => ({ label, value: (r) => r[key], show: (r) => r[key] ?? NONE });
 const number = (label, key, show, extra = {}) => ({ label, value: (r) => r[key], show: (r) => show(r[key]), number: true, ...extra });
@@ -101,7 +101,7 @@ function meanCurve(cell) {
   return found ? { ...found, projection: cell.projection, label: cell.label } : null;
 }
 
-// the same above both kinds of panels: a click in either hides a projection in all
+// the same above both kinds of panels: a click in either hides a method in all
 function legends(holders, hidden, redraw) {
   const names = [...new Set(DATA.cells.map((c) => c.projection))].sort((a, b) => called(a).localeCompare(called(b), "en"));
   const press = (name, holder) => {

@@ -14,27 +14,14 @@ from experiments.errors import INTERRUPTED, ExperimentError
 from experiments.files import read_json
 from experiments.records.reading import losses
 from experiments.runs import tracking
-from experiments.runs.callbacks import StopOnSignal
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import RESULT, prepare
 from experiments.runs.tracking import Label
 from experiments.sweeps import launchers, workers
 from experiments.sweeps.file import read
+from tests.experiments.processes import train_until
 
 NAME = "projection=unilora,lr=0.05,seed=0"
-
-
-def _until(step: int, words: Sequence[str]) -> int:
-    """Train until Ctrl-C in this step."""
-    plain = StopOnSignal.on_step_end
-
-    def ctrl_c(self, args, state, control, **kwargs):
-        self.requested = state.global_step == step
-        return plain(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-        return train.main(list(words))
 
 
 def test_tensorboard_shows_the_losses_under_the_names_of_the_run(runs: Path, config: RunConfig) -> None:
@@ -44,7 +31,7 @@ def test_tensorboard_shows_the_losses_under_the_names_of_the_run(runs: Path, con
     plain, reported = (prepare(runs / name, settings) for name in ("plain", "reported"))
     tracking.write(reported, Label("mine", "projection=unilora", NAME, 0))
     words = [str(reported), "--report-to", "tensorboard"]
-    assert _until(10, words) == INTERRUPTED
+    assert train_until(10, *words) == INTERRUPTED
     assert train.main(words) == train.main([str(plain)]) == 0
     events = reader.EventAccumulator(str(runs / "reported" / "tensorboard" / "sweep=mine" / NAME)).Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -71,7 +58,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_sweep_is_a_project_of_trackio(store: Path, file: Path, runs: Path, monkeypatch) -> None:
     def here(folders: Sequence[Path], device: str, over: object, report_to: Sequence[str]) -> dict[Path, str]:
         (words,) = ([str(folder), *tracking.words(report_to)] for folder in folders)
-        assert (_until(10, words), train.main(words)) == (INTERRUPTED, 0)
+        assert (train_until(10, *words), train.main(words)) == (INTERRUPTED, 0)
         return {}
 
     monkeypatch.setattr(launchers, "train_all", here)

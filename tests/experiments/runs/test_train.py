@@ -16,7 +16,7 @@ from experiments.files import read_json
 from experiments.records import statistics
 from experiments.records.reading import load, losses
 from experiments.runs import result
-from experiments.runs.callbacks import StopOnSignal, checkpoints
+from experiments.runs.callbacks import checkpoints
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import LOSSES, RESULT, prepare
 from experiments.runs.resolve import resolve
@@ -24,6 +24,7 @@ from experiments.runs.result import did_not_train
 from experiments.runs.run import Run
 from experiments.runs.training import INTERRUPTED, last_checkpoint
 from experiments.sweeps import launchers
+from tests.experiments.processes import train_until
 from uniproj.format import THETA_D
 from uniproj.tuner import adapter_of
 
@@ -52,26 +53,13 @@ def test_a_run_writes_everything_a_reader_needs(runs: Path, config: RunConfig, c
     assert row["projection"] == "unilora" and row["trained"] == 200 and row["folder"] == str(folder)
 
 
-def _until(step: int, folder: Path) -> int:
-    """Train until Ctrl-C in this step."""
-    plain = StopOnSignal.on_step_end
-
-    def ctrl_c(self, args, state, control, **kwargs):
-        self.requested = state.global_step == step
-        return plain(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_step_end", ctrl_c)
-        return train.main([str(folder)])
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, model: str, task: str) -> tuple[Path, Path]:
     """A run that ended after step 10 of 12, with the checkpoints of steps 6 and 10, and the same run to its end."""
     settings = {"task": task, "model": model, "projection": "unilora", "budget": 200, "seed": 0, "lr": 0.05}
     config = resolve({**settings, "evaluations": 2}).to_json()
     cut, whole = (prepare(tmp_path_factory.mktemp(name), config) for name in ("cut", "whole"))
-    assert _until(10, cut) == INTERRUPTED
+    assert train_until(10, str(cut)) == INTERRUPTED
     assert train.main([str(whole)]) == 0
     assert sorted(checkpoints(cut)) == [6, 10] and len(losses(whole)) == 1
     return cut, whole
@@ -80,7 +68,7 @@ def interrupted(tmp_path_factory, model: str, task: str) -> tuple[Path, Path]:
 @pytest.mark.parametrize("step", [5, 9])  # within the first epoch and within the second
 def test_an_interrupted_run_resumes_to_the_same_numbers(step: int, runs: Path, interrupted: tuple[Path, Path]) -> None:
     folder = prepare(runs, read_json(interrupted[1] / "config.json"))
-    assert _until(step, folder) == INTERRUPTED
+    assert train_until(step, str(folder)) == INTERRUPTED
     assert not (folder / RESULT).exists() and (folder / f"checkpoint-{step}").is_dir()
     assert train.main([str(folder)]) == 0
     assert torch.equal(_theta(folder), _theta(interrupted[1]))

@@ -45,6 +45,18 @@ def test_projections_are_ranked_by_their_mean_and_a_stuck_one_is_not(finished: p
     assert table["score"][0] == pytest.approx(0.80) and table["score_sd"][0] == pytest.approx(0.02 / 2**0.5)
 
 
+def test_one_method_with_two_options_has_two_rows_and_two_names(finished: pd.DataFrame) -> None:
+    twins = finished[finished["projection"] == "unilora"].assign(projection="peft/fourierft", score=[0.4, 0.8])
+    twins["hyperparameters"] = [{"n_frequency": 30, "scaling": 2}, {"n_frequency": 60, "scaling": 2}]
+    lora = finished.head(1).assign(hyperparameters=[{}])
+    table = comparison.summarise(pd.concat([lora, twins], ignore_index=True)).set_index("projection")
+    assert table["score"].to_dict() == {
+        "peft/fourierft (n_frequency=60)": 0.8, "lora": 0.78, "peft/fourierft (n_frequency=30)": 0.4,
+    }  # fmt: skip
+    # each of its own runs alone
+    assert table["beats_majority"].to_list() == [True, True, False]
+
+
 def test_the_text_says_what_the_numbers_hide(finished: pd.DataFrame) -> None:
     text = comparison.as_text(comparison.summarise(finished), finished, 4740)
     assert "80.0 [67.3, 92.7]" in text and "reference" in text and "not measured" in text
