@@ -137,6 +137,10 @@ def _of(file: Path) -> dict[str, Any]:
             {"peft/lora": {"budget_option": {"r": "primes"}}},
             "or one option with the kind of its values",
         ),
+        ({"peft/lora": {"budget_option": {"r": ["integers"]}}}, "or one option with the kind of its values"),
+        ({"peft/lora": {"r": "4"}}, "peft/lora: r must be an integer, got '4'"),
+        ({"peft/dora": {"use_dora": False}}, "unknown option of peft/dora 'use_dora'"),
+        ({"full": {"keep": "yes"}}, "keep of full must be true or false, got 'yes'"),
         ({"peft/lora": {}, "full": {}}, "must be written as one name with a mapping"),
         ({"peft/lora": 3}, "must be written as one name with a mapping"),
     ],
@@ -165,6 +169,8 @@ def test_what_is_spelled_wrongly_is_said_with_the_nearest_names(asked: Any, mess
             "PEFT saves the tokens alone",
         ),
         ("peft/p_tuning", {}, "got a network that makes its tokens, of which PEFT saves the tokens alone. Choose"),
+        # plain LoRA, were it not prepared for
+        ({"peft/lora": {"init_lora_weights": "eva"}}, {}, "needs more than a run does for init_lora_weights: eva"),
         # blocks of one number each, which cannot turn
         ("peft/oft", {"budget": 1}, "peft/oft must train numbers of its own on"),
     ],

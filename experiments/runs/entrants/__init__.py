@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from experiments.checks import check_fields
 from experiments.errors import ExperimentError
+from experiments.runs.config import RunConfig
 from experiments.runs.entrants import peft_method
 from experiments.runs.entrants.entrant import Entrant, parts
 from experiments.runs.entrants.full import Full
@@ -72,5 +74,7 @@ def spelled(settings: Mapping[str, Any]) -> dict[str, Any]:
             "config: an entrant with options must be written as one name with a mapping, such as "
             f"{{peft/fourierft: {{n_frequency: 1000}}}}, got {dict(asked)}. Correct it."
         )
-    hyperparameters = {**settings.get("hyperparameters", {}), **(options or {})}
+    given = settings.get("hyperparameters", {})
+    check_fields("config: ", RunConfig, {"hyperparameters": given})
+    hyperparameters = {**given, **(options or {})}
     return {**settings, "projection": name, "hyperparameters": hyperparameters}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from experiments.checks import check_type
 from experiments.errors import ExperimentError
 from experiments.models import Family
 from experiments.runs.config import RANK, RunConfig
@@ -31,6 +32,7 @@ class Full(Entrant):
     def settled(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(settings.get("hyperparameters", {}))
         check_options(self.name, given, (_KEEP,))
+        check_type(f"config: {_KEEP} of {self.name}", given.get(_KEEP, False), bool)
         return {"r": settings.get("r", RANK), "d": None, "budget": None, "hyperparameters": given}
 
     def count(self, config: RunConfig) -> int:

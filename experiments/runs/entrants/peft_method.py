@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from experiments.checks import check_fields
 from experiments.errors import ExperimentError
 from experiments.models import Family
 from experiments.runs.config import RANK, SEEDS, RunConfig
@@ -76,7 +77,9 @@ class PeftMethod(Adapter):
         without a budget PEFT's default, or the run's r, stands."""
         given = dict(settings.get("hyperparameters", {}))
         option, kind = self._scaled_by(given.pop(_BUDGET_OPTION, None))
-        check_options(self.name, given, [*self._defaults, _BUDGET_OPTION])
+        # what makes it another method under this name is settled
+        free = [known for known in self._defaults if known not in self._about.get("options", {})]
+        check_options(self.name, given, [*free, _BUDGET_OPTION])
         if reason := self._about.get("cannot"):
             raise ExperimentError(
                 f"config: {self.name} needs {reason}, which runs do not have. Choose another entrant."
@@ -92,6 +95,7 @@ class PeftMethod(Adapter):
             )
         asked_r = settings.get("r", RANK)
         r = asked_r if self._about.get("own_rank") else given.pop("r", asked_r)
+        check_fields(f"config: {self.name}: ", RunConfig, {"r": r})
         sizes = {"r": r, "d": None, "budget": None if is_given else budget, "hyperparameters": given}
         if budget is None or is_given or option is None:
             return sizes
@@ -104,7 +108,7 @@ class PeftMethod(Adapter):
         found = {asked: "integers"} if isinstance(asked, str) else asked or self._about.get("budget", by_rank)
         if not found:
             return None, ""
-        if not isinstance(found, Mapping) or len(found) != 1 or not {*found.values()} <= {*VALUES}:
+        if not isinstance(found, Mapping) or len(found) != 1 or next(iter(found.values())) not in [*VALUES]:
             raise ExperimentError(
                 f"config: {_BUDGET_OPTION} of {self.name} must be one of its options, or one option with the kind of "
                 f"its values ({', '.join(VALUES)}), got {shown(asked)}. Correct it."
@@ -168,6 +172,9 @@ class PeftMethod(Adapter):
     def _refuse(self, config: RunConfig) -> None:
         """What attaching does not show."""
         reason, remedy = None, "Choose another entrant"
+        for option, values in _table()["unprepared"].items():
+            if (given := config.hyperparameters.get(option)) in values:
+                reason = f"needs more than a run does for {option}: {given}, and would be as without it"
         if issubclass(self._config_class, PromptLearningConfig) and family_class(config).task_type is None:
             reason = f"puts tokens before a text, and {config.task} has pictures"
         elif config.quantization and not self._reads_packed_weights():
