@@ -272,9 +272,11 @@ def test_every_entrant_is_tuned_by_as_many_trials(file: Path) -> None:
 
 
 @pytest.mark.system
-def test_the_doctor_takes_a_step_saves_and_loads_each_kind(file: Path, runs: Path, capsys) -> None:
-    asked = [str(file), "axes.projection=[unilora,peft/fourierft,{full: {keep: true}},head]", "--runs", str(runs)]
-    assert sweep.main([*asked, "--doctor"]) == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_doctor_takes_a_step_saves_and_loads_each_kind(dtype: str, file: Path, runs: Path, capsys) -> None:
+    kinds = "axes.projection=[unilora,peft/fourierft,{full: {keep: true}},head]"
+    dtypes = f"+settings.dtype={dtype}", f"+settings.base_dtype={dtype}"
+    assert sweep.main([str(file), kinds, *dtypes, "--doctor", "--runs", str(runs)]) == 0
     assert "4 of 4 kinds of run work." in capsys.readouterr().out
 
 
