@@ -74,7 +74,7 @@ def _run(recipe: str, runs: Path, data: str, *overrides: str) -> pd.DataFrame:
     return found
 
 
-@pytest.mark.system
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["glue_base", "glue_large"])
 def test_glue(recipe: str, runs: Path, few_rows: str, model: str, here) -> None:
     cases = "cases=[{task:glue/rte,head_lr:5e-3,lr:5e-3},{task:glue/stsb,head_lr:2e-4,lr:5e-3}]"
@@ -93,7 +93,7 @@ def test_math(runs: Path, few_rows: str, llama: str, here) -> None:
     assert set(texts.columns) == {"group", "label", "prediction", "text"}
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_instruction(runs: Path, few_rows: str, llama: str, here) -> None:
     # the 4-bit base is quantised on the CPU too; a paged optimiser is not
     small = ["settings.optimizer=adamw_torch", "settings.max_length=96", "settings.max_new_tokens=4"]
@@ -164,7 +164,7 @@ def test_code_8b(runs: Path, few_rows: str, llama: str, here, monkeypatch, capsy
     assert (found["score"], found["rows"]) == (1.0, 6)
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_ifeval_8b(runs: Path, few_rows: str, llama: str, here) -> None:
     found = _of_2026("ifeval_8b", runs, few_rows, llama).iloc[0]
     assert found["task"] == "alpaca" and found["rows"] == 6 and 0.0 <= found["score"] <= 1.0
@@ -228,7 +228,7 @@ def _projection(config: RunConfig) -> Projection:
     return build(config.projection, layout=layout, d=config.d, seed=0, **config.hyperparameters)
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_commonsense_8b_trains_and_is_tested_on_all_eight(runs: Path, few_rows: str, llama: str, here) -> None:
     # 120 rows of each test, of which eight are drawn from each on average
     given = ["axes.projection=[unilora]", "~tune", "++settings.lr=1e-2", "settings.test_size=64"]
