@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from experiments.errors import ExperimentError
 from uniproj.atomic import install, written
@@ -86,6 +87,18 @@ def digest(config: Mapping[str, Any]) -> str:
     """12 hex digits of the SHA-256 of a configuration; the order of its keys does not matter."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hex digits; it is never whole in memory."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A file to be locked, made if there is none. No link is followed, and nothing written to what others may own."""
+    with disk_errors(path):
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
 
 
 def slug(name: str) -> str:

@@ -7,7 +7,6 @@ wrote, whose tables go as a data set.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from experiments.errors import ExperimentError, status
-from experiments.files import read_json, write_json, write_text
+from experiments.files import read_json, sha256, write_json, write_text
 from experiments.records import RECORDS, cards, gather, result, without_paths
 from experiments.records.committed import SUMMARY
 from experiments.runs import ADAPTER, RESULT
@@ -77,8 +76,7 @@ def _check_scored(found: dict[str, Any], weights: Path) -> None:
         raise ExperimentError(
             f"push: {weights} must be a whole safetensors file, got {error}. Bring it back, or train the run again."
         ) from error
-    with weights.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = sha256(weights)
     if found.get("adapter_sha256") not in (None, digest):
         raise ExperimentError(
             f"push: {weights} must be what the run was scored with, of SHA-256 {found['adapter_sha256'][:12]}.., got "

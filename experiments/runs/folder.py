@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.errors import ExperimentError
-from experiments.files import digest, disk_errors, read_json, slug, write_json
+from experiments.files import digest, open_lock, read_json, slug, write_json
 
 CONFIG, LOSSES, RESULT = "config.json", "metrics.jsonl", "result.json"
 RUNS = Path("runs")
@@ -53,9 +53,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def lock(folder: Path) -> IO[str] | None:
     """The lock of a run, held as long as the file is open and the process lives; None if another process has it."""
-    # nothing is written: the file may be a link, or another program's
-    with disk_errors(folder / LOCK):
-        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    file = open_lock(folder / LOCK)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import resource
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from experiments.files import write_text
+from experiments.files import sha256, write_text
 from experiments.runs import entrants
 from experiments.runs.run import Run, watched
 from experiments.runs.step_time import step_times
@@ -41,7 +40,7 @@ def evaluate(run: Run, before: float) -> dict[str, Any]:
         "did_not_train": diverged or did_not_train(before, after, change),
         "theta_change": _finite(change),
         **_sizes(run, saved, bool(diverged)),
-        "adapter_sha256": saved and _sha256(saved),
+        "adapter_sha256": saved and sha256(saved),
         "incomplete_data": _data_rows(run),
         **(_timed(run) if run.config.timing and not diverged else {}),
     }
@@ -61,11 +60,6 @@ def _saved(run: Run) -> Path | None:
         file = run.entrant.save(run.model, run.folder / ADAPTER, run.config)
     run.trainer.accelerator.wait_for_everyone()
     return file
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _validations(run: Run) -> dict[str, Any]:

@@ -103,9 +103,10 @@ def arguments(folder: Path, report_to: Sequence[str]) -> dict[str, Any]:
 def named(folder: Path, report_to: Sequence[str]) -> Iterator[None]:
     """Trackers that read names from the environment find this run's, where it does not hold the user's own."""
     before = dict(os.environ)
-    told = {key: before.get(key, name) for key, name in _names(_label(folder)).items()} if report_to else {}
-    if "tensorboard" in report_to:
-        told[_TENSORBOARD] = _events(folder)
+    label = _label(folder) if report_to else None
+    told = {key: before.get(key, name) for key, name in _names(label).items()} if label else {}
+    if label and "tensorboard" in report_to:
+        told[_TENSORBOARD] = _events(folder, label)
     os.environ.update(told)
     try:
         yield
@@ -133,9 +134,8 @@ def _names(label: Label) -> Mapping[str, str]:
     }
 
 
-def _events(folder: Path) -> str:
+def _events(folder: Path, label: Label) -> str:
     """TensorBoard calls a run as the folder of its events, which lies beside the runs or where the user says."""
-    label = _label(folder)
     beside = Path(os.environ.get(_TENSORBOARD) or folder.resolve().parents[1] / "tensorboard")
     # one part of a path each, whatever the label says
     return str(beside / f"sweep={label.sweep}".replace("/", "-") / label.name.replace("/", "-"))

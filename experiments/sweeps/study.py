@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments import tasks
 from experiments.errors import ExperimentError
-from experiments.files import digest, disk_errors
+from experiments.files import digest, disk_errors, open_lock
 from experiments.models import family_of
 from experiments.sweeps.sweep import GRID, OPTUNA, RANDOM, Cell, Sweep
 
@@ -170,7 +170,7 @@ def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: P
 def _alone(path: Path) -> Iterator[None]:
     """Wait for whoever holds this lock. The kernel frees that of a process that is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
