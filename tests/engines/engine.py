@@ -1,0 +1,91 @@
+"""An engine is one script: what it needs to be installed, the format it reads, and how it is asked.
+
+The head of a script (PEP 723) pins the packages of its environment; its table `[tool.uniproj]` has the fields of
+`Engine`. `answer(asked)` runs in that environment, where uniproj is not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HOME = Path(__file__).parent
+ENVIRONMENTS = HOME.parents[1] / "build" / "engines"
+_HEAD = re.compile(r"(?m)^# /// script$\s(?P<lines>(^#(| .*)$\s)+)^# ///$")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """label: as it calls itself, and the heading of its lines in docs/export.md; format: of `export`.
+
+    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); suffix: of what it reads, where
+    that is a file; packages: that it names in its record; dependencies: pinned, what is installed; removed: what is
+    taken out again; environment: variables.
+    """
+
+    name: str
+    label: str
+    format: str
+    precision: str
+    packages: Sequence[str]
+    dependencies: Sequence[str]
+    suffix: str = ""
+    removed: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, script: Path) -> Engine:
+        """What the head of a script says."""
+        head = _HEAD.search(script.read_text())
+        assert head, f"{script} must begin with a head of PEP 723"
+        said = tomllib.loads("".join(line[2:] for line in head["lines"].splitlines(keepends=True)))
+        return cls(script.stem, dependencies=said["dependencies"], **said["tool"]["uniproj"])
+
+    @property
+    def script(self) -> Path:
+        return HOME / "scripts" / f"{self.name}.py"
+
+    def install(self) -> Path:
+        """The Python of the engine's environment, which is made once for a head."""
+        wanted = hashlib.sha256(json.dumps([*self.dependencies, *self.removed]).encode()).hexdigest()
+        place = ENVIRONMENTS / self.name
+        python, done = place / "bin" / "python", place / ".done"
+        if not done.exists() or done.read_text() != wanted:
+            shutil.rmtree(place, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *self.dependencies], check=True)
+            if self.removed:
+                subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *self.removed], check=True)
+            done.write_text(wanted)
+        return python
+
+    def ask(self, asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """What the script's `answer` returns, in the engine's environment and in `folder`."""
+        (folder / "asked.json").write_text(json.dumps(asked))
+        self.run(HOME / "asking.py", folder, self.script, "asked.json", "answer.json", *self.packages)
+        return json.loads((folder / "answer.json").read_text())
+
+    def run(self, script: Path, folder: Path, *arguments: object) -> str:
+        """What a script prints, in the engine's environment and in `folder`; -P: no file beside it hides a package."""
+        done = subprocess.run(
+            [self.install(), "-P", script, *map(str, arguments)],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.environment, "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert not done.returncode, f"{self.label}: {done.stdout[-2000:]}{done.stderr[-8000:]}"
+        return done.stdout
+
+
+ENGINES = {script.stem: Engine.of(script) for script in sorted((HOME / "scripts").glob("*.py"))}
