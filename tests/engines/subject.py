@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -81,11 +82,14 @@ class Subject:
     def _logits(self, tokens: Sequence[int]) -> Tensor:
         return self.model(torch.tensor([tokens])).logits[0]
 
-    @torch.no_grad()
-    def continuations(self, user: str) -> list[Continuation]:
-        """Ours: the most likely token, NEW_TOKENS times, after each prompt."""
-        self.model.set_adapter(user)
-        return [self.scored(prompt, self._greedy(prompt)) for prompt in self.prompts]
+    @cached_property
+    def continuations(self) -> dict[str, list[Continuation]]:
+        """Ours, by user: the most likely token, NEW_TOKENS times, after each prompt."""
+        found = {}
+        for user in USERS:
+            self.model.set_adapter(user)
+            found[user] = [self.scored(prompt, self._greedy(prompt)) for prompt in self.prompts]
+        return found
 
     @torch.no_grad()
     def text(self, user: str, prompt: str) -> str:
@@ -114,14 +118,14 @@ class Subject:
 
     def effect(self, user: str) -> float:
         """The same difference between the base model and the model with the adapter."""
-        adapted = self.continuations(user)
         with self.model.disable_adapter():
-            return self.largest_difference(user, adapted)
+            return self.largest_difference(user, self.continuations[user])
 
     @torch.no_grad()
     def tolerance(self, user: str, precision: str) -> float:
         """Four times what rounding the input of the base's layers to this precision does to our log-probabilities."""
-        own = self.continuations(user)
+        own = self.continuations[user]
+        self.model.set_adapter(user)
         rounding = PRECISIONS[precision]
         handles = [
             module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))

@@ -62,7 +62,7 @@ def test_answers_are_those_of_pytorch(
 
 
 def _measured(subject: Subject, engine: Engine, user: str, answered: list[Mapping[str, Any]]) -> dict[str, Any]:
-    theirs, ours = [Continuation(**each) for each in answered], subject.continuations(user)
+    theirs, ours = [Continuation(**each) for each in answered], subject.continuations[user]
     pairs = [pair for a, b in zip(theirs, ours, strict=True) for pair in zip(a.tokens, b.tokens, strict=True)]
     return {
         "tokens": len(pairs),
