@@ -28,9 +28,10 @@ _HEAD = re.compile(r"(?m)^# /// script$\s(?P<lines>(^#(| .*)$\s)+)^# ///$")
 class Engine:
     """label: as it calls itself, and the heading of its lines in docs/export.md; format: of `export`.
 
-    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); suffix: of what it reads, where
-    that is a file; packages: that it names in its record; dependencies: pinned, what is installed; removed: what is
-    taken out again; environment: variables.
+    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); running_sum: whether it adds the
+    probabilities of all tokens one after another in float32; suffix: of what it reads, where that is a file; packages:
+    that it names in its record; dependencies: pinned, what is installed; removed: what is taken out again; environment:
+    variables.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Engine:
     packages: Sequence[str]
     dependencies: Sequence[str]
     suffix: str = ""
+    running_sum: bool = False
     removed: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

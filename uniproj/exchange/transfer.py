@@ -34,9 +34,10 @@ def export(
     """Write a uniproj adapter (a folder, or the one of a live model) as an adapter of PEFT, with the same updates.
 
     to: a name of `registry.names()`: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm",
-    LoRA under vLLM's rules, padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of
-    that projection. base: the base model or its name, where P is made of its weights, and for "tinylora";
-    trust_remote_code: whether Python code that comes with a model of this name may run.
+    LoRA under vLLM's rules, padded to a rank that vLLM knows; "openvino" and "onnx" for the engines of docs/export.md;
+    "unilora", "vera", "vblora", "tinylora" for adapters of that projection. base: the base model or its name, where P
+    is made of its weights, and for "tinylora"; trust_remote_code: whether Python code that comes with a model of this
+    name may run.
 
     Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
     """
