@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 
 from experiments import compare, sweep, train
@@ -18,7 +21,7 @@ from experiments.runs import tracking
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import RESULT, prepare
 from experiments.runs.tracking import Label
-from experiments.sweeps import launchers, workers
+from experiments.sweeps import launchers, slurm, workers
 from experiments.sweeps.file import read
 from tests.experiments.processes import train_until
 
@@ -195,3 +198,35 @@ def test_workers_hand_the_trackers_on(file: Path, runs: Path, monkeypatch: pytes
     assert sweep.main([str(file), *asked]) == INTERRUPTED
     assert started[0][-1] == "--report-to=tensorboard"
     assert compare.parse(["--report-to", "a", "--report-to", "b"]).report_to == ["a", "b"]
+
+
+def test_slurm_hands_the_trackers_on(file: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what is submitted is pickled, carried to a node and called there."""
+    submitted: list[bytes] = []
+
+    class Executor:
+        def __init__(self, **_: object) -> None:
+            self.batch = nullcontext
+            self.update_parameters = dict
+
+        def submit(self, job: Callable[[str], int], folder: str) -> None:
+            submitted.append(cloudpickle.dumps((job, folder)))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm.submitit, "SlurmExecutor", Executor)
+    monkeypatch.setattr(slurm, "_queued", set)
+    asked = ["--launcher", "slurm", "--report-to", "tensorboard", "--report-to", "trackio"]
+    monkeypatch.setattr(tracking, "check", lambda _: None)
+    assert sweep.main([str(file), *asked, "--runs", str(runs)]) == INTERRUPTED
+
+    started: list[list[str]] = []
+
+    def popen(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(wait=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", popen)
+    job, folder = cloudpickle.loads(submitted[0])
+    assert job(folder) == 0
+    assert started[0][-3:] == [folder, "--report-to=tensorboard", "--report-to=trackio"]
+    assert list(runs.glob("*/*/label.json"))
