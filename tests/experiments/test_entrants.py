@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel, ViTConfig
 
 from experiments import compare, harness, names, sweep, train
 from experiments.errors import ExperimentError
@@ -94,6 +94,7 @@ def test_full_fine_tuning_trains_everything_and_the_head_nothing_else(settings: 
         ("peft/gralora", 1300, {"r": 6}),  # whose rank must be even
         ("peft/c3a", 600, {"block_size": 8}),  # 4,096 / 8 numbers
         ("peft/lora", 1, {"r": 1}),
+        ("peft/lora", 100, {"r": 1}),
         ({"peft/loha": {"budget_option": "r"}}, 1000, {"r": 2}),
         ({"peft/c3a": {"budget_option": {"block_size": "falling divisors"}}}, 600, {"block_size": 8}),
     ],
@@ -168,7 +169,10 @@ def test_what_is_spelled_wrongly_is_said_with_the_nearest_names(asked: Any, mess
             {},
             "PEFT saves the tokens alone",
         ),
-        ("peft/p_tuning", {}, "got a network that makes its tokens, of which PEFT saves the tokens alone. Choose"),
+        ("peft/p_tuning", {}, "needs checkpoints of the network that makes its tokens, where PEFT saves the tokens"),
+        # its scale alone
+        ({"peft/lora": {"budget_option": "lora_alpha"}}, {}, "must be solved over an option that changes how many"),
+        ({"peft/lora": {"budget_option": "use_rslora"}}, {"budget": 9}, "use_rslora, at whose values it trains 1,024."),
         # plain LoRA, were it not prepared for
         ({"peft/lora": {"init_lora_weights": "eva"}}, {}, "needs more than a run does for init_lora_weights: eva"),
         # blocks of one number each, which cannot turn
@@ -200,6 +204,17 @@ def test_a_language_model_has_no_head_and_only_a_frozen_base_is_sharded(
     for name in ("full", "head", "peft/lora"):
         with pytest.raises(ExperimentError, match=f"{name} must have its whole base on each process"):
             preflight.check(read(file, [f"axes.projection=[unilora,{name}]", sharded]))
+
+
+def test_a_method_that_gives_no_loss_on_pictures_is_refused(settings: dict, tmp_path: Path) -> None:
+    """PEFT's shadow network is told of token ids and embeddings, which a vision transformer does not take."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    ViTConfig(**sizes, image_size=16, patch_size=8).save_pretrained(tmp_path)
+    pictures = {**settings, "task": "cifar10", "model": str(tmp_path), "target_modules": "all-linear"}
+    for name in ("peft/lora", "peft/vera", "peft/shira"):
+        entrants.get(name).check(resolve({**pictures, "projection": name}))
+    with pytest.raises(ExperimentError, match=r"peft/shadow must give a loss on .* or choose another entrant"):
+        entrants.get("peft/shadow").check(resolve({**pictures, "projection": "peft/shadow"}))
 
 
 def test_every_method_of_peft_joins_or_says_why_not(settings: dict) -> None:
