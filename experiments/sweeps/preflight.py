@@ -49,7 +49,8 @@ _OF_ENTRANT = (
 )
 # what decides the time of a step and the memory of a run
 KIND = (
-    *("task", "model", "projection", "r", "d", "batch_size", "max_length"),
+    *("task", "model", "target_modules", "projection", "r", "d", "hyperparameters"),
+    *("batch_size", "accumulation", "max_length", "gradient_checkpointing"),
     *("device", "dtype", "base_dtype", "quantization"),
 )
 

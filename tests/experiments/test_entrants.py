@@ -25,6 +25,7 @@ from experiments.processes import Processes
 from experiments.records.reading import load
 from experiments.runs import entrants
 from experiments.runs.callbacks import checkpoints
+from experiments.runs.config import RunConfig
 from experiments.runs.entrants.solve import nearest
 from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
@@ -284,6 +285,21 @@ def test_every_entrant_is_tuned_by_as_many_trials(file: Path) -> None:
     trials = [asked.trials(cell) for cell in asked.cells()]
     assert [[trial.lr for trial in each] for each in trials] == [[0.01, 0.05]] * 5
     assert {trial.train_seed for each in trials for trial in each} == {0}
+
+
+def test_options_make_another_kind_of_run(file: Path, runs: Path, monkeypatch, capsys) -> None:
+    """One of two kinds may fail, and trains at another speed."""
+
+    def examine(config: RunConfig) -> dict[str, float]:
+        if config.hyperparameters.get("block_size") == 4 or config.gradient_checkpointing:
+            raise RuntimeError("not so")
+        return {"seconds_per_step": 1.0, "peak_bytes": 1.0}
+
+    monkeypatch.setattr(preflight, "_examine", examine)
+    axes = ["axes.projection=[{peft/c3a: {block_size: 4}}, {peft/c3a: {block_size: 8}}]"]
+    for more, said in (([], "1 of 2 kinds"), (["+axes.gradient_checkpointing=[false, true]"], "1 of 4 kinds")):
+        assert sweep.main([str(file), *axes, *more, "--doctor", "--runs", str(runs)]) == 1
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.system
