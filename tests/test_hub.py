@@ -305,6 +305,14 @@ def test_of_several_adapters_in_a_folder_one_is_named(tmp_path: Path, uploads: H
     with pytest.raises(AdapterError, match=r"Name the folder of one of the adapters in it: 'mine', 'other'\.$"):
         hub.push(tmp_path / "saved", "someone/adapter")
     assert hub.push(tmp_path / "saved" / "mine", "someone/adapter").files.keys() == SENT
+    # the one that PEFT calls `default` lies in the folder itself, with its card
+    model = _trained()
+    model.add_adapter("other", config("llama", d=30))
+    model.save_pretrained(tmp_path / "more")
+    text = (tmp_path / "more" / "README.md").read_text()
+    assert card.is_ours(text) and "| d, D | 60," in text
+    assert "| d, D | 60," in hub.push(tmp_path / "more", "someone/default").card
+    assert "| d, D | 30," in hub.push(tmp_path / "more" / "other", "someone/other").card
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "", "../x", "someone/a--b", "/home/ada/x"])
