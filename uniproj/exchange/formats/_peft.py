@@ -25,7 +25,7 @@ from uniproj.exchange.adapter import Adapter, LoRAAdapter
 from uniproj.exchange.registry import Format
 from uniproj.format.compatibility import first_difference
 from uniproj.format.disk import exists
-from uniproj.format.fields import Role, fields_of
+from uniproj.format.fields import Role, fields_of, used
 from uniproj.format.file import CONFIG
 from uniproj.format.heads import entitled
 from uniproj.format.places import adapted_modules, places
@@ -375,6 +375,22 @@ def refuse_other_kinds(adapter: Adapter, to: str) -> None:
                 f"export: {to} holds linear layers alone, got {site.name}, which is none. Export to lora, or leave it "
                 "out of target_modules and target_parameters."
             )
+
+
+def refuse_all_but_linear(adapter: Adapter, to: str) -> None:
+    """Raises AdapterError for anything but A and B of the linear layers that the base model has: a head, a bias, added
+    tokens or anything else that is trained beside them, another kind of layer, replicated layers, an aLoRA."""
+    config = vars(adapter.config)
+    besides = [f"{name}={config[name]!r}" for name in used(config, Role.BESIDE)] + sorted(adapter.other)[:1]
+    if besides:
+        raise AdapterError(
+            f"export: an adapter for {to} must hold A and B alone, got {', '.join(besides)}. Export to lora and "
+            "merge it into the base model, or train the adapter without."
+        )
+    refuse_other_kinds(adapter, to)
+    for name in ("layer_replication", "alora_invocation_tokens"):
+        if config[name]:
+            raise AdapterError(f"export: {to} has no {name}, got {config[name]}. Export to lora.")
 
 
 def wraps(config: LoraConfig, sites: Sequence[str]) -> dict[str, int]:

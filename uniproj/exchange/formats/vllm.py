@@ -14,9 +14,8 @@ from pathlib import Path
 from uniproj.errors import AdapterError
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats import lora
-from uniproj.exchange.formats._peft import refuse_other_kinds
+from uniproj.exchange.formats._peft import refuse_all_but_linear
 from uniproj.exchange.registry import Format, register
-from uniproj.format.fields import Role, used
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -33,17 +32,7 @@ class VLLMFormat(Format):
         Raises AdapterError for a rank that is not among vLLM's or too small, and for a head, a bias, added tokens or
         anything else that is trained besides A and B, for replicated layers and for an aLoRA.
         """
-        config = vars(adapter.config)
-        besides = [f"{name}={config[name]!r}" for name in used(config, Role.BESIDE)] + sorted(adapter.other)[:1]
-        if besides:
-            raise AdapterError(
-                f"export: an adapter for vLLM must hold A and B alone, got {', '.join(besides)}. Export to lora and "
-                "merge it into the base model, or train the adapter without."
-            )
-        refuse_other_kinds(adapter, "vLLM")
-        for name in ("layer_replication", "alora_invocation_tokens"):
-            if config[name]:
-                raise AdapterError(f"export: vLLM has no {name}, got {config[name]}. Export to lora.")
+        refuse_all_but_linear(adapter, "vLLM")
         largest = max(site.r for site in adapter.layout.sites)
         fitting = [legal for legal in _RANKS if legal >= largest]
         chosen = rank if rank is not None else next(iter(fitting), largest)
