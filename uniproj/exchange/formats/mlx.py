@@ -10,12 +10,10 @@ their weights are those of Transformers where the layers are called `model.layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from uniproj.errors import AdapterError
 from uniproj.exchange.adapter import Adapter
@@ -51,25 +49,13 @@ class MLXFormat(Format):
                 "model, which mlx-lm converts."
             )
         r = max(site.r for site in sites)
-        scales = set(lora.scales.values())
-        in_B = len(scales) > 1
+        scales = {*lora.scales.values()}
+        scale = scales.pop() if len(scales) == 1 else 1.0
         index = {}
         for site in sites:
             index[f"{site.name}.lora_b"] = (torch.float32, (r, site.out_features))
             index[f"{site.name}.lora_a"] = (torch.float32, (site.in_features, r))
-
-        def tensors() -> Iterator[Tensor]:
-            factors = lora.layout.split_sites(lora.theta_D)
-            for site, B, A in zip(sites, factors[::2], factors[1::2], strict=True):
-                s = lora.scales[site.name] if in_B else 1.0
-                yield (s * pad(B.double(), (0, r - site.r))).float().T
-                yield pad(A, (0, 0, 0, r - site.r)).T
-
-        parameters = {
-            "rank": r,
-            "scale": 1.0 if in_B else scales.pop(),
-            "dropout": 0.0,
-            "keys": [site.name for site in sites],
-        }
+        tensors = (factor.T for factor in chain.from_iterable(lora.padded(r, scale)))
+        parameters = {"rank": r, "scale": scale, "dropout": 0.0, "keys": [site.name for site in sites]}
         config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
-        replace({folder / WEIGHTS: streamed(index, tensors()), folder / CONFIG: config_text(config).encode()})
+        replace({folder / WEIGHTS: streamed(index, tensors), folder / CONFIG: config_text(config).encode()})
