@@ -15,14 +15,12 @@ import pytest
 
 from experiments.files import write_json
 from experiments.provenance import provenance
-from tests.engines.engine import ENGINES, Engine
+from tests.engines.engine import TALKING, Engine
 from tests.engines.subject import NEW_TOKENS, USERS, Continuation, Subject
 from uniproj.exchange import export
 
-ROOT = Path(__file__).parents[2]
-
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-each_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
+each_engine = pytest.mark.parametrize("engine", TALKING.values(), ids=list(TALKING))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +74,11 @@ def _measured(subject: Subject, engine: Engine, user: str, answered: list[Mappin
 @each_engine
 def test_the_lines_of_the_page_run(engine: Engine, subject: Subject, tmp_path: Path) -> None:
     """Of docs/export.md: in a folder with `base` or `base.gguf`, and ada's adapter as it was exported."""
-    section = (ROOT / "docs" / "export.md").read_text().split(f"\n### {engine.label}\n")[1].split("\n### ")[0]
-    *once, lines = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(lines.strip().splitlines()) <= 11 and len(once) <= 1
+    lines = engine.lines()
     for name in ("base", "base.gguf"):
         (tmp_path / name).symlink_to(subject.folder / name)
     _exported(engine, subject, tmp_path)
-    (tmp_path / "lines.py").write_text("".join([*once, lines]))
+    (tmp_path / "lines.py").write_text(lines)
     printed = engine.run(tmp_path / "lines.py", tmp_path)
     (wanted,) = (subject.text("ada", prompt) for prompt in re.findall(r'"([^"]+\?)"', lines))
     assert wanted in printed
