@@ -125,11 +125,11 @@ def _restore(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from uniproj.exchange import export
+    from uniproj.exchange.transfer import export, size
 
     export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
-    size = sum(path.stat().st_size for path in Path(args.out).glob("adapter_model.*"))
-    console.report({"format": args.to, "bytes": size, "folder": args.out}, args.json)
+    place = "file" if Path(args.out).is_file() else "folder"
+    console.report({"format": args.to, "bytes": size(args.out), place: args.out}, args.json)
     return 0
 
 
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     upload.add_argument("path", type=Path, help="folder of a uniproj adapter, or of a bank")
     console.add_upload(upload)
     for command in (out, into):
-        command.add_argument("out", help="folder to write")
+        command.add_argument("out", help="folder to write, or for GGUF the file")
         command.add_argument("--base", help="the base model: a folder or a name on the hub")
         plugins.add_trust(command)
     args = parser.parse_args(argv)

@@ -30,9 +30,10 @@ class Engine:
     """label: as it calls itself, and the heading of its lines in docs/export.md; format: of `export`; answers: with
     tokens, as `tests.engines.subject` asks for them, or with something else, for a test of its own.
 
-    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); suffix: of what it reads, where
-    that is a file; packages: that it names in its record; dependencies: pinned, what is installed; removed: what is
-    taken out again; environment: variables.
+    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); running_sum: whether it adds the
+    probabilities of all tokens one after another in float32; suffix: of what it reads, where that is a file; packages:
+    that it names in its record; dependencies: pinned, what is installed; removed: what is taken out again; environment:
+    variables.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Engine:
     dependencies: Sequence[str]
     answers: str = "tokens"
     suffix: str = ""
+    running_sum: bool = False
     removed: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,11 +61,11 @@ class Engine:
         return HOME / "scripts" / f"{self.name}.py"
 
     def lines(self) -> str:
-        """The Python that docs/export.md has for it."""
+        """The Python that docs/export.md has for it; where it has two blocks, the first is run once for a base."""
         section = (ROOT / "docs" / "export.md").read_text().split(f"\n### {self.label}\n")[1].split("\n##")[0]
-        (lines,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-        assert len(lines.strip().splitlines()) <= 8
-        return lines
+        *once, lines = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+        assert len(lines.strip().splitlines()) <= 11 and len(once) <= 1
+        return "".join([*once, lines])
 
     def install(self) -> Path:
         """The Python of the engine's environment, which is made once for a head."""

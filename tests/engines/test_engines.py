@@ -32,7 +32,7 @@ def _exported(engine: Engine, subject: Subject, folder: Path) -> dict[str, str]:
     """What the engine reads, by user."""
     written = {user: folder / f"{user}{engine.suffix}" for user in USERS}
     for user, out in written.items():
-        export(subject.folder / user, out, to=engine.format)
+        export(subject.folder / user, out, to=engine.format, base=str(subject.folder / "base"))
     return {user: str(out) for user, out in written.items()}
 
 
@@ -53,8 +53,8 @@ def test_answers_are_those_of_pytorch(
         said = asdict(engine) | {key: answer[key] for key in ("versions", "together", "seconds")}
         write_json(Path(folder) / f"{engine.name}.json", {**said, "users": users, "provenance": provenance("cpu")})
     for user, measured in users.items():
-        # else the base model alone would pass
-        assert measured["effect"] > 4 * measured["tolerance"], (user, measured)
+        # else the base model alone might pass, whose log-probabilities are off by the tolerance too
+        assert measured["effect"] > 2 * measured["tolerance"], (user, measured)
         assert measured["difference"] <= measured["tolerance"], (user, measured)
         assert measured["tokens_equal"] == measured["tokens"] or engine.precision != "float32", (user, measured)
 
@@ -66,7 +66,7 @@ def _measured(subject: Subject, engine: Engine, user: str, answered: list[Mappin
         "tokens": len(pairs),
         "tokens_equal": sum(a == b for a, b in pairs),
         "difference": subject.largest_difference(user, theirs),
-        "tolerance": subject.tolerance(user, engine.precision),
+        "tolerance": subject.tolerance(user, engine.precision, engine.running_sum),
         "effect": subject.effect(user),
     }
 

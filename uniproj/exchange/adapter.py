@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import PretrainedConfig
 
 from uniproj.errors import AdapterError
 from uniproj.exchange import bases
@@ -68,7 +69,7 @@ class Adapter:
 
     layout: P's, with the names that the modules have in the base model now; scales: s of delta W = s B A by these
     names; other: the remaining tensors of the file, by PEFT's names; order: the modules in the base model's order of
-    registration, or None if it is unknown.
+    registration, and base: its configuration, or None where they are unknown.
     """
 
     projection: Projection
@@ -78,6 +79,7 @@ class Adapter:
     scales: Mapping[str, float]
     other: Mapping[str, Tensor]
     order: tuple[str, ...] | None = None
+    base: PretrainedConfig | None = None
 
     def __post_init__(self) -> None:
         """Raises AdapterError for numbers that no file may hold: NaN, inf, or theta_d = 0 where c = 0."""
@@ -120,7 +122,7 @@ class Adapter:
         P.load_state_dict(own)
         order = None if model is None else tuple(adapted_modules(model, config))
         layout = _as_named_now(P.layout, config)
-        return cls(P, theta_d, config, layout, scales(config, layout), tensors, order)
+        return cls(P, theta_d, config, layout, scales(config, layout), tensors, order, bases.described(model))
 
     @classmethod
     def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
@@ -140,7 +142,7 @@ class Adapter:
         for name, layer in layers.items():  # of several parameters of one module the last stands around the others
             within.setdefault(id(layer.get_base_layer()), []).insert(0, name)
         order = tuple(module for names in within.values() for name in names for module in modules[name])
-        return cls(P, theta_d, config, layout, scaling, other, order)
+        return cls(P, theta_d, config, layout, scaling, other, order, bases.described(model.get_base_model()))
 
     @torch.no_grad()
     def lora(self) -> LoRAAdapter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,9 +59,8 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
         model = copy.deepcopy(base, {id(tensor): tensor for tensor in own})  # of the same numbers
         _replicate(model, spans)
         return model
-    try:
-        architecture.check_sizes(transformers.PretrainedConfig.get_config_dict(base)[0], base)
-        found = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    with _loadable(base):
+        found = _configuration(base, trust_remote_code)
         # a configuration may name a kernel on the hub, which is code, and no number here depends on it
         found._attn_implementation = "eager"
         task = getattr(config.task_type, "value", config.task_type)
@@ -74,9 +74,33 @@ def load(base: str | nn.Module, config: PeftConfig, weights: bool, trust_remote_
         if spans:
             _replicate(model, spans)
         return model
+
+
+def configuration(base: str) -> PretrainedConfig:
+    """That of a folder or a name on the hub. Raises AdapterError for one that Transformers cannot load by itself."""
+    with _loadable(base):
+        return _configuration(base, False)
+
+
+def described(model: nn.Module | None) -> PretrainedConfig | None:
+    """The configuration of a model of Transformers."""
+    found = getattr(model, "config", None)
+    return found if isinstance(found, PretrainedConfig) else None
+
+
+def _configuration(base: str, trust_remote_code: bool) -> PretrainedConfig:
+    architecture.check_sizes(transformers.PretrainedConfig.get_config_dict(base)[0], base)
+    return transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _loadable(base: str) -> Iterator[None]:
+    """Raises AdapterError for whatever a model class raises for a configuration that it cannot build."""
+    try:
+        yield
     except AdapterError:
         raise
-    except Exception as error:  # whatever a model class raises for a configuration that it cannot build
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise AdapterError(
                 f"{base}: must be a model of Transformers' own, got one that needs Python code which comes with it. "

@@ -31,12 +31,14 @@ def export(
     adapter_name: str = "default",
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a uniproj adapter (a folder, or the one of a live model) as an adapter of PEFT, with the same updates.
+    """Write a uniproj adapter (a folder, or the one of a live model) in another format, with the same updates.
 
     to: a name of `registry.names()`: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm",
-    LoRA under vLLM's rules, padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of
-    that projection. base: the base model or its name, where P is made of its weights, and for "tinylora";
-    trust_remote_code: whether Python code that comes with a model of this name may run.
+    LoRA under vLLM's rules, padded to a rank that vLLM knows; "gguf", "gguf_f16", "openvino", "onnx", .. for the
+    engines of docs/export.md; "unilora", "vera", "vblora", "tinylora" for adapters of that projection. base: the base
+    model or its name, where P is made of its weights, for "tinylora", and for GGUF where the adapter's own
+    configuration does not name it; trust_remote_code: whether Python code that comes with a model of this name may run.
+    out: a folder, or a file that ends in .gguf or .onnx_adapter.
 
     Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
     """
@@ -93,13 +95,16 @@ def import_adapter(
     else:
         adapter, P = found, found.projection
         report = {"projection": P.name, "D": P.D, "d": P.d, "trained": P.trained, "lost_energy": 0.0}
-    before = _size(path)
+    before = size(path)
     adapter.save(out)
-    return {**report, "bytes_before": before, "bytes": _size(Path(out))}
+    return {**report, "bytes_before": before, "bytes": size(out)}
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("adapter_model.*") if path.exists())
+def size(out: str | Path) -> int:
+    """Bytes of the numbers of an adapter: of a file, or of those files of a folder that hold them."""
+    path = Path(out)
+    files = [path] if path.is_file() else path.glob("adapter_model.*")
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _reader(folder: Path) -> registry.Format:
