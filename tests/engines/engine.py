@@ -61,7 +61,7 @@ class Engine:
         return HOME / "scripts" / f"{self.name}.py"
 
     def lines(self) -> str:
-        """The Python that docs/export.md has for it: a base model may have lines of its own, made once."""
+        """The Python that docs/export.md has for it; where it has two blocks, the first is run once for a base."""
         section = (ROOT / "docs" / "export.md").read_text().split(f"\n### {self.label}\n")[1].split("\n##")[0]
         *once, lines = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
         assert len(lines.strip().splitlines()) <= 11 and len(once) <= 1
