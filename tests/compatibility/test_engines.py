@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "results" / "engines"
 capability = partial(pytest.mark.capability, "Engines")
 ABSENT = {
     "Ollama": "not run: no package index has it; its ADAPTER takes the GGUF file that llama.cpp ran",
-    "SGLang": "not run: its wheels need CUDA, and its LoRA layers ask for pinned memory on a CPU; by its reader's rules",
+    "SGLang": "not run: its wheels need CUDA, and on a CPU its LoRA layers ask for pinned memory",
 }
 
 
@@ -55,7 +55,9 @@ def test_diffusers_ran(remark: Remark) -> None:
     measured = [found for users in record["models"].values() for found in users.values()]
     apart, effect = max(m["difference"] for m in measured), min(m["effect"] for m in measured)
     assert len(measured) == 6 and apart < 1e-3 * effect
-    remark(f"ran, equal to PyTorch within {apart:.1g} of the largest number; both adapters at once ({_versions(record)})")
+    remark(
+        f"ran, equal to PyTorch: within {apart:.1g} of the largest number; both adapters at once ({_versions(record)})"
+    )
 
 
 @capability("{engine}")
