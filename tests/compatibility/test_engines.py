@@ -33,11 +33,13 @@ def _versions(record: dict[str, Any]) -> str:
     return ", ".join(f"{package} {version}" for package, version in record["versions"].items())
 
 
+NAMES = {f"{engine.label}, {engine.precision}": name for name, engine in TALKING.items()}
+
+
 @capability("{engine}: SmolLM2-135M with an exported adapter")
-@pytest.mark.parametrize("engine", [engine.label for engine in TALKING.values()])
+@pytest.mark.parametrize("engine", NAMES)
 def test_ran(engine: str, remark: Remark) -> None:
-    (name,) = (name for name, each in TALKING.items() if each.label == engine)
-    record = _record(name)
+    record = _record(NAMES[engine])
     users = record["users"].values()
     assert len(users) == 2 and all(user["difference"] <= user["tolerance"] < user["effect"] / 2 for user in users)
     equal, tokens = (sum(user[key] for user in users) for key in ("tokens_equal", "tokens"))
