@@ -83,9 +83,10 @@ class Crowd:
         own = self.model.peft_config["ada"]
         config = LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=MODULES, task_type="CAUSAL_LM")
         peer = get_peft_model(models.load_causal(models.BaseModel("smollm2")), config, adapter_name=USERS[0])
-        for user in USERS[1:]:
-            peer.add_adapter(user, config)
         pairs = list(zip(_layers(self.model), _layers(peer), strict=True))
+        for _, theirs in pairs:
+            for user in USERS[1:]:  # as `add_adapter` does, which walks the whole model for each
+                theirs.update_layer(user, own.r, lora_alpha=own.lora_alpha, config=config)
         for user in USERS:
             self.bank.select(self.model, user)
             for ours, theirs in pairs:
