@@ -3,7 +3,7 @@
 # [tool.uniproj]
 # label = "MLX"
 # format = "mlx"
-# precision = "float32"
+# precision = "float32_mlx"
 # packages = ["mlx", "mlx-lm"]
 # ///
 """mlx-lm on the CPU. A model of its has one adapter, so each user gets a model."""
