@@ -143,7 +143,7 @@ def test_all_get_the_tokens_of_mixed(crowd: Crowd, server: Server, tmp_path: Pat
     began = time.perf_counter()
     equal = {VLLM: _equal(ask(), wanted)}
     first_seconds = time.perf_counter() - began
-    if folder := pytestconfig.getoption("--engines"):
+    if folder := pytestconfig.getoption("--engines", None):
         beside = partial(crowd.generate, crowd.peer(), adapter_names=USERS)
         equal[PEFT] = _equal(beside(), wanted)
         record = {
