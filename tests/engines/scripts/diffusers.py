@@ -39,12 +39,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 USERS = ("ada", "bob")
-SETTINGS = {
-    "r": 4,
-    "lora_alpha": 6,
-    "rank_pattern": {"to_v": 2},
-    "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
-}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+SETTINGS = {"d": 200, "r": 4, "lora_alpha": 6, "rank_pattern": {"to_v": 2}, "target_modules": TARGETS}
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
