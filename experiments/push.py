@@ -54,29 +54,31 @@ def _push_run(folder: Path, repo: str, base_model: str | None, options: dict[str
             "diverged keeps nothing, nor does full fine-tuning unless its options say keep: true."
         )
     config, weights = (folder / ADAPTER / name for name in names)
-    _check_scored(found, weights)
     saved, base_model = read_json(config), base_model or cards.base_of(found)
     if saved.get("peft_type") == "UNIPROJ":
+        _check_scored(found, weights, weights)
         options |= {"results": cards.results(found), "sections": cards.sections(found)}
         return hub.push(config.parent, repo, base_model=base_model, **options)
     saved |= {key: base_model for key in _PLACES if key in saved}
     with hub.apart() as out:
         write_json(out / config.name, cards.without_places(saved))
-        shutil.copyfile(weights, out / weights.name)
-        size = weights.stat().st_size
+        copied = out / weights.name
+        shutil.copyfile(weights, copied)
+        _check_scored(found, copied, weights)
+        size = copied.stat().st_size
         return hub.upload(out, repo, lambda name: cards.of_entrant(found, name, size, saved, base_model), **options)
 
 
-def _check_scored(found: dict[str, Any], weights: Path) -> None:
-    """Raises ExperimentError for weights that are cut off, or not those that the result was measured of."""
+def _check_scored(found: dict[str, Any], file: Path, weights: Path) -> None:
+    """Raises ExperimentError for a file of these weights, or a copy, that is cut off or not what the result is of."""
     try:
-        with safe_open(weights, "pt"):
+        with safe_open(file, "pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise ExperimentError(
             f"push: {weights} must be a whole safetensors file, got {error}. Bring it back, or train the run again."
         ) from error
-    digest = sha256(weights)
+    digest = sha256(file)
     if found.get("adapter_sha256") not in (None, digest):
         raise ExperimentError(
             f"push: {weights} must be what the run was scored with, of SHA-256 {found['adapter_sha256'][:12]}.., got "

@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"uniproj.hub"},
     {"uniproj.tuner"},
     {"uniproj.exchange", "uniproj.bank"},
-    {"uniproj.cli"},
+    {"uniproj.cli", "uniproj.vllm"},
     {"uniproj.__main__"},
     {
         "experiments.errors",

@@ -277,6 +277,44 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.M
         hub.push(tmp_path, "someone/adapter", dry_run=True)
 
 
+def test_what_goes_is_what_was_checked_and_told_though_the_folder_changes_meanwhile(
+    folder: Path, uploads: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another adapter, and then a file that is cut off, take the place of the one that was found first."""
+    save(tmp_path / "other", "fastfood", base_model_name_or_path=HERE, task_type="SEQ_CLS")
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "other", cut)
+    (cut / WEIGHTS).write_bytes((cut / WEIGHTS).read_bytes()[:-9])
+    copyfile = shutil.copyfile
+    for changed in (tmp_path / "other", cut):
+        monkeypatch.setattr(shutil, "copyfile", lambda source, to, new=changed: copyfile(new / source.name, to))
+        if changed == cut:
+            with pytest.raises(AdapterError, match=rf"{WEIGHTS}.*must be"):
+                hub.push(folder, "someone/cut", base_model="someone/base")
+            assert not uploads.folder("someone/cut").exists()
+        else:
+            text = hub.push(folder, "someone/adapter", base_model="someone/base").card
+            sent = file.read(uploads.folder("someone/adapter")).header
+            assert sent is not None and sent.projection == "fastfood" and "| method | `fastfood`, version" in text
+
+
+def test_of_several_adapters_in_a_folder_one_is_named(tmp_path: Path, uploads: Hub) -> None:
+    model = get_peft_model(base_model("llama"), config("llama"), "mine")
+    model.add_adapter("other", config("llama"))
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(AdapterError, match=r"Name the folder of one of the adapters in it: 'mine', 'other'\.$"):
+        hub.push(tmp_path / "saved", "someone/adapter")
+    assert hub.push(tmp_path / "saved" / "mine", "someone/adapter").files.keys() == SENT
+    # the one that PEFT calls `default` lies in the folder itself, with its card
+    model = _trained()
+    model.add_adapter("other", config("llama", d=30))
+    model.save_pretrained(tmp_path / "more")
+    text = (tmp_path / "more" / "README.md").read_text()
+    assert card.is_ours(text) and "| d, D | 60," in text
+    assert "| d, D | 60," in hub.push(tmp_path / "more", "someone/default").card
+    assert "| d, D | 30," in hub.push(tmp_path / "more" / "other", "someone/other").card
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "", "../x", "someone/a--b", "/home/ada/x"])
 def test_no_repository_has_such_a_name(folder: Path, uploads: Hub, name: str) -> None:
     with pytest.raises(AdapterError, match=r"push: the repository must be the name .* such as user/name, got"):

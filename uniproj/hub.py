@@ -73,14 +73,17 @@ def push(
     """
     with apart() as place:
         folder = Path(adapter) if isinstance(adapter, str | Path) else _saved(adapter, place / "saved")
-        saved, out = file.read(folder), place / "out"
+        out = place / "out"
+        file.read(folder)  # refuses by the name that the user knows
+        _copy(folder, out)
+        saved = file.read(out)  # what goes is what is checked, whoever writes to the folder meanwhile
         if saved.header is None:
             raise AdapterError(
                 f"push: {folder} must hold a header of its P, got a file of an earlier format. "
                 "Load it on its base with PeftModel.from_pretrained, and push the model."
             )
         header = card.published(saved.header, base_model)
-        _copy(folder, out, saved, header)
+        _rename_base(out, saved, header)
         beside = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items() if not name.startswith(OWN)}
         trained = sum(tensor.numel() for name, tensor in saved.tensors.items() if name.startswith(OWN))
         size, decided = (out / file.WEIGHTS).stat().st_size, measured(header, saved.tensors)
@@ -188,23 +191,33 @@ def _saved(model: Any, folder: Path) -> Path:
     return folder / names[0] if (folder / names[0]).is_dir() else folder
 
 
-def _copy(folder: Path, out: Path, saved: file.SavedAdapter, header: Header) -> None:
-    """The files of an adapter that go: as they are, or written anew for another name of the base; a card of the user's
-    own without the old name."""
+def _copy(folder: Path, out: Path) -> None:
+    """The files of an adapter that may go, with a card that lies beside them, as they are."""
+    out.mkdir()
+    own = folder / card.CARD
+    has_card = own.is_file() and not own.is_symlink()
+    for name in (file.CONFIG, file.WEIGHTS, *([card.CARD] if has_card else [])):
+        shutil.copyfile(folder / name, out / name)
+
+
+def _rename_base(out: Path, saved: file.SavedAdapter, header: Header) -> None:
+    """Give copied files the name of the base that `header` has: they are written anew where it is another, a card of
+    the user's own loses the old one, and one of ours goes, since it is made anew."""
     assert saved.header is not None
     named: set[str | None] = {saved.header.base_model, saved.config.get("base_model_name_or_path")}
-    out.mkdir()
-    if named == {header.base_model}:
-        for name in (file.CONFIG, file.WEIGHTS):
-            shutil.copyfile(folder / name, out / name)
-    else:
+    if named != {header.base_model}:
         file.write(out, saved.tensors, header, {**saved.config, "base_model_name_or_path": header.base_model})
-    own = folder / card.CARD
-    if own.is_file() and not own.is_symlink() and not card.is_ours(text := own.read_text("utf-8", "replace")):
-        known = text
-        for place in named:
-            text = card.without_place(text, place)
-        (out / card.CARD).write_bytes(own.read_bytes() if text == known else text.encode())
+    own = out / card.CARD
+    if not own.exists():
+        return
+    known = text = own.read_text("utf-8", "replace")
+    if card.is_ours(known):
+        own.unlink()
+        return
+    for place in named:
+        text = card.without_place(text, place)
+    if text != known:
+        own.write_bytes(text.encode())
 
 
 def _client(repo: str, token: str | bool | None) -> HfApi:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.errors import ExperimentError
-from experiments.evaluate.finished import load_base, load_finished
+from experiments.evaluate.finished import Base, load_base, load_finished
 from experiments.files import read_json, write_json
 from experiments.provenance import provenance
 from experiments.records import statistics
@@ -28,7 +28,7 @@ _OF_A_BASE = ("task", "data", "model", "revision", "base_dtype", "quantization")
 _Found = dict[str, Any]
 
 
-def evaluate(run: Run, name: str, limit: int | None = None) -> _Found:
+def evaluate(run: Run | Base, name: str, limit: int | None = None) -> _Found:
     """The harness's metrics of one of its tasks, as fractions, with their standard errors, shots and rows.
 
     samples: of each metric that is a mean over rows, what the rows have, in their order.
@@ -38,8 +38,8 @@ def evaluate(run: Run, name: str, limit: int | None = None) -> _Found:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if run.task.family != "causal":
-        raise ExperimentError(f"harness: {run.folder} must be a run of a causal model, got {run.task.family}.")
+    if run.family.task.family != "causal":
+        raise ExperimentError(f"harness: {run.folder} must be a run of a causal model, got {run.family.task.family}.")
     tokenizer = run.family.processor
     rows = 4 * run.config.batch_size
     model = HFLM(pretrained=run.model.eval(), tokenizer=tokenizer, batch_size=rows, trust_remote_code=False)
@@ -106,9 +106,9 @@ def _check_code(names: Sequence[str]) -> None:
                 check_allowed(f"harness: {name}")
 
 
-def _task(run: Run, name: str) -> str | dict[str, Any]:
+def _task(run: Run | Base, name: str) -> str | dict[str, Any]:
     """The harness's task, on rows of the run's data folder where it has them."""
-    published = run.task.harness.get(name)
+    published = run.family.task.harness.get(name)
     if published is None or run.config.data == HUB:
         return name
     # of a dict, the harness overrides its own task by what a group says of a member
@@ -147,12 +147,12 @@ def record_base(folder: Path, tasks: Sequence[str], limit: int | None, others: S
     """The same of the base of a finished run, in harness-before.json; what one of the others has of it is taken."""
 
     @cache
-    def run() -> Run:
+    def base() -> Base:
         return load_base(folder, "harness")
 
     def found(name: str) -> _Found:
         known = (read_json(other / BEFORE).get(name) for other in others if _is_same_base(folder, other))
-        return next((one for one in known if _fits(one, limit)), None) or evaluate(run(), name, limit)
+        return next((one for one in known if _fits(one, limit)), None) or evaluate(base(), name, limit)
 
     return _completed(folder / BEFORE, tasks, limit, found)
 

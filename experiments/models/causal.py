@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -73,6 +74,11 @@ class CausalModel(Family):
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return DataCollatorForSeq2Seq(self.processor, padding=True)(features)
+
+    @staticmethod
+    def made_up_row(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+        ids = torch.ones(1, 4, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids}
 
     def predict(self, trainer: Trainer, rows: pd.DataFrame) -> pd.DataFrame:
         """`prediction` is 1 where the generated `text` is right, `label` is 1: accuracy is then their agreement."""

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from experiments.models.pretrained import BaseModel, target_modules, unloaded
 from experiments.tasks import Task
@@ -58,6 +58,11 @@ class Family(ABC):
     @abstractmethod
     def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A padded batch."""
+
+    @staticmethod
+    @abstractmethod
+    def made_up_row(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+        """A batch of one row without meaning, with its label, as a model of this configuration reads it."""
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
 from experiments.models.classifier import Classifier, count_labels
 from experiments.models.pretrained import load_image_classifier, load_image_processor
@@ -40,6 +40,13 @@ class ImageClassifier(Classifier):
         pictures = [_opened(feature["image"]) for feature in features]
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels, "labels": torch.tensor([feature["label"] for feature in features])}
+
+    @staticmethod
+    def made_up_row(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+        side = getattr(config, "image_size", 224)
+        height, width = (side, side) if isinstance(side, int) else side
+        pixels = torch.ones(1, getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": pixels, "labels": torch.zeros(1, dtype=torch.long)}
 
 
 def _opened(image: dict[str, Any]) -> Image.Image:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,3 +44,7 @@ class TextClassifier(Classifier):
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return DataCollatorWithPadding(self.processor)(features)
+
+    @staticmethod
+    def made_up_row(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.zeros(1, dtype=torch.long)}

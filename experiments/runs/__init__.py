@@ -21,12 +21,12 @@ from experiments.runs.folder import (
 )
 from experiments.runs.resolve import DEVICES, check_device, resolve
 from experiments.runs.result import ADAPTER, peak_bytes
-from experiments.runs.run import Run
+from experiments.runs.run import Run, family_for
 from experiments.runs.training import train
 
 __all__ = [
     "ADAPTER", "BUSY", "CONFIG", "DEVICES", "FAILED", "LOCK", "LOGGING_STEPS", "LOSSES", "NAMED", "REFERENCE",
     "RESULT", "RUNS", "SEEDS", "TORCHRUN", "Run", "RunConfig", "asked_of_accelerate", "check_config",
-    "check_device", "check_rows", "describe", "draw", "entrants", "is_locked", "lock", "peak_bytes", "prepare",
-    "resolve", "run_folder", "tracking", "train",
+    "check_device", "check_rows", "describe", "draw", "entrants", "family_for", "is_locked", "lock", "peak_bytes",
+    "prepare", "resolve", "run_folder", "tracking", "train",
 ]  # fmt: skip

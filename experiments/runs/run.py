@@ -52,14 +52,8 @@ class Run:
         config = RunConfig.from_json(read_json(folder / CONFIG))
         check_device(config.device)
         stop, divergence = StopOnSignal(), StopOnDivergence()
-        task = tasks.get(config.task, config.data, config.metric)
-        family = family_of(task.family)(
-            BaseModel(config.model, config.base_dtype, config.quantization, config.revision),
-            task,
-            seed=config.init_seed,
-            max_length=config.max_length,
-            max_new_tokens=config.max_new_tokens,
-        )
+        family = family_for(config)
+        task = family.task
         check_rows(task, config)
         rows = task.split("train")
         entrant = entrants.get(config.projection)
@@ -101,6 +95,18 @@ class Run:
 
     def test_rows(self) -> pd.DataFrame:
         return scored_rows(self.task, self.config, "test")
+
+
+def family_for(config: RunConfig) -> Family:
+    """The family of a run's task, bound to its base."""
+    task = tasks.get(config.task, config.data, config.metric)
+    return family_of(task.family)(
+        BaseModel(config.model, config.base_dtype, config.quantization, config.revision),
+        task,
+        seed=config.init_seed,
+        max_length=config.max_length,
+        max_new_tokens=config.max_new_tokens,
+    )
 
 
 def watched(model: nn.Module, family: Family) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from experiments.checks import check_distinct, check_record
 from experiments.errors import ExperimentError
@@ -139,6 +140,13 @@ def _events(folder: Path, label: Label) -> str:
     beside = Path(os.environ.get(_TENSORBOARD) or folder.resolve().parents[1] / "tensorboard")
     # one part of a path each, whatever the label says
     return str(beside / f"sweep={label.sweep}".replace("/", "-") / label.name.replace("/", "-"))
+
+
+def go_on(trainer: Trainer, step: int) -> None:
+    """TensorBoard forgets what it was told of steps after this one, which are run and told again."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback._SummaryWriter = partial(callback._SummaryWriter, purge_step=step + 1)
 
 
 def end(trainer: Trainer, report_to: Sequence[str]) -> None:

@@ -58,7 +58,9 @@ def train(folder: Path, report_to: Sequence[str] = ()) -> int:
     with tracking.named(folder, report_to):
         current = Run.load(folder, report_to)
         before = current.probe()
-        output = current.trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        last = last_checkpoint(folder)
+        tracking.go_on(current.trainer, 0 if last is None else int(last.rpartition("-")[2]))
+        output = current.trainer.train(resume_from_checkpoint=last)
     tracking.end(current.trainer, report_to)
     if current.stop.requested:
         return INTERRUPTED

@@ -32,7 +32,7 @@ from experiments.runs import (
     run_folder,
     tracking,
 )
-from experiments.sweeps import study
+from experiments.sweeps import protocol, study
 from experiments.sweeps.protocol import MOST_BEYOND, sweep_folder
 from experiments.sweeps.sweep import GRID, Sweep
 from uniproj.budget import TOLERANCE as OF_BUDGET
@@ -49,20 +49,23 @@ _OF_ENTRANT = (
 )
 # what decides the time of a step and the memory of a run
 KIND = (
-    *("task", "model", "projection", "r", "d", "batch_size", "max_length"),
+    *("task", "model", "target_modules", "projection", "r", "d", "hyperparameters"),
+    *("batch_size", "accumulation", "max_length", "gradient_checkpointing"),
     *("device", "dtype", "base_dtype", "quantization"),
 )
 
 
-def runs_of(sweep: Sweep) -> dict[str, list[RunConfig]]:
-    """Every run by stage, each once. Confirming runs stand for those of the settings that tuning will choose."""
-    cells = sweep.cells()
+def runs_of(sweep: Sweep, runs: Path | None = None) -> dict[str, list[RunConfig]]:
+    """Every run by stage, each once, as far as tuning in the folder `runs`, or nothing, has told which there are.
+
+    Confirming runs stand for those of the settings that tuning will choose.
+    """
+    chosen = protocol.chosen(sweep, runs) if runs else {}
     stages: dict[str, list[RunConfig]] = {"tune": [], "confirm": []}
-    for cell in cells:
-        trials = sweep.trials(cell, study.expected(sweep, cell)) if sweep.tune else []
-        stages["tune"] += trials
-        first = {key: getattr(trials[0], key) for key in sweep.tuned()} if trials else {}
-        stages["confirm"] += sweep.confirmations(cell, first)
+    for cell in sweep.cells():
+        points = study.so_far(sweep, cell, sweep_folder(runs, sweep)) if runs else study.expected(sweep, cell)
+        stages["tune"] += sweep.trials(cell, points) if sweep.tune else []
+        stages["confirm"] += sweep.confirmations(cell, chosen.get(digest(cell), points[0]))
     return {stage: list({digest(c.to_json()): c for c in each}.values()) for stage, each in stages.items()}
 
 
@@ -123,7 +126,7 @@ def estimate(sweep: Sweep, runs: Path, at_once: int) -> str:
     further = f", tuned at up to {MOST_BEYOND} rates beyond either edge of the grid where the best lies there"
     widened = sweep.sampler == GRID and len((sweep.tune or {}).get("lr", ())) > 1
     lines = [f"Sweep {sweep.name}: {len(sweep.cells())} cells" + further * widened]
-    stages = runs_of(sweep)
+    stages = runs_of(sweep, runs)
     measured = _measured(sweep, stages, runs)
     seconds, unknown = 0.0, 0
     for stage, configs in stages.items():

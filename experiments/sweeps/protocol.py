@@ -98,9 +98,7 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
                 "choices": choices,
             },
         )
-    locked = read_json(path)
-    with as_written(path, "it"):
-        check_record("", Locked, locked)
+    locked = _locked(path)
     if locked["trials_digest"] != asked:
         raise ExperimentError(
             f"tune: {path} must hold the choice of this sweep's trials, got that of others: the sweep was changed "
@@ -118,6 +116,20 @@ def tune(sweep: Sweep, runs: Path, train: Train) -> Mapping[str, Mapping[str, An
                     f"{shown(choice[what])}, got {got}. It was edited: move it away and run the same command again."
                 )
     return {cell: choice["chosen"] for cell, choice in again.items()}
+
+
+def _locked(path: Path) -> dict[str, Any]:
+    """choice.json. Raises ExperimentError for one of another form."""
+    locked = read_json(path)
+    with as_written(path, "it"):
+        check_record("", Locked, locked)
+    return locked
+
+
+def chosen(sweep: Sweep, runs: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The settings that choice.json has of each cell, by its digest, unverified; none where nothing is chosen yet."""
+    path = sweep_folder(runs, sweep) / CHOICE
+    return {each["cell_digest"]: each["chosen"] for each in _locked(path)["choices"]} if path.exists() else {}
 
 
 def _train(sweep: Sweep, runs: Path, trials: Sequence[_Asked], train: Train) -> None:

@@ -76,6 +76,23 @@ def expected(sweep: Sweep, cell: Cell) -> list[Cell]:
     ]
 
 
+def so_far(sweep: Sweep, cell: Cell, folder: Path) -> list[Cell]:
+    """The expected points, in whose place are those that the study in a sweep's folder has asked for. It is only read.
+
+    Raises ExperimentError for a study that Optuna cannot read.
+    """
+    path, asked = folder / STUDY, list[Cell]()
+    if sweep.sampler == OPTUNA and path.exists():
+        import optuna
+
+        with _as_optuna_wrote(path):
+            storage, name = _storage(path), _name(sweep, cell)
+            if name in optuna.get_all_study_names(storage):
+                trials = optuna.load_study(study_name=name, storage=storage).trials
+                asked = [_point(sweep, trial.params) for trial in trials[: sweep.points_per_cell]]
+    return [*asked, *expected(sweep, cell)[len(asked) :]]
+
+
 def is_range(values: Sequence[Any]) -> bool:
     """Whether a list to tune gives the ends of a range: it holds numbers, and more than one."""
     return len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
@@ -144,11 +161,7 @@ def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: P
     wanted, direction = sweep.points_per_cell, _direction(sweep, cell)
     with _as_optuna_wrote(path), _alone(path.with_suffix(".lock")):
         study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
-            # of a sweep that is changed before its choice is locked, the points of before are not its own
-            study_name=f"{sweep.in_words(cell)} {digest({'asks': asks(sweep, cell)})}",
-            direction=direction,
-            load_if_exists=True,
+            storage=_storage(path), study_name=_name(sweep, cell), direction=direction, load_if_exists=True
         )
         for number, each in enumerate(tried):
             state = optuna.trial.TrialState.PRUNED if each["pruned"] else optuna.trial.TrialState.COMPLETE
@@ -164,6 +177,20 @@ def _asked(sweep: Sweep, cell: Cell, tried: Sequence[Mapping[str, Any]], path: P
             state, params = optuna.trial.TrialState.RUNNING, copy.ask(ranges).params
             study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=ranges))
         return [_point(sweep, trial.params) for trial in study.trials[:wanted]]
+
+
+def _storage(path: Path) -> Any:
+    """Optuna's journal. A file that exists is not written to until a study is told something."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _name(sweep: Sweep, cell: Cell) -> str:
+    """The study of a cell. Of a sweep that is changed before its choice is locked, the points of before are not its
+    own."""
+    return f"{sweep.in_words(cell)} {digest({'asks': asks(sweep, cell)})}"
 
 
 @contextmanager

@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).parent
-ENVIRONMENTS = HOME.parents[1] / "build" / "engines"
+ROOT = HOME.parents[1]
+ENVIRONMENTS = ROOT / "build" / "engines"
 _HEAD = re.compile(r"(?m)^# /// script$\s(?P<lines>(^#(| .*)$\s)+)^# ///$")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """label: as it calls itself, and the heading of its lines in docs/export.md; format: of `export`.
+    """label: as it calls itself, and the heading of its lines in docs/export.md; format: of `export`; answers: with
+    tokens, as `tests.engines.subject` asks for them, or with something else, for a test of its own.
 
-    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); suffix: of what it reads, where
-    that is a file; packages: that it names in its record; dependencies: pinned, what is installed; removed: what is
-    taken out again; environment: variables.
+    precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); running_sum: whether it adds the
+    probabilities of all tokens one after another in float32; suffix: of what it reads, where that is a file; packages:
+    that it names in its record; dependencies: pinned, what is installed; removed: what is taken out again; environment:
+    variables.
     """
 
     name: str
@@ -39,7 +42,9 @@ class Engine:
     precision: str
     packages: Sequence[str]
     dependencies: Sequence[str]
+    answers: str = "tokens"
     suffix: str = ""
+    running_sum: bool = False
     removed: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -54,6 +59,13 @@ class Engine:
     @property
     def script(self) -> Path:
         return HOME / "scripts" / f"{self.name}.py"
+
+    def lines(self) -> str:
+        """The Python that docs/export.md has for it; where it has two blocks, the first is run once for a base."""
+        section = (ROOT / "docs" / "export.md").read_text().split(f"\n### {self.label}\n")[1].split("\n##")[0]
+        *once, lines = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+        assert len(lines.strip().splitlines()) <= 11 and len(once) <= 1
+        return "".join([*once, lines])
 
     def install(self) -> Path:
         """The Python of the engine's environment, which is made once for a head."""
@@ -89,3 +101,4 @@ class Engine:
 
 
 ENGINES = {script.stem: Engine.of(script) for script in sorted((HOME / "scripts").glob("*.py"))}
+TALKING = {name: engine for name, engine in ENGINES.items() if engine.answers == "tokens"}

@@ -1,4 +1,4 @@
-"""A small UNet of diffusers takes the exported LoRA, by PEFT and by diffusers' own loader."""
+"""Export to diffusers: the one file, read by diffusers' rules and without it, has the updates of the model."""
 
 from __future__ import annotations
 
@@ -7,53 +7,97 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 
-from tests.exchange.tools import SAME, difference, fields_of
+from tests.exchange.tools import SAME, difference
+from tests.tuner.models import base_model, config
+from uniproj import AdapterError
 from uniproj.exchange import export
 from uniproj.tuner import UniProjConfig, adapter_of
 
-diffusers = pytest.importorskip("diffusers")
-PREFIX = "base_model.model"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+PATTERNS = {"rank_pattern": {"to_v": 2}, "alpha_pattern": {"to_q": 7}}
 
 
-def _unet() -> Any:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        **blocks,
-    ).eval()
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(5, 8)
+        self.to_out = nn.ModuleList([nn.Linear(8, 6), nn.Dropout(0.0)])
 
 
-@torch.no_grad()
-def _noise(model: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    sample, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 12, generator=generator)
-    return model(sample, 10, text).sample
+class _Model(nn.Module):
+    """Modules by the names that they have in a UNet or a transformer of diffusers."""
+
+    def __init__(self, *blocks: str) -> None:
+        super().__init__()
+        for block in blocks:
+            self.add_module(block, nn.ModuleList([nn.Module()]))
+            self.get_submodule(block)[0].attn1 = _Attention()
+        self.conv = nn.Conv2d(4, 4, 3)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("rank", [None, 8])
-def test_a_unet_takes_it(rank: int | None, tmp_path: Path) -> None:
+def _model(*blocks: str, **fields: Any) -> PeftModel:
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    model = get_peft_model(_unet(), UniProjConfig(d=200, r=4, lora_alpha=8, target_modules=targets)).eval()
+    given = {"d": 60, "r": 4, "lora_alpha": 6, "target_modules": targets, **fields}
+    model = get_peft_model(_Model(*blocks), UniProjConfig(**given))
     with torch.no_grad():
-        adapter_of(model).theta_d.mul_(100.0)
-    wanted = _noise(model)
-    assert difference(wanted, _noise(_unet())) > 1e3 * SAME
-    export(model, tmp_path, rank=rank)
-    assert difference(_noise(PeftModel.from_pretrained(_unet(), str(tmp_path))), wanted) <= SAME
+        adapter_of(model).theta_d.mul_(30.0)
+    return model
 
-    # diffusers' own loader opens no adapter_config.json
-    unet, found = _unet(), fields_of(tmp_path)
-    settings = {f"{PREFIX}.{key}": found[key] for key in ("r", "lora_alpha", "target_modules")}
-    unet.load_lora_adapter(load_file(tmp_path / "adapter_model.safetensors"), prefix=PREFIX, metadata=settings)
-    assert difference(_noise(unet), wanted) <= SAME
+
+@pytest.mark.parametrize(
+    ("part", "blocks"), [("unet", ("down_blocks", "up_blocks")), ("transformer", ("transformer_blocks",))]
+)
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, PATTERNS], ids=["one", "rslora", "patterns"])
+def test_the_updates_are_those_of_the_model(part: str, blocks: tuple[str], fields: dict, tmp_path: Path) -> None:
+    """diffusers takes the tensors of its part, the ranks and names from them, and alpha = r where there is none."""
+    model = _model(*blocks, **fields)
+    export(model, tmp_path, to="diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert all(name.startswith(f"{part}.") for name in tensors)
+    state = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+    (r,) = {tensor.shape[1] for name, tensor in state.items() if "lora_B" in name}
+    found = {name.split(".lora")[0] for name in state}
+    fresh = inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=[*found]), _Model(*blocks))
+    assert not set_peft_model_state_dict(fresh, state).unexpected_keys
+    layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert found == layers.keys()
+    for name, layer in layers.items():
+        wanted = layer.get_delta_weight("default")
+        assert difference(fresh.get_submodule(name).get_delta_weight("default"), wanted) <= SAME, name
+        B, A = (state[f"{name}.lora_{factor}.weight"].double() for factor in "BA")
+        assert difference(B @ A, wanted) <= SAME, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, r"must hold A and B alone, got modules_to_save=\['lm_head'\]"),
+        ({"bias": "all"}, "must hold A and B alone, got bias='all'"),
+        ({"alora_invocation_tokens": [7, 8]}, "diffusers has no alora_invocation_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_diffusers_cannot_take_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=said):
+        export(get_peft_model(base_model("llama"), config("llama", **fields)), tmp_path / "out", to="diffusers")
+    with pytest.raises(AdapterError, match="diffusers holds linear layers alone, got conv, which is none"):
+        export(_model("up_blocks", target_modules=["to_q", "conv"]), tmp_path / "out", to="diffusers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(_model("up_blocks"), tmp_path, to="diffusers")
+    before = (tmp_path / WEIGHTS).read_bytes()
+
+    def breaks(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", breaks)
+    with pytest.raises(AdapterError, match="No space left on device"):
+        export(_model("up_blocks", r=2), tmp_path, to="diffusers")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

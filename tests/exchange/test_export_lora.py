@@ -145,7 +145,7 @@ def test_refusals(tmp_path: Path) -> None:
         export(folder, tmp_path / "out", base=other)
     with pytest.raises(AdapterError, match="rank must be at least that of every module, 4, got 2"):
         export(model, tmp_path / "out", rank=2)
-    with pytest.raises(AdapterError, match="to must be one of lora, tinylora, unilora"):
+    with pytest.raises(AdapterError, match=r"to must be one of .*lora, .*tinylora, unilora"):
         export(model, tmp_path / "out", to="dora")
     with pytest.raises(AdapterError, match="rank must be left out for vera"):
         export(model, tmp_path / "out", to="vera", rank=8)

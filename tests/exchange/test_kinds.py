@@ -173,7 +173,7 @@ def test_what_the_base_alone_tells(tmp_path: Path) -> None:
     assert {*load_file(tmp_path / "one" / WEIGHTS)} == {f"base_model.model.experts.lora_{f}.weight" for f in "AB"}
 
 
-@pytest.mark.parametrize("to", ["vllm", "unilora"])
+@pytest.mark.parametrize("to", ["vllm", "sglang", "mlx", "diffusers", "unilora"])
 @pytest.mark.parametrize(
     ("site", "fields"),
     [

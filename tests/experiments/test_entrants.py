@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel, ViTConfig
 
 from experiments import compare, harness, names, sweep, train
 from experiments.errors import ExperimentError
@@ -25,6 +25,7 @@ from experiments.processes import Processes
 from experiments.records.reading import load
 from experiments.runs import entrants
 from experiments.runs.callbacks import checkpoints
+from experiments.runs.config import RunConfig
 from experiments.runs.entrants.solve import nearest
 from experiments.runs.folder import prepare
 from experiments.runs.resolve import resolve
@@ -94,6 +95,7 @@ def test_full_fine_tuning_trains_everything_and_the_head_nothing_else(settings: 
         ("peft/gralora", 1300, {"r": 6}),  # whose rank must be even
         ("peft/c3a", 600, {"block_size": 8}),  # 4,096 / 8 numbers
         ("peft/lora", 1, {"r": 1}),
+        ("peft/lora", 100, {"r": 1}),
         ({"peft/loha": {"budget_option": "r"}}, 1000, {"r": 2}),
         ({"peft/c3a": {"budget_option": {"block_size": "falling divisors"}}}, 600, {"block_size": 8}),
     ],
@@ -168,7 +170,10 @@ def test_what_is_spelled_wrongly_is_said_with_the_nearest_names(asked: Any, mess
             {},
             "PEFT saves the tokens alone",
         ),
-        ("peft/p_tuning", {}, "got a network that makes its tokens, of which PEFT saves the tokens alone. Choose"),
+        ("peft/p_tuning", {}, "needs checkpoints of the network that makes its tokens, where PEFT saves the tokens"),
+        # its scale alone
+        ({"peft/lora": {"budget_option": "lora_alpha"}}, {}, "must be solved over an option that changes how many"),
+        ({"peft/lora": {"budget_option": "use_rslora"}}, {"budget": 9}, "use_rslora, at whose values it trains 1,024."),
         # plain LoRA, were it not prepared for
         ({"peft/lora": {"init_lora_weights": "eva"}}, {}, "needs more than a run does for init_lora_weights: eva"),
         # blocks of one number each, which cannot turn
@@ -200,6 +205,17 @@ def test_a_language_model_has_no_head_and_only_a_frozen_base_is_sharded(
     for name in ("full", "head", "peft/lora"):
         with pytest.raises(ExperimentError, match=f"{name} must have its whole base on each process"):
             preflight.check(read(file, [f"axes.projection=[unilora,{name}]", sharded]))
+
+
+def test_a_method_that_gives_no_loss_on_pictures_is_refused(settings: dict, tmp_path: Path) -> None:
+    """PEFT's shadow network is told of token ids and embeddings, which a vision transformer does not take."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    ViTConfig(**sizes, image_size=16, patch_size=8).save_pretrained(tmp_path)
+    pictures = {**settings, "task": "cifar10", "model": str(tmp_path), "target_modules": "all-linear"}
+    for name in ("peft/lora", "peft/vera", "peft/shira"):
+        entrants.get(name).check(resolve({**pictures, "projection": name}))
+    with pytest.raises(ExperimentError, match=r"peft/shadow must give a loss on .* or choose another entrant"):
+        entrants.get("peft/shadow").check(resolve({**pictures, "projection": "peft/shadow"}))
 
 
 def test_every_method_of_peft_joins_or_says_why_not(settings: dict) -> None:
@@ -269,6 +285,21 @@ def test_every_entrant_is_tuned_by_as_many_trials(file: Path) -> None:
     trials = [asked.trials(cell) for cell in asked.cells()]
     assert [[trial.lr for trial in each] for each in trials] == [[0.01, 0.05]] * 5
     assert {trial.train_seed for each in trials for trial in each} == {0}
+
+
+def test_options_make_another_kind_of_run(file: Path, runs: Path, monkeypatch, capsys) -> None:
+    """One of two kinds may fail, and trains at another speed."""
+
+    def examine(config: RunConfig) -> dict[str, float]:
+        if config.hyperparameters.get("block_size") == 4 or config.gradient_checkpointing:
+            raise RuntimeError("not so")
+        return {"seconds_per_step": 1.0, "peak_bytes": 1.0}
+
+    monkeypatch.setattr(preflight, "_examine", examine)
+    axes = ["axes.projection=[{peft/c3a: {block_size: 4}}, {peft/c3a: {block_size: 8}}]"]
+    for more, said in (([], "1 of 2 kinds"), (["+axes.gradient_checkpointing=[false, true]"], "1 of 4 kinds")):
+        assert sweep.main([str(file), *axes, *more, "--doctor", "--runs", str(runs)]) == 1
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.system

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,21 @@ def test_an_entrant_that_is_no_projection_has_a_card_of_what_is_known(tmp_path: 
     assert 'from_pretrained("someone/base")\nmodel = PeftModel.from_pretrained(base, "someone/lora")' in named.card
     there = json.loads((uploads.folder("someone/lora") / CONFIG).read_text())
     assert there["base_model_name_or_path"] == "someone/base"
+
+
+def test_weights_that_change_while_they_are_copied_stay_here(tmp_path: Path, uploads: Hub, monkeypatch) -> None:
+    folder = _run(tmp_path / "runs", projection="peft/lora")
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    get_peft_model(base_model("llama"), lora).save_pretrained(folder / "adapter")
+    _finish(folder, folder / "adapter")
+
+    def changing(source: Path, to: Path) -> None:
+        to.write_bytes(source.read_bytes()[:-1] + b"x")
+
+    monkeypatch.setattr(shutil, "copyfile", changing)
+    with pytest.raises(ExperimentError, match=rf"adapter/{WEIGHTS} must be what the run was scored with, of SHA-256"):
+        push.push(folder, "someone/x")
+    assert not uploads.cache.exists()
 
 
 def test_no_option_tells_a_place_and_the_hub_takes_the_name_of_a_task(tmp_path: Path, uploads: Hub) -> None:

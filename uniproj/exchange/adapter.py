@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from uniproj.errors import AdapterError
@@ -48,6 +49,18 @@ class LoRAAdapter:
     config: LoraConfig
     other: Mapping[str, Tensor]
     order: tuple[str, ...] | None = None
+
+    def padded(self, rank: int, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """B (out, rank) and A (rank, in) of every linear layer with delta W = scale B A, in the dtype of theta_D.
+
+        Columns of B and rows of A that are 0 bring every site to `rank`; where s is not `scale`, s / scale is
+        multiplied into B, which is rounded once.
+        """
+        factors = self.layout.split_sites(self.theta_D)
+        for site, B, A in zip(self.layout.sites, factors[::2], factors[1::2], strict=True):
+            s, more = self.scales[site.name], rank - site.r
+            scaled = B if s == scale else (s / scale * B.double()).to(B.dtype)
+            yield pad(scaled, (0, more)), pad(A, (0, 0, 0, more))
 
 
 @dataclass(frozen=True)

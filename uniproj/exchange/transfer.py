@@ -34,11 +34,11 @@ def export(
     """Write a uniproj adapter (a folder, or the one of a live model) in another format, with the same updates.
 
     to: a name of `registry.names()`: "lora", exact in float32, at the ranks of the adapter or padded to `rank`; "vllm",
-    LoRA under vLLM's rules, padded to a rank that vLLM knows; "unilora", "vera", "vblora", "tinylora" for adapters of
-    that projection; "gguf" and "gguf_f16", one file for llama.cpp and Ollama. base: the base model or its name, where P
-    is made of its weights, for "tinylora", and for GGUF where the adapter's own configuration does not name it;
-    trust_remote_code: whether Python code that comes with a model of this name may run. out: a folder, or a file that
-    ends in .gguf.
+    LoRA under vLLM's rules, padded to a rank that vLLM knows; "gguf", "gguf_f16", "openvino", "onnx", .. for the
+    engines of docs/export.md; "unilora", "vera", "vblora", "tinylora" for adapters of that projection. base: the base
+    model or its name, where P is made of its weights, for "tinylora", and for GGUF where the adapter's own
+    configuration does not name it; trust_remote_code: whether Python code that comes with a model of this name may run.
+    out: a folder, or a file that ends in .gguf or .onnx_adapter.
 
     Raises AdapterError for anything that the format cannot say; what lay in `out` then stays as it was.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from uniproj.errors import AdapterError, ProjectionError
+from uniproj.errors import AdapterError, ProjectionError, shown
 from uniproj.format import identity, schema
 from uniproj.format.disk import exists, opened, read_json, replace
 from uniproj.format.fields import DEFAULT_PROJECTION, FREE, Configuration, check_fields
@@ -267,8 +267,17 @@ def _check_folder(folder: Path) -> None:
             "Save the adapter as safetensors."
         )
     if missing:
-        remedy = _RESTORE.format(folder) if missing == [CONFIG] and has_our_weights(folder) else "Check the path"
-        raise AdapterError(f"{folder}: must hold {CONFIG} and {WEIGHTS}, got no {missing[0]}. {remedy}.")
+        raise AdapterError(
+            f"{folder}: must hold {CONFIG} and {WEIGHTS}, got no {missing[0]}. {_remedy(folder, missing)}."
+        )
+
+
+def _remedy(folder: Path, missing: Sequence[str]) -> str:
+    if missing == [CONFIG] and has_our_weights(folder):
+        return _RESTORE.format(folder)
+    # PEFT saves an adapter under a folder of its name, unless it is called `default`
+    named = ", ".join(shown(path.parent.name) for path in sorted(folder.glob(f"*/{CONFIG}")))
+    return f"Name the folder of one of the adapters in it: {named}" if named else "Check the path"
 
 
 def _fields(path: Path) -> dict[str, Any]:

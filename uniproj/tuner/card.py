@@ -27,7 +27,7 @@ from uniproj.tuner.injected import tuner_on
 _theirs = PeftModel.create_or_update_model_card
 _theirs_push, _theirs_push_injected = PeftModel.push_to_hub, PreTrainedModel.push_to_hub
 _PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"  # in the Hub's template
-_HERE = "the folder of this file, or its name on the Hub"
+_BESIDE, _HERE = "default", "the folder of this file, or its name on the Hub"
 
 
 def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
@@ -35,16 +35,17 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str) -> None:
     if not ours:
         _theirs(model, output_dir)
         return
+    # of several adapters that of this name lies beside the card, the others in folders below
+    name = _BESIDE if _BESIDE in ours else ours[0]
     path = Path(output_dir, card.CARD)
     # a link may lead to the file of somebody else
     there = path.read_text("utf-8") if path.is_file() and not path.is_symlink() else None
-    fields = model.peft_config[ours[0]].to_dict()
-    header = Header.of(fields, adapter_of(model, ours[0]).P, model.base_model.model)
+    fields, P = model.peft_config[name].to_dict(), adapter_of(model, name).P
+    header = Header.of(fields, P, model.base_model.model)
     known = card.published(header)
     labels = getattr(getattr(model.base_model.model, "config", None), "num_labels", None)
-    if list(model.peft_config) == ["default"] and (there is None or card.is_ours(there)):
-        trained = adapter_of(model).P.trained
-        text = card.of_adapter(known, fields, _HERE, trained, title="Adapter of uniproj", labels=labels)
+    if name == _BESIDE and (there is None or card.is_ours(there)):
+        text = card.of_adapter(known, fields, _HERE, P.trained, title="Adapter of uniproj", labels=labels)
     else:
         text = _updated(model, there, card.loading(fields, _HERE, known, labels))
         text = card.without_place(text, header.base_model)

@@ -19,7 +19,10 @@ from experiments.records.statistics import mean
 from experiments.runs import ADAPTER, RunConfig
 from experiments.runs.data import training_rows
 from experiments.tasks.math import PEFT_PROMPT, PEFT_TASK
+from uniproj.format import CONFIG
 
+# what trains the base itself, and where an adapter's configuration lies in the folder of a run
+_WHOLE, _ADAPTER = "full", f"{ADAPTER}/{CONFIG}"
 _DTYPES = {"nf4": "int4", "int8": "int8"}
 _MEMORY = ("accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th")
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
@@ -30,7 +33,7 @@ def write(folder: Path, out: Path) -> Path:
 
     A run keeps its peak of memory alone (allocated, where PEFT's is reserved), which stands for mean and 99th
     percentile too: neither is above it. `forgetting`, the rise of PEFT's loss on Wikipedia, is left out. Raises
-    ExperimentError for a run that has not finished, or of another task.
+    ExperimentError for a run that has not finished, of another task, or without the configuration of its adapter.
     """
     if not is_done(folder):
         raise ExperimentError(
@@ -42,6 +45,11 @@ def write(folder: Path, out: Path) -> Path:
         raise ExperimentError(
             f"method_comparison: {folder} must be a run of {PEFT_TASK} that was scored on its test, got {task} "
             f"scored on {split}. Train one: experiments/conf/sweeps/paper/peft_benchmark.yaml."
+        )
+    if found["config"]["projection"] != _WHOLE and not (folder / _ADAPTER).exists():
+        raise ExperimentError(
+            f"method_comparison: {folder / _ADAPTER} must be there, without which PEFT's file is that of full "
+            "fine-tuning, got none. A run that diverged keeps nothing: leave it out."
         )
     name = folder.resolve().name
     path = out / f"uniproj--{name}.json"
@@ -55,8 +63,8 @@ def _content(name: str, folder: Path, config: RunConfig, found: Mapping[str, Any
     lengths = family.encode(training_rows(task.split("train"), config))["length"]
     cost, origin, trained = found["cost"], found["provenance"], found["trained"] + found["head"]
     began = datetime.fromisoformat(origin["finished"]) - timedelta(seconds=round(cost["seconds"]))
-    adapter = folder / ADAPTER / "adapter_config.json"
-    base = unloaded(CausalModel.auto, config.model)
+    is_whole = config.projection == _WHOLE
+    base = sum(p.numel() for p in unloaded(CausalModel.auto, config.model).parameters())
     versions = {f"{package}-version": origin["versions"].get(package) for package in _PACKAGES}
     metrics = _intervals(config, found["step"], losses(folder))
     test = {"test accuracy": found["score"], "train total tokens": round(sum(lengths) * config.epochs)}
@@ -67,7 +75,7 @@ def _content(name: str, folder: Path, config: RunConfig, found: Mapping[str, Any
             "experiment_name": name,
             "peft_branch": None,
             "train_config": _train_config(config, found["step"], family.prompt(PEFT_PROMPT)),
-            "peft_config": read_json(adapter) if adapter.exists() else None,
+            "peft_config": None if is_whole else read_json(folder / _ADAPTER),
             "error_msg": found["did_not_train"] or "",
         },
         "train_info": {
@@ -75,7 +83,7 @@ def _content(name: str, folder: Path, config: RunConfig, found: Mapping[str, Any
             "train_time": cost["train_seconds"],
             "file_size": found["adapter_bytes"],
             "num_trainable_params": trained,
-            "num_total_params": sum(p.numel() for p in base.parameters()) + trained,
+            "num_total_params": base if is_whole else base + trained,
             "status": "failed" if found["did_not_train"] else "success",
             "metrics": [*metrics, {**metrics[-1], **test}],
         },

@@ -128,7 +128,8 @@ class PeftMethod(Adapter):
     def _solved(self, config: RunConfig, budget: int, option: str, values: Sequence[int]) -> dict[str, Any]:
         """r or hyperparameters of the count that is nearest to the budget.
 
-        A value that the method refuses counts as too large; the least of all must be possible.
+        A value that the method refuses counts as too large; the least of all must be possible. Raises ExperimentError
+        for an option that changes no count.
         """
 
         def sizes(value: int) -> dict[str, Any]:
@@ -144,7 +145,17 @@ class PeftMethod(Adapter):
                     raise
                 return math.inf
 
-        return sizes(nearest(count, values, budget))
+        found = nearest(count, values, budget)
+        if found == values[0] and len(values) > 1 and count(values[1]) == count(found):
+            # it is the first of equal counts, of which a larger value may be no other
+            further = (count(values[2**k]) for k in range(1, (len(values) - 1).bit_length()))
+            if any(each not in (count(found), math.inf) for each in further):
+                return sizes(found)
+            raise ExperimentError(
+                f"config: the budget of {self.name} must be solved over an option that changes how many numbers it "
+                f"trains, got {option}, at whose values it trains {count(found):,}. Name another as {_BUDGET_OPTION}."
+            )
+        return sizes(found)
 
     def count(self, config: RunConfig) -> int:
         # nothing that differs between the runs of a cell changes a count
@@ -168,6 +179,12 @@ class PeftMethod(Adapter):
                 f"config: {self.name} must have checkpoints that hold what it trains, got a network that makes its "
                 "tokens, of which PEFT saves the tokens alone. Choose peft/prompt_tuning or peft/prefix_tuning."
             )
+        base = _base(config)
+        row = family.made_up_row(base.config)
+        # of a row that the base cannot read either nothing is known
+        if _failure(base, row) is None and (failed := _failure(model, row)) is not None:
+            with self._own_words(config, "give a loss on"):
+                raise failed
 
     def _refuse(self, config: RunConfig) -> None:
         """What attaching does not show."""
@@ -223,7 +240,7 @@ class PeftMethod(Adapter):
         Raises ExperimentError with the method's own words where it cannot be attached.
         """
         family = family_class(config)
-        with self._own_words(config):
+        with self._own_words(config, "be attached to"):
             last: Exception | None = None
             for base, device in _stand_ins(config):
                 try:
@@ -235,7 +252,7 @@ class PeftMethod(Adapter):
             raise last
 
     @contextmanager
-    def _own_words(self, config: RunConfig) -> Iterator[None]:
+    def _own_words(self, config: RunConfig, what: str) -> Iterator[None]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -245,7 +262,7 @@ class PeftMethod(Adapter):
         except Exception as error:  # whatever a method, or PEFT around it, refuses
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ExperimentError(
-                f"config: {self.name} must be attached to {config.model} at r = {config.r} with "
+                f"config: {self.name} must {what} {config.model} at r = {config.r} with "
                 f"{dict(config.hyperparameters) or 'no options'}, got: {said} Change the options or target_modules, or "
                 "choose another entrant."
             ) from error
@@ -277,6 +294,19 @@ def _base(config: RunConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         base.gradient_checkpointing_enable()
     return base
+
+
+def _failure(model: nn.Module, row: Mapping[str, Tensor]) -> Exception | None:
+    """Why a model on the meta device gives no loss on a row; None where it does, or that device cannot tell."""
+    if not all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return None
+    try:
+        model(**{name: value.to("meta") for name, value in row.items()})
+    except NotImplementedError:
+        return None
+    except Exception as error:  # whatever a method does
+        return None if "meta" in str(error) else error
+    return None
 
 
 @cache

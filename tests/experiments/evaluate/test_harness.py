@@ -1,5 +1,6 @@
 """Finished runs under lm-evaluation-harness's own tasks."""
 
+import gc
 import json
 import shutil
 from functools import partial
@@ -12,14 +13,15 @@ import pandas as pd
 import pytest
 import torch
 from lm_eval.tasks._yaml_loader import load_yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 from experiments import harness, train
 from experiments.errors import ExperimentError
 from experiments.evaluate.finished import load_base, load_finished
 from experiments.evaluate.harness import BEFORE, FILE, _samples, evaluate, forgetting
 from experiments.records.reading import load
-from experiments.runs.folder import prepare
+from experiments.runs.config import RunConfig
+from experiments.runs.folder import RESULT, prepare
 from experiments.runs.resolve import resolve
 from uniproj import plugins
 
@@ -198,6 +200,21 @@ def test_the_base_is_what_it_was_before_training(solver: Path, tmp_path: Path, l
             for model in (base, load_base(folder, "test").model, load_finished(folder, "test").model)
         )
     assert torch.equal(bare, before) and not torch.equal(bare, after)
+
+
+def test_a_base_is_loaded_alone(config: RunConfig, runs: Path) -> None:
+    """Without the model that the run trained, which is as large."""
+    folder = prepare(runs, config.to_json())
+    found = {"config": config.to_json(), "metric": "accuracy", "score": 0.5, "did_not_train": None}
+    (folder / RESULT).write_text(json.dumps(found))
+
+    def models() -> list[BertForSequenceClassification]:
+        gc.collect()
+        return [found for found in gc.get_objects() if type(found) is BertForSequenceClassification]
+
+    before = len(models())
+    base = load_base(folder, "test")
+    assert len(models()) == before + 1 and base.model in models()
 
 
 @pytest.mark.system

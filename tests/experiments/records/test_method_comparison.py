@@ -137,3 +137,10 @@ def test_runs_of_another_task_are_refused(tmp_path: Path, capsys) -> None:
     folder = tmp_path / write_run(tmp_path, row)
     assert method_comparison.main(["write", str(folder)]) == 2
     assert "must be a run of metamath/gsm8k that was scored on its test, got gsm8k" in capsys.readouterr().err
+
+
+def test_a_run_that_kept_no_adapter_is_not_written_as_full_fine_tuning(tmp_path: Path, capsys) -> None:
+    (row,) = made_up(["metamath/gsm8k"], ["unilora"], seeds=1).assign(did_not_train="it diverged").to_dict("records")
+    folder = tmp_path / write_run(tmp_path, row)
+    assert method_comparison.main(["write", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "adapter_config.json must be there" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 
 from experiments import compare, sweep, train
@@ -17,14 +21,15 @@ from experiments.runs import tracking
 from experiments.runs.config import RunConfig
 from experiments.runs.folder import RESULT, prepare
 from experiments.runs.tracking import Label
-from experiments.sweeps import launchers, workers
+from experiments.sweeps import launchers, slurm, workers
 from experiments.sweeps.file import read
 from tests.experiments.processes import train_until
 
 NAME = "projection=unilora,lr=0.05,seed=0"
 
 
-def test_tensorboard_shows_the_losses_under_the_names_of_the_run(runs: Path, config: RunConfig) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_tensorboard_shows_the_losses_under_the_names_of_the_run(killed: bool, runs: Path, config: RunConfig) -> None:
     """A run that is reported, interrupted and resumed has the id, the numbers and the log of one that is none of it."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = replace(config, timing=False, evaluations=2).to_json()
@@ -32,15 +37,18 @@ def test_tensorboard_shows_the_losses_under_the_names_of_the_run(runs: Path, con
     tracking.write(reported, Label("mine", "projection=unilora", NAME, 0))
     words = [str(reported), "--report-to", "tensorboard"]
     assert train_until(10, *words) == INTERRUPTED
+    if killed:  # no checkpoint is later than that of step 6, though step 10 was told
+        shutil.rmtree(reported / "checkpoint-10")
     assert train.main(words) == train.main([str(plain)]) == 0
     events = reader.EventAccumulator(str(runs / "reported" / "tensorboard" / "sweep=mine" / NAME)).Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert logged == [(line["step"], pytest.approx(line["loss"])) for line in losses(plain)] and logged
+    assert logged == [(line["step"], pytest.approx(line["loss"])) for line in losses(reported)] and logged
     assert [event.step for event in events.Scalars("eval/score")] == [6, 12]
     shown = json.loads(events.Tensors("args/text_summary")[0].tensor_proto.string_val[0])
     names = {"project": "mine", "run_name": NAME, "sweep": "mine", "cell": "projection=unilora", "seed": 0}
     assert {key: shown[key] for key in names} == names
-    assert reported.name == plain.name and losses(reported) == losses(plain)
+    # the mean loss that a killed run logs first is over the steps since its checkpoint
+    assert reported.name == plain.name and (killed or losses(reported) == losses(plain))
     first, second = (read_json(folder / RESULT) for folder in (plain, reported))
     assert {**first, "cost": 0, "provenance": 0} == {**second, "cost": 0, "provenance": 0}
 
@@ -190,3 +198,35 @@ def test_workers_hand_the_trackers_on(file: Path, runs: Path, monkeypatch: pytes
     assert sweep.main([str(file), *asked]) == INTERRUPTED
     assert started[0][-1] == "--report-to=tensorboard"
     assert compare.parse(["--report-to", "a", "--report-to", "b"]).report_to == ["a", "b"]
+
+
+def test_slurm_hands_the_trackers_on(file: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what is submitted is pickled, carried to a node and called there."""
+    submitted: list[bytes] = []
+
+    class Executor:
+        def __init__(self, **_: object) -> None:
+            self.batch = nullcontext
+            self.update_parameters = dict
+
+        def submit(self, job: Callable[[str], int], folder: str) -> None:
+            submitted.append(cloudpickle.dumps((job, folder)))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm.submitit, "SlurmExecutor", Executor)
+    monkeypatch.setattr(slurm, "_queued", set)
+    asked = ["--launcher", "slurm", "--report-to", "tensorboard", "--report-to", "trackio"]
+    monkeypatch.setattr(tracking, "check", lambda _: None)
+    assert sweep.main([str(file), *asked, "--runs", str(runs)]) == INTERRUPTED
+
+    started: list[list[str]] = []
+
+    def popen(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(wait=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", popen)
+    job, folder = cloudpickle.loads(submitted[0])
+    assert job(folder) == 0
+    assert started[0][-3:] == [folder, "--report-to=tensorboard", "--report-to=trackio"]
+    assert list(runs.glob("*/*/label.json"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,8 @@ def _trainer(trained: list[float], most: int | None = None) -> protocol.Train:
             score = _score(config["lr"])
             result = {"config": config, "metric": "accuracy", "did_not_train": None if score else "it diverged"}
             scores = dict.fromkeys(("score", "validation", "validation_best"), score)
-            write_json(folder / RESULT, {**result, **scores, "higher_is_better": True, "cost": {"seconds": 1.0}})
+            cost = {"seconds": 1.0, "train_seconds": 1.0, "peak_bytes": 1}
+            write_json(folder / RESULT, {**result, **scores, "higher_is_better": True, "cost": cost})
             trained.append(config["lr"])
         return {}
 
@@ -100,6 +102,25 @@ def test_a_study_that_is_killed_goes_on_to_the_same_trials(sampled: Sweep, runs:
     assert sorted(first + second) == sorted(whole) and len(first) == 7
     assert _choices(runs, sampled) == _choices(tmp_path / "whole", sampled)
     assert protocol.tune(sampled, runs, _never) == expected
+
+
+def test_a_dry_run_counts_what_is_done_and_writes_nothing(sampled: Sweep, file: Path, runs: Path, capsys) -> None:
+    asked = [str(file), *RANGE, f"+tune.sampler={sampled.sampler}", "--dry-run", "--runs", str(runs)]
+
+    def shown() -> list[tuple[str, ...]]:
+        before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
+        assert command.main(asked) == 0
+        assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
+        return re.findall(r"(tune|confirm) +(\d+) runs, (\d+) done, (\d+) to train", capsys.readouterr().out)
+
+    assert shown() == [("tune", "12", "0", "12"), ("confirm", "4", "0", "4")]
+    with pytest.raises(KeyboardInterrupt):
+        protocol.tune(sampled, runs, _trainer([], most=7))
+    assert shown() == [("tune", "12", "7", "5"), ("confirm", "4", "0", "4")]
+    chosen = protocol.tune(sampled, runs, _trainer([]))
+    with pytest.raises(KeyboardInterrupt):
+        protocol.confirm(sampled, runs, chosen, _trainer([], most=3))
+    assert shown() == [("tune", "12", "12", "0"), ("confirm", "4", "3", "1")]
 
 
 def test_optuna_reads_a_study_which_comes_out_again_where_it_is_lost(file: Path, runs: Path) -> None:

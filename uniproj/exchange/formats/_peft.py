@@ -220,7 +220,7 @@ class PeftMethod(Format):
         share numbers.
         """
         self._check_accepts("export", adapter.projection)
-        refuse_other_kinds(adapter, self.kind)
+        _refuse_other_kinds(adapter, self.kind)
         theta_d = self._scaled(adapter)
         if self.needs_order and adapter.order is None:
             raise AdapterError(
@@ -365,7 +365,7 @@ def _rank_fields(layout: LoRALayout, r: int) -> dict[str, Any]:
     return {"r": r, "lora_alpha": r, "rank_pattern": cut, "alpha_pattern": dict(cut)}
 
 
-def refuse_other_kinds(adapter: Adapter, to: str) -> None:
+def _refuse_other_kinds(adapter: Adapter, to: str) -> None:
     """Raises AdapterError for a site that is no linear layer, which few formats can say."""
     names = [site.name for site in adapter.layout.sites]
     wrapped = wraps(adapter.config, names)
@@ -377,15 +377,17 @@ def refuse_other_kinds(adapter: Adapter, to: str) -> None:
             )
 
 
-def refuse_other_numbers(adapter: Adapter, to: str) -> None:
-    """Raises AdapterError for what is trained besides A and B, for replicated layers and for an aLoRA."""
+def refuse_all_but_linear(adapter: Adapter, to: str) -> None:
+    """Raises AdapterError for anything but A and B of the linear layers that the base model has: a head, a bias, added
+    tokens or anything else that is trained beside them, another kind of layer, replicated layers, an aLoRA."""
     config = vars(adapter.config)
     besides = [f"{name}={config[name]!r}" for name in used(config, Role.BESIDE)] + sorted(adapter.other)[:1]
     if besides:
         raise AdapterError(
-            f"export: an adapter for {to} must hold A and B alone, got {', '.join(besides)}. Export to lora and merge "
-            "it into the base model, or train the adapter without."
+            f"export: an adapter for {to} must hold A and B alone, got {', '.join(besides)}. Export to lora and "
+            "merge it into the base model, or train the adapter without."
         )
+    _refuse_other_kinds(adapter, to)
     for name in ("layer_replication", "alora_invocation_tokens"):
         if config[name]:
             raise AdapterError(f"export: {to} has no {name}, got {config[name]}. Export to lora.")

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from uniproj.errors import AdapterError, printable
 from uniproj.exchange import bases
 from uniproj.exchange.adapter import Adapter
-from uniproj.exchange.formats._peft import refuse_other_kinds, refuse_other_numbers
+from uniproj.exchange.formats._peft import refuse_all_but_linear
 from uniproj.exchange.registry import Format, register
 from uniproj.format.disk import exists, replace
 from uniproj.layout import Site
@@ -60,8 +60,7 @@ class GGUFFormat(Format):
         """
         if path.suffix != _SUFFIX:
             raise AdapterError(f"export: a GGUF file must have a name that ends in {_SUFFIX}, got {path}. Rename it.")
-        refuse_other_numbers(adapter, "GGUF")
-        refuse_other_kinds(adapter, "GGUF")
+        refuse_all_but_linear(adapter, "GGUF")
         base = adapter.base or _named(adapter)
         tensors = _tensors(adapter, base)
         content = self._content(adapter, base, tensors)

@@ -1,10 +1,11 @@
 """LoRA under vLLM's rules.
 
-Source: vLLM's documentation, v0.26, `vllm.config.lora`, `vllm.lora.peft_helper` and `vllm.lora.utils`. max_lora_rank is
-one of nine ranks, and no adapter's r may exceed it. Of the configuration vLLM reads r, lora_alpha, target_modules,
-bias, modules_to_save, use_rslora and use_dora; it knows no rank_pattern or alpha_pattern, so r and alpha must hold for
-every module. A tensor is an A or a B of a linear layer, by PEFT's name; any other is refused. Which modules have a LoRA
-layer the server alone knows.
+Source: vLLM 0.32, `vllm.config.lora`, `vllm.lora.peft_helper`, `vllm.lora.lora_model` and `vllm.lora.utils`.
+max_lora_rank of a server is one of nine ranks, and no adapter's r may exceed it. Of the configuration vLLM reads r,
+lora_alpha, use_rslora and, unlike 0.26, the patterns of both; older ones read it too where r and alpha hold for every
+module. It refuses bias, use_dora, layer_replication, alora_invocation_tokens, starts that change the base, and heads
+other than `score` and `classifier`. A tensor is an A or a B by PEFT's name. Which modules have a LoRA layer the server
+alone knows: it refuses an adapter by the last part of a module's name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from uniproj.errors import AdapterError
 from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats import lora
-from uniproj.exchange.formats._peft import refuse_other_kinds, refuse_other_numbers
+from uniproj.exchange.formats._peft import refuse_all_but_linear
 from uniproj.exchange.registry import Format, register
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -32,8 +33,7 @@ class VLLMFormat(Format):
         Raises AdapterError for a rank that is not among vLLM's or too small, and for a head, a bias, added tokens or
         anything else that is trained besides A and B, for replicated layers and for an aLoRA.
         """
-        refuse_other_numbers(adapter, "vLLM")
-        refuse_other_kinds(adapter, "vLLM")
+        refuse_all_but_linear(adapter, "vLLM")
         largest = max(site.r for site in adapter.layout.sites)
         fitting = [legal for legal in _RANKS if legal >= largest]
         chosen = rank if rank is not None else next(iter(fitting), largest)
