@@ -75,9 +75,11 @@ class Engine:
         if not done.exists() or done.read_text() != wanted:
             shutil.rmtree(place, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *self.dependencies], check=True)
+            # -I: what lies on PYTHONPATH would count as installed
+            pip = [python, "-I", "-m", "pip"]
+            subprocess.run([*pip, "install", "--quiet", *self.dependencies], check=True)
             if self.removed:
-                subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *self.removed], check=True)
+                subprocess.run([*pip, "uninstall", "--quiet", "--yes", *self.removed], check=True)
             done.write_text(wanted)
         return python
 
