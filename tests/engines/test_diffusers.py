@@ -27,7 +27,7 @@ def test_the_lines_of_the_page_load_what_was_exported(tmp_path: Path, pytestconf
     engine = ENGINES["diffusers"]
     answer = engine.ask({"repository": str(ROOT), "lines": engine.lines()}, tmp_path)
     models = {part: _measured(found) for part, found in answer["models"].items()}
-    if folder := pytestconfig.getoption("--engines"):
+    if folder := pytestconfig.getoption("--engines", None):
         said = asdict(engine) | {key: answer[key] for key in ("versions", "seconds")}
         write_json(Path(folder) / "diffusers.json", {**said, "models": models, "provenance": provenance("cpu")})
     assert models.keys() == {"unet", "transformer"}

@@ -49,7 +49,7 @@ def test_answers_are_those_of_pytorch(
     }
     answer = engine.ask(asked, tmp_path)
     users = {user: _measured(subject, engine, user, answer["users"][user]) for user in USERS}
-    if folder := pytestconfig.getoption("--engines"):
+    if folder := pytestconfig.getoption("--engines", None):
         said = asdict(engine) | {key: answer[key] for key in ("versions", "together", "seconds")}
         write_json(Path(folder) / f"{engine.name}.json", {**said, "users": users, "provenance": provenance("cpu")})
     for user, measured in users.items():

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from analysis.bank.report import table
@@ -27,9 +28,8 @@ from experiments.provenance import provenance
 from experiments.timing import ratio, take_turns
 from tests.engines.engine import ENGINES
 from tests.engines.server import Server, serving
-from tests.engines.subject import NEW_TOKENS, PROMPTS, Subject
+from tests.engines.subject import MODULES, NEW_TOKENS, PROMPTS, Subject
 from uniproj.bank import AdapterBank, mixed
-from uniproj.exchange import export
 from uniproj.tuner import adapter_of
 
 USERS = [f"user-{k}" for k in range(100)]
@@ -77,17 +77,26 @@ class Crowd:
         whole = model.generate(**self.inputs, **greedy(NEW_TOKENS), **options)
         return whole[:, self.inputs["input_ids"].shape[1] :].tolist()
 
-    def peer(self, folder: Path) -> PeftModel:
-        """PEFT's model with one LoRA for each user."""
-        base = models.load_causal(models.BaseModel("smollm2"))
+    @torch.no_grad()
+    def peer(self) -> PeftModel:
+        """PEFT's model with a LoRA for each user, whose factors are those that `bank.select` makes."""
+        own = self.model.peft_config["ada"]
+        config = LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=MODULES, task_type="CAUSAL_LM")
+        peer = get_peft_model(models.load_causal(models.BaseModel("smollm2")), config, adapter_name=USERS[0])
+        pairs = list(zip(_layers(self.model), _layers(peer), strict=True))
+        for _, theirs in pairs:
+            for user in USERS[1:]:  # as `add_adapter` does, which walks the whole model for each
+                theirs.update_layer(user, own.r, lora_alpha=own.lora_alpha, config=config)
         for user in USERS:
-            self.bank.export(user, folder / "ours")
-            export(folder / "ours", folder / "theirs")
-            if user == USERS[0]:
-                peer = PeftModel.from_pretrained(base, folder / "theirs", adapter_name=user)
-            else:
-                peer.load_adapter(folder / "theirs", user)
+            self.bank.select(self.model, user)
+            for ours, theirs in pairs:
+                theirs.lora_A[user].weight.copy_(ours.lora_A["ada"].weight)
+                theirs.lora_B[user].weight.copy_(ours.lora_B["ada"].weight)
         return peer.eval()
+
+
+def _layers(model: PeftModel) -> list[LoraLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +143,8 @@ def test_all_get_the_tokens_of_mixed(crowd: Crowd, server: Server, tmp_path: Pat
     began = time.perf_counter()
     equal = {VLLM: _equal(ask(), wanted)}
     first_seconds = time.perf_counter() - began
-    if folder := pytestconfig.getoption("--engines"):
-        peer = crowd.peer(tmp_path)
-        beside = partial(crowd.generate, peer, adapter_names=USERS)
+    if folder := pytestconfig.getoption("--engines", None):
+        beside = partial(crowd.generate, crowd.peer(), adapter_names=USERS)
         equal[PEFT] = _equal(beside(), wanted)
         record = {
             "users": len(USERS),

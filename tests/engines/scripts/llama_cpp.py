@@ -36,8 +36,8 @@ def dequantised(source: str, target: str) -> None:
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            kind, *_, of = field.types[0], field.types[-1]
-            writer.add_key_value(name, field.contents(), kind, of if kind == GGUFValueType.ARRAY else None)
+            kind, *of = field.types
+            writer.add_key_value(name, field.contents(), kind, of[-1] if kind == GGUFValueType.ARRAY else None)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
     writer.write_header_to_file()
@@ -47,9 +47,12 @@ def dequantised(source: str, target: str) -> None:
 
 
 def parameters(gguf: str, asked: dict[str, Any]) -> xlc.CommonParams:
-    """With all adapters at scale 0, which a request may change."""
+    """With all adapters at scale 0, which a request may change.
+
+    No prompts are kept in RAM: the server would give one adapter's keys and values to another that is asked the same.
+    """
     params = xlc.CommonParams()
-    params.model.path, params.n_ctx = gguf, 512
+    params.model.path, params.n_ctx, params.cache_ram_mib = gguf, 512, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.lora_adapters = [xlc.CommonAdapterLoraInfo(path, 0.0) for path in asked["adapters"].values()]
     return params

@@ -26,7 +26,6 @@ from uniproj.exchange.adapter import Adapter
 from uniproj.exchange.formats._peft import refuse_all_but_linear
 from uniproj.exchange.registry import Format, register
 from uniproj.format.disk import exists, replace
-from uniproj.format.tensors import check_finite
 from uniproj.layout import Site
 
 # Transformers' model_type and gguf's architecture; only those that llama.cpp was run with (tests/engines)
@@ -83,9 +82,12 @@ class GGUFFormat(Format):
             site, is_A = sites[slot // 2], bool(slot % 2)
             if not is_A:
                 numbers = _in_order(numbers.double() * (products[site.name] / alpha), site, tensors[site.name], base)
-            written = numbers.to(self.dtype)
-            check_finite(written, f"{site.name}, in {self.dtype}")
-            data = written.contiguous().numpy().tobytes()
+            if not (largest := numbers.abs().max()) <= torch.finfo(self.dtype).max:
+                raise AdapterError(
+                    f"export: {site.name} must have numbers of at most {torch.finfo(self.dtype).max:g}, the largest of "
+                    f"{dtype}, got {largest:.3g}. Export to {'gguf' if dtype.itemsize == 2 else 'lora'}."
+                )
+            data = numbers.to(self.dtype).contiguous().numpy().tobytes()
             yield data + bytes(-len(data) % writer.data_alignment)
 
 
