@@ -167,4 +167,7 @@ def test_the_committed_choices_are_read_as_they_were_locked() -> None:
     for path in sorted((Path(__file__).parents[3] / "results" / "sweeps").glob(f"*/{CHOICE}")):
         choice = read_json(path)
         protocol.check_record("", protocol.Locked, choice)
-        assert {len(each["trials"]) for each in choice["choices"]} == {choice["trials_per_cell"]}
+        for each in choice["choices"]:
+            seeds = {trial["train_seed"] for trial in each["trials"]}
+            beyond = len(each.get("beyond", ())) * len(seeds)
+            assert len(each["trials"]) == choice["trials_per_cell"] + beyond, (path, each["cell"])
