@@ -128,8 +128,8 @@ def _export(args: argparse.Namespace) -> int:
     from uniproj.exchange.transfer import export, size
 
     export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
-    place = "file" if Path(args.out).is_file() else "folder"
-    console.report({"format": args.to, "bytes": size(args.out), place: args.out}, args.json)
+    place, weights = "file" if Path(args.out).is_file() else "folder", registry.get(args.to).weights
+    console.report({"format": args.to, "bytes": size(args.out, weights), place: args.out}, args.json)
     return 0
 
 
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     upload.add_argument("path", type=Path, help="folder of a uniproj adapter, or of a bank")
     console.add_upload(upload)
     for command in (out, into):
-        command.add_argument("out", help="folder to write, or for GGUF the file")
+        command.add_argument("out", help="folder to write, or the file where the format is one")
         command.add_argument("--base", help="the base model: a folder or a name on the hub")
         plugins.add_trust(command)
     args = parser.parse_args(argv)

@@ -30,6 +30,15 @@ def test_export_and_import_of_lora(tmp_path: Path, capsys: pytest.CaptureFixture
     assert difference(logits(loaded("bert", tmp_path / "back"), "bert"), logits(model, "bert")) <= SAME
 
 
+@pytest.mark.parametrize("to", ["lora", "vllm", "openvino", "sglang", "mlx", "diffusers"])
+def test_the_bytes_of_what_was_written_are_told(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, out = saved(trained_model("llama", "unilora"), tmp_path / "ours"), tmp_path / "out"
+    assert main(["export", str(ours), str(out), "--to", to, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (numbers,) = (path for path in out.iterdir() if path.suffix == ".safetensors")
+    assert report == {"format": to, "bytes": numbers.stat().st_size, "folder": str(out)} and report["bytes"] > 1000
+
+
 def test_a_trained_lora_is_compressed_with_its_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS["llama"], task_type=TASKS["llama"], use_rslora=True)
     model = get_peft_model(base_model("llama"), lora)

@@ -100,10 +100,10 @@ def import_adapter(
     return {**report, "bytes_before": before, "bytes": size(out)}
 
 
-def size(out: str | Path) -> int:
-    """Bytes of the numbers of an adapter: of a file, or of those files of a folder that hold them."""
+def size(out: str | Path, weights: str = registry.Format.weights) -> int:
+    """Bytes of the numbers of an adapter: of a file, or of a folder's files whose names match `Format.weights`."""
     path = Path(out)
-    files = [path] if path.is_file() else path.glob("adapter_model.*")
+    files = [path] if path.is_file() else path.glob(weights)
     return sum(file.stat().st_size for file in files if file.exists())
 
 

@@ -28,6 +28,8 @@ _UNET = ("down_blocks.", "mid_block.", "up_blocks.")
 class DiffusersFormat(Format):
     """Written in float32."""
 
+    weights = WEIGHTS
+
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
         """A folder with the one file that `load_lora_weights` of a pipeline takes, every module padded to the largest
         rank, with s in B, which is rounded once.

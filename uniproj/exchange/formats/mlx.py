@@ -31,6 +31,8 @@ _SAME_NAME = re.compile(r"model\.layers\.\d+\..+|lm_head")
 class MLXFormat(Format):
     """Written in float32."""
 
+    weights = WEIGHTS
+
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:
         """A folder of mlx-lm, every module padded to the largest rank; where modules differ in s, it is multiplied
         into B, which is rounded once.
