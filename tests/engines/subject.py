@@ -39,7 +39,8 @@ class Continuation:
 @dataclass(frozen=True)
 class Subject:
     """folder: with `base`, the model in float32 and its tokenizer, `base.gguf`, the file it comes from, and an adapter
-    for each user; model: in evaluation, with an adapter of each user's name."""
+    for each user; model: in evaluation, with an adapter of each user's name; prompts: their tokens, as a chat has them.
+    """
 
     folder: Path
     model: PeftModel
@@ -179,7 +180,5 @@ PRECISIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "float32": partial(_off_by, 2.0**-23),
     # MLX's exp, sigmoid and RMS norm on a CPU: 4 to 7 last bits off at most, beside float64
     "float32_mlx": partial(_off_by, 2.0**-21),
-    "float16": lambda x: x.half().float(),
-    "bfloat16": lambda x: x.bfloat16().float(),
     "q8": _blocks_of_eight_bits,
 }
