@@ -20,6 +20,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from uniproj import plugins, registry
 
 registry.names()
+# in a forked process the end of an object that waits for a thread of its parent waits for ever: none is collected there
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.files import write_bytes
+from tests.forked import die, dies_in_child, fork
 from uniproj import atomic
 from uniproj.format.disk import replace
 
@@ -30,16 +30,6 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def _forked(work: Callable[[], Any]) -> int:
-    """The id of another process, which ends with `work`."""
-    if (pid := os.fork()) == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return pid
-
-
 @BOTH
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -48,11 +38,11 @@ def test_nothing_stays_of_a_killed_writer(writer: str, moment: str, write: Any, 
     write(path, b"old")
 
     def killed() -> None:
-        setattr(os, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(os, moment, die)
         WRITERS[writer](path, b"new" * 9999)
 
-    _, status = os.waitpid(_forked(killed), 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL and path.read_bytes() == b"old"
+    dies_in_child(killed)
+    assert path.read_bytes() == b"old"
     assert len(_names(tmp_path)) == 2
     write(tmp_path / "other", b"x")
     assert _names(tmp_path) == {"a.bin", "other"}
@@ -69,7 +59,7 @@ def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
         os.read(may_end, 1)
         yield b"theirs"
 
-    other = _forked(lambda: replace({tmp_path / "theirs": theirs()}))
+    other = fork(lambda: replace({tmp_path / "theirs": theirs()}))
     os.close(say_begun)  # so that the end of a process that never begins is seen
     begun, go_on = threading.Event(), threading.Event()
 

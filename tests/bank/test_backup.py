@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.bank.models import D, vector
-from tests.bank.processes import die, dies_in_child, end, in_child
+from tests.forked import die, dies_in_child, end, fork, in_child
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
 from uniproj.bank.slots import Slots
@@ -95,17 +96,18 @@ def _numbered(seed: int) -> torch.Tensor:
 def test_under_writers_every_backup_is_one_moment(bank: AdapterBank, tmp_path) -> None:
     """Each transaction adds two names, and each name counts up: never half of one, never a step back."""
     bank.add_many({f"hot {k}": _numbered(0) for k in range(4)})
-    writers = []
+
+    def write(worker: int) -> None:
+        for turn in range(1, 10**6):
+            bank.add_many({f"{worker}/{turn}/a": _numbered(turn), f"{worker}/{turn}/b": _numbered(turn)})
+            bank.replace(f"hot {2 * worker}", _numbered(turn))
+            bank.replace(f"hot {2 * worker + 1}", _numbered(turn))
+            if turn > 3:
+                bank.delete(f"{worker}/{turn - 3}/a")
+
+    writers: list[int] = []
     for worker in range(2):
-        child = os.fork()
-        if child == 0:
-            for turn in range(1, 10**6):
-                bank.add_many({f"{worker}/{turn}/a": _numbered(turn), f"{worker}/{turn}/b": _numbered(turn)})
-                bank.replace(f"hot {2 * worker}", _numbered(turn))
-                bank.replace(f"hot {2 * worker + 1}", _numbered(turn))
-                if turn > 3:
-                    bank.delete(f"{worker}/{turn - 3}/a")
-        writers.append(child)
+        writers.append(fork(partial(write, worker)))
     try:
         for _ in range(3000):  # both have begun
             if {"0/1/b", "1/1/b"} <= set(bank.names()):
@@ -233,16 +235,20 @@ def _reads(bank_folder: Path) -> AdapterBank:
 def _open_elsewhere(bank: AdapterBank) -> Iterator[None]:
     """The bank open in another process, which has written it and dies at the end."""
     told, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def write() -> None:
         bank.replace("3", vector(3))
         os.write(tell, b"x")
         signal.pause()
-    os.read(told, 1)
+
+    child = fork(write)
+    os.close(tell)
     try:
+        assert os.read(told, 1) == b"x"
         yield
     finally:
         end(child)
+        os.close(told)
 
 
 @needs_root
@@ -318,11 +324,13 @@ def test_another_users_bank_is_backed_up_under_writers(public: AdapterBank, tmp_
     target = tmp_path / "of the other"
     target.mkdir()
     os.chown(target, OTHER, OTHER)
-    writer = os.fork()
-    if writer == 0:
+
+    def write() -> None:
         for turn in range(10**6):
             public.replace(f"{turn % 4}", _numbered(turn))
             public.replace("4", _numbered(turn))
+
+    writer = fork(write)
 
     def work() -> None:
         opened = AdapterBank(public.folder)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests.bank.models import D, adapted, vector
-from tests.bank.processes import in_child
+from tests.forked import in_child
 from tests.tuner.models import base_model, batch
 from uniproj import AdapterError, Projection
 from uniproj.bank import AdapterBank

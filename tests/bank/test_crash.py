@@ -9,7 +9,7 @@ from peft import get_peft_model
 from safetensors import safe_open
 from torch import nn
 
-from tests.bank.processes import die, dies_in_child, in_child
+from tests.forked import die, dies_in_child, in_child
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank, slots
 from uniproj.bank.index import Change

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.bank.models import D, vector
-from tests.bank.processes import die, dies_in_child, in_child
+from tests.forked import die, dies_in_child, exitcode, in_child, limit
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
 from uniproj.bank.folder import appearing
@@ -103,6 +103,8 @@ def test_pairs_do_not_go_on_in_the_child(filled: AdapterBank) -> None:
         for i in range(600):
             if i == 300:
                 children.append(os.fork())
+                if children == [0]:
+                    limit()
             yield f"new {i}", vector(i)
 
     try:
@@ -113,7 +115,7 @@ def test_pairs_do_not_go_on_in_the_child(filled: AdapterBank) -> None:
         raise
     if children == [0]:
         os._exit(2)
-    assert os.waitpid(children[0], 0)[1] == 0
+    assert exitcode(children[0]) == 0
     assert all(torch.equal(filled.get(f"new {i}"), vector(i)) for i in range(600))
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.bank.models import adapted, vector
+from tests.forked import found_in_child
 from tests.tuner.models import batch
 from uniproj import LoRALayout, Projection, build
 from uniproj.bank import AdapterBank
@@ -44,30 +42,6 @@ def several_threads():
     torch.set_num_threads(before)
 
 
-def forked(work: Callable[[], Any], seconds: float = 120) -> Any:
-    """What `work` returns in a forked process, which is ended where it takes longer."""
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        try:
-            with os.fdopen(writer, "wb") as pipe:
-                pickle.dump(work(), pipe)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(writer)
-    found: list[bytes] = []
-    with os.fdopen(reader, "rb") as pipe:
-        waiting = threading.Thread(target=lambda: found.append(pipe.read()))
-        waiting.start()
-        waiting.join(seconds)
-        if waiting.is_alive():
-            os.kill(pid, signal.SIGKILL)
-            waiting.join()
-    _, status = os.waitpid(pid, 0)
-    assert status == 0, f"the forked process ended with {status}"
-    return pickle.loads(found[0])
-
-
 def passes(P: Projection) -> list[bytes]:
     """Forward, gradient and adjoint, as bytes: no tensor shares its memory between the processes."""
     x = torch.linspace(-1, 1, P.d).requires_grad_()
@@ -91,10 +65,10 @@ def test_a_forked_process_has_the_same_bits(name: str, numba: bool, monkeypatch)
     P = _sample(name)
     expected = passes(P)
     for _ in range(2):
-        assert forked(lambda: passes(P)) == expected
-        assert forked(lambda: passes(_sample(name))) == expected
+        assert found_in_child(lambda: passes(P)) == expected
+        assert found_in_child(lambda: passes(_sample(name))) == expected
         assert passes(P) == expected  # the parent goes on, on its threads
-    assert forked(lambda: forked(lambda: passes(P))) == expected
+    assert found_in_child(lambda: found_in_child(lambda: passes(P))) == expected
     assert torch.get_num_threads() == 2
 
 
@@ -111,7 +85,7 @@ def test_processes_are_forked_while_threads_project() -> None:
         thread.start()
     try:
         for _ in range(3):
-            assert forked(lambda: passes(P)) == expected
+            assert found_in_child(lambda: passes(P)) == expected
     finally:
         stop.set()
         for thread in threads:
@@ -192,4 +166,4 @@ def test_a_server_forks_after_loading(tmp_path: Path) -> None:
         return model.generate(input_ids=ids, max_new_tokens=4).flatten().tolist()
 
     tokens = serve()
-    assert forked(serve) == forked(serve) == tokens == serve()
+    assert found_in_child(serve) == found_in_child(serve) == tokens == serve()
