@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-RECORDS = Path(__file__).parents[2] / "results" / "bank"
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "results" / "bank"
 
 
 def _record(part: str) -> dict[str, Any]:
@@ -35,3 +36,16 @@ def test_the_soak() -> None:
     (row,) = _record("soak")["rows"]
     assert row["operations"] >= 100_000 and row["processes"] == 4 and row["kills"] > 20
     assert row["read_blocked_most_seconds"] < 1
+
+
+def test_many_users_in_vllm() -> None:
+    record = json.loads((ROOT / "results" / "engines" / "many_users.json").read_text())
+    ways = {"bank.mixed": "`mixed`", "vLLM": "vLLM", "PEFT: adapter_names": "PEFT: `adapter_names`"}
+    assert record["users"] == 100 and record["tokens_equal"] == dict.fromkeys(list(ways)[1:], record["tokens"])
+    ratios = {row["ratio"]: row for row in record["ratios"]}
+    text = (ROOT / "docs" / "bank.md").read_text()
+    for row in record["seconds"]:
+        to = ratios.get(f"{row['way']} / bank.mixed")
+        ratio = f"{to['clock']:.2f} ({to['clock_low']:.2f} to {to['clock_high']:.2f})" if to else ""
+        said = [ways[row["way"]], f"{row['seconds']:.1f}", f"{row['tokens_per_second']:.0f}", ratio]
+        assert "|" + "|".join(f" {cell} " if cell else " " for cell in said) + "|" in text
