@@ -114,7 +114,7 @@ def test_other_architectures_endings_and_ranks_are_refused(tmp_path: Path, monke
     with pytest.raises(AdapterError, match="rank must be left out for onnx"):
         export(model, tmp_path / "ada.onnx_adapter", to="onnx", rank=8)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(AdapterError, match=r"needs the package onnxruntime, .* Run pip install onnxruntime"):
+    with pytest.raises(AdapterError, match=r"needs the package onnxruntime, .* Run pip install 'uniproj.onnx.'"):
         export(model, tmp_path / "ada.onnx_adapter", to="onnx")
     assert not [*tmp_path.iterdir()]
 
