@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, trained_model
 from tests.tuner.models import base_model, config
 from uniproj import AdapterError
 from uniproj.exchange import export
+from uniproj.tuner import UniProjConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STACKED = dict.fromkeys(ALL[:3], "qkv_proj") | dict.fromkeys(ALL[4:6], "gate_up_proj")
@@ -113,6 +115,20 @@ def test_what_sglang_cannot_take_is_refused(fields: dict[str, Any], said: str, t
     with pytest.raises(AdapterError, match=said):
         export(get_peft_model(base_model("llama"), config("llama", **fields)), tmp_path / "out", to="sglang")
     assert not (tmp_path / "out").exists()
+
+
+def test_deepseeks_query_and_keys_go_together(tmp_path: Path) -> None:
+    """`normalize_fused_qkv_a_proj` puts one above the other, which SGLang splits again by their own sizes."""
+    parts = {"q_a_proj": nn.Linear(8, 6), "kv_a_proj_with_mqa": nn.Linear(8, 5)}
+    stack = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
+    for targets, lacking in (["q_a_proj"], "kv_a_proj_with_mqa"), (["kv_a_proj_with_mqa"], "q_a_proj"):
+        model = get_peft_model(copy.deepcopy(stack), UniProjConfig(d=8, r=2, target_modules=targets))
+        with pytest.raises(
+            AdapterError, match=rf"got layers\.0\.{targets[0]} without {lacking}\. Train these together"
+        ):
+            export(model, tmp_path / "out", to="sglang")
+    export(get_peft_model(stack, UniProjConfig(d=8, r=2, target_modules=list(parts))), tmp_path / "out", to="sglang")
+    assert {"layers.0.q_a_proj", "layers.0.kv_a_proj_with_mqa"} == {*fields_of(tmp_path / "out")["target_modules"]}
 
 
 def test_modules_that_sglang_passes_over_are_refused(tmp_path: Path) -> None:

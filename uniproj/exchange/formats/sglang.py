@@ -3,8 +3,9 @@
 Source: SGLang 0.5.23, `sglang.srt.lora.lora` (`LoRAAdapter`), `lora_config`, `lora_manager` and `utils`. Of the
 configuration SGLang reads r, lora_alpha, target_modules and use_dora: it knows no rank_pattern, no alpha_pattern and no
 use_rslora, and infers its own modules from a list of names alone. A tensor belongs to `layers.N.` of its name, or to
-lm_head; others get no sentence. q, k and v become one module, and so do gate and up: k may be missing, and up, but a
-missing q or v stops the reader, and an up without its gate is skipped with a warning.
+lm_head; others get no sentence. q, k and v become one module, and so do gate and up, and q_a and kv_a of DeepSeek: k
+and up may be missing. A missing q or v stops the reader, as do the zeros that it puts for a kv_a, of the shape of q_a;
+an up without its gate and a kv_a without its q_a are skipped with a warning.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _KNOWN = re.compile(r".*layers\.\d+\..+|(.+\.)?lm_head")
 _STACKS = (
     (("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")),
     (("gate_proj", "up_proj"), ("gate_proj",)),
-    (("q_a_proj", "kv_a_proj_with_mqa"), ("q_a_proj",)),
+    (("q_a_proj", "kv_a_proj_with_mqa"), ("q_a_proj", "kv_a_proj_with_mqa")),
 )
 
 
