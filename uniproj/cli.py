@@ -128,9 +128,8 @@ def _export(args: argparse.Namespace) -> int:
     from uniproj.exchange.transfer import export, size
 
     export(args.path, args.out, args.to, args.rank, args.base, trust_remote_code=args.trust_remote_code)
-    written = registry.get(args.to)
-    place = "file" if written.suffix else "folder"
-    console.report({"format": args.to, "bytes": size(args.out, written.weights), place: args.out}, args.json)
+    place, weights = "file" if Path(args.out).is_file() else "folder", registry.get(args.to).weights
+    console.report({"format": args.to, "bytes": size(args.out, weights), place: args.out}, args.json)
     return 0
 
 

@@ -102,8 +102,12 @@ def test_without_the_package_or_space_for_its_file_the_old_one_stays(
     def fails(*_: Any) -> None:
         raise RuntimeError("Failed to write :3240104 bytes")
 
+    with monkeypatch.context() as without:
+        without.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+        with pytest.raises(AdapterError, match=r"must have space for one, got .*No such file.*/gone.* set TMPDIR"):
+            export(model, out, to="onnx")
     monkeypatch.setattr(recorded, "export_adapter", fails)
-    with pytest.raises(AdapterError, match=r"must have space for the file, got Failed to write .* Free some"):
+    with pytest.raises(AdapterError, match=r"must have space for one, got Failed to write .* Free some"):
         export(model, out, to="onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(AdapterError, match=r"needs the package onnxruntime, .* Run pip install 'uniproj.onnx.'"):

@@ -72,10 +72,12 @@ def _content(tensors: Mapping[str, Tensor]) -> bytes:
     adapter = AdapterFormat()
     # it keeps none of the tensors alive, so these live until the file is written
     adapter.set_parameters({name: OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in tensors.items()})
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "adapter")
-        try:
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "adapter")
             adapter.export_adapter(str(path))
-        except RuntimeError as error:
-            raise AdapterError(f"export: {folder} must have space for the file, got {error}. Free some.") from error
-        return path.read_bytes()
+            return path.read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise AdapterError(
+            f"export: the folder of temporary files must have space for one, got {error}. Free some, or set TMPDIR."
+        ) from error
