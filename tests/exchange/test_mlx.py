@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import FalconH1Config
 
 from tests.exchange.tools import SAME, difference, fields_of, saved, trained_model
 from tests.tuner.models import base_model, config
@@ -78,6 +79,15 @@ def test_some_modules_of_some_layers_and_the_output(tmp_path: Path) -> None:
     model = get_peft_model(base_model("llama"), config("llama", target_modules=r".*layers\.0\..*v_proj|lm_head"))
     export(model, tmp_path, to="mlx")
     assert [*_by_mlx_lms_rules(tmp_path, base_model("llama"))] == ["model.layers.0.self_attn.v_proj", "lm_head"]
+
+
+def test_a_model_whose_weights_mlx_lm_changes_is_refused(tmp_path: Path) -> None:
+    """`mlx_lm.models.falcon_h1`, `sanitize`: `attention_in_multiplier` goes into q_proj, and so on."""
+    model = get_peft_model(base_model("llama"), config("llama"))
+    model.get_base_model().config = FalconH1Config(num_hidden_layers=2)
+    with pytest.raises(AdapterError, match=r"got a Falcon-H1, .* Export to lora and merge it into the base model"):
+        export(model, tmp_path / "out", to="mlx")
+    assert not (tmp_path / "out").exists()
 
 
 def test_modules_that_mlx_lm_calls_otherwise_are_refused(tmp_path: Path) -> None:
