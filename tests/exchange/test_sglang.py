@@ -130,4 +130,10 @@ def test_modules_that_sglang_passes_over_are_refused(tmp_path: Path) -> None:
     model = get_peft_model(base_model("gpt2"), config("gpt2"))
     with pytest.raises(AdapterError, match=r"must lie in layers\.N or be lm_head, .*, got transformer\.h\.0\.attn"):
         export(model, tmp_path / "out", to="sglang")
+    # LFM2's: `_rename_expert_w_to_proj` makes w1 a gate_proj, which is no target module
+    parts = {name: nn.Linear(4, 4) for name in ("w1", "w2", "w3")}
+    stack = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"feed_forward": nn.ModuleDict(parts)})])})
+    model = get_peft_model(stack, UniProjConfig(d=8, r=2, target_modules=["w2"]))
+    with pytest.raises(AdapterError, match=r"and over w1, w2 and w3, got layers\.0\.feed_forward\.w2\. Leave it out"):
+        export(model, tmp_path / "out", to="sglang")
     assert not (tmp_path / "out").exists()
