@@ -177,6 +177,13 @@ def test_what_no_other_file_uses_is_private() -> None:
     assert open_ones == []
 
 
+def test_no_page_or_file_holds_both_sides_of_a_merge() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]
+    tests = [path for folder in ("tests", "examples") for path in (ROOT / folder).rglob("*.py")]
+    both = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+    assert [path for path in (*SOURCES, *tests, *pages) if both.search(path.read_text())] == []
+
+
 def test_every_file_of_projections_registers_or_is_a_base() -> None:
     package = "uniproj.projections."
     homes = {get(name).__module__.removeprefix(package) for name in names() if get(name).__module__.startswith(package)}

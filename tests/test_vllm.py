@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,9 +75,18 @@ def test_it_is_silent_unless_a_bank_is_named(
         vllm.register()
 
 
-def test_a_server_without_a_bank_does_not_wait_for_peft(vllm: ModuleType) -> None:
-    text = Path(vllm.__file__ or "").read_text()
-    assert not [line for line in text.splitlines() if line.startswith(("from peft", "import peft", "from uniproj"))]
+def test_a_server_without_a_bank_does_not_wait_for_peft() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+sys.modules["vllm.lora.request"] = SimpleNamespace(LoRARequest=None)
+sys.modules["vllm.lora.resolver"] = SimpleNamespace(LoRAResolver=object, LoRAResolverRegistry=None)
+from uniproj.vllm import register
+register()
+assert not {"peft", "transformers"} & set(sys.modules)
+"""
+    without = {name: text for name, text in os.environ.items() if name != "UNIPROJ_BANK"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=without, check=True)
 
 
 def test_each_user_gets_the_logits_of_the_bank(vllm: ModuleType, bank: AdapterBank, base: str) -> None:
@@ -94,6 +105,18 @@ def test_each_user_gets_the_logits_of_the_bank(vllm: ModuleType, bank: AdapterBa
     assert asyncio.run(resolver.resolve_lora(base, "nobody")) is None
 
 
+def test_many_ask_at_once(vllm: ModuleType, bank: AdapterBank, base: str) -> None:
+    resolver = vllm.BankResolver(bank.folder)
+
+    async def ask() -> list[_Request]:
+        return await asyncio.gather(*(resolver.resolve_lora(base, name) for name in [*bank] * 4))
+
+    found = asyncio.run(ask())
+    assert len({request.lora_int_id for request in found}) == len(found) == 8
+    folders = {(request.lora_name, Path(request.lora_path)) for request in found}
+    assert len(folders) == 2 and all((folder / "adapter_config.json").is_file() for _, folder in folders)
+
+
 def test_other_numbers_have_another_path(vllm: ModuleType, bank: AdapterBank, base: str) -> None:
     resolver = vllm.BankResolver(bank.folder)
     first, odd = _path(resolver, base, "ada"), _path(resolver, base, "../bob")
@@ -103,6 +126,37 @@ def test_other_numbers_have_another_path(vllm: ModuleType, bank: AdapterBank, ba
     assert _path(resolver, base, "ada") not in (first, odd)
     bank.delete("ada")
     assert asyncio.run(resolver.resolve_lora(base, "ada")) is None
+
+
+def test_a_user_who_is_deleted_meanwhile_is_unknown(
+    vllm: ModuleType, bank: AdapterBank, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = AdapterBank.get
+
+    def deleted_before_it_is_read(self: AdapterBank, name: str) -> torch.Tensor:
+        bank.delete(name)
+        return read(self, name)
+
+    monkeypatch.setattr(AdapterBank, "get", deleted_before_it_is_read)
+    assert asyncio.run(vllm.BankResolver(bank.folder).resolve_lora(base, "ada")) is None
+
+
+def test_an_export_that_breaks_off_is_made_again(
+    vllm: ModuleType, bank: AdapterBank, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    resolver = vllm.BankResolver(bank.folder)
+    other = _path(resolver, base, "../bob")
+    with monkeypatch.context() as here:
+        here.setattr("os.fsync", breaks)
+        with pytest.raises(AdapterError, match="No space left on device"):
+            asyncio.run(resolver.resolve_lora(base, "ada"))
+    assert [path for path in other.parent.rglob("*.safetensors") if path.parent.name != "first"] == [
+        other / "adapter_model.safetensors"
+    ]
+    assert (_path(resolver, base, "ada") / "adapter_model.safetensors").stat().st_size > 0
 
 
 def test_what_is_written_goes_with_the_server(vllm: ModuleType, bank: AdapterBank, base: str) -> None:

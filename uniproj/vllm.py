@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+from uniproj.errors import AdapterError
+
 if TYPE_CHECKING:
     from uniproj.exchange import Adapter
 
@@ -60,8 +62,14 @@ class BankResolver(LoRAResolver):
     def _resolve(self, base: str, name: str) -> LoRARequest | None:
         if name not in self._bank:
             return None
-        with self._lock:
-            return LoRARequest(name, next(self._numbers), str(self._export(base, name)))
+        try:
+            with self._lock:
+                return LoRARequest(name, next(self._numbers), str(self._export(base, name)))
+        except AdapterError:
+            # another process may have deleted it meanwhile
+            if name not in self._bank:
+                return None
+            raise
 
     def _export(self, base: str, name: str) -> Path:
         """The folder is named by the numbers in it: a name may be any text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ ABSENT = {
 def _record(name: str) -> dict[str, Any]:
     """Of results/engines, of what the script asks for now."""
     engine, record = ENGINES[name], json.loads((RESULTS / f"{name}.json").read_text())
-    pins = dict(each.split("==") for each in engine.dependencies)
+    pins = dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?==(.+)", each).groups() for each in engine.dependencies)
     assert record["dependencies"] == list(engine.dependencies) and record["format"] == engine.format
-    assert all(pins.get(p) in (None, version.partition("+")[0]) for p, version in record["versions"].items())
+    assert record["versions"].keys() == {*engine.packages}
+    assert all(pins[package] == version.partition("+")[0] for package, version in record["versions"].items())
     return record
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -31,9 +30,8 @@ class Engine:
     tokens, as `tests.engines.subject` asks for them, or with something else, for a test of its own.
 
     precision: with what the engine multiplies (`tests.engines.subject.PRECISIONS`); running_sum: whether it adds the
-    probabilities of all tokens one after another in float32; suffix: of what it reads, where that is a file; packages:
-    that it names in its record; dependencies: pinned, what is installed; removed: what is taken out again; environment:
-    variables.
+    probabilities of all tokens one after another in float32; packages: that it names in its record; dependencies:
+    pinned, what is installed; removed: what is taken out again; environment: variables.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Engine:
     packages: Sequence[str]
     dependencies: Sequence[str]
     answers: str = "tokens"
-    suffix: str = ""
     running_sum: bool = False
     removed: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -71,17 +68,14 @@ class Engine:
         """The Python of the engine's environment, which is made once for a head."""
         wanted = hashlib.sha256(json.dumps([*self.dependencies, *self.removed]).encode()).hexdigest()
         place = ENVIRONMENTS / self.name
-        python, done = place / "bin" / "python", place / ".done"
+        done = place / ".done"
         if not done.exists() or done.read_text() != wanted:
-            shutil.rmtree(place, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-            # -I: what lies on PYTHONPATH would count as installed
-            pip = [python, "-I", "-m", "pip"]
-            subprocess.run([*pip, "install", "--quiet", *self.dependencies], check=True)
+            python = new_environment(place)
+            pip(python, "install", *self.dependencies)
             if self.removed:
-                subprocess.run([*pip, "uninstall", "--quiet", "--yes", *self.removed], check=True)
+                pip(python, "uninstall", "--yes", *self.removed)
             done.write_text(wanted)
-        return python
+        return python_of(place)
 
     def ask(self, asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """What the script's `answer` returns, in the engine's environment and in `folder`."""
@@ -100,6 +94,21 @@ class Engine:
         )
         assert not done.returncode, f"{self.label}: {done.stdout[-2000:]}{done.stderr[-8000:]}"
         return done.stdout
+
+
+def new_environment(place: Path) -> Path:
+    """The Python of an environment without packages, in place of one that was there."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
+    return python_of(place)
+
+
+def python_of(place: Path) -> Path:
+    return place / "bin" / "python"
+
+
+def pip(python: Path, *arguments: str) -> None:
+    # -I: what lies on PYTHONPATH would count as installed
+    subprocess.run([python, "-I", "-m", "pip", "--quiet", *arguments], check=True)
 
 
 ENGINES = {script.stem: Engine.of(script) for script in sorted((HOME / "scripts").glob("*.py"))}

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,22 +18,19 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from tests.engines.engine import ENGINES, ENVIRONMENTS
+from tests.engines.engine import ENGINES, ENVIRONMENTS, ROOT, new_environment, pip
 
-ROOT = Path(__file__).parents[2]
 _STARTS = 600  # seconds
 _ANSWERS = 600
 
 
 def install() -> Path:
     """The Python of an environment with uniproj over the engine's own, in which uniproj is not installed."""
-    engine, place = ENGINES["vllm"].install(), ENVIRONMENTS / "vllm_bank"
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-    (below,), (site,) = (each.glob("lib/python*/site-packages") for each in (engine.parents[1], place))
+    engine, python = ENGINES["vllm"].install(), new_environment(ENVIRONMENTS / "vllm_bank")
+    (below,), (site,) = (each.parents[1].glob("lib/python*/site-packages") for each in (engine, python))
     (site / "engine.pth").write_text(str(below))
-    python = place / "bin" / "python"
     # what is below stays: uniproj asks for no other torch and transformers
-    subprocess.run([python, "-m", "pip", "install", "--quiet", str(ROOT)], check=True)
+    pip(python, "install", str(ROOT))
     return python
 
 

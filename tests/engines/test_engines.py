@@ -17,7 +17,7 @@ from experiments.files import write_json
 from experiments.provenance import provenance
 from tests.engines.engine import TALKING, Engine
 from tests.engines.subject import NEW_TOKENS, USERS, Continuation, Subject
-from uniproj.exchange import export
+from uniproj.exchange import export, registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 each_engine = pytest.mark.parametrize("engine", TALKING.values(), ids=list(TALKING))
@@ -30,7 +30,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 def _exported(engine: Engine, subject: Subject, folder: Path) -> dict[str, str]:
     """What the engine reads, by user."""
-    written = {user: folder / f"{user}{engine.suffix}" for user in USERS}
+    written = {user: folder / f"{user}{registry.get(engine.format).suffix}" for user in USERS}
     for user, out in written.items():
         export(subject.folder / user, out, to=engine.format, base=str(subject.folder / "base"))
     return {user: str(out) for user, out in written.items()}

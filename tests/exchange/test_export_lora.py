@@ -117,16 +117,6 @@ def test_vllm_gets_a_rank_it_knows(tmp_path: Path) -> None:
             assert difference(delta, wanted[name].get_delta_weight("default")) <= SAME, name
 
 
-def test_what_vllm_cannot_take_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="must hold A and B alone, got modules_to_save"):
-        export(trained_model("bert", "unilora"), tmp_path, to="vllm")
-    with pytest.raises(AdapterError, match=r"got bias='all', base_model.*bias"):
-        export(trained_model("gpt2", "unilora", bias="all"), tmp_path, to="vllm")
-    with pytest.raises(AdapterError, match="got trainable_token_indices"):
-        export(trained_model("llama", "unilora", trainable_token_indices=[3, 5]), tmp_path, to="vllm")
-    assert not list(tmp_path.iterdir())
-
-
 def test_biases_and_tokens_come_along(tmp_path: Path) -> None:
     for kind, fields in (("gpt2", {"bias": "all"}), ("llama", {"trainable_token_indices": [3, 5]})):
         model = trained_model(kind, "unilora", **fields)

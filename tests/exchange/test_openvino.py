@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.exchange.tools import SAME, difference, loaded, logits, saved, trained_model
-from tests.tuner.models import base_model, config
+from tests.tuner.models import base_model
 from uniproj import AdapterError
 from uniproj.exchange import export
 from uniproj.tuner import UniProjConfig
@@ -67,43 +67,9 @@ def test_the_updates_are_those_of_the_model(fields: dict[str, Any], tmp_path: Pa
     assert difference(logits(loaded("llama", tmp_path / "theirs"), "llama"), logits(model, "llama")) <= SAME
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"modules_to_save": ["lm_head"]}, r"must hold A and B alone, got modules_to_save=\['lm_head'\]"),
-        ({"bias": "all"}, "must hold A and B alone, got bias='all'"),
-        ({"trainable_token_indices": [3, 5]}, "must hold A and B alone, got trainable_token_indices"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "OpenVINO holds linear layers alone, got model.embed_tokens"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "OpenVINO has no layer_replication"),
-        ({"alora_invocation_tokens": [7, 8]}, "OpenVINO has no alora_invocation_tokens"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_openvino_cannot_take_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
-    model = get_peft_model(base_model("llama"), config("llama", **fields))
-    with pytest.raises(AdapterError, match=said):
-        export(model, tmp_path / "out", to="openvino")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_name_within_another_is_refused(tmp_path: Path) -> None:
     layers = nn.ModuleDict({"gate": nn.Linear(4, 4), "gate_proj": nn.Linear(4, 4)})
     both = get_peft_model(layers, UniProjConfig(d=8, r=2, target_modules=["gate", "gate_proj"]))
     with pytest.raises(AdapterError, match="finds the factors of gate for gate_proj too"):
         export(both, tmp_path / "out", to="openvino")
-    with pytest.raises(AdapterError, match="rank must be left out for openvino"):
-        export(trained_model("llama", "unilora"), tmp_path / "out", to="openvino", rank=8)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_export_that_breaks_off_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(trained_model("llama", "unilora"), tmp_path, to="openvino")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def breaks(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", breaks)
-    with pytest.raises(AdapterError, match="No space left on device"):
-        export(trained_model("llama", "unilora", **ODD), tmp_path, to="openvino")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and WEIGHTS in before

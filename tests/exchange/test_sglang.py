@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.exchange.tools import SAME, difference, fields_of, loaded, logits, trained_model
 from tests.tuner.models import base_model, config
 from uniproj import AdapterError
 from uniproj.exchange import export
+from uniproj.tuner import UniProjConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STACKED = dict.fromkeys(ALL[:3], "qkv_proj") | dict.fromkeys(ALL[4:6], "gate_up_proj")
@@ -101,11 +103,6 @@ def test_the_updates_are_those_of_the_model(targets: Any, fields: dict[str, Any]
         ({"target_modules": ["q_proj"]}, r"needs q_proj and v_proj of it, got .*0\.self_attn\.q_proj without v_proj"),
         ({"target_modules": ["k_proj", "v_proj"]}, r"got .*\.k_proj without q_proj\. Train these together"),
         ({"target_modules": ["up_proj"]}, r"one module of gate_proj, up_proj, .*, got .*up_proj without gate_proj"),
-        ({"modules_to_save": ["lm_head"]}, r"must hold A and B alone, got modules_to_save=\['lm_head'\]"),
-        ({"bias": "all"}, "must hold A and B alone, got bias='all'"),
-        ({"target_modules": ["embed_tokens"]}, "SGLang holds linear layers alone, got model.embed_tokens"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "SGLang has no layer_replication"),
-        ({"alora_invocation_tokens": [7, 8]}, "SGLang has no alora_invocation_tokens"),
     ],
     ids=str,
 )
@@ -115,10 +112,28 @@ def test_what_sglang_cannot_take_is_refused(fields: dict[str, Any], said: str, t
     assert not (tmp_path / "out").exists()
 
 
+def test_deepseeks_query_and_keys_go_together(tmp_path: Path) -> None:
+    """`normalize_fused_qkv_a_proj` puts one above the other, which SGLang splits again by their own sizes."""
+    parts = {"q_a_proj": nn.Linear(8, 6), "kv_a_proj_with_mqa": nn.Linear(8, 5)}
+    stack = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
+    for targets, lacking in (["q_a_proj"], "kv_a_proj_with_mqa"), (["kv_a_proj_with_mqa"], "q_a_proj"):
+        model = get_peft_model(copy.deepcopy(stack), UniProjConfig(d=8, r=2, target_modules=targets))
+        with pytest.raises(
+            AdapterError, match=rf"got layers\.0\.{targets[0]} without {lacking}\. Train these together"
+        ):
+            export(model, tmp_path / "out", to="sglang")
+    export(get_peft_model(stack, UniProjConfig(d=8, r=2, target_modules=list(parts))), tmp_path / "out", to="sglang")
+    assert {"layers.0.q_a_proj", "layers.0.kv_a_proj_with_mqa"} == {*fields_of(tmp_path / "out")["target_modules"]}
+
+
 def test_modules_that_sglang_passes_over_are_refused(tmp_path: Path) -> None:
     model = get_peft_model(base_model("gpt2"), config("gpt2"))
     with pytest.raises(AdapterError, match=r"must lie in layers\.N or be lm_head, .*, got transformer\.h\.0\.attn"):
         export(model, tmp_path / "out", to="sglang")
-    with pytest.raises(AdapterError, match="rank must be left out for sglang"):
-        export(model, tmp_path / "out", to="sglang", rank=8)
+    # LFM2's: `_rename_expert_w_to_proj` makes w1 a gate_proj, which is no target module
+    parts = {name: nn.Linear(4, 4) for name in ("w1", "w2", "w3")}
+    stack = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"feed_forward": nn.ModuleDict(parts)})])})
+    model = get_peft_model(stack, UniProjConfig(d=8, r=2, target_modules=["w2"]))
+    with pytest.raises(AdapterError, match=r"and over w1, w2 and w3, got layers\.0\.feed_forward\.w2\. Leave it out"):
+        export(model, tmp_path / "out", to="sglang")
     assert not (tmp_path / "out").exists()

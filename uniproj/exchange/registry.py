@@ -27,12 +27,13 @@ _HOMES = [str(Path(__file__).parent / "formats")]
 class Format:
     """What `export` writes and `import` reads; a subclass overrides `write`, or `reads` and `read`, or all three.
 
-    takes_rank: whether `write` can pad every module to a rank; weights: the pattern of the names of files that hold its
-    numbers, where it is a folder.
+    takes_rank: whether `write` can pad every module to a rank; suffix: what the name must end in where it is one file;
+    weights: the pattern of the names of files that hold its numbers where it is a folder.
     """
 
     name = ""
     takes_rank = False
+    suffix = ""
     weights = "adapter_model.*"
 
     def write(self, adapter: Adapter, folder: Path, rank: int | None) -> None:

@@ -48,6 +48,10 @@ def export(
         raise AdapterError(
             f"export: rank must be left out for {to}, which has the adapter's, got {rank}. Export to lora."
         )
+    if written.suffix not in ("", Path(out).suffix):
+        raise AdapterError(
+            f"export: {to} is one file and must have a name that ends in {written.suffix}, got {out}. Rename it."
+        )
     if isinstance(source, PeftModel):
         adapter = Adapter.of_model(source, adapter_name)
     elif isinstance(source, str | Path):

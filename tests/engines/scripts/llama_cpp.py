@@ -4,7 +4,6 @@
 # label = "llama.cpp"
 # format = "gguf"
 # precision = "float32"
-# suffix = ".gguf"
 # packages = ["xllamacpp"]
 # ///
 """The packaged model in float32, and keys and values too.

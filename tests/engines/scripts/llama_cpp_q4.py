@@ -4,7 +4,6 @@
 # label = "llama.cpp"
 # format = "gguf_f16"
 # precision = "q8"
-# suffix = ".gguf"
 # packages = ["xllamacpp"]
 # ///
 """The packaged model as it is, in 4 bits, by llama.cpp's own settings."""

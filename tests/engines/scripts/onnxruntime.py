@@ -6,7 +6,6 @@
 # [tool.uniproj]
 # label = "ONNX Runtime GenAI"
 # format = "onnx"
-# suffix = ".onnx_adapter"
 # precision = "float32"
 # packages = ["onnxruntime-genai", "onnxruntime", "onnx"]
 # ///

@@ -42,29 +42,27 @@ _IN_HALVES = {
 ARCHITECTURES = _INTERLEAVED | _IN_HALVES
 # what the configuration calls the number of heads in the rows of a tensor
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-_SUFFIX, _MODELFILE = ".gguf", ".Modelfile"
 
 
 @register("gguf")
 class GGUFFormat(Format):
     """Written, in `dtype`."""
 
+    suffix = ".gguf"
     dtype = torch.float32
 
     def write(self, adapter: Adapter, path: Path, rank: int | None) -> None:
-        """A file that ends in .gguf, and a Modelfile of the same name; every module has its own rank.
+        """A file, and a Modelfile of the same name; every module has its own rank.
 
         alpha is the first module's; what differs in another's is in its B, which is rounded once. Raises AdapterError
         for what is trained besides A and B, for layers that are not linear, for a base model whose configuration or
-        conversion is not known, for modules that GGUF has no tensor for, and for numbers beyond `dtype`.
+        conversion is not known, for modules that GGUF has no tensor for, and for a factor that `dtype` cannot hold.
         """
-        if path.suffix != _SUFFIX:
-            raise AdapterError(f"export: a GGUF file must have a name that ends in {_SUFFIX}, got {path}. Rename it.")
         refuse_all_but_linear(adapter, "GGUF")
         base = adapter.base or _named(adapter)
         tensors = _tensors(adapter, base)
         content = self._content(adapter, base, tensors)
-        replace({path: content, path.with_suffix(_MODELFILE): _modelfile(base, path).encode()})
+        replace({path: content, path.with_suffix(".Modelfile"): _modelfile(base, path).encode()})
 
     @torch.no_grad()
     def _content(self, adapter: Adapter, base: PretrainedConfig, tensors: Mapping[str, str]) -> Iterator[bytes]:
@@ -82,10 +80,12 @@ class GGUFFormat(Format):
             site, is_A = sites[slot // 2], bool(slot % 2)
             if not is_A:
                 numbers = _in_order(numbers.double() * (products[site.name] / alpha), site, tensors[site.name], base)
-            if not (largest := numbers.abs().max()) <= torch.finfo(self.dtype).max:
+            # below, all of a factor would lose bits, or be 0
+            least, most = torch.finfo(self.dtype).tiny, torch.finfo(self.dtype).max
+            if (largest := float(numbers.abs().max())) and not least <= largest <= most:
                 raise AdapterError(
-                    f"export: {site.name} must have numbers of at most {torch.finfo(self.dtype).max:g}, the largest of "
-                    f"{dtype}, got {largest:.3g}. Export to {'gguf' if dtype.itemsize == 2 else 'lora'}."
+                    f"export: the largest number of {site.name} must lie in [{least:.3g}, {most:.6g}], where {dtype} "
+                    f"has all its bits, got {largest:.3g}. Export to {'gguf' if dtype.itemsize == 2 else 'lora'}."
                 )
             data = numbers.to(self.dtype).contiguous().numpy().tobytes()
             yield data + bytes(-len(data) % writer.data_alignment)

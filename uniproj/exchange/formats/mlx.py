@@ -4,7 +4,8 @@ Source: mlx-lm 0.32.2, `mlx_lm.tuner.utils` (`load_adapters`, `linear_to_lora_la
 adds scale (x lora_a) lora_b with lora_a (in, r) and lora_b (r, out), at one rank and one scale for all. `keys` name the
 modules that have these, in the whole model or in each of its last `num_layers` layers; where all are names in the whole
 model, as here, `num_layers` decides nothing. mlx-lm takes no other tensor, and none of another shape. Its modules and
-their weights are those of Transformers where the layers are called `model.layers.N`; others it renames.
+their weights are those of Transformers where the layers are called `model.layers.N`; others it renames. Only of
+Falcon-H1 (`mlx_lm.models.falcon_h1`, `sanitize`) are the weights others.
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ class MLXFormat(Format):
         into B, which is rounded once.
 
         Raises AdapterError for a head, a bias, added tokens or anything else that is trained besides A and B of linear
-        layers, for replicated layers, for an aLoRA, for modules that mlx-lm calls otherwise, and where the disk
-        refuses; what was there before stays.
+        layers, for replicated layers, for an aLoRA, for modules that mlx-lm calls otherwise, for a Falcon-H1 if the
+        base model is known, and where the disk refuses; what was there before stays.
         """
         refuse_all_but_linear(adapter, "MLX")
+        if adapter.base is not None and adapter.base.model_type == "falcon_h1":
+            raise AdapterError(
+                "export: mlx-lm must have the base model's weights as Transformers has them, got a Falcon-H1, whose "
+                "multipliers it multiplies into them. Export to lora and merge it into the base model, which mlx-lm "
+                "converts."
+            )
         lora = adapter.lora()
         sites = lora.layout.sites
         if other := [site.name for site in sites if not _SAME_NAME.fullmatch(site.name)]:

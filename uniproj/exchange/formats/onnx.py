@@ -22,7 +22,6 @@ from uniproj.exchange.registry import Format, register
 from uniproj.format.disk import replace
 from uniproj.format.tensors import check_finite
 
-_SUFFIX = ".onnx_adapter"
 _KNOWN = re.compile(r"(model\.layers\.\d+\.)(?:self_(attn\.[qkvo]_proj)|(mlp\.(?:gate|up|down)_proj))")
 
 
@@ -30,17 +29,16 @@ _KNOWN = re.compile(r"(model\.layers\.\d+\.)(?:self_(attn\.[qkvo]_proj)|(mlp\.(?
 class ONNXFormat(Format):
     """Written, in float32."""
 
+    suffix = ".onnx_adapter"
+
     @torch.no_grad()
     def write(self, adapter: Adapter, path: Path, rank: int | None) -> None:
-        """A file that ends in .onnx_adapter, every module at its own rank; s is multiplied into B, which is rounded
-        once.
+        """A file, every module at its own rank; s is multiplied into B, which is rounded once.
 
-        Raises AdapterError for another ending, for a head, a bias, added tokens or anything else that is trained
-        besides A and B of linear layers, for replicated layers, for an aLoRA, for modules whose name in a model is not
-        known, without onnxruntime, for numbers beyond float32, and where the disk refuses; what was there before stays.
+        Raises AdapterError for a head, a bias, added tokens or anything else that is trained besides A and B of linear
+        layers, for replicated layers, for an aLoRA, for modules whose name in a model is not known, without
+        onnxruntime, for numbers beyond float32, and where the disk refuses; what was there before stays.
         """
-        if path.suffix != _SUFFIX:
-            raise AdapterError(f"export: the file must have a name that ends in {_SUFFIX}, got {path}. Rename it.")
         refuse_all_but_linear(adapter, "ONNX Runtime")
         names = {site.name: _name(site.name) for site in adapter.layout.sites}
         found, tensors = adapter.lora(), {}
@@ -69,15 +67,17 @@ def _content(tensors: Mapping[str, Tensor]) -> bytes:
         from onnxruntime import AdapterFormat, OrtValue
     except ImportError as error:
         raise AdapterError(
-            f"export: the format onnx needs the package onnxruntime, got {error}. Run pip install onnxruntime."
+            f"export: ONNX Runtime needs the package onnxruntime, got {error}. Run pip install 'uniproj[onnx]'."
         ) from error
     adapter = AdapterFormat()
     # it keeps none of the tensors alive, so these live until the file is written
     adapter.set_parameters({name: OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in tensors.items()})
-    with TemporaryDirectory() as folder:
-        path = Path(folder, f"adapter{_SUFFIX}")
-        try:
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "adapter")
             adapter.export_adapter(str(path))
-        except RuntimeError as error:
-            raise AdapterError(f"export: {folder} must have space for the file, got {error}. Free some.") from error
-        return path.read_bytes()
+            return path.read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise AdapterError(
+            f"export: the folder of temporary files must have space for one, got {error}. Free some, or set TMPDIR."
+        ) from error
