@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.kernels.test_fork import forked
+from tests.forked import found_in_child
 
 
 class Cost(NamedTuple):
@@ -21,7 +21,7 @@ class Cost(NamedTuple):
 
 def cost(action: Callable[..., object], *args: object, most: int = 512) -> Cost:
     """Of `action(*args)`, which may take at most `most` MB more than this process has."""
-    return forked(lambda: _measured(action, args, most))
+    return found_in_child(lambda: _measured(action, args, most))
 
 
 def _measured(action: Callable[..., object], args: tuple[object, ...], most: int) -> Cost:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.forked import found_in_child
 from tests.format.saved import drop_header, edit_weights, relabel, save
-from tests.kernels.test_fork import forked
 from uniproj import AdapterError
 from uniproj.cli import main
 from uniproj.exchange.restore import restore
@@ -99,5 +99,5 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(folder: Path) -> None:
             disk.replace({folder / file.WEIGHTS: bytes(5000), folder / file.CONFIG: b"x"})
         return str(error.value)
 
-    assert "What was saved there before is intact" in forked(limited)
+    assert "What was saved there before is intact" in found_in_child(limited)
     assert _contents(folder) == before
