@@ -35,7 +35,8 @@ def _versions(record: dict[str, Any]) -> str:
     return ", ".join(f"{package} {version}" for package, version in record["versions"].items())
 
 
-NAMES = {f"{engine.label}, {engine.precision}": name for name, engine in TALKING.items()}
+# with what an engine multiplies, in a word: float32_mlx is MLX's float32
+NAMES = {f"{engine.label}, {engine.precision.partition('_')[0]}": name for name, engine in TALKING.items()}
 
 
 @capability("{engine}: SmolLM2-135M with an exported adapter")

@@ -181,11 +181,14 @@ PACKAGES = ("peft", "transformers", "datasets", "torch", "bitsandbytes")
 def test_pefts_benchmark_writes_and_reads_its_files(runs: Path, few_rows: str, llama: str, here, monkeypatch) -> None:
     # a few steps on random weights gain little
     monkeypatch.setattr("experiments.runs.result.LEAST_GAIN", 0.0)
-    cases = "cases=[{projection:lora,r:2,alpha:4,lr:1e-2,weight_decay:0.1},{projection:unilora,r:2,lr:1e-1}]"
+    cases = (
+        "cases=[{projection:lora,r:2,alpha:4,lr:1e-2,weight_decay:0.1},{projection:unilora,r:2,lr:1e-1},"
+        "{projection:full,lr:1e-3}]"
+    )
     small = ["settings.base_dtype=float32", "settings.max_length=96", "settings.max_new_tokens=4"]
     found = _run("peft_benchmark", runs, few_rows, *small, f"settings.model={llama}", cases)
     differences = pd.read_csv(runs / "sweeps" / "peft_benchmark" / "paired.csv")
-    assert list(differences["pairs"]) == [1]  # alpha and weight decay are a method's own
+    assert list(differences["pairs"]) == [1, 1]  # alpha and weight decay are a method's own
     out, folders = runs / "peft", list(found["folder"])
     assert method_comparison.main(["write", *folders, "--out", str(out)]) == 0
     files = [json.loads(path.read_text()) for path in sorted(out.glob("uniproj--*.json"))]
@@ -196,13 +199,13 @@ def test_pefts_benchmark_writes_and_reads_its_files(runs: Path, few_rows: str, l
         last = train["metrics"][-1]
         assert all(isinstance(train[key], int) for key in INTEGERS) and train["status"] == "success"
         assert float(info["total_time"]) >= float(train["train_time"]) > 0
-        assert info["peft_config"]["projection"] == projection
+        assert (info["peft_config"] or {"projection": "full"})["projection"] == projection
         assert "Question: {query} Think step by step.\nAnswer:" in info["train_config"]["query_template"]
         assert pd.Timestamp(info["created_at"]) <= pd.Timestamp(row["provenance"]["finished"])
         assert (last["test accuracy"], last["train samples"]) == (row["score"], 12)
         assert last["train total tokens"] == sum(len(ids) for ids in rows)
         assert train["num_trainable_params"] == row["trained"]
-        assert train["num_total_params"] == whole + row["trained"]
+        assert train["num_total_params"] == whole + (projection != "full") * row["trained"]
         assert info["train_config"]["optimizer_kwargs"] == {"lr": row["lr"], "weight_decay": row["weight_decay"]}
         assert {f"{name}-version" for name in PACKAGES} <= set(content["meta_info"]["package_info"])
     assert method_comparison.main(["read", str(out), "--out", str(runs / "again")]) == 0
