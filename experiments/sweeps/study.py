@@ -46,7 +46,7 @@ def rule(sweep: Sweep, most: int) -> str:
     if sweep.sampler == GRID:
         return (
             "where the best rate lies at the edge of those tried, the next of 1 and 3 times powers of ten is tried "
-            f"beyond it, at most {most} on a side"
+            f"beyond it, at most {most} on a side; where nothing trained, those below, then those above"
         )
     by = "drawn" if sweep.sampler == RANDOM else f"asked for by the TPE of Optuna {version(OPTUNA)}"
     return f"{sweep.points_per_cell} points per cell, {by} between the ends of each list, by factor where positive"
@@ -131,15 +131,19 @@ def beyond(sweep: Sweep, points: Sequence[Cell]) -> list[float]:
 
 
 def _further(sweep: Sweep, choice: Mapping[str, Any], most: int) -> float | None:
-    """The rate beyond the edge at which the best one lies; None if it lies inside or enough were tried."""
+    """The rate beyond the edge at which the best one lies; None if it lies inside or enough were tried.
+
+    Where nothing trained, the rate below the least one, and when enough of these were tried, the one above the largest.
+    """
     grid, beyond = (sweep.tune or {}).get(_RATE, ()), choice["beyond"]
-    if len(grid) < 2 or not choice["trained"]:
+    if len(grid) < 2:
         return None
-    best = choice["chosen"][_RATE]
-    if best == max(*grid, *beyond) and sum(rate > max(grid) for rate in beyond) < most:
-        return min(rate for rate in _ladder(best) if rate > best)
-    if best == min(*grid, *beyond) and sum(rate < min(grid) for rate in beyond) < most:
-        return max(rate for rate in _ladder(best) if rate < best)
+    least, largest, best = min(*grid, *beyond), max(*grid, *beyond), choice["chosen"][_RATE]
+    nothing = not choice["trained"]
+    if (nothing or best == least) and sum(rate < min(grid) for rate in beyond) < most:
+        return max(rate for rate in _ladder(least) if rate < least)
+    if (nothing or best == largest) and sum(rate > max(grid) for rate in beyond) < most:
+        return min(rate for rate in _ladder(largest) if rate > largest)
     return None
 
 

@@ -98,10 +98,23 @@ def test_the_search_is_bounded_and_says_that_it_ended_at_the_edge(file: Path, ru
     assert chosen == {"lr": 3.0} and choice["beyond"] == rates[2:] and choice["at_edge"] == ["lr"]
 
 
-def test_nothing_is_followed_where_nothing_trained(file: Path, runs: Path) -> None:
-    one, trained = read(file, ["tune.lr=[0.01,0.05]", "axes.projection=[lora]"]), []
-    protocol.tune(one, runs, _trainer({"lora": {0.01: None, 0.05: None}}, trained))
-    assert len(trained) == 2 and _choices(runs, one)["lora"]["at_edge"] == ["lr"]
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.001, [0.003, 0.001, 0.0003]),  # full fine-tuning on a grid for LoRA
+        (1.0, [0.003, 0.001, 0.0003, 0.0001, 0.1, 0.3, 1.0, 3.0]),
+        (None, [0.003, 0.001, 0.0003, 0.0001, 0.1, 0.3, 1.0, 3.0]),
+    ],
+)
+def test_where_nothing_trained_the_rates_below_are_tried_and_then_those_above(
+    best: float | None, tried: list[float], file: Path, runs: Path
+) -> None:
+    one, trained = read(file, ["tune.lr=[0.01,0.05]", "axes.projection=[lora]"]), list[tuple[str, float]]()
+    scores = {"lora": {rate: 0.5 if rate == best else None for rate in [0.01, 0.05, *tried]}}
+    (chosen,) = protocol.tune(one, runs, _trainer(scores, trained)).values()
+    assert [rate for _, rate in trained] == [0.01, 0.05, *tried]
+    assert best is None or chosen == {"lr": best}
+    assert list(protocol.tune(one, runs, _never).values()) == [chosen]
 
 
 def test_every_tuned_setting_is_crossed_with_a_rate_beyond(file: Path, runs: Path) -> None:
