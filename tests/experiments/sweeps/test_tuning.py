@@ -113,7 +113,7 @@ def test_where_nothing_trained_the_rates_below_are_tried_and_then_those_above(
     scores = {"lora": {rate: 0.5 if rate == best else None for rate in [0.01, 0.05, *tried]}}
     (chosen,) = protocol.tune(one, runs, _trainer(scores, trained)).values()
     assert [rate for _, rate in trained] == [0.01, 0.05, *tried]
-    assert best is None or chosen == {"lr": best}
+    assert (best is None or chosen == {"lr": best}) and _choices(runs, one)["lora"]["trained"] == (best is not None)
     assert list(protocol.tune(one, runs, _never).values()) == [chosen]
 
 
