@@ -51,6 +51,7 @@ from pathlib import Path
 from transformers import Trainer
 from experiments import train
 from experiments.runs.callbacks import StopOnSignal
+from tests.forked import exitcode, fork
 
 save, replace, step_end = Trainer._save_checkpoint, os.replace, StopOnSignal.on_step_end
 
@@ -82,10 +83,7 @@ def replacing(source, target):
 
 StopOnSignal.on_step_end, Trainer._save_checkpoint, os.replace = on_step_end, saving, replacing
 for moment, folder in zip(sys.argv[1::2], sys.argv[2::2]):
-    if not (child := os.fork()):
-        train.main([folder])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
+    assert exitcode(fork(lambda: train.main([folder]), seconds=120)) == -signal.SIGKILL, moment
 """
 
 
