@@ -54,12 +54,12 @@ def test_summaries_and_differences_are_those_of_the_records(sweep: str) -> None:
 
 
 def test_a_run_that_did_not_train_is_in_no_mean_anywhere() -> None:
-    """VB-LoRA on QNLI, whose loss moved on one seed of four."""
+    """VB-LoRA on QNLI, whose loss moved on one seed of five."""
     own = _records("glue_budget")
     own = own[(own["projection"] == "vblora") & (own["task"] == "glue/qnli")]
     is_stuck = own["did_not_train"].notna()
     mean = own.loc[~is_stuck, "score"].mean()
-    assert (len(own), is_stuck.sum()) == (4, 3) and abs(mean - own["score"].mean()) > 0.01
+    assert (len(own), is_stuck.sum()) == (5, 4) and abs(mean - own["score"].mean()) > 0.01
     summary = pd.read_csv(ROOT / "results/sweeps/glue_budget_qnli/summary.csv").set_index(["projection", "task"])
     sweep = Committed(ROOT / "results").sweep("glue_budget")
     assert sweep is not None
