@@ -177,15 +177,17 @@ def _choose(sweep: Sweep, cell: Cell, runs: Path, points: Sequence[Cell]) -> dic
     means = means if trained.empty else trained
     means = means.fillna(0.0) if means.isna().all() else means
     best = json.loads(means.idxmax() if records["higher_is_better"].iloc[0] else means.idxmin())
+    tried = [_tried(point, trained, stuck) for point in points]
+    as_good = study.as_good(tried, best)
     return {
         "cell": cell,
         "cell_digest": digest(cell),
         "trained": not trained.empty,
         "chosen": best,
         # a better setting may lie outside what was tried
-        "at_edge": [key for key, value in best.items() if value in _edges(sweep, key, points)],
+        "at_edge": [key for key in best if any(point[key] in _edges(sweep, key, points) for point in as_good)],
         "beyond": study.beyond(sweep, points),
-        "tried": [_tried(point, trained, stuck) for point in points],
+        "tried": tried,
         "trials": [{**p, **_trial(record)} for p, record in zip(settings, records.to_dict("records"), strict=True)],
     }
 

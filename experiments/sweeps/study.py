@@ -45,8 +45,8 @@ def rule(sweep: Sweep, most: int) -> str:
     """How the points were picked, in words."""
     if sweep.sampler == GRID:
         return (
-            "where the best rate lies at the edge of those tried, the next of 1 and 3 times powers of ten is tried "
-            f"beyond it, at most {most} on a side; where nothing trained, those below, then those above"
+            "where the best rate, or one as good, lies at the edge of those tried, the next of 1 and 3 times powers of "
+            f"ten is tried beyond it, at most {most} on a side; where nothing trained, those below, then those above"
         )
     by = "drawn" if sweep.sampler == RANDOM else f"asked for by the TPE of Optuna {version(OPTUNA)}"
     return f"{sweep.points_per_cell} points per cell, {by} between the ends of each list, by factor where positive"
@@ -130,19 +130,25 @@ def beyond(sweep: Sweep, points: Sequence[Cell]) -> list[float]:
     return [rate for rate in rates if rate not in (sweep.tune or {})[_RATE]]
 
 
-def _further(sweep: Sweep, choice: Mapping[str, Any], most: int) -> float | None:
-    """The rate beyond the edge at which the best one lies; None if it lies inside or enough were tried.
+def as_good(tried: Sequence[Mapping[str, Any]], chosen: Cell) -> list[Cell]:
+    """The points whose score is that of the chosen one, itself among them."""
+    (score,) = {each["score"] for each in tried if each["point"] == chosen}
+    return [each["point"] for each in tried if each["score"] == score]
 
-    Where nothing trained, the rate below the least one, and when enough of these were tried, the one above the largest.
+
+def _further(sweep: Sweep, choice: Mapping[str, Any], most: int) -> float | None:
+    """The rate beyond the edge at which the best one lies, or one as good; None if all lie inside or enough were tried.
+
+    Below comes first. Where nothing trained no rate is better than another, so that both sides are tried.
     """
     grid, beyond = (sweep.tune or {}).get(_RATE, ()), choice["beyond"]
     if len(grid) < 2:
         return None
-    least, largest, best = min(*grid, *beyond), max(*grid, *beyond), choice["chosen"][_RATE]
-    nothing = not choice["trained"]
-    if (nothing or best == least) and sum(rate < min(grid) for rate in beyond) < most:
+    least, largest = min(*grid, *beyond), max(*grid, *beyond)
+    best = {point[_RATE] for point in as_good(choice["tried"], choice["chosen"])}
+    if least in best and sum(rate < min(grid) for rate in beyond) < most:
         return max(rate for rate in _ladder(least) if rate < least)
-    if (nothing or best == largest) and sum(rate > max(grid) for rate in beyond) < most:
+    if largest in best and sum(rate > max(grid) for rate in beyond) < most:
         return min(rate for rate in _ladder(largest) if rate > largest)
     return None
 

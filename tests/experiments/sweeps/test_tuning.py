@@ -59,6 +59,8 @@ BEYOND: Scores = {
     "lora": {0.01: 0.1, 0.05: 0.2, 0.1: 0.3, 0.3: 0.4, 1.0: 0.3},
     "unilora": {0.01: 0.5, 0.05: 0.2, 0.003: 0.6, 0.001: 0.7, 0.0003: 0.6},
 }
+# all that is tried beyond a grid from 0.01 to 0.03 or 0.05
+BOTH_SIDES = [0.003, 0.001, 0.0003, 0.0001, 0.1, 0.3, 1.0, 3.0]
 
 
 def test_the_best_rate_is_followed_beyond_the_edge_of_the_grid(sweep: Sweep, runs: Path, monkeypatch) -> None:
@@ -79,6 +81,27 @@ def test_a_best_rate_within_the_grid_is_not_followed(sweep: Sweep, file: Path, r
     trained: list[tuple[str, float]] = []
     (chosen,) = protocol.tune(inside, runs, _trainer({"lora": {0.01: 0.1, 0.03: 0.2, 0.1: 0.1}}, trained)).values()
     assert chosen == {"lr": 0.03} and len(trained) == 3 and _choices(runs, inside)["lora"]["beyond"] == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried", "best", "at_edge"),
+    [
+        # what guesses the most frequent label at every rate of the grid: it learns below
+        ({0.01: 0.6, 0.03: 0.6, 0.003: 0.6, 0.001: 0.7, 0.0003: 0.6}, [0.003, 0.001, 0.0003], 0.001, []),
+        # as good at an edge as within
+        ({0.01: 0.7, 0.03: 0.7, 0.003: 0.6, 0.1: 0.6}, [0.003, 0.1], 0.01, []),
+        ({0.01: 0.6, 0.03: 0.7, 0.1: 0.7, 0.3: 0.8, 1.0: 0.7}, [0.1, 0.3, 1.0], 0.3, []),
+        (dict.fromkeys([0.01, 0.03, *BOTH_SIDES], 0.6), BOTH_SIDES, 0.01, ["lr"]),
+    ],
+)
+def test_rates_as_good_as_the_best_are_followed_too(
+    scores: dict[float, float], tried: list[float], best: float, at_edge: list[str], file: Path, runs: Path
+) -> None:
+    one = read(file, ["tune.lr=[0.01,0.03]", "axes.projection=[lora]"])
+    (chosen,) = protocol.tune(one, runs, _trainer({"lora": scores}, [])).values()
+    choice = _choices(runs, one)["lora"]
+    assert (chosen, choice["beyond"], choice["at_edge"]) == ({"lr": best}, tried, at_edge)
+    assert list(protocol.tune(one, runs, _never).values()) == [chosen]
 
 
 def test_a_rate_beyond_the_edge_that_diverges_ends_the_search(file: Path, runs: Path) -> None:
@@ -102,8 +125,8 @@ def test_the_search_is_bounded_and_says_that_it_ended_at_the_edge(file: Path, ru
     ("best", "tried"),
     [
         (0.001, [0.003, 0.001, 0.0003]),  # full fine-tuning on a grid for LoRA
-        (1.0, [0.003, 0.001, 0.0003, 0.0001, 0.1, 0.3, 1.0, 3.0]),
-        (None, [0.003, 0.001, 0.0003, 0.0001, 0.1, 0.3, 1.0, 3.0]),
+        (1.0, BOTH_SIDES),
+        (None, BOTH_SIDES),
     ],
 )
 def test_where_nothing_trained_the_rates_below_are_tried_and_then_those_above(
