@@ -179,13 +179,14 @@ def _choose(sweep: Sweep, cell: Cell, runs: Path, points: Sequence[Cell]) -> dic
     best = json.loads(means.idxmax() if records["higher_is_better"].iloc[0] else means.idxmin())
     tried = [_tried(point, trained, stuck) for point in points]
     as_good = study.as_good(tried, best)
+    edges = {key: _edges(sweep, key, points) for key in best}
     return {
         "cell": cell,
         "cell_digest": digest(cell),
         "trained": not trained.empty,
         "chosen": best,
         # a better setting may lie outside what was tried
-        "at_edge": [key for key in best if any(point[key] in _edges(sweep, key, points) for point in as_good)],
+        "at_edge": [key for key in best if any(point[key] in edges[key] for point in as_good)],
         "beyond": study.beyond(sweep, points),
         "tried": tried,
         "trials": [{**p, **_trial(record)} for p, record in zip(settings, records.to_dict("records"), strict=True)],
