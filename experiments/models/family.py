@@ -26,7 +26,8 @@ class Family(ABC):
     task_type: PEFT's; auto: the transformers class of its models; selection: the evaluation by which the best
     checkpoint is told; by_length: whether rows have a `length` by which batches are formed; loss_by_item: whether the
     model divides its loss by the number of items it is told, that of all accumulated batches, and not by its own.
-    modules_to_save: what PEFT must be told to train whole; heads: how the names of modules end that are a fresh head.
+    probe_rows: of how many training rows the loss tells whether a run trained; modules_to_save: what PEFT must be
+    told to train whole; heads: how the names of modules end that are a fresh head.
     """
 
     task_type: ClassVar[str | None]
@@ -35,6 +36,7 @@ class Family(ABC):
     higher_is_better: ClassVar[bool] = True
     by_length: ClassVar[bool] = True
     loss_by_item: ClassVar[bool] = False
+    probe_rows: ClassVar[int] = 32
     modules_to_save: ClassVar[Sequence[str] | None] = None
     heads: ClassVar[Sequence[str]] = ()
 

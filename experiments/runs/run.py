@@ -26,7 +26,6 @@ from experiments.runs.distributed import DistributedTrainer, share
 from experiments.runs.folder import CONFIG
 from experiments.runs.resolve import check_device
 
-_PROBE_ROWS = 32
 # numbers of each trained tensor of which the start is kept, to tell whether they move
 _WATCHED = 2**18
 
@@ -82,7 +81,7 @@ class Run:
     @cached_property
     def probe_rows(self) -> Any:
         data = self.trainer.train_dataset
-        return data.select(range(min(_PROBE_ROWS, len(data))))
+        return data.select(range(min(self.family.probe_rows, len(data))))
 
     def probe(self) -> float:
         """Loss in evaluation mode on the first rows that are trained on."""

@@ -200,6 +200,20 @@ def test_a_rate_of_zero_is_marked_as_not_trained(runs: Path, config: RunConfig) 
     assert read_json(folder / RESULT)["did_not_train"] == "no trained number changed"
 
 
+def test_what_tells_whether_a_classifier_trained_is_the_loss_of_hundreds_of_rows(runs: Path, config: RunConfig) -> None:
+    """All 96 here: of the first 32 alone the share of each class would decide it."""
+    run = Run.load(prepare(runs, config.to_json()))
+    run.model.eval()
+    losses = []
+    with torch.no_grad():
+        for row in run.trainer.train_dataset:
+            batch = run.family.collate([row])
+            logits = run.model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+            losses.append(-logits.log_softmax(-1)[0, batch["labels"].item()].item())
+    assert len(losses) == 96 and run.probe() == pytest.approx(sum(losses) / 96, rel=1e-4)
+    assert run.probe() != pytest.approx(sum(losses[:32]) / 32, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "change", "reason"),
     [
