@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +77,10 @@ class Run:
         trainer.optimizer = optimizer(model, config, trainer.args, family)
         return cls(folder, config, task, family, entrant, model, trainer, stop, divergence, start)
 
-    @cached_property
-    def probe_rows(self) -> Any:
-        data = self.trainer.train_dataset
-        return data.select(range(min(self.family.probe_rows, len(data))))
-
     def probe(self) -> float:
         """Loss in evaluation mode on the first rows that are trained on."""
-        return self.loss(self.probe_rows)
+        data = self.trainer.train_dataset
+        return self.loss(data.select(range(min(self.family.probe_rows, len(data)))))
 
     def loss(self, data: Any) -> float:
         """Mean loss over encoded rows, with no trace in the log of training."""
