@@ -31,10 +31,16 @@ def ratio(row: Any, key: str) -> str:
     return NOT_MEASURED if pd.isna(middle) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def with_numbers(rows: Sequence[Sequence[str]], labels: int = 2) -> tuple[list[Sequence[str]], list[str]]:
-    """The rows of a table with a number behind their labels, and at most one line on the others, with their words."""
-    known = [row for row in rows if re.search(r"\d", "".join(row[labels:]))]
-    others = [f"{row[0]}, {row[1]}: {' / '.join(dict.fromkeys(row[labels:]))}" for row in rows if row not in known]
+def with_numbers(
+    rows: Sequence[Sequence[str]], labels: int = 2, named: int = 2
+) -> tuple[list[Sequence[str]], list[str]]:
+    """The rows of a table with a number behind their labels, and at most one line on the others, with their words.
+
+    named: how many of its labels tell a row from all others.
+    """
+    known = [row for row in rows if any(re.match(r"[+-]?\d", cell) for cell in row[labels:])]
+    unknown = [row for row in rows if row not in known]
+    others = [f"{', '.join(row[:named])}: {' / '.join(dict.fromkeys(row[labels:]))}" for row in unknown]
     return known, [f"Without a number: {'; '.join(others)}."] if others else []
 
 

@@ -146,8 +146,10 @@ def score(cell: pd.Series | None) -> Score:
     """A cell of ours in percent: mean and 95 % interval, or why there is none."""
     if cell is None:
         return Score(NOT_RUN)
-    if cell["status"] != statistics.COMPLETE:
-        return Score("failed" if cell["status"] == statistics.INCOMPLETE else cell["status"])
+    if cell["status"] == statistics.STUCK:
+        return Score(f"only {cell['n']} of {cell['runs']} trained" if cell["n"] else statistics.STUCK)
+    if cell["status"] == statistics.INCOMPLETE:
+        return Score("failed")
     mean, low, high = (100 * cell[key] for key in ("score", "score_low", "score_high"))
     if cell["n"] < 2:
         return Score(f"{mean:.1f} (n = 1)", mean, n=1)

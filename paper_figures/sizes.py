@@ -11,7 +11,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from experiments.names import method
 from experiments.records.statistics import COMPLETE, unit
 from paper_figures import style
+from paper_figures.cells import whole
 from paper_figures.committed import complete, one_task
+from paper_figures.comparison import score
 from paper_figures.panels import MISSING, point, say
 
 # on a logarithmic axis, in decades: points nearer than this are set side by side
@@ -24,8 +26,8 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
     """Complete cells of one task against a size, others and those of size 0 by name; a method's points are joined where
     each has its own size."""
     one_task(cells, label)
-    whole = complete(cells, key).sort_values(key)
-    usable, nothing = whole[whole[key] > 0], whole[whole[key] == 0]
+    counted = complete(cells, key).sort_values(key)
+    usable, nothing = counted[counted[key] > 0], counted[counted[key] == 0]
     if usable.empty:
         say(axes, "no complete cell")
         return
@@ -39,9 +41,20 @@ def against(axes: Axes, cells: pd.DataFrame, key: str, label: str) -> None:
             axes.plot(own["x"], 100 * own["score"], **look)
     logarithmic(axes)
     axes.set_ylabel(unit(usable["metric"].iloc[0]))
-    lost = [f"{method(cell.projection)}: {cell.status}" for cell in cells[cells["status"] != COMPLETE].itertuples()]
-    _name(axes, [*lost, *(f"{method(cell.projection)}: {100 * cell.score:.1f} at 0" for cell in nothing.itertuples())])
+    at_0 = [f"{method(cell.projection)}: {100 * cell.score:.1f} at 0" for cell in nothing.itertuples()]
+    _name(axes, [*_lost(cells, key), *at_0])
     axes.set_xlabel(f"{label}, equal ones side by side\n(mean of n = {style.span(usable['n'])} seeds, 95 % t interval)")
+
+
+def _lost(cells: pd.DataFrame, key: str) -> list[str]:
+    """A line for each reason why cells are not drawn: their methods, those of several cells with the size."""
+    is_one_of_several = cells["projection"].duplicated(keep=False)
+    found: dict[str, list[str]] = {}
+    for place, cell in cells[cells["status"] != COMPLETE].iterrows():
+        # one that failed may not know its size
+        at = f" at {whole(cell[key])}" if is_one_of_several[place] and pd.notna(cell[key]) else ""
+        found.setdefault(score(cell).text, []).append(f"{method(cell['projection'])}{at}")
+    return [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
 
 
 def _name(axes: Axes, lines: Sequence[str]) -> None:

@@ -127,6 +127,6 @@ def _table(name: str, title: str, key: str, head: str, sweep: Sweep | None) -> T
                 [f"ours, {model(cell['model'])}", method(cell["projection"]), whole(cell[key]), f"{cell['lr']:g}",
                  task(cell["task"]), score(cell).text]
             )  # fmt: skip
-    known, unknown = with_numbers(rows, 5)
+    known, unknown = with_numbers(rows, labels=5, named=3)
     below = [*([f"Ours: {NOT_RUN}."] if sweep is None else []), *unknown, *notes(name), OURS]
     return Table(title, ["block", "method", head, "lr", "task", score_head(sweep)], known, below)

@@ -225,7 +225,7 @@ def test_failed_and_stuck_runs_are_words_and_not_numbers(results: Path, table: p
     write_sweep(results / "sweeps" / "glue_budget", table)
     found, _ = _made("glue_large", results)
     assert _cells(found, "ours, MiniLM", "VeRA")["SST-2, %"] == "failed"
-    assert _cells(found, "ours, MiniLM", "Uni-LoRA")["SST-2, %"] == "did not train"
+    assert _cells(found, "ours, MiniLM", "Uni-LoRA")["SST-2, %"] == "only 2 of 3 trained"
 
 
 def _second_of_vera(table: pd.DataFrame) -> pd.DataFrame:
@@ -351,10 +351,30 @@ def test_a_cell_that_is_not_drawn_is_named(results: Path, table: pd.DataFrame) -
     _, figure = _made("score_against_rows", results)
     axes = figure.axes[0]
     (text,) = axes.texts
-    assert text.get_text() == "VeRA: did not train"
+    assert text.get_text() == "VeRA: only 2 of 3 trained"
     ends = [y for lines in axes.collections for segment in lines.get_segments() for _, y in segment]
     figure.canvas.draw()
     assert max(ends) <= axes.transData.inverted().transform(text.get_window_extent())[:, 1].min()
+    plt.close(figure)
+
+
+def test_of_several_sizes_those_that_did_not_train_are_named(results: Path, table: pd.DataFrame) -> None:
+    large = table[table["task"] == TASKS[0]]
+    small = large.assign(train_size=50, folder=large["folder"] + "s")
+    small.loc[small["projection"].isin(["vera", "lora"]), "did_not_train"] = "the loss rose"
+    small.loc[(small["projection"] == "fastfood") & (small["train_seed"] == 1), "did_not_train"] = "the loss rose"
+    write_sweep(results / "sweeps" / "score_against_rows", pd.concat([large, small], ignore_index=True))
+    found, figure = _made("score_against_rows", results)
+    (panel,) = figure.axes
+    assert {text.get_text() for text in panel.texts} == {
+        "LoRA at 50, VeRA at 50: did not train", "Fastfood at 50: only 2 of 3 trained",
+    }  # fmt: skip
+    (line,) = [note for note in found.notes if note.startswith("Without a number")]
+    assert line.split(": ", 1)[1].rstrip(".").split("; ") == [
+        "ours, MiniLM-L6, Fastfood, 50: only 2 of 3 trained",
+        "ours, MiniLM-L6, LoRA, 50: did not train",
+        "ours, MiniLM-L6, VeRA, 50: did not train",
+    ]
     plt.close(figure)
 
 
