@@ -36,7 +36,7 @@ def with_numbers(
 ) -> tuple[list[Sequence[str]], list[str]]:
     """The rows of a table with a number behind their labels, and at most one line on the others, with their words.
 
-    named: how many of its labels tell a row from all others.
+    labels: how many columns stand before the scores. named: how many of these name a row in that line.
     """
     known = [row for row in rows if any(re.match(r"[+-]?\d", cell) for cell in row[labels:])]
     unknown = [row for row in rows if row not in known]
