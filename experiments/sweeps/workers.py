@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from experiments.files import disk_errors
 from experiments.models import trust
-from experiments.orphans import end_with
+from experiments.orphans import ending_with_this
 from experiments.processes import ALONE, SHARDED, Processes
 from experiments.records import damage, is_done, losses
 from experiments.runs import BUSY, FAILED, is_locked, tracking
@@ -96,14 +95,14 @@ def start(folder: Path, over: Processes = ALONE, words: Sequence[str] = ()) -> s
     with os.fdopen(file, "a") as log:
         log.write(STARTED + "\n")
         log.flush()
+        command = [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder), *words]
         # a session of its own: Ctrl-C reaches the parent only, which tells the children once
         return subprocess.Popen(
-            [sys.executable, "-m", *over.torchrun(), "experiments.train", str(folder), *words],
+            ending_with_this(command),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=functools.partial(end_with, os.getpid()),
         )
 
 

@@ -25,9 +25,11 @@ sys.executable = sys.argv[2]
 workers.start(Path(sys.argv[1]))
 signal.pause()
 """
-# in place of Python with a run: it opens a pipe, and says so if it lives for long
+# in place of Python: with a run it opens a pipe, and says so if it lives for long
 RUN = """#!{python} -S
-import time
+import os, sys, time
+if sys.argv[1] != "-m":
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with open({fifo!r}, "w") as fifo:
     time.sleep(20)
     fifo.write("alive")
