@@ -1,9 +1,12 @@
 """Forked processes that do some work: to their end, until they are killed, or until their time is up."""
 
 import os
-import pickle
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import Pipe
+from select import select
 from typing import Any
 
 SECONDS = 60
@@ -48,23 +51,34 @@ def dies_in_child(work: Callable[[], object]) -> None:
 
 def found_in_child(work: Callable[[], Any]) -> Any:
     """What `work` returns in a forked process."""
-    reader, writer = os.pipe()
-
-    def tell() -> None:
-        with os.fdopen(writer, "wb") as pipe:
-            pickle.dump(work(), pipe)
-
-    child = fork(tell, seconds=120)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        told = pipe.read()
+    found = None
+    reader, writer = Pipe(duplex=False)
+    child = fork(lambda: writer.send(work()), seconds=2 * SECONDS)
+    writer.close()
+    with reader, suppress(EOFError):
+        if reader.poll(2 * SECONDS):
+            found = reader.recv()
     assert exitcode(child) == 0
-    return pickle.loads(told)
+    return found
+
+
+def heard_from_child(pipe: int) -> bool:
+    """Whether a forked process writes its `x` into a pipe."""
+    return bool(select([pipe], [], [], SECONDS)[0]) and os.read(pipe, 1) == b"x"
 
 
 def exitcode(child: int) -> int:
-    """How a process ended: its exit status, or a signal's number, negated."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """How a process ended: its exit status, or a signal's number, negated.
+
+    Raises TimeoutError, and kills it, where it does not end: it may wait for a lock before it has limited itself.
+    """
+    deadline = time.monotonic() + 2 * SECONDS
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            end(child)
+            raise TimeoutError(f"the forked process {child} hangs")
+        time.sleep(0.001)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def die(*_: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from experiments.files import write_bytes
-from tests.forked import die, dies_in_child, fork
+from tests.forked import die, dies_in_child, exitcode, fork, heard_from_child
 from uniproj import atomic
 from uniproj.format.disk import replace
 
@@ -72,14 +72,14 @@ def test_living_writers_keep_their_files(write: Any, tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: replace({tmp_path / "mine": slow()}))
     thread.start()
     try:
-        assert os.read(other_begun, 1) == b"x" and begun.wait(60)
+        assert heard_from_child(other_begun) and begun.wait(60)
         write(tmp_path / "now", b"now")
         assert len(_names(tmp_path)) == 3
     finally:  # or both would wait for ever
         go_on.set()
         os.close(let_end)
         thread.join()
-        os.waitpid(other, 0)
+        exitcode(other)
         os.close(other_begun), os.close(may_end)
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert found == {"mine": b"ab", "theirs": b"theirs", "now": b"now"}

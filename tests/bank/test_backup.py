@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.bank.models import D, vector
-from tests.forked import die, dies_in_child, end, fork, in_child
+from tests.forked import die, dies_in_child, end, fork, heard_from_child, in_child
 from uniproj import AdapterError
 from uniproj.bank import AdapterBank
 from uniproj.bank.slots import Slots
@@ -244,7 +244,7 @@ def _open_elsewhere(bank: AdapterBank) -> Iterator[None]:
     child = fork(write)
     os.close(tell)
     try:
-        assert os.read(told, 1) == b"x"
+        assert heard_from_child(told)
         yield
     finally:
         end(child)
