@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 # of sys/prctl.h
 _PR_SET_PDEATHSIG = 1
+# before any fork, after which a lock of the loader may be held for ever
+_libc = ctypes.CDLL(None)
 
 
 def end_with(parent: int) -> None:
@@ -20,7 +22,7 @@ def end_with(parent: int) -> None:
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
